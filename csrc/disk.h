@@ -1,0 +1,48 @@
+/*
+ * Every change to write-log files passes here, so that tests can record what
+ * reached the disk in which order (power cuts), and make it fail. Both switches
+ * are process-wide and off in production, where each costs one relaxed load.
+ *
+ * Trace record, little-endian: u8 kind, u8 0, u16 name length, u32 0, u64 offset,
+ * u64 data length, name, data. Names are full paths.
+ */
+#ifndef GLIDE_DISK_H
+#define GLIDE_DISK_H
+
+#include <stdint.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+
+enum disk_kind {
+    DISK_CREATE = 1, /* a file was created */
+    DISK_WRITE,      /* data at offset */
+    DISK_SYNC_BEGIN, /* fdatasync of a file was started... */
+    DISK_SYNC_END,   /* ...and succeeded: what was written before BEGIN is durable */
+    DISK_DIR_BEGIN,  /* the same for the entries of a directory */
+    DISK_DIR_END,
+    DISK_UNLINK,
+    DISK_KINDS
+};
+
+/* A file or directory of a write log. */
+struct disk_file {
+    int fd;
+    char *path;
+};
+
+/* O_CREAT | O_EXCL. 0 or -errno; on success close with disk_close. */
+int disk_create(struct disk_file *f, const char *path);
+int disk_open(struct disk_file *f, const char *path, int flags);
+void disk_close(struct disk_file *f);
+/* Write all of iov (which it may change) at offset. 0 or -errno: how much was written is then unknown. */
+int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t offset);
+int disk_unlink(const char *path);
+
+/* A sync that the caller issues itself: call begin, sync, then end with the result, which it returns
+ * (or an injected error). kind = DISK_SYNC_BEGIN or DISK_DIR_BEGIN. */
+void disk_sync_begin(struct disk_file *f, enum disk_kind kind);
+int disk_sync_end(struct disk_file *f, enum disk_kind kind, int result);
+/* begin, fsync, end in one blocking call. */
+int disk_sync(struct disk_file *f, enum disk_kind kind);
+
+#endif

@@ -1,0 +1,146 @@
+#include "engine.h"
+
+#include "fault.h"
+#include "volume.h"
+
+#include <sched.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static __thread char error_text[512];
+
+const char *glide_error(void) { return error_text; }
+
+int fail(int err, const char *format, ...)
+{
+    va_list args;
+
+    va_start(args, format);
+    vsnprintf(error_text, sizeof(error_text), format, args);
+    va_end(args);
+    return err;
+}
+
+uint64_t engine_map_bytes(struct engine *e)
+{
+    pthread_mutex_lock(&e->leaves.lock);
+    uint64_t leaves = e->leaves.bytes;
+    pthread_mutex_unlock(&e->leaves.lock);
+    return leaves + atomic_load(&e->table_bytes);
+}
+
+static unsigned cpu_count(void)
+{
+    cpu_set_t set;
+
+    return sched_getaffinity(0, sizeof(set), &set) ? 1 : (unsigned)CPU_COUNT(&set);
+}
+
+static int check_config(const struct glide_engine_config *c)
+{
+    uint64_t segment = (uint64_t)c->segment_sectors * SECTOR;
+
+    if (c->segment_sectors < 8 || c->segment_sectors > SEGMENT_MAX_SECTORS)
+        return fail(-EINVAL, "a log segment has 8 to %u sectors, not %u", SEGMENT_MAX_SECTORS, c->segment_sectors);
+    if (c->log_limit < 4 * segment)
+        return fail(-EINVAL, "the log limit must be at least four segments (%llu bytes)",
+                    (unsigned long long)(4 * segment));
+    return 0;
+}
+
+int glide_engine_open(const struct glide_engine_config *config, glide_engine **out)
+{
+    int err = check_config(config);
+    struct engine *e = err ? NULL : calloc(1, sizeof(*e));
+
+    *out = NULL;
+    if (!e)
+        return err ? err : -ENOMEM;
+    error_text[0] = 0;
+    e->config = *config;
+    e->config.cache_dir = NULL; /* the caller's memory */
+    err = cache_open(&e->cache, config->cache_dir, config->cache_bytes);
+    if (err) {
+        free(e);
+        return err;
+    }
+    leaf_pool_init(&e->leaves);
+    outbox_init(&e->faults);
+    outbox_init(&e->events);
+    unsigned workers = config->workers ? config->workers : cpu_count();
+    workers = workers > 32 ? 32 : workers;
+    e->workers = calloc(workers, sizeof(*e->workers));
+    for (err = e->workers ? 0 : -ENOMEM; !err && e->worker_count < workers;) {
+        err = worker_start(&e->workers[e->worker_count], e, e->worker_count);
+        e->worker_count += !err;
+    }
+    if (err) {
+        glide_engine_close(e);
+        return err;
+    }
+    *out = e;
+    return 0;
+}
+
+void glide_engine_close(glide_engine *e)
+{
+    outbox_close(&e->faults);
+    outbox_close(&e->events);
+    for (unsigned i = 0; i < e->worker_count; i++)
+        worker_stop(&e->workers[i]);
+    ublk_free_released(e);
+    free(e->workers);
+    outbox_destroy(&e->faults);
+    outbox_destroy(&e->events);
+    leaf_pool_destroy(&e->leaves);
+    cache_close(&e->cache);
+    free(e);
+}
+
+void glide_engine_stats_get(glide_engine *e, struct glide_engine_stats *out)
+{
+    *out = (struct glide_engine_stats){.log_bytes = atomic_load(&e->log_bytes),
+                                       .log_limit = e->config.log_limit,
+                                       .map_bytes = engine_map_bytes(e),
+                                       .map_budget = e->config.map_budget,
+                                       .workers = e->worker_count};
+    pthread_mutex_lock(&e->cache.lock);
+    out->cache_slots = e->cache.capacity;
+    out->cache_used = e->cache.used;
+    out->cache_hits = e->cache.hits;
+    out->cache_misses = e->cache.misses;
+    out->cache_evictions = e->cache.evictions;
+    pthread_mutex_unlock(&e->cache.lock);
+    pthread_mutex_lock(&e->faults.lock);
+    out->faults_queued = e->faults.count;
+    pthread_mutex_unlock(&e->faults.lock);
+}
+
+/* ---- space was freed: every worker looks at its waiting writers ---- */
+
+struct space_task {
+    struct task task;
+};
+
+static void look_again(struct task *task, struct worker *w)
+{
+    list_each(at, &w->volumes) {
+        struct volume *v = container_of(at, struct volume, link);
+        if (v->blocked)
+            volume_want_flush(v);
+    }
+    free(container_of(task, struct space_task, task));
+}
+
+void engine_space_freed(struct engine *e)
+{
+    for (unsigned i = 0; i < e->worker_count; i++) {
+        struct space_task *t = malloc(sizeof(*t));
+        if (!t)
+            return; /* the tick looks too */
+        t->task.run = look_again;
+        worker_post(&e->workers[i], &t->task);
+    }
+}

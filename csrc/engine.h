@@ -1,0 +1,41 @@
+/*
+ * The engine: what the volumes of a host share. Lock order: none nests, each
+ * lock guards one thing.
+ */
+#ifndef GLIDE_ENGINE_H
+#define GLIDE_ENGINE_H
+
+#include "block_cache.h"
+#include "log_map.h"
+#include "worker.h"
+
+/* A queue from workers to Python threads. */
+struct outbox {
+    pthread_mutex_t lock;
+    pthread_cond_t cond;
+    struct list items;
+    uint64_t count;
+    bool closed;
+};
+
+struct engine {
+    struct glide_engine_config config;
+    struct block_cache cache;
+    struct leaf_pool leaves;
+    _Atomic uint64_t log_bytes;   /* allocated by all logs */
+    _Atomic uint64_t table_bytes; /* map memory besides leaves; each volume adds its changes */
+    struct outbox faults;         /* of struct fault (fault.c) */
+    struct outbox events;         /* of struct event (fault.c) */
+    unsigned worker_count;
+    struct worker *workers;
+    struct ublk_device *released; /* open until the workers have ended: ublk_device.c */
+};
+
+/* Bytes of map memory in use. Any thread. */
+uint64_t engine_map_bytes(struct engine *e);
+/* Log space or map memory was freed: let writers that wait look again. Any thread. */
+void engine_space_freed(struct engine *e);
+/* Close what glide_ublk_release left open; no worker runs any more. */
+void ublk_free_released(struct engine *e);
+
+#endif

@@ -1,0 +1,284 @@
+#include "fault.h"
+
+#include "io.h"
+#include "volume.h"
+
+#include <stdlib.h>
+
+/* ---- outbox -------------------------------------------------------------------------- */
+
+struct fault {
+    struct list link;
+    uint64_t cookie, block, stamp;
+};
+struct event {
+    struct list link;
+    struct glide_event event;
+};
+
+void outbox_init(struct outbox *o)
+{
+    pthread_condattr_t attr;
+
+    pthread_mutex_init(&o->lock, NULL);
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&o->cond, &attr);
+    pthread_condattr_destroy(&attr);
+    list_init(&o->items);
+    o->count = 0;
+    o->closed = false;
+}
+
+static void outbox_put(struct outbox *o, struct list *item)
+{
+    pthread_mutex_lock(&o->lock);
+    list_append(&o->items, item);
+    o->count++;
+    pthread_cond_signal(&o->cond);
+    pthread_mutex_unlock(&o->lock);
+}
+
+void outbox_close(struct outbox *o)
+{
+    pthread_mutex_lock(&o->lock);
+    o->closed = true;
+    pthread_cond_broadcast(&o->cond);
+    pthread_mutex_unlock(&o->lock);
+}
+
+/* Lock and wait for an item. 1 = there is one, 0 = timeout, -ESHUTDOWN; locked in any case. */
+static int outbox_wait(struct outbox *o, int timeout_ms)
+{
+    struct timespec until;
+    uint64_t deadline = now_ns() + (uint64_t)(timeout_ms < 0 ? 0 : timeout_ms) * 1000000u;
+
+    until.tv_sec = (time_t)(deadline / 1000000000u);
+    until.tv_nsec = (long)(deadline % 1000000000u);
+    pthread_mutex_lock(&o->lock);
+    while (list_empty(&o->items)) {
+        if (o->closed)
+            return -ESHUTDOWN;
+        if (pthread_cond_timedwait(&o->cond, &o->lock, &until) == ETIMEDOUT && list_empty(&o->items))
+            return o->closed ? -ESHUTDOWN : 0;
+    }
+    return 1;
+}
+
+void outbox_destroy(struct outbox *o)
+{
+    for (struct list *e; (e = list_pop(&o->items));)
+        free(e); /* link is the first member of both item types */
+    pthread_cond_destroy(&o->cond);
+    pthread_mutex_destroy(&o->lock);
+}
+
+/* ---- events ----------------------------------------------------------------------------- */
+
+void event_post(struct engine *e, uint64_t volume, uint32_t kind, uint64_t a, uint64_t b)
+{
+    struct event *item = malloc(sizeof(*item));
+
+    if (!item)
+        return; /* Python also polls: an event only makes it prompt */
+    item->event = (struct glide_event){.volume = volume, .a = a, .b = b, .kind = kind};
+    outbox_put(&e->events, &item->link);
+}
+
+int glide_events_next(glide_engine *engine, int timeout_ms, struct glide_event *out, uint32_t max)
+{
+    struct outbox *o = &engine->events;
+    int n = outbox_wait(o, timeout_ms);
+
+    if (n > 0) {
+        for (n = 0; (uint32_t)n < max && !list_empty(&o->items); n++) {
+            struct event *item = container_of(list_pop(&o->items), struct event, link);
+            out[n] = item->event;
+            o->count--;
+            free(item);
+        }
+    }
+    pthread_mutex_unlock(&o->lock);
+    return n;
+}
+
+/* ---- the queue of faults -------------------------------------------------------------------- */
+
+/* Take the neighbours of *out out of the queue, so that one request to the store serves them all. */
+static void take_neighbours(struct outbox *o, struct glide_fault *out, uint32_t max_blocks)
+{
+    struct list *next;
+    int looked = 0;
+
+    for (struct list *at = o->items.next; at != &o->items && out->count < max_blocks && looked < 1024; at = next) {
+        struct fault *f = container_of(at, struct fault, link);
+        next = at->next;
+        looked++;
+        bool after = f->block == out->block + out->count, before = f->block + 1 == out->block;
+        if (f->cookie != out->volume || (!after && !before))
+            continue;
+        if (before)
+            out->block = f->block;
+        out->count++;
+        out->stamp = min_u64(out->stamp, f->stamp);
+        list_remove(at);
+        o->count--;
+        free(f);
+    }
+}
+
+int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms, struct glide_fault *out)
+{
+    struct outbox *o = &engine->faults;
+    int got = outbox_wait(o, timeout_ms);
+
+    if (got > 0) {
+        struct fault *f = container_of(list_pop(&o->items), struct fault, link);
+        *out = (struct glide_fault){.volume = f->cookie, .block = f->block, .stamp = f->stamp, .count = 1};
+        o->count--;
+        free(f);
+        take_neighbours(o, out, max_blocks);
+    }
+    pthread_mutex_unlock(&o->lock);
+    return got;
+}
+
+void fault_forget(struct engine *e, uint64_t cookie)
+{
+    struct outbox *o = &e->faults;
+    struct list *next;
+
+    pthread_mutex_lock(&o->lock);
+    for (struct list *at = o->items.next; at != &o->items; at = next) {
+        struct fault *f = container_of(at, struct fault, link);
+        next = at->next;
+        if (f->cookie == cookie) {
+            list_remove(at);
+            o->count--;
+            free(f);
+        }
+    }
+    pthread_mutex_unlock(&o->lock);
+}
+
+/* ---- who waits for which block ------------------------------------------------------------------ */
+
+struct waiter {
+    struct waiter *next;
+    struct io_req *req;
+};
+struct waiting {
+    struct waiter *first;
+};
+
+int fault_wait(struct volume *v, uint64_t block, struct io_req *req)
+{
+    struct waiter *w = malloc(sizeof(*w));
+    uint64_t *entry = w ? table_insert(&v->faults, block) : NULL;
+
+    if (!entry) {
+        free(w);
+        return -ENOMEM;
+    }
+    if (!*entry) {
+        struct waiting *fresh = calloc(1, sizeof(*fresh));
+        struct fault *f = fresh ? malloc(sizeof(*f)) : NULL;
+        if (!f) {
+            free(fresh);
+            free(w);
+            table_remove(&v->faults, block);
+            return -ENOMEM;
+        }
+        *entry = (uint64_t)(uintptr_t)fresh;
+        *f = (struct fault){.cookie = v->cookie, .block = block, .stamp = atomic_load(&v->stamp)};
+        outbox_put(&v->engine->faults, &f->link);
+        stat_add(&v->stats.faults, 1);
+    }
+    struct waiting *waiting = (struct waiting *)(uintptr_t)*entry;
+    *w = (struct waiter){waiting->first, req};
+    waiting->first = w;
+    v->waiting++;
+    worker_want_tick(v->worker);
+    return 0;
+}
+
+void fault_resolve(struct volume *v, uint64_t block, int err)
+{
+    uint64_t *entry = table_find(&v->faults, block);
+
+    if (!entry)
+        return;
+    struct waiting *waiting = (struct waiting *)(uintptr_t)*entry;
+    table_remove(&v->faults, block); /* first: a waiter that looks again may wait again */
+    struct waiter *next;
+    for (struct waiter *w = waiting->first; w; w = next) {
+        next = w->next;
+        v->waiting--;
+        if (err)
+            io_piece_done(w->req, err);
+        else
+            io_read_piece(w->req, block);
+        free(w);
+    }
+    free(waiting);
+}
+
+uint64_t fault_waiting(const struct volume *v) { return v->waiting; }
+
+/* Which blocks of the table to resolve: filled by a filter that removes nothing. */
+struct selection {
+    uint64_t *blocks;
+    uint64_t count;
+    uint64_t first, end;  /* blocks */
+    uint64_t deadline_ns; /* with a waiter that came no later */
+};
+
+static bool select_block(uint64_t block, uint64_t value, void *arg)
+{
+    struct selection *s = arg;
+
+    if (block < s->first || block >= s->end)
+        return false;
+    for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w; w = w->next) {
+        if (w->req->start_ns <= s->deadline_ns) {
+            s->blocks[s->count++] = block;
+            break;
+        }
+    }
+    return false;
+}
+
+static void resolve_selected(struct volume *v, struct selection s, int err)
+{
+    uint64_t total = table_count(&v->faults);
+
+    s.blocks = total ? malloc(total * sizeof(uint64_t)) : NULL;
+    if (!s.blocks)
+        return;
+    table_filter(&v->faults, select_block, &s);
+    for (uint64_t i = 0; i < s.count; i++)
+        fault_resolve(v, s.blocks[i], err);
+    free(s.blocks);
+}
+
+void fault_resolve_all(struct volume *v, int err)
+{
+    resolve_selected(v, (struct selection){.end = UINT64_MAX, .deadline_ns = UINT64_MAX}, err);
+}
+
+void fault_expire(struct volume *v, uint64_t deadline_ns)
+{
+    resolve_selected(v, (struct selection){.end = UINT64_MAX, .deadline_ns = deadline_ns}, EIO);
+}
+
+void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err)
+{
+    if (count <= 64) {
+        for (uint64_t i = 0; i < count; i++)
+            fault_resolve(v, block + i, err);
+        return;
+    }
+    resolve_selected(v, (struct selection){.first = block, .end = block + count, .deadline_ns = UINT64_MAX}, err);
+}
+
+void fault_table_destroy(struct volume *v) { table_destroy(&v->faults); }

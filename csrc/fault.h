@@ -1,0 +1,36 @@
+/*
+ * Faults: blocks that requests wait for and Python resolves; and events, which
+ * tell Python that something happened. A volume's table of faults belongs to
+ * its worker; the two outboxes are shared with Python threads.
+ */
+#ifndef GLIDE_FAULT_H
+#define GLIDE_FAULT_H
+
+#include "engine.h"
+#include "table.h"
+
+struct volume;
+struct io_req;
+
+void outbox_init(struct outbox *o);
+void outbox_close(struct outbox *o);   /* wake everybody for good */
+void outbox_destroy(struct outbox *o);
+
+/* ---- worker ---- */
+/* Let the piece of req in `block` wait; ask Python unless somebody waits already. -ENOMEM. */
+int fault_wait(struct volume *v, uint64_t block, struct io_req *req);
+/* Wake the waiters of a block: err = 0 looks the block up again, else their piece fails. */
+void fault_resolve(struct volume *v, uint64_t block, int err);
+void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err);
+void fault_resolve_all(struct volume *v, int err);
+/* Resolve with ETIMEDOUT-turned-EIO what has waited since before `deadline_ns`. */
+void fault_expire(struct volume *v, uint64_t deadline_ns);
+uint64_t fault_waiting(const struct volume *v);
+void fault_table_destroy(struct volume *v);
+
+/* ---- any thread ---- */
+void event_post(struct engine *e, uint64_t volume, uint32_t kind, uint64_t a, uint64_t b);
+/* Forget queued faults of a volume that closes. */
+void fault_forget(struct engine *e, uint64_t cookie);
+
+#endif

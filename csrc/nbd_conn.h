@@ -1,0 +1,85 @@
+/*
+ * The transmission phase of an NBD connection, on the worker of its volume.
+ * The handshake is Python's (glidefs/transport/nbd.py); the protocol is the
+ * "NBD protocol" document of the NetworkBlockDevice project, simple replies.
+ *
+ * nbd_conn.c owns the socket: receiving, sending, ending. nbd_request.c knows
+ * the bytes of a request and of a reply.
+ */
+#ifndef GLIDE_NBD_CONN_H
+#define GLIDE_NBD_CONN_H
+
+#include "io.h"
+#include "worker.h"
+
+#define NBD_REQUEST_BYTES 28u
+#define NBD_REPLY_BYTES 16u
+#define NBD_MAX_LENGTH (32u << 20)      /* of a READ or WRITE */
+#define NBD_MAX_INFLIGHT 1024u          /* requests of a connection; then it is not read from */
+#define NBD_MAX_INFLIGHT_BYTES (64u << 20)
+
+struct nbd_conn {
+    struct list link;                   /* volume->conns */
+    struct list send_link;              /* worker->senders */
+    struct volume *volume;
+    struct worker *worker;
+    int fd;
+    uint64_t id;
+    bool read_only;
+
+    /* receiving: a request that is not complete yet */
+    uint8_t head[NBD_REQUEST_BYTES];
+    uint32_t head_length;               /* bytes of a header */
+    struct nbd_req *filling;            /* a WRITE whose payload is being received... */
+    uint64_t filled;                    /* ...so far */
+    uint64_t skip;                      /* payload of a refused WRITE, to be thrown away */
+
+    /* sending */
+    struct list replies;                /* io_req.link of nbd_req, in order */
+    uint64_t sent;                      /* bytes of the first one */
+
+    struct ring_op poll_op, send_op;
+    bool polling, send_polling;         /* those are armed */
+    struct ring_op cancel_op;
+    uint32_t cancels;                   /* under way: each names one of the ops above */
+    bool readable;                      /* data may be there, but too much is in flight */
+    bool ended;                         /* nothing more is read */
+    bool broken;                        /* nothing more is sent */
+    int error;                          /* why it ended: an errno, or 0 */
+    uint32_t inflight;
+    uint64_t inflight_bytes;
+    struct task resume_task;
+    struct list detach_calls;
+};
+
+struct nbd_req {
+    struct io_req io;
+    struct nbd_conn *conn;
+    uint16_t type;
+    uint8_t reply[NBD_REPLY_BYTES];
+    uint32_t charged;                   /* to conn->inflight_bytes */
+    uint64_t data_length;               /* of the reply: a READ that went well */
+    uint8_t *buf;                       /* owned, of capacity `size`; NULL: io.buf is the receive buffer's */
+    uint64_t size;
+};
+
+/* ---- worker ---- */
+/* Send the replies that the round collected. */
+void nbd_send_all(struct worker *w);
+/* End all connections of a volume; they go when their requests are done. */
+void nbd_close_all(struct volume *v);
+
+/* ---- nbd_request.c: for nbd_conn.c ---- */
+/*
+ * Carry out what `data` holds. Returns the bytes used: all but an incomplete header. An incomplete payload
+ * becomes conn->filling. -EPROTO: the connection must end.
+ */
+int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length);
+/* The payload of conn->filling is complete. */
+void nbd_filled(struct nbd_conn *c);
+void nbd_req_free(struct nbd_req *r);
+/* ---- nbd_conn.c: for nbd_request.c ---- */
+/* A reply is ready: it will be sent and the request freed. */
+void nbd_reply(struct nbd_req *r);
+
+#endif

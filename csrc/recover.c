@@ -1,0 +1,269 @@
+/*
+ * Opening a log that may have been written to before: by this host's last
+ * process, or by the last boot.
+ *
+ * Two passes. The first reads headers and journals and finds the highest log
+ * position that a SYNC record calls durable. The second goes through the
+ * records in position order, checks the data where a power cut may have torn it,
+ * and maps what is whole. A bad or missing record below the durable position is
+ * bit rot, an error; above it, it is a write that was never acknowledged as
+ * durable, and what it meant to replace stays visible. Replay never stops at a
+ * bad record.
+ *
+ * Found segments are sealed and count as unsynced: the next write opens a new one.
+ */
+#include "util.h"
+#include "volume.h"
+
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+struct found {
+    uint64_t seq;
+    struct disk_file file;
+    struct segment_header header;
+    struct segment_journal journal;
+    bool usable;   /* the header is valid */
+    bool suspect;  /* a sync failed: see log_mark_sync_failed */
+    uint32_t limit; /* records from here on are of a writer that had lost the log */
+};
+
+struct recovery {
+    struct volume *v;
+    struct found *found;
+    int64_t count;
+    uint64_t durable; /* log position */
+    uint64_t committed_seq;
+    uint8_t *buf;
+    bool always_verify;
+    struct glide_recovery *out;
+};
+
+static int open_found(struct recovery *r, struct found *f)
+{
+    struct write_log *log = &r->v->log;
+    struct segment_id id = log->id;
+    char *path = segment_path(log->path, f->seq, ".seg"), *mark = segment_path(log->path, f->seq, ".syncfail");
+    int err = path && mark ? disk_open(&f->file, path, O_RDWR) : -ENOMEM;
+
+    if (err)
+        err = fail(err, "cannot open log segment %s: %s", path ? path : "", strerror(-err));
+    else
+        f->suspect = access(mark, F_OK) == 0;
+    free(path);
+    free(mark);
+    if (err)
+        return err;
+    id.seq = f->seq;
+    err = segment_read_header(&f->file, &id, &f->header);
+    f->usable = err == 0;
+    return err == -EUCLEAN ? 0 : err; /* judged later, against the durable position */
+}
+
+/* Each header bounds the segment before it. */
+static void set_limits(struct recovery *r)
+{
+    for (int64_t i = 0; i < r->count; i++) {
+        r->found[i].limit = UINT32_MAX;
+        if (i + 1 < r->count && r->found[i + 1].usable && r->found[i + 1].header.previous_seq == r->found[i].seq)
+            r->found[i].limit = r->found[i + 1].header.previous_end;
+    }
+}
+
+static int read_journals(struct recovery *r)
+{
+    for (int64_t i = 0; i < r->count; i++) {
+        struct found *f = &r->found[i];
+        int err = f->usable ? segment_read_journal(&f->file, &f->header, f->limit, &f->journal) : 0;
+        if (err)
+            return err;
+        for (uint32_t k = 0; f->usable && k < f->journal.end; k++) {
+            const struct segment_record *record = &f->journal.records[k];
+            if (record->op == RECORD_SYNC && record->sector > r->durable && record->sector <= pos_make(f->seq, k))
+                r->durable = record->sector;
+        }
+    }
+    return 0;
+}
+
+static int rot(const struct found *f, uint32_t index)
+{
+    return fail(-EUCLEAN,
+                "%s: record %u was synced but is damaged now (bit rot); export the log with `glidefs logs export` "
+                "before you discard it",
+                f->file.path, index);
+}
+
+/* The data of a record may be torn only if another boot wrote it, or a sync of it failed. */
+static bool must_verify(const struct recovery *r, const struct found *f)
+{
+    static const uint8_t none[16];
+
+    return r->always_verify || f->suspect || !memcmp(f->header.boot_id, none, 16) ||
+           memcmp(f->header.boot_id, segment_boot_id(), 16) != 0;
+}
+
+static int apply(struct recovery *r, struct found *f, uint32_t index)
+{
+    struct segment_record *record = &f->journal.records[index];
+    uint64_t pos = pos_make(f->seq, index);
+    int err = 0;
+
+    if (record->op == RECORD_SYNC)
+        return 0;
+    if (record->op == RECORD_WRITE && must_verify(r, f))
+        err = segment_verify(&f->file, &f->journal, index, r->buf);
+    if (err == -EUCLEAN && pos >= r->durable) {
+        record->op = 0;
+        f->journal.valid--;
+        r->out->dropped++;
+        return 0;
+    }
+    if (err)
+        return err == -EUCLEAN ? rot(f, index) : err;
+    r->out->records++;
+    r->out->bytes += record->op == RECORD_WRITE ? (uint64_t)record->count * SECTOR : 0;
+    err = record->op == RECORD_ZERO ? log_map_zero(&r->v->map, record->sector, record->count, pos)
+                                    : log_map_write(&r->v->map, record->sector, record->count, pos);
+    return err ? fail(err, "no memory for the log map") : 0;
+}
+
+/* Below the durable position every index belongs to a valid record. */
+static int replay_segment(struct recovery *r, struct found *f)
+{
+    uint32_t durable_end = 0;
+
+    if (pos_seq(r->durable) > f->seq && f->usable)
+        durable_end = f->limit != UINT32_MAX ? f->limit : 0; /* sealed early: its end is what the next header says */
+    else if (pos_seq(r->durable) == f->seq)
+        durable_end = pos_index(r->durable);
+    for (uint32_t i = 0; i < f->journal.sectors;) {
+        const struct segment_record *record = &f->journal.records[i];
+        uint32_t space = record->op == RECORD_WRITE ? record->count : 1;
+        if (!record->op && i < durable_end)
+            return rot(f, i);
+        int err = record->op ? apply(r, f, i) : 0;
+        if (err)
+            return err;
+        i += space;
+    }
+    return 0;
+}
+
+static int adopt(struct recovery *r, struct found *f)
+{
+    struct stat st;
+    uint32_t end = f->usable ? f->journal.end : 0;
+    struct log_segment *s = log_adopt(&r->v->log, f->seq, f->file, f->usable ? f->header.sectors : 1, end,
+                                      f->usable ? f->journal.valid : 0);
+    if (!s)
+        return -ENOMEM;
+    s->first_ns = fstat(f->file.fd, &st) ? clock_ns(CLOCK_REALTIME)
+                                         : (uint64_t)st.st_mtim.tv_sec * 1000000000u + (uint64_t)st.st_mtim.tv_nsec;
+    s->sync_failed = f->suspect;
+    f->file.fd = -1; /* it is the segment's now */
+    f->file.path = NULL;
+    return 0;
+}
+
+static int replay(struct recovery *r)
+{
+    for (int64_t i = 0; i < r->count; i++) {
+        struct found *f = &r->found[i];
+        if (!f->usable && pos_seq(r->durable) >= f->seq)
+            return fail(-EUCLEAN, "%s: the header of a synced segment is damaged (bit rot)", f->file.path);
+        uint64_t before = i ? r->found[i - 1].seq : r->committed_seq;
+        if (f->usable && f->header.previous_seq > before && pos_seq(r->durable) > f->header.previous_seq)
+            return fail(-EUCLEAN, "%s: log segment %016llx, which was synced, is missing", r->v->log.path,
+                        (unsigned long long)f->header.previous_seq);
+        int err = f->usable ? replay_segment(r, f) : 0;
+        if (!err)
+            err = adopt(r, f);
+        segment_free_journal(&f->journal);
+        if (err)
+            return err;
+    }
+    return 0;
+}
+
+/* Segments that the store has are not replayed; they go. */
+static void unlink_committed(struct volume *v, uint64_t *seqs, int64_t *count, uint64_t committed)
+{
+    int64_t kept = 0;
+
+    for (int64_t i = 0; i < *count; i++) {
+        if (seqs[i] > committed) {
+            seqs[kept++] = seqs[i];
+            continue;
+        }
+        char *path = segment_path(v->log.path, seqs[i], ".seg"), *mark = segment_path(v->log.path, seqs[i], ".syncfail");
+        if (path && mark) {
+            disk_unlink(path);
+            disk_unlink(mark);
+        }
+        free(path);
+        free(mark);
+    }
+    *count = kept;
+}
+
+static int recover_found(struct recovery *r, const uint64_t *seqs)
+{
+    struct write_log *log = &r->v->log;
+    int err = disk_open(&log->dir, log->path, O_RDONLY | O_DIRECTORY);
+
+    if (err)
+        return fail(err, "cannot open the log directory %s: %s", log->path, strerror(-err));
+    for (int64_t i = 0; i < r->count && !err; i++) {
+        r->found[i].seq = seqs[i];
+        r->found[i].file.fd = -1;
+        err = open_found(r, &r->found[i]);
+    }
+    if (err)
+        return err;
+    set_limits(r);
+    err = read_journals(r);
+    if (!err)
+        err = replay(r);
+    if (err)
+        return err;
+    const struct log_segment *last = log->segments[log->count - 1];
+    log->id.seq = last->seq;
+    log->previous_end_seq = last->seq;
+    log->previous_end = last->end;
+    log->dir_unsynced = true; /* whoever made the entries may not have synced them */
+    r->out->segments = log->count;
+    r->out->last_seq = last->seq;
+    return 0;
+}
+
+int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify, struct glide_recovery *out)
+{
+    uint64_t *seqs;
+    struct recovery r = {.v = v, .committed_seq = committed_seq, .always_verify = always_verify, .out = out};
+
+    memset(out, 0, sizeof(*out));
+    v->log.id.seq = committed_seq; /* numbers are never used twice */
+    r.count = segment_list(v->log.path, &seqs);
+    if (r.count < 0)
+        return (int)r.count;
+    unlink_committed(v, seqs, &r.count, committed_seq);
+    int err = 0;
+    if (r.count) {
+        r.found = calloc((size_t)r.count, sizeof(*r.found));
+        r.buf = malloc(RECORD_MAX_SECTORS * SECTOR);
+        err = r.found && r.buf ? recover_found(&r, seqs) : -ENOMEM;
+        for (int64_t i = 0; r.found && i < r.count; i++) {
+            segment_free_journal(&r.found[i].journal);
+            if (r.found[i].file.path)
+                disk_close(&r.found[i].file);
+        }
+        free(r.found);
+        free(r.buf);
+    }
+    free(seqs);
+    return err;
+}

@@ -1,0 +1,133 @@
+/*
+ * Retiring a segment: its data is in the store, and the reader uses a manifest
+ * that has it; the log forgets it and the file goes.
+ *
+ * The caller's thread reads the journal and unlinks; the worker does the map, a
+ * slice of records per round so that guests never wait for a whole segment. The
+ * stamp is bumped before the first record: a fault that was resolved against an
+ * older manifest cannot install what the log is about to uncover.
+ */
+#include "fault.h"
+#include "util.h"
+#include "volume.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define SLICE 1024 /* journal indices per round */
+
+struct retire {
+    struct call call;
+    struct task task;
+    struct volume *v;
+    uint64_t limit;     /* retire up to this sequence number */
+    uint64_t seq;       /* the segment at work, 0 = none left */
+    struct disk_file file; /* of it, a duplicate: closing the last fd may take the file system a while */
+    uint32_t end;
+    struct segment_journal journal;
+    uint32_t at;
+    int err;
+};
+
+static int pick(struct worker *w, void *arg)
+{
+    struct retire *r = arg;
+    struct write_log *log = &r->v->log;
+    struct log_segment *s = log->count ? log->segments[0] : NULL;
+
+    (void)w;
+    r->seq = 0;
+    if (!s || s == log->active || s->seq > r->limit)
+        return 0;
+    if (s->seq > r->v->committed_seq)
+        return fail(-EINVAL, "segment %llu is not committed", (unsigned long long)s->seq);
+    r->file.path = strdup(s->file.path);
+    r->file.fd = dup(s->file.fd);
+    if (!r->file.path || r->file.fd < 0)
+        return -ENOMEM;
+    r->seq = s->seq;
+    r->end = s->end;
+    return 0;
+}
+
+static void forgot(uint64_t block, uint64_t count, void *arg) { block_map_drop(&((struct volume *)arg)->base, block, count); }
+
+static void forget_slice(struct task *task, struct worker *w)
+{
+    struct retire *r = container_of(task, struct retire, task);
+    struct volume *v = r->v;
+    uint32_t stop = (uint32_t)min_u64(r->journal.end, (uint64_t)r->at + SLICE);
+
+    for (; r->at < stop && !r->err; r->at++) {
+        const struct segment_record *record = &r->journal.records[r->at];
+        uint64_t pos = pos_make(r->seq, r->at);
+        if (record->op == RECORD_WRITE)
+            r->err = log_map_forget_write(&v->map, record->sector, record->count, pos, forgot, v);
+        else if (record->op == RECORD_ZERO)
+            r->err = log_map_forget_zero(&v->map, record->sector, record->count, pos, forgot, v);
+    }
+    struct log_segment *s = log_find(&v->log, r->seq);
+    bool more = !r->err && r->at < r->journal.end;
+    if (more || (!r->err && s->pins)) {
+        worker_defer(w, &r->task); /* the next slice, or until the last reader leaves */
+        return;
+    }
+    if (!r->err)
+        log_drop(&v->log, s);
+    volume_count_memory(v);
+    call_done(&r->call, r->err);
+}
+
+static void start_forget(struct call *call, struct worker *w)
+{
+    struct retire *r = call->arg;
+
+    atomic_fetch_add(&r->v->stamp, 1);
+    r->at = 0;
+    r->err = 0;
+    list_init(&r->task.link);
+    r->task.run = forget_slice;
+    forget_slice(&r->task, w);
+}
+
+static int retire_one(struct retire *r)
+{
+    struct segment_header header;
+    struct segment_id id = r->v->log.id; /* the ids in it never change */
+
+    id.seq = r->seq;
+    int err = r->end ? segment_read_header(&r->file, &id, &header) : 0;
+    if (!err && r->end)
+        err = segment_read_journal(&r->file, &header, r->end, &r->journal);
+    if (!err)
+        err = call_run(r->v->worker, &r->call, start_forget, r);
+    segment_free_journal(&r->journal);
+    if (err)
+        return err;
+    char *mark = segment_path(r->v->log.path, r->seq, ".syncfail");
+    err = disk_unlink(r->file.path);
+    if (mark)
+        disk_unlink(mark);
+    free(mark);
+    return err;
+}
+
+int glide_volume_retire(glide_volume *volume, uint64_t seq)
+{
+    struct retire r = {.v = volume, .limit = seq};
+    bool any = false;
+    int err;
+
+    while (!(err = worker_call(volume->worker, pick, &r)) && r.seq) {
+        err = retire_one(&r);
+        disk_close(&r.file);
+        memset(&r.journal, 0, sizeof(r.journal));
+        if (err)
+            break;
+        any = true;
+    }
+    if (any)
+        engine_space_freed(volume->engine);
+    return err;
+}

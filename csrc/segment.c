@@ -1,0 +1,243 @@
+#include "segment.h"
+
+#include "glide_core_internal.h"
+#include "util.h"
+
+#include <dirent.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the formats are little-endian");
+_Static_assert(sizeof(struct segment_record) == 32, "journal records are 32 bytes");
+_Static_assert(sizeof(struct segment_header) == 96, "segment header layout");
+
+#define MAGIC "GLIDELOG"
+#define VERSION 1u
+
+static uint8_t boot_id[16];
+static pthread_once_t boot_id_once = PTHREAD_ONCE_INIT;
+
+static void read_boot_id(void)
+{
+    char text[64] = "";
+    int fd = open("/proc/sys/kernel/random/boot_id", O_RDONLY | O_CLOEXEC);
+
+    if (fd < 0)
+        return; /* zero: never trusted, see segment_boot_id's user */
+    if (read(fd, text, sizeof(text) - 1) > 0) {
+        XXH128_hash_t h = XXH3_128bits(text, strlen(text));
+        memcpy(boot_id, &h, sizeof(boot_id));
+    }
+    close(fd);
+}
+
+const uint8_t *segment_boot_id(void)
+{
+    pthread_once(&boot_id_once, read_boot_id);
+    return boot_id;
+}
+
+uint64_t segment_salt(const struct segment_id *id) { return XXH3_64bits_withSeed(id->log_id, 16, id->seq); }
+
+static uint64_t record_check(const struct segment_record *r, uint64_t salt, uint32_t index)
+{
+    return XXH3_64bits_withSeed(r, offsetof(struct segment_record, check), salt + index);
+}
+
+void segment_record_seal(struct segment_record *r, uint64_t salt, uint32_t index)
+{
+    r->check = record_check(r, salt, index);
+}
+
+/* ---- header ------------------------------------------------------------------------------ */
+
+int segment_write_header(struct disk_file *f, const struct segment_id *id, uint32_t sectors, uint64_t previous_seq,
+                         uint32_t previous_end)
+{
+    struct segment_header h = {.version = VERSION, .sectors = sectors, .seq = id->seq, .previous_seq = previous_seq,
+                               .previous_end = previous_end};
+    struct iovec iov = {&h, sizeof(h)};
+
+    memcpy(h.magic, MAGIC, sizeof(h.magic));
+    memcpy(h.volume_id, id->volume_id, 16);
+    memcpy(h.log_id, id->log_id, 16);
+    memcpy(h.boot_id, segment_boot_id(), 16);
+    h.check = XXH3_64bits(&h, offsetof(struct segment_header, check));
+    return disk_pwritev(f, &iov, 1, 0);
+}
+
+static int read_all(int fd, void *buf, uint64_t length, uint64_t offset, uint64_t *got)
+{
+    for (*got = 0; *got < length;) {
+        ssize_t n = pread(fd, (char *)buf + *got, length - *got, (off_t)(offset + *got));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return -errno;
+        if (n == 0)
+            break;
+        *got += (uint64_t)n;
+    }
+    return 0;
+}
+
+int segment_read_header(struct disk_file *f, const struct segment_id *id, struct segment_header *h)
+{
+    uint64_t got;
+    int err = read_all(f->fd, h, sizeof(*h), 0, &got);
+
+    if (err)
+        return fail(err, "cannot read %s", f->path);
+    if (got < sizeof(*h) || memcmp(h->magic, MAGIC, sizeof(h->magic)) ||
+        h->check != XXH3_64bits(h, offsetof(struct segment_header, check)))
+        return fail(-EUCLEAN, "%s: no valid segment header", f->path);
+    if (h->version != VERSION)
+        return fail(-ENOTSUP, "%s: segment version %u is not supported by this release", f->path, h->version);
+    if (memcmp(h->volume_id, id->volume_id, 16) || memcmp(h->log_id, id->log_id, 16) || h->seq != id->seq)
+        return fail(-EUCLEAN, "%s: belongs to another log", f->path);
+    if (h->sectors == 0 || h->sectors > SEGMENT_MAX_SECTORS)
+        return fail(-EUCLEAN, "%s: impossible geometry", f->path);
+    return 0;
+}
+
+/* ---- journal ------------------------------------------------------------------------------ */
+
+static bool record_valid(const struct segment_record *r, uint64_t salt, uint32_t index, uint32_t sectors)
+{
+    if (r->op < RECORD_WRITE || r->op > RECORD_SYNC || r->check != record_check(r, salt, index))
+        return false;
+    if (r->op == RECORD_WRITE)
+        return r->count && r->count <= RECORD_MAX_SECTORS && r->count <= sectors - index;
+    return r->op == RECORD_SYNC || r->count;
+}
+
+int segment_read_journal(struct disk_file *f, const struct segment_header *h, uint32_t limit,
+                         struct segment_journal *out)
+{
+    struct segment_id id = {.seq = h->seq};
+    uint64_t got, bytes = segment_journal_bytes(h->sectors);
+    struct segment_record *records = calloc(1, bytes);
+
+    memset(out, 0, sizeof(*out));
+    if (!records)
+        return fail(-ENOMEM, "no memory for the journal of %s", f->path);
+    int err = read_all(f->fd, records, bytes, SECTOR, &got);
+    if (err) {
+        free(records);
+        return fail(err, "cannot read the journal of %s", f->path);
+    }
+    memcpy(id.volume_id, h->volume_id, 16);
+    memcpy(id.log_id, h->log_id, 16);
+    uint64_t salt = segment_salt(&id);
+    out->records = records;
+    out->sectors = h->sectors;
+    for (uint32_t i = 0; i < h->sectors;) {
+        struct segment_record *r = &records[i];
+        if (i >= limit || !record_valid(r, salt, i, h->sectors)) {
+            r->op = 0;
+            i++;
+            continue;
+        }
+        uint32_t space = r->op == RECORD_WRITE ? r->count : 1;
+        out->valid += r->op != RECORD_SYNC;
+        for (uint32_t k = 1; k < space; k++)
+            records[i + k].op = 0;
+        i += space;
+        out->end = i;
+    }
+    return 0;
+}
+
+void segment_free_journal(struct segment_journal *j)
+{
+    free(j->records);
+    j->records = NULL;
+}
+
+int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_t index, uint8_t *buf)
+{
+    const struct segment_record *r = &j->records[index];
+    uint64_t got, length = (uint64_t)r->count * SECTOR;
+    int err = read_all(f->fd, buf, length, segment_data_offset(j->sectors, index), &got);
+
+    if (err)
+        return fail(err, "cannot read record %u of %s", index, f->path);
+    return got == length && XXH3_64bits(buf, length) == r->hash ? 0 : -EUCLEAN;
+}
+
+/* ---- directory ------------------------------------------------------------------------------ */
+
+char *segment_path(const char *dir, uint64_t seq, const char *suffix)
+{
+    char *path;
+
+    return asprintf(&path, "%s/%016llx%s", dir, (unsigned long long)seq, suffix) < 0 ? NULL : path;
+}
+
+static bool parse_name(const char *name, uint64_t *seq)
+{
+    *seq = 0;
+    for (int i = 0; i < 16; i++) {
+        char c = name[i];
+        int digit = c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
+        if (digit < 0)
+            return false;
+        *seq = *seq << 4 | (uint64_t)digit;
+    }
+    return !strcmp(name + 16, ".seg") && *seq > 0 && *seq < (uint64_t)1 << 38;
+}
+
+static int compare_u64(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return x < y ? -1 : x > y;
+}
+
+int64_t segment_list(const char *dir, uint64_t **out)
+{
+    uint64_t *seqs = NULL, seq;
+    size_t count = 0, capacity = 0;
+    DIR *d = opendir(dir);
+
+    *out = NULL;
+    if (!d)
+        return errno == ENOENT ? 0 : fail(-errno, "cannot list %s", dir);
+    for (struct dirent *e; (e = readdir(d));) {
+        if (!parse_name(e->d_name, &seq))
+            continue;
+        if (count == capacity) {
+            capacity = capacity ? capacity * 2 : 16;
+            uint64_t *more = realloc(seqs, capacity * sizeof(*seqs));
+            if (!more) {
+                free(seqs);
+                closedir(d);
+                return -ENOMEM;
+            }
+            seqs = more;
+        }
+        seqs[count++] = seq;
+    }
+    closedir(d);
+    if (count)
+        qsort(seqs, count, sizeof(*seqs), compare_u64);
+    *out = seqs;
+    return (int64_t)count;
+}
+
+int glide_log_segments(const char *log_dir, uint64_t *seqs, uint32_t max)
+{
+    uint64_t *found;
+    int64_t n = segment_list(log_dir, &found);
+
+    for (int64_t i = 0; i < n && i < max; i++)
+        seqs[i] = found[i];
+    free(found);
+    return (int)n;
+}

@@ -1,0 +1,48 @@
+/*
+ * The queue of a ublk device, on the worker of its volume. ublk_device.c makes
+ * and unmakes devices from control threads.
+ *
+ * A device has one hardware queue: its volume lives on one worker, so more
+ * would only be hand-overs. Every tag is a slot that is either armed (a command
+ * is pending in the kernel), busy (we have its request), or gone (-ENODEV).
+ */
+#ifndef GLIDE_UBLK_QUEUE_H
+#define GLIDE_UBLK_QUEUE_H
+
+#include "io.h"
+#include "ublk_uapi.h"
+#include "worker.h"
+
+struct ublk_device;
+
+struct ublk_tag {
+    struct ring_op op;
+    struct io_req io;
+    struct ublk_device *device;
+    uint16_t tag;
+    uint8_t *buf;              /* copy mode: the tag's own, for life; user copy: of the request */
+};
+
+struct ublk_device {
+    struct volume *volume;
+    struct worker *worker;
+    struct ublk_dev_info info; /* as the kernel granted it */
+    bool user_copy;
+    int cdev;                  /* /dev/ublkcN */
+    const struct ublk_io_desc *descriptors;
+    size_t descriptor_bytes;
+    struct ublk_tag *tags;     /* info.queue_depth of them */
+    uint8_t *buffers;          /* copy mode */
+    uint32_t busy, gone;
+    bool releasing;            /* new requests are left to the next server */
+    struct call *waiting;      /* stop or release: until gone == depth, or busy == 0 */
+    struct ublk_device *next_released;
+};
+
+/* ---- worker ---- */
+/* Arm every tag. */
+void ublk_queue_start(struct ublk_device *d);
+/* Finish the call when the device has what it waits for. */
+void ublk_queue_check(struct ublk_device *d);
+
+#endif

@@ -1,0 +1,436 @@
+/*
+ * Volumes: open and close, and the calls that Python makes on them. Each call
+ * runs on the volume's worker as one step, so it sees and leaves the volume
+ * between two requests.
+ */
+#include "volume.h"
+
+#include "fault.h"
+#include "nbd_conn.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- for the request code ---------------------------------------------------------------- */
+
+void volume_want_flush(struct volume *v)
+{
+    if (list_empty(&v->batch_link))
+        list_append(&v->worker->batches, &v->batch_link);
+}
+
+void volume_count_memory(struct volume *v)
+{
+    uint64_t now = v->map.leaves.bytes + v->map.zeros.bytes + v->base.entries.bytes + v->faults.bytes;
+
+    if (now != v->counted_bytes) {
+        atomic_fetch_add(&v->engine->table_bytes, now - v->counted_bytes); /* wraps the right way */
+        v->counted_bytes = now;
+    }
+}
+
+void volume_idle_check(struct volume *v)
+{
+    if (v->inflight || v->conn_count)
+        return;
+    for (struct list *e; (e = list_pop(&v->idle_calls));)
+        call_done(container_of(e, struct call, link), 0);
+}
+
+void volume_request_done(struct volume *v)
+{
+    v->inflight--;
+    if (!list_empty(&v->idle_calls))
+        volume_idle_check(v);
+}
+
+/* Writers that have waited longer than the option allows. */
+static void expire_writers(struct volume *v, uint64_t now)
+{
+    uint64_t limit = (uint64_t)v->engine->config.log_full_timeout_ms * 1000000u;
+
+    for (struct list *at = v->batch.next, *next; limit && at != &v->batch; at = next) {
+        struct io_req *req = container_of(at, struct io_req, link);
+        next = at->next;
+        if (now - req->start_ns > limit) {
+            list_remove(at);
+            io_finish(req, EIO);
+        }
+    }
+}
+
+bool volume_tick(struct volume *v)
+{
+    uint64_t now = now_ns(), limit = (uint64_t)v->engine->config.read_timeout_ms * 1000000u;
+
+    if (v->blocked) {
+        expire_writers(v, now);
+        volume_want_flush(v);
+    }
+    if (limit && v->waiting)
+        fault_expire(v, now - limit);
+    return v->blocked || v->waiting;
+}
+
+/* ---- open, close ---------------------------------------------------------------------------- */
+
+static struct worker *least_loaded(struct engine *e)
+{
+    struct worker *best = &e->workers[0];
+
+    for (unsigned i = 1; i < e->worker_count; i++) {
+        if (atomic_load(&e->workers[i].volume_count) < atomic_load(&best->volume_count))
+            best = &e->workers[i];
+    }
+    atomic_fetch_add(&best->volume_count, 1);
+    return best;
+}
+
+static int enter(struct worker *w, void *arg)
+{
+    struct volume *v = arg;
+
+    list_append(&w->volumes, &v->link);
+    volume_count_memory(v);
+    return 0;
+}
+
+static int leave(struct worker *w, void *arg)
+{
+    struct volume *v = arg;
+
+    (void)w;
+    list_remove(&v->link);
+    list_remove(&v->batch_link);
+    return 0;
+}
+
+static void volume_free(struct volume *v)
+{
+    log_map_destroy(&v->map);
+    block_map_destroy(&v->base);
+    fault_table_destroy(v);
+    volume_count_memory(v);
+    log_close(&v->log);
+    free(v);
+}
+
+static struct volume *volume_new(struct engine *e, const struct glide_volume_config *c)
+{
+    struct volume *v = calloc(1, sizeof(*v));
+
+    if (!v)
+        return NULL;
+    v->engine = e;
+    v->cookie = c->cookie;
+    v->read_only = c->read_only;
+    v->flush_store = c->flush_store;
+    v->committed_seq = c->committed_seq;
+    atomic_init(&v->size, c->size);
+    atomic_init(&v->stamp, 1);
+    struct list *lists[] = {&v->link, &v->batch_link, &v->batch, &v->conns, &v->idle_calls,
+                            &v->sync.next, &v->sync.current, &v->sync.store};
+    for (size_t i = 0; i < ARRAY_LEN(lists); i++)
+        list_init(lists[i]);
+    log_map_init(&v->map, &e->leaves);
+    block_map_init(&v->base, max_u64(e->config.map_budget / 4, 65536));
+    table_init(&v->faults);
+    return v;
+}
+
+int glide_volume_open(glide_engine *engine, const struct glide_volume_config *config, glide_volume **out,
+                      struct glide_recovery *recovery)
+{
+    *out = NULL;
+    if (!config->size || config->size % SECTOR || config->size > (uint64_t)1 << 60)
+        return fail(-EINVAL, "a volume's size is a multiple of %u bytes up to 2^60, not %llu", SECTOR,
+                    (unsigned long long)config->size);
+    struct volume *v = volume_new(engine, config);
+    if (!v)
+        return -ENOMEM;
+    int err = log_open(&v->log, engine, config->log_dir, config->volume_id, config->log_id);
+    if (!err)
+        err = volume_recover(v, config->committed_seq, config->always_verify, recovery);
+    if (err) {
+        volume_free(v);
+        return err;
+    }
+    v->event_dirty = v->log.count > 0;
+    v->worker = least_loaded(engine);
+    worker_call(v->worker, enter, v);
+    *out = v;
+    return 0;
+}
+
+static void start_close(struct call *call, struct worker *w)
+{
+    struct volume *v = call->arg;
+
+    (void)w;
+    v->closing = true;
+    nbd_close_all(v);
+    io_fail_parked(v, ESHUTDOWN);
+    list_append(&v->idle_calls, &call->link);
+    volume_idle_check(v);
+}
+
+int glide_volume_close(glide_volume *v)
+{
+    struct call call;
+
+    if (v->ublk)
+        return fail(-EBUSY, "stop or release the ublk device first");
+    call_run(v->worker, &call, start_close, v);
+    worker_call(v->worker, leave, v);
+    fault_forget(v->engine, v->cookie);
+    atomic_fetch_sub(&v->worker->volume_count, 1);
+    struct engine *e = v->engine;
+    volume_free(v);
+    engine_space_freed(e);
+    return 0;
+}
+
+/* ---- log ---------------------------------------------------------------------------------------- */
+
+struct volume_call {
+    struct volume *v;
+    uint64_t value;
+    uint64_t stamp;
+    const struct glide_install *list;
+    uint32_t count;
+    void *out;
+};
+
+static int do_seal(struct worker *w, void *arg)
+{
+    struct volume_call *c = arg;
+
+    (void)w;
+    log_seal(&c->v->log);
+    c->value = log_sealed_seq(&c->v->log);
+    return 0;
+}
+
+int glide_volume_seal(glide_volume *volume, uint64_t *seq)
+{
+    struct volume_call c = {.v = volume};
+    int err = worker_call(volume->worker, do_seal, &c);
+
+    *seq = c.value;
+    return err;
+}
+
+static int do_committed(struct worker *w, void *arg)
+{
+    struct volume_call *c = arg;
+    struct volume *v = c->v;
+
+    (void)w;
+    v->committed_seq = max_u64(v->committed_seq, c->value);
+    bool dirty = v->log.count && v->log.segments[v->log.count - 1]->seq > v->committed_seq;
+    if (!dirty)
+        v->event_dirty = false;
+    sync_committed(v);
+    return 0;
+}
+
+int glide_volume_committed(glide_volume *volume, uint64_t seq)
+{
+    return worker_call(volume->worker, do_committed, &(struct volume_call){.v = volume, .value = seq});
+}
+
+static int do_fail(struct worker *w, void *arg)
+{
+    struct volume_call *c = arg;
+
+    (void)w;
+    c->v->failed = (int)c->value;
+    io_fail_parked(c->v, c->v->failed);
+    return 0;
+}
+
+int glide_volume_fail(glide_volume *volume, int err)
+{
+    if (err <= 0)
+        return fail(-EINVAL, "an errno is positive");
+    return worker_call(volume->worker, do_fail, &(struct volume_call){.v = volume, .value = (uint64_t)err});
+}
+
+/* ---- base ------------------------------------------------------------------------------------------ */
+
+uint64_t glide_volume_stamp(glide_volume *volume) { return atomic_load(&volume->stamp); }
+
+static void install_one(struct volume *v, const struct glide_install *i, bool current)
+{
+    switch (i->kind) {
+    case GLIDE_INSTALL_SLOT:
+        if (current)
+            block_map_set_slot(&v->base, i->block, i->slot, i->generation);
+        fault_resolve(v, i->block, 0);
+        cache_unpin(&v->engine->cache, i->slot);
+        break;
+    case GLIDE_INSTALL_ZERO:
+        if (current)
+            block_map_set_zero(&v->base, i->block, i->count);
+        fault_resolve_range(v, i->block, i->count, 0);
+        break;
+    case GLIDE_INSTALL_ERROR:
+        fault_resolve_range(v, i->block, i->count, i->err > 0 ? i->err : EIO);
+        break;
+    default:
+        fault_resolve_range(v, i->block, i->count, 0);
+        break;
+    }
+}
+
+static int do_install(struct worker *w, void *arg)
+{
+    struct volume_call *c = arg;
+
+    (void)w;
+    for (uint32_t i = 0; i < c->count; i++)
+        install_one(c->v, &c->list[i], c->stamp == atomic_load(&c->v->stamp));
+    volume_count_memory(c->v);
+    return 0;
+}
+
+int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glide_install *list, uint32_t count)
+{
+    return worker_call(volume->worker, do_install,
+                       &(struct volume_call){.v = volume, .stamp = stamp, .list = list, .count = count});
+}
+
+/* ---- information ------------------------------------------------------------------------------------- */
+
+static uint64_t count_parked(const struct volume *v)
+{
+    uint64_t n = v->waiting;
+
+    list_each(at, &v->batch)
+        n++;
+    list_each(at, &v->sync.store)
+        n++;
+    return n;
+}
+
+static int do_info(struct worker *w, void *arg)
+{
+    struct volume_call *c = arg;
+    struct volume *v = c->v;
+    struct glide_volume_info *out = c->out;
+
+    (void)w;
+    *out = (struct glide_volume_info){.size = atomic_load(&v->size),
+                                      .sealed_seq = log_sealed_seq(&v->log),
+                                      .committed_seq = v->committed_seq,
+                                      .active_bytes = v->log.active ? v->log.active->bytes : 0,
+                                      .log_bytes = v->log.bytes,
+                                      .map_bytes = log_map_bytes(&v->map) + v->base.entries.bytes,
+                                      .parked = count_parked(v),
+                                      .connections = v->conn_count,
+                                      .failed = (uint32_t)v->failed};
+    for (uint32_t i = 0; i < v->log.count; i++) {
+        const struct log_segment *s = v->log.segments[i];
+        out->first_seq = i ? out->first_seq : s->seq;
+        out->last_seq = s->seq;
+        if (s->seq <= v->committed_seq)
+            continue;
+        out->dirty_bytes += s->bytes;
+        if (s->valid && (!out->oldest_dirty_ns || s->first_ns < out->oldest_dirty_ns))
+            out->oldest_dirty_ns = s->first_ns;
+    }
+    return 0;
+}
+
+int glide_volume_info_get(glide_volume *volume, struct glide_volume_info *out)
+{
+    return worker_call(volume->worker, do_info, &(struct volume_call){.v = volume, .out = out});
+}
+
+int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
+{
+    const struct stats *s = &volume->stats;
+
+    for (int op = 0; op < GLIDE_OPS; op++) {
+        out->ops[op] = atomic_load_explicit(&s->ops[op], memory_order_relaxed);
+        out->bytes[op] = atomic_load_explicit(&s->bytes[op], memory_order_relaxed);
+        out->errors[op] = atomic_load_explicit(&s->errors[op], memory_order_relaxed);
+        out->latency_sum_ns[op] = atomic_load_explicit(&s->latency_sum_ns[op], memory_order_relaxed);
+        for (int b = 0; b < GLIDE_HIST_BUCKETS; b++)
+            out->latency[op][b] = atomic_load_explicit(&s->latency[op][b], memory_order_relaxed);
+    }
+    out->faults = atomic_load_explicit(&s->faults, memory_order_relaxed);
+    out->log_hits = atomic_load_explicit(&s->log_hits, memory_order_relaxed);
+    out->cache_reads = atomic_load_explicit(&s->cache_reads, memory_order_relaxed);
+    out->zero_reads = atomic_load_explicit(&s->zero_reads, memory_order_relaxed);
+    out->rmw = atomic_load_explicit(&s->rmw, memory_order_relaxed);
+    out->syncs = atomic_load_explicit(&s->syncs, memory_order_relaxed);
+    out->log_full_waits = atomic_load_explicit(&s->log_full_waits, memory_order_relaxed);
+    out->map_full_waits = atomic_load_explicit(&s->map_full_waits, memory_order_relaxed);
+    return 0;
+}
+
+/* ---- synchronous I/O ------------------------------------------------------------------------------------ */
+
+struct sync_io {
+    struct call call;
+    struct io_req req;
+    uint64_t new_size; /* resize: set when the request is done; 0 = leave */
+};
+
+static void sync_io_done(struct io_req *req, int err)
+{
+    struct sync_io *io = container_of(req, struct sync_io, req);
+
+    if (!err && io->new_size)
+        atomic_store(&req->volume->size, io->new_size);
+    call_done(&io->call, -err);
+}
+
+static void start_sync_io(struct call *call, struct worker *w)
+{
+    (void)w;
+    io_submit(&container_of(call, struct sync_io, call)->req);
+}
+
+int glide_volume_io(glide_volume *volume, int op, int flags, uint64_t offset, uint64_t length, void *buf)
+{
+    struct sync_io io = {.req = {.volume = volume,
+                                 .buf = buf,
+                                 .offset = offset,
+                                 .length = op == GLIDE_FLUSH ? 0 : length,
+                                 .op = (uint8_t)op,
+                                 .flags = (uint8_t)(flags & (GLIDE_FUA | IO_LOCAL | IO_INTERNAL)),
+                                 .done = sync_io_done}};
+
+    if (op < 0 || op >= GLIDE_OPS)
+        return -EINVAL;
+    return call_run(volume->worker, &io.call, start_sync_io, NULL);
+}
+
+int glide_volume_sync(glide_volume *volume)
+{
+    return glide_volume_io(volume, GLIDE_FLUSH, IO_LOCAL | IO_INTERNAL, 0, 0, NULL);
+}
+
+int glide_volume_resize(glide_volume *volume, uint64_t size)
+{
+    uint64_t old = atomic_load(&volume->size);
+
+    if (!size || size % SECTOR || size > (uint64_t)1 << 60)
+        return fail(-EINVAL, "a volume's size is a multiple of %u bytes up to 2^60, not %llu", SECTOR,
+                    (unsigned long long)size);
+    if (size >= old) {
+        atomic_store(&volume->size, size);
+        return 0;
+    }
+    /* What is cut off is zeroed first: a later grow must not bring it back. */
+    struct sync_io io = {.req = {.volume = volume,
+                                 .offset = size,
+                                 .length = old - size,
+                                 .op = GLIDE_ZERO,
+                                 .flags = IO_INTERNAL,
+                                 .done = sync_io_done},
+                         .new_size = size};
+    return call_run(volume->worker, &io.call, start_sync_io, NULL);
+}

@@ -1,0 +1,77 @@
+/*
+ * A volume, in the C core: its write log, its maps, its requests.
+ *
+ * One worker owns a volume: every field without an atomic type is touched by
+ * that thread only. This replaces the stripe words, pins and closed-segment
+ * protocol that a volume shared by threads would need: between two rounds of
+ * the worker a volume is always consistent.
+ */
+#ifndef GLIDE_VOLUME_H
+#define GLIDE_VOLUME_H
+
+#include "block_map.h"
+#include "engine.h"
+#include "io.h"
+#include "log_map.h"
+#include "stats.h"
+#include "write_log.h"
+
+/* One sync of the log at a time; see sync.c. */
+struct sync_state {
+    struct list next;     /* requests that the next sync will serve */
+    struct list current;  /* those the running one serves */
+    struct list store;    /* flush = "store": they wait for a commit */
+    uint32_t outstanding; /* fsyncs in flight */
+    uint64_t pos;         /* everything below is covered by the running sync */
+    int err;
+    bool running;
+};
+
+struct volume {
+    struct engine *engine;
+    struct worker *worker;
+    struct list link;           /* worker->volumes */
+    struct list batch_link;     /* worker->batches, when something is to be done at the end of the round */
+    uint64_t cookie;
+    _Atomic uint64_t size;      /* bytes */
+    _Atomic uint64_t stamp;     /* bumped by retire: installs resolved before it do not land */
+    bool read_only, flush_store, closing;
+    int failed;                 /* positive errno: all I/O fails with it */
+
+    struct write_log log;
+    uint64_t committed_seq;
+    struct log_map map;
+    struct block_map base;
+    uint64_t counted_bytes;     /* of map memory in engine->table_bytes */
+
+    struct list batch;          /* WRITEs and ZEROs to append, in order; those that wait for space stay here */
+    bool blocked;               /* the head of `batch` waits for space */
+    uint64_t blocked_event_ns;  /* when Python was last told */
+    bool event_dirty;           /* GLIDE_EV_FIRST_DIRTY was sent */
+    struct sync_state sync;
+    struct table faults;        /* block -> struct waiting (fault.c) */
+    uint64_t waiting;           /* pieces of requests in it */
+
+    struct list conns;          /* struct nbd_conn */
+    uint32_t conn_count;
+    struct ublk_device *ublk;
+    uint64_t inflight;          /* requests submitted and not done */
+    struct list idle_calls;     /* struct call: wait until inflight is 0 */
+    struct stats stats;
+};
+
+/* At the end of the round: io_flush(v). */
+void volume_want_flush(struct volume *v);
+/* 10 times a second while something waits: timeouts, retries. True: again. */
+bool volume_tick(struct volume *v);
+/* Publish changes of map memory to the engine's account. */
+void volume_count_memory(struct volume *v);
+/* Let a close that waits go on when nothing is in flight. */
+void volume_idle_check(struct volume *v);
+/* A request ended; wakes who waits for none in flight. */
+void volume_request_done(struct volume *v);
+
+/* recover.c: replay the log directory. */
+int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify, struct glide_recovery *out);
+
+#endif

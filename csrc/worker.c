@@ -1,0 +1,308 @@
+/*
+ * The loop of a worker. A round: run tasks, finish what the round collected
+ * (appends, syncs, replies), submit, wait, complete.
+ *
+ * Wake-ups: a poster puts its task into the inbox and writes the eventfd only if
+ * the worker said that it sleeps. The worker says so before its last look at the
+ * inbox, so one of the two sees the other.
+ */
+#include "worker.h"
+
+#include "engine.h"
+#include "io.h"
+#include "nbd_conn.h"
+#include "volume.h"
+#include "write_log.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+
+#define RING_ENTRIES 1024
+#define CQ_ENTRIES 16384
+#define TICK_NS 100000000
+
+/* ---- posting ---------------------------------------------------------------------------- */
+
+void worker_post(struct worker *w, struct task *task)
+{
+    uint64_t one = 1;
+
+    pthread_mutex_lock(&w->lock);
+    list_append(&w->inbox, &task->link);
+    pthread_mutex_unlock(&w->lock);
+    if (atomic_exchange(&w->sleeping, false)) {
+        while (write(w->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR)
+            ;
+    }
+}
+
+static void run_call(struct task *task, struct worker *w)
+{
+    struct call *call = container_of(task, struct call, task);
+
+    call->start(call, w);
+}
+
+int call_run(struct worker *w, struct call *call, void (*start)(struct call *, struct worker *), void *arg)
+{
+    call->task.run = run_call;
+    call->start = start;
+    call->arg = arg;
+    call->result = 0;
+    call->done = false;
+    list_init(&call->link);
+    pthread_mutex_init(&call->lock, NULL);
+    pthread_cond_init(&call->cond, NULL);
+    worker_post(w, &call->task);
+    pthread_mutex_lock(&call->lock);
+    while (!call->done)
+        pthread_cond_wait(&call->cond, &call->lock);
+    pthread_mutex_unlock(&call->lock);
+    pthread_cond_destroy(&call->cond);
+    pthread_mutex_destroy(&call->lock);
+    return call->result;
+}
+
+void call_done(struct call *call, int result)
+{
+    pthread_mutex_lock(&call->lock);
+    call->result = result;
+    call->done = true;
+    pthread_cond_signal(&call->cond);
+    pthread_mutex_unlock(&call->lock); /* the caller may free `call` from here on */
+}
+
+struct simple_call {
+    struct call call;
+    int (*fn)(struct worker *w, void *arg);
+    void *arg;
+};
+
+static void start_simple(struct call *call, struct worker *w)
+{
+    struct simple_call *s = container_of(call, struct simple_call, call);
+
+    call_done(call, s->fn(w, s->arg));
+}
+
+int worker_call(struct worker *w, int (*fn)(struct worker *, void *), void *arg)
+{
+    struct simple_call s = {.fn = fn, .arg = arg};
+
+    return call_run(w, &s.call, start_simple, NULL);
+}
+
+/* ---- the ring ------------------------------------------------------------------------------ */
+
+struct io_uring_sqe *worker_sqe(struct worker *w, struct ring_op *op)
+{
+    struct io_uring_sqe *sqe;
+
+    while (!(sqe = io_uring_get_sqe(&w->ring)))
+        io_uring_submit(&w->ring);
+    io_uring_prep_nop(sqe); /* all fields set, whatever the caller prepares next */
+    io_uring_sqe_set_data(sqe, op);
+    return sqe;
+}
+
+static void arm_wake(struct worker *w)
+{
+    struct io_uring_sqe *sqe = worker_sqe(w, &w->wake_op);
+
+    io_uring_prep_read(sqe, w->wake_fd, &w->wake_value, sizeof(w->wake_value), 0);
+    io_uring_sqe_set_data(sqe, &w->wake_op);
+}
+
+static void on_wake(struct ring_op *op, int res, uint32_t flags)
+{
+    (void)res;
+    (void)flags;
+    arm_wake(container_of(op, struct worker, wake_op));
+}
+
+static void on_tick(struct ring_op *op, int res, uint32_t flags)
+{
+    struct worker *w = container_of(op, struct worker, tick_op);
+    bool again = false;
+
+    (void)res;
+    (void)flags;
+    w->ticking = false;
+    for (struct list *at = w->volumes.next, *next; at != &w->volumes; at = next) {
+        next = at->next;
+        again |= volume_tick(container_of(at, struct volume, link));
+    }
+    if (again)
+        worker_want_tick(w);
+}
+
+void worker_want_tick(struct worker *w)
+{
+    if (w->ticking)
+        return;
+    w->ticking = true;
+    w->tick = (struct __kernel_timespec){.tv_nsec = TICK_NS};
+    struct io_uring_sqe *sqe = worker_sqe(w, &w->tick_op);
+    io_uring_prep_timeout(sqe, &w->tick, 0, 0);
+    io_uring_sqe_set_data(sqe, &w->tick_op);
+}
+
+void worker_defer(struct worker *w, struct task *task) { list_append(&w->ready, &task->link); }
+
+/* ---- the loop ---------------------------------------------------------------------------------- */
+
+static void run_tasks(struct worker *w)
+{
+    struct list tasks;
+
+    list_init(&tasks);
+    list_splice(&tasks, &w->ready);
+    pthread_mutex_lock(&w->lock);
+    list_splice(&tasks, &w->inbox);
+    pthread_mutex_unlock(&w->lock);
+    for (struct list *e; (e = list_pop(&tasks));) {
+        struct task *task = container_of(e, struct task, link);
+        task->run(task, w);
+    }
+}
+
+static void end_round(struct worker *w)
+{
+    for (struct list *e; (e = list_pop(&w->batches));)
+        io_flush(container_of(e, struct volume, batch_link));
+    nbd_send_all(w);
+}
+
+/* True: something is to be done at once. */
+static bool announce_sleep(struct worker *w)
+{
+    atomic_store(&w->sleeping, true);
+    pthread_mutex_lock(&w->lock);
+    bool busy = !list_empty(&w->inbox) || !list_empty(&w->ready);
+    pthread_mutex_unlock(&w->lock);
+    if (busy)
+        atomic_store(&w->sleeping, false);
+    return busy;
+}
+
+static void complete_all(struct worker *w)
+{
+    struct io_uring_cqe *cqe;
+    unsigned head, seen = 0;
+
+    io_uring_for_each_cqe(&w->ring, head, cqe) {
+        struct ring_op *op = io_uring_cqe_get_data(cqe);
+        int res = cqe->res;
+        uint32_t flags = cqe->flags;
+        seen++;
+        if (op)
+            op->complete(op, res, flags);
+    }
+    io_uring_cq_advance(&w->ring, seen);
+}
+
+static int set_up(struct worker *w)
+{
+    struct io_uring_params p = {.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+                                         IORING_SETUP_CQSIZE | IORING_SETUP_COOP_TASKRUN,
+                                .cq_entries = CQ_ENTRIES};
+    int err = io_uring_queue_init_params(RING_ENTRIES, &w->ring, &p);
+
+    if (err)
+        return err;
+    io_uring_register_ring_fd(&w->ring); /* saves a table look-up per call; not essential */
+    prctl(PR_SET_NAME, "glide-worker", 0, 0, 0);
+    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* reclaim must not wait for our own device; needs CAP_SYS_RESOURCE */
+    arm_wake(w);
+    return 0;
+}
+
+static void *worker_main(void *arg)
+{
+    struct worker *w = arg;
+    int err = set_up(w);
+
+    pthread_mutex_lock(&w->lock);
+    w->started = err ? err : 1;
+    pthread_cond_signal(&w->started_cond);
+    pthread_mutex_unlock(&w->lock);
+    if (err)
+        return NULL;
+    while (!w->stop) {
+        run_tasks(w);
+        end_round(w);
+        if (w->stop)
+            break;
+        bool busy = announce_sleep(w);
+        if (busy)
+            io_uring_submit_and_get_events(&w->ring);
+        else
+            io_uring_submit_and_wait(&w->ring, 1);
+        atomic_store(&w->sleeping, false);
+        complete_all(w);
+        end_round(w);
+    }
+    io_uring_queue_exit(&w->ring);
+    return NULL;
+}
+
+/* ---- start, stop ---------------------------------------------------------------------------------- */
+
+int worker_start(struct worker *w, struct engine *engine, unsigned index)
+{
+    memset(w, 0, sizeof(*w));
+    w->engine = engine;
+    w->index = index;
+    list_init(&w->inbox);
+    list_init(&w->ready);
+    list_init(&w->batches);
+    list_init(&w->senders);
+    list_init(&w->volumes);
+    w->wake_op.complete = on_wake;
+    w->tick_op.complete = on_tick;
+    pthread_mutex_init(&w->lock, NULL);
+    pthread_cond_init(&w->started_cond, NULL);
+    w->append = malloc(sizeof(*w->append));
+    w->wake_fd = eventfd(0, EFD_CLOEXEC);
+    int err = !w->append ? -ENOMEM : w->wake_fd < 0 ? -errno : 0;
+    if (!err)
+        err = -pthread_create(&w->thread, NULL, worker_main, w);
+    if (!err) {
+        pthread_mutex_lock(&w->lock);
+        while (!w->started)
+            pthread_cond_wait(&w->started_cond, &w->lock);
+        err = w->started < 0 ? w->started : 0;
+        pthread_mutex_unlock(&w->lock);
+        if (err)
+            pthread_join(w->thread, NULL);
+    }
+    if (err) {
+        free(w->append);
+        if (w->wake_fd >= 0)
+            close(w->wake_fd);
+        return fail(err, "cannot start an io_uring worker: %s (needs Linux 6.1 and kernel.io_uring_disabled = 0)",
+                    strerror(-err));
+    }
+    return 0;
+}
+
+static int stop_now(struct worker *w, void *arg)
+{
+    (void)arg;
+    w->stop = true;
+    return 0;
+}
+
+void worker_stop(struct worker *w)
+{
+    worker_call(w, stop_now, NULL);
+    pthread_join(w->thread, NULL);
+    close(w->wake_fd);
+    free(w->append);
+    free(w->scratch);
+    pthread_cond_destroy(&w->started_cond);
+    pthread_mutex_destroy(&w->lock);
+}

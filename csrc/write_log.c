@@ -1,0 +1,320 @@
+#include "write_log.h"
+
+#include "engine.h"
+#include "util.h"
+
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+static const uint8_t zero_sector[SECTOR];
+
+/* ---- open, close ---------------------------------------------------------------------- */
+
+static int make_dirs(const char *path)
+{
+    char *copy = strdup(path);
+    int err = copy ? 0 : -ENOMEM;
+
+    for (char *at = copy; at && !err;) {
+        at = strchr(at + 1, '/');
+        if (at)
+            *at = 0;
+        if (mkdir(copy, 0700) && errno != EEXIST)
+            err = -errno;
+        if (at)
+            *at = '/';
+    }
+    free(copy);
+    return err;
+}
+
+int log_open(struct write_log *log, struct engine *engine, const char *path, const uint8_t *volume_id,
+             const uint8_t *log_id)
+{
+    memset(log, 0, sizeof(*log));
+    log->engine = engine;
+    log->dir.fd = -1;
+    memcpy(log->id.volume_id, volume_id, 16);
+    memcpy(log->id.log_id, log_id, 16);
+    log->path = strdup(path);
+    return log->path ? 0 : -ENOMEM;
+}
+
+static int need_dir(struct write_log *log)
+{
+    if (log->dir.fd >= 0)
+        return 0;
+    int err = make_dirs(log->path);
+    if (!err)
+        err = disk_open(&log->dir, log->path, O_RDONLY | O_DIRECTORY);
+    return err ? fail(err, "cannot create the log directory %s: %s", log->path, strerror(-err)) : 0;
+}
+
+static void charge(struct write_log *log, struct log_segment *s, uint64_t bytes)
+{
+    s->bytes += bytes;
+    log->bytes += bytes;
+    atomic_fetch_add(&log->engine->log_bytes, bytes);
+}
+
+static void forget(struct write_log *log, struct log_segment *s)
+{
+    log->bytes -= s->bytes;
+    atomic_fetch_sub(&log->engine->log_bytes, s->bytes);
+    disk_close(&s->file);
+    free(s);
+}
+
+void log_close(struct write_log *log)
+{
+    for (uint32_t i = 0; i < log->count; i++)
+        forget(log, log->segments[i]);
+    free(log->segments);
+    disk_close(&log->dir);
+    free(log->path);
+    memset(log, 0, sizeof(*log));
+    log->dir.fd = -1;
+}
+
+/* ---- the list of segments ----------------------------------------------------------------- */
+
+struct log_segment *log_find(const struct write_log *log, uint64_t seq)
+{
+    uint32_t low = 0, high = log->count;
+
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (log->segments[middle]->seq < seq)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < log->count && log->segments[low]->seq == seq ? log->segments[low] : NULL;
+}
+
+static struct log_segment *add_segment(struct write_log *log, uint64_t seq, struct disk_file file, uint32_t sectors)
+{
+    if (log->count == log->capacity) {
+        uint32_t capacity = log->capacity ? log->capacity * 2 : 8;
+        struct log_segment **more = realloc(log->segments, capacity * sizeof(struct log_segment *));
+        if (!more)
+            return NULL;
+        log->segments = more;
+        log->capacity = capacity;
+    }
+    struct log_segment *s = calloc(1, sizeof(*s));
+    if (!s)
+        return NULL;
+    s->seq = seq;
+    s->file = file;
+    s->sectors = sectors;
+    log->segments[log->count++] = s;
+    return s;
+}
+
+static uint64_t record_bytes(uint32_t sectors) { return sectors * (uint64_t)(SECTOR + sizeof(struct segment_record)); }
+
+struct log_segment *log_adopt(struct write_log *log, uint64_t seq, struct disk_file file, uint32_t sectors,
+                              uint32_t end, uint32_t valid)
+{
+    struct log_segment *s = add_segment(log, seq, file, sectors);
+
+    if (!s)
+        return NULL;
+    s->end = end;
+    s->valid = valid;
+    s->unsynced = true;
+    charge(log, s, SECTOR + record_bytes(end));
+    return s;
+}
+
+void log_drop(struct write_log *log, struct log_segment *s)
+{
+    for (uint32_t i = 0; i < log->count; i++) {
+        if (log->segments[i] == s) {
+            memmove(&log->segments[i], &log->segments[i + 1], (log->count - i - 1) * sizeof(struct log_segment *));
+            log->count--;
+            break;
+        }
+    }
+    if (log->active == s)
+        log->active = NULL;
+    forget(log, s);
+}
+
+/* ---- segments come and go ------------------------------------------------------------------- */
+
+static int open_segment(struct write_log *log)
+{
+    struct segment_id id = log->id;
+    uint32_t sectors = log->engine->config.segment_sectors;
+    struct disk_file file;
+    int err = need_dir(log);
+
+    if (err)
+        return err;
+    id.seq++;
+    char *path = segment_path(log->path, id.seq, ".seg");
+    if (!path)
+        return -ENOMEM;
+    err = disk_create(&file, path);
+    if (!err) {
+        log->dir_unsynced = true;
+        err = segment_write_header(&file, &id, sectors, log->previous_end_seq, log->previous_end);
+        struct log_segment *s = err ? NULL : add_segment(log, id.seq, file, sectors);
+        if (s) {
+            log->active = s;
+            log->id.seq = id.seq;
+            s->unsynced = true;
+            s->first_ns = clock_ns(CLOCK_REALTIME);
+            charge(log, s, SECTOR);
+        } else {
+            err = err ? err : -ENOMEM;
+            disk_unlink(path);
+            disk_close(&file);
+        }
+    }
+    free(path);
+    return err;
+}
+
+int log_need_room(struct write_log *log)
+{
+    if (log->active && log_room(log) == 0)
+        log_seal(log);
+    return log->active ? 0 : open_segment(log);
+}
+
+void log_seal(struct write_log *log)
+{
+    struct log_segment *s = log->active;
+
+    if (!s)
+        return;
+    log->active = NULL;
+    if (s->end == 0) { /* nothing was ever written: leave no trace, its number is not used again */
+        disk_unlink(s->file.path);
+        log_drop(log, s);
+        return;
+    }
+    log->previous_end_seq = s->seq;
+    log->previous_end = s->end;
+}
+
+uint64_t log_sealed_seq(const struct write_log *log)
+{
+    uint32_t n = log->active ? log->count - 1 : log->count;
+
+    return n ? log->segments[n - 1]->seq : 0;
+}
+
+uint64_t log_position(const struct write_log *log)
+{
+    return log->active ? pos_make(log->active->seq, log->active->end) : pos_make(log->id.seq + 1, 0);
+}
+
+void log_mark_sync_failed(struct write_log *log, struct log_segment *s)
+{
+    struct disk_file file;
+    char *path = segment_path(log->path, s->seq, ".syncfail");
+
+    s->sync_failed = true;
+    if (path && !disk_create(&file, path)) {
+        disk_sync(&file, DISK_SYNC_BEGIN); /* best effort: the disk is failing */
+        disk_close(&file);
+        log->dir_unsynced = true;
+    }
+    free(path);
+}
+
+/* ---- append ------------------------------------------------------------------------------------- */
+
+/*
+ * Space is shared by dynamic thresholds (Choudhury and Hahne 1998): a log may hold up to 8 times what is
+ * still free, so one writer alone gets 8/9 of the limit, and many leave some for a newcomer.
+ */
+bool log_may_grow(const struct write_log *log, uint32_t sectors)
+{
+    const struct engine *e = log->engine;
+    uint64_t used = atomic_load_explicit(&e->log_bytes, memory_order_relaxed);
+    uint64_t after = used + record_bytes(sectors) + SECTOR;
+
+    if (after > e->config.log_limit)
+        return false;
+    uint64_t floor = min_u64(record_bytes(e->config.segment_sectors), e->config.log_limit / 16);
+    return log->bytes < floor || log->bytes <= 8 * (e->config.log_limit - after);
+}
+
+/* Fill the journal entries and the data vector for pieces that start at index `at`; returns sectors taken. */
+static uint32_t build(struct write_log *log, struct append_scratch *x, struct append_piece *pieces, uint32_t count,
+                      uint32_t at)
+{
+    struct segment_id id = log->id;
+    uint32_t taken = 0;
+
+    id.seq = log->active->seq;
+    uint64_t salt = segment_salt(&id);
+    for (uint32_t i = 0; i < count; i++) {
+        struct append_piece *p = &pieces[i];
+        uint32_t space = p->op == RECORD_WRITE ? p->count : 1;
+        struct segment_record *r = &x->records[taken];
+        memset(r, 0, space * sizeof(*r));
+        r->sector = p->sector;
+        r->count = p->count;
+        r->op = p->op;
+        const uint8_t *data = p->op == RECORD_WRITE ? p->data : zero_sector;
+        if (p->op == RECORD_WRITE)
+            r->hash = XXH3_64bits(data, (size_t)space * SECTOR);
+        segment_record_seal(r, salt, at + taken);
+        x->iov[i] = (struct iovec){(void *)(uintptr_t)data, (size_t)space * SECTOR};
+        p->pos = pos_make(log->active->seq, at + taken);
+        taken += space;
+    }
+    return taken;
+}
+
+int log_append(struct write_log *log, struct append_scratch *x, struct append_piece *pieces, uint32_t count)
+{
+    struct log_segment *s = log->active;
+    uint32_t at = s->end, taken = build(log, x, pieces, count, at);
+    struct iovec journal = {x->records, taken * sizeof(struct segment_record)};
+
+    s->unsynced = true; /* before the bytes: a sync that begins from here on covers them */
+    int err = disk_pwritev(&s->file, x->iov, (int)count, segment_data_offset(s->sectors, at));
+    if (!err)
+        err = disk_pwritev(&s->file, &journal, 1, segment_record_offset(at));
+    if (err) {
+        log_seal(log);
+        return err;
+    }
+    s->end += taken;
+    s->valid += count;
+    charge(log, s, record_bytes(taken));
+    return 0;
+}
+
+void log_note_sync(struct write_log *log, uint64_t pos)
+{
+    struct log_segment *s = log->active;
+    struct segment_record r = {.op = RECORD_SYNC, .sector = pos};
+    struct iovec iov = {&r, sizeof(r)};
+
+    if (!s || log_room(log) < 2) /* leave the last index to data: a sync record is only a witness */
+        return;
+    struct segment_id id = log->id;
+    id.seq = s->seq;
+    segment_record_seal(&r, segment_salt(&id), s->end);
+    if (disk_pwritev(&s->file, &iov, 1, segment_record_offset(s->end))) {
+        log_seal(log);
+        return;
+    }
+    s->end++;
+    charge(log, s, sizeof(r));
+}

@@ -1,0 +1,98 @@
+/*
+ * The write log of a volume: segments on disk, appended by the volume's worker.
+ *
+ * Because one thread appends, and an append finishes before anything else runs
+ * on it, there are no open reservations: when a segment is sealed, a sync is
+ * started or a position is read, every record below that position is on disk
+ * (in the page cache) and in the map. Two rules keep the order:
+ *
+ * - append = data, then records, then (by the caller) map, then acknowledgement;
+ * - a failed append seals the segment at its last good position, so a position
+ *   is never used twice.
+ */
+#ifndef GLIDE_WRITE_LOG_H
+#define GLIDE_WRITE_LOG_H
+
+#include "log_map.h"
+#include "segment.h"
+
+struct engine;
+
+struct log_segment {
+    uint64_t seq;
+    struct disk_file file;
+    uint32_t sectors;
+    uint32_t end;          /* first free index */
+    uint32_t valid;        /* WRITE and ZERO records */
+    uint32_t pins;         /* reads in flight */
+    uint64_t bytes;        /* charged to the log limit */
+    uint64_t first_ns;     /* CLOCK_REALTIME of the first record */
+    bool unsynced;         /* written since the last sync began */
+    bool sync_failed;      /* sticky until the segment is committed */
+};
+
+struct write_log {
+    struct engine *engine;
+    char *path;                     /* directory */
+    struct disk_file dir;
+    bool dir_unsynced;
+    struct segment_id id;           /* seq is the last one drawn */
+    struct log_segment **segments;  /* live, ascending by seq */
+    uint32_t count, capacity;
+    struct log_segment *active;     /* the last of them, or NULL */
+    uint64_t previous_end_seq;      /* what the next header says of its predecessor */
+    uint32_t previous_end;
+    uint64_t bytes;                 /* charged */
+};
+
+/* One record to append. */
+struct append_piece {
+    uint32_t op;          /* RECORD_WRITE or RECORD_ZERO */
+    uint32_t count;       /* sectors: WRITE up to RECORD_MAX_SECTORS */
+    uint64_t sector;
+    const uint8_t *data;  /* WRITE */
+    uint64_t pos;         /* out */
+};
+#define APPEND_MAX_PIECES 256
+#define APPEND_MAX_SECTORS RECORD_MAX_SECTORS
+
+struct append_scratch {
+    struct iovec iov[APPEND_MAX_PIECES];
+    struct segment_record records[APPEND_MAX_SECTORS];
+};
+
+int log_open(struct write_log *log, struct engine *engine, const char *path, const uint8_t *volume_id,
+             const uint8_t *log_id);
+/* Closes files; the log stays on disk. */
+void log_close(struct write_log *log);
+
+/* Index space that the active segment has left; 0 = there is none. */
+static inline uint32_t log_room(const struct write_log *log)
+{
+    return log->active ? log->active->sectors - log->active->end : 0;
+}
+/* Make an active segment with room. -errno: nothing changed. */
+int log_need_room(struct write_log *log);
+/* May this log take `sectors` more now? Charges nothing. */
+bool log_may_grow(const struct write_log *log, uint32_t sectors);
+/* Append pieces that fit in log_room() (a ZERO takes 1). On error nothing is appended and the segment is sealed. */
+int log_append(struct write_log *log, struct append_scratch *scratch, struct append_piece *pieces, uint32_t count);
+/* Append a SYNC record: everything below pos is durable. Best effort. */
+void log_note_sync(struct write_log *log, uint64_t pos);
+/* The next position that will be written; everything acknowledged is below. */
+uint64_t log_position(const struct write_log *log);
+/* Close the active segment. An empty one is removed. */
+void log_seal(struct write_log *log);
+/* Highest sealed sequence number, 0 = none. */
+uint64_t log_sealed_seq(const struct write_log *log);
+
+struct log_segment *log_find(const struct write_log *log, uint64_t seq);
+/* Enter a segment found on disk. Takes file over. NULL = no memory. */
+struct log_segment *log_adopt(struct write_log *log, uint64_t seq, struct disk_file file, uint32_t sectors,
+                              uint32_t end, uint32_t valid);
+/* Forget a segment without pins; the caller unlinks the file first. */
+void log_drop(struct write_log *log, struct log_segment *s);
+/* Note on disk that a sync of this segment failed, so that a later process does not trust it. */
+void log_mark_sync_failed(struct write_log *log, struct log_segment *s);
+
+#endif

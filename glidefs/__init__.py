@@ -1,0 +1,1 @@
+"""GlideFS: fast local disks backed by an object store."""

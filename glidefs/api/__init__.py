@@ -1,0 +1,1 @@
+"""The control plane: HTTP on a Unix socket, same verbs as the command line."""

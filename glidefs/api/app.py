@@ -1,0 +1,200 @@
+"""The routes. Each one decodes, calls the router in a thread, and encodes; nothing is decided here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+import anyio
+import anyio.to_thread
+import msgspec
+from fastapi import FastAPI, Request, Response
+
+from glidefs.api.errors import ErrorAnswer, describe
+from glidefs.errors import ConfigError
+from glidefs.exports import AttachRequest, CreateRequest, DrainRequest, ResizeRequest
+from glidefs.router import ExportRouter
+
+MAX_BODY = 64 << 10
+SLOW_THREADS = 32
+"""Verbs that may wait for the store or a drain run at most this many at a time."""
+FAST_THREADS = 4
+
+T = TypeVar("T", bound=msgspec.Struct)
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class LogExportRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /api/logs/{volume}/{log}/export: an absolute path on the daemon's host."""
+
+    path: str
+
+
+class Control(Protocol):
+    """What the daemon offers to the API."""
+
+    @property
+    def router(self) -> ExportRouter:
+        """The exports."""
+        ...
+
+    def health(self) -> dict[str, Any]:
+        """State of the process; the key "ready" is a bool."""
+        ...
+
+    def metrics(self) -> bytes:
+        """The Prometheus text."""
+        ...
+
+
+def reply(value: Any, status: int = 200) -> Response:
+    """An answer in JSON."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+async def body(request: Request, kind: type[T]) -> T:
+    """The request's JSON body as `kind`; an absent body is an empty object. Raises ConfigError."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY:
+            raise ConfigError(f"the request body has more than {MAX_BODY} bytes")
+    try:
+        return msgspec.json.decode(bytes(data) or b"{}", type=kind)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"request body: {error}") from error
+
+
+class Routes:
+    """The handlers, with the two limits on threads: quick look-ups never queue behind slow verbs."""
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+        self._slow = anyio.CapacityLimiter(SLOW_THREADS)
+        self._fast = anyio.CapacityLimiter(FAST_THREADS)
+
+    async def slow(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run a call that may block long."""
+        return await anyio.to_thread.run_sync(partial(function, *args, **options), limiter=self._slow)
+
+    async def fast(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a call that looks at memory only."""
+        return await anyio.to_thread.run_sync(partial(function, *args), limiter=self._fast)
+
+    async def list(self, request: Request) -> Response:
+        """GET /api/exports."""
+        return reply(await self.fast(self.control.router.listing))
+
+    async def show(self, request: Request) -> Response:
+        """GET /api/exports/{name}."""
+        return reply(await self.fast(self.control.router.show, request.path_params["name"]))
+
+    async def create(self, request: Request) -> Response:
+        """PUT /api/exports/{name}: 201 when created, 200 when it was there with the same settings."""
+        wanted = await body(request, CreateRequest)
+        status = await self.slow(self.control.router.create, request.path_params["name"], wanted)
+        return reply(status, 201 if status.created else 200)
+
+    async def remove(self, request: Request) -> Response:
+        """DELETE /api/exports/{name}: 200 also when it is gone already."""
+        purge = request.query_params.get("purge", "").lower() in ("1", "true", "yes")
+        return reply(await self.slow(self.control.router.remove, request.path_params["name"], purge=purge))
+
+    async def resize(self, request: Request) -> Response:
+        """POST /api/exports/{name}/resize."""
+        wanted = await body(request, ResizeRequest)
+        name = request.path_params["name"]
+        return reply(await self.slow(self.control.router.resize, name, wanted.size, shrink=wanted.shrink))
+
+    async def drain(self, request: Request) -> Response:
+        """POST /api/exports/{name}/drain."""
+        wanted = await body(request, DrainRequest)
+        name = request.path_params["name"]
+        return reply(await self.slow(self.control.router.drain, name, wanted.timeout))
+
+    async def detach(self, request: Request) -> Response:
+        """POST /api/exports/{name}/detach."""
+        wanted = await body(request, DrainRequest)
+        name = request.path_params["name"]
+        return reply(await self.slow(self.control.router.detach, name, wanted.timeout))
+
+    async def attach(self, request: Request) -> Response:
+        """POST /api/exports/{name}/attach."""
+        wanted = await body(request, AttachRequest)
+        return reply(await self.slow(self.control.router.attach, request.path_params["name"], wanted))
+
+    async def logs(self, request: Request) -> Response:
+        """GET /api/logs."""
+        return reply(await self.slow(self.control.router.list_logs))
+
+    async def export_log(self, request: Request) -> Response:
+        """POST /api/logs/{volume}/{log}/export."""
+        wanted = await body(request, LogExportRequest)
+        ids = request.path_params["volume"], request.path_params["log"]
+        return reply(await self.slow(self.control.router.export_log, *ids, wanted.path))
+
+    async def delete_log(self, request: Request) -> Response:
+        """DELETE /api/logs/{volume}/{log}."""
+        ids = request.path_params["volume"], request.path_params["log"]
+        return reply(await self.slow(self.control.router.delete_log, *ids))
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        text = await self.fast(self.control.metrics)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def health(self, request: Request) -> Response:
+        """GET /health: the process works."""
+        return reply(await self.fast(self.control.health))
+
+    async def ready(self, request: Request) -> Response:
+        """GET /health/ready: 503 until every export was tried, and while the daemon stops."""
+        state = await self.fast(self.control.health)
+        return reply(state, 200 if state["ready"] else 503)
+
+
+def build_app(control: Control) -> FastAPI:
+    """The application. No docs pages: their schemas cost memory and nobody reads them on a socket."""
+    app = FastAPI(title="GlideFS", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    routes = Routes(control)
+    export = "/api/exports/{name}"
+    stored_log = "/api/logs/{volume}/{log}"
+    table: tuple[tuple[str, str, Handler], ...] = (
+        ("GET", "/api/exports", routes.list),
+        ("GET", export, routes.show),
+        ("PUT", export, routes.create),
+        ("DELETE", export, routes.remove),
+        ("POST", f"{export}/resize", routes.resize),
+        ("POST", f"{export}/drain", routes.drain),
+        ("POST", f"{export}/detach", routes.detach),
+        ("POST", f"{export}/attach", routes.attach),
+        ("GET", "/api/logs", routes.logs),
+        ("POST", f"{stored_log}/export", routes.export_log),
+        ("DELETE", stored_log, routes.delete_log),
+        ("GET", "/metrics", routes.metrics),
+        ("GET", "/health", routes.health),
+        ("GET", "/health/ready", routes.ready),
+    )
+    for method, path, handler in table:
+        app.router.add_route(path, _guarded(handler), methods=[method])
+    for status in (404, 405):
+        app.add_exception_handler(status, _no_route)
+    return app
+
+
+def _guarded(handler: Handler) -> Handler:
+    async def guarded(request: Request) -> Response:
+        try:
+            return await handler(request)
+        except Exception as error:
+            status, answer = describe(error)
+            return reply(answer, status)
+
+    return guarded
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    text = "no such path in the API" if status == 404 else "the path does not take this method"
+    return reply(ErrorAnswer(f"{request.method} {request.url.path[:200]}: {text}"), status)

@@ -1,0 +1,162 @@
+"""Where the API listens: a Unix socket of mode 0600, and TCP only for who shows the token.
+
+One thread with one event loop serves all listeners; the router's calls run in its thread pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import os
+import socket
+import threading
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from glidefs.config import ApiSettings, parse_listen
+from glidefs.errors import ConfigError, GlideError
+from glidefs.transport.nbd_listen import (
+    activated_listeners,
+    listen_tcp,
+    listen_unix,
+    socket_identity,
+    unlink_own,
+)
+
+log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+MIN_TOKEN = 16
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 10.0
+
+
+class TokenGuard:
+    """Lets a request through only with `Authorization: Bearer TOKEN`."""
+
+    def __init__(self, app: AsgiApp, token: str) -> None:
+        self._app = app
+        self._expected = f"bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, rest = given.partition(b" ")
+        if hmac.compare_digest(scheme.lower() + b" " + rest.strip(), self._expected):
+            await self._app(scope, receive, send)
+            return
+        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+        await send({"type": "http.response.start", "status": 401, "headers": headers})
+        answer = b'{"error":"a bearer token is required","hint":"send the content of [api] token_file"}'
+        await send({"type": "http.response.body", "body": answer})
+
+
+def read_token(path: str) -> str:
+    """The token in a file that only its owner may read. Raises ConfigError; never shows the token."""
+    try:
+        status = os.stat(path)
+        token = Path(path).read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not ASCII text"
+        raise ConfigError(f"[api] token_file {path}: {reason}") from None
+    if status.st_mode & 0o077:
+        raise ConfigError(f"[api] token_file {path}: others can read it; chmod 600 {path}")
+    if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
+        raise ConfigError(f"[api] token_file {path}: a token has at least {MIN_TOKEN} characters, no spaces")
+    return token
+
+
+class ApiServer:
+    """The listeners and their thread. `start()` returns once requests are answered."""
+
+    def __init__(self, settings: ApiSettings, app: AsgiApp) -> None:
+        self._settings = settings
+        self._app = app
+        self._thread: threading.Thread | None = None
+        self._servers: list[tuple[uvicorn.Server, list[socket.socket]]] = []
+        self._identity: tuple[int, int] | None = None
+        self._failure: BaseException | None = None
+        self._running = threading.Event()
+
+    def start(self) -> None:
+        """Listen and serve. Raises ListenError, ConfigError."""
+        settings = self._settings
+        guarded = TokenGuard(self._app, read_token(settings.token_file or "")) if settings.listen else None
+        unix = activated_listeners("api", os.environ)
+        if not unix:
+            unix = [listen_unix(settings.socket)]
+            self._identity = socket_identity(settings.socket)
+        self._servers.append((_server(self._app), unix))
+        try:
+            if settings.listen and guarded:
+                self._servers.append((_server(guarded), [listen_tcp(*parse_listen(settings.listen))]))
+            self._thread = threading.Thread(target=self._serve, name="api", daemon=True)
+            self._thread.start()
+            if not self._running.wait(START_TIMEOUT) or self._failure:
+                raise GlideError(f"the control API did not start: {self._failure or 'timeout'}")
+        except BaseException:
+            self.close()
+            raise
+
+    def _serve(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except BaseException as error:
+            self._failure = error
+            if self._running.is_set():
+                log.critical("the control API stopped: %s", error, exc_info=error)
+            self._running.set()
+
+    async def _main(self) -> None:
+        tasks = [asyncio.create_task(server.serve(sockets)) for server, sockets in self._servers]
+        while not all(server.started for server, _ in self._servers) and not any(
+            task.done() for task in tasks
+        ):
+            await asyncio.sleep(0.005)
+        self._running.set()
+        await asyncio.gather(*tasks)
+
+    def close(self) -> None:
+        """Stop listening, let running requests finish for a moment, remove the socket file."""
+        for server, _ in self._servers:
+            server.should_exit = True
+        if self._thread is not None:
+            self._thread.join(STOP_TIMEOUT)
+            self._thread = None
+        for _, sockets in self._servers:
+            for listener in sockets:
+                with contextlib.suppress(OSError):
+                    listener.close()
+        self._servers.clear()
+        if self._identity is not None:
+            unlink_own(self._settings.socket, self._identity)
+            self._identity = None
+
+
+def _server(app: AsgiApp) -> uvicorn.Server:
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+        )
+    )

@@ -1,0 +1,373 @@
+"""glidefs: the commands. Each decodes its arguments, asks the daemon or a tool, and prints."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from glidefs.cli import output
+from glidefs.cli.client import Client, absolute, export_path, socket_path
+
+app = typer.Typer(
+    name="glidefs",
+    help="Fast local disks backed by an object store.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+logs_app = typer.Typer(help="Write logs on this host: list, export, delete.", rich_markup_mode=None)
+app.add_typer(logs_app, name="logs")
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the export.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--config", "-c", help="Configuration file; else GLIDEFS_CONFIG.", show_default=False),
+]
+Prefix = Annotated[str | None, typer.Option("--prefix", help="Store prefix; default: the first configured.")]
+Timeout = Annotated[str | None, typer.Option("--timeout", help='Give up after this time, such as "30s".')]
+
+
+@contextmanager
+def reported(as_json: bool) -> Iterator[None]:
+    """Turn errors into one line on stderr (and the JSON document), exit code 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.fail(
+            InterruptedError(None, "interrupted; the daemon may still finish the command"), as_json, 130
+        )
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(1) from None
+    except Exception as error:
+        if os.environ.get("GLIDEFS_TRACEBACK"):
+            raise
+        output.fail(error, as_json)
+
+
+def connect(config: str | None) -> Client:
+    """The daemon that the environment or the configuration names."""
+    return Client(socket_path(config))
+
+
+def seconds(text: str | None) -> float | None:
+    """A duration option. Raises ConfigError."""
+    from glidefs.config import parse_duration
+    from glidefs.errors import ConfigError
+
+    try:
+        return None if text is None else parse_duration(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def show_result(value: dict[str, Any], as_json: bool, line: str) -> None:
+    """The JSON document, or one line for people."""
+    if as_json:
+        output.emit(value)
+    else:
+        print(output.printable(line))
+    if value.get("note"):
+        output.say(f"note: {value['note']}")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="[PATH]", help="File to write.")] = Path("glidefs.toml"),
+    store: Annotated[str | None, typer.Option("--store", help="Store URL.")] = None,
+    cache_dir: Annotated[str | None, typer.Option("--cache-dir", help="Directory of log and cache.")] = None,
+    run_dir: Annotated[str | None, typer.Option("--run-dir", help="Directory of the sockets.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a commented configuration file."""
+    from glidefs.cli import template
+    from glidefs.config import parse_config
+
+    with reported(as_json):
+        text = template.render(cache_dir, store, run_dir)
+        parse_config(text, str(path), path.resolve().parent)
+        template.write(path, text, force)
+        show_result(
+            {"path": absolute(str(path))}, as_json, f"wrote {path}; start with: glidefs run -c {path}"
+        )
+
+
+@app.command()
+def run(config: ConfigOption = None) -> None:
+    """Run the daemon in the foreground."""
+    with reported(False):
+        from glidefs.daemon import run_daemon
+
+        raise SystemExit(run_daemon(config))
+
+
+@app.command()
+def create(
+    name: Name,
+    size: Annotated[str, typer.Option("--size", "-s", help='Size, such as "10GiB".', show_default=False)],
+    transport: Annotated[str, typer.Option("--transport", help="auto, ublk or nbd.")] = "auto",
+    read_only: Annotated[bool, typer.Option("--read-only", help="Guests cannot write.")] = False,
+    prefix: Prefix = None,
+    flush: Annotated[
+        str, typer.Option("--flush", help="local: FLUSH is durable here; store: in the store.")
+    ] = "local",
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the store knows the volume.")] = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Create a volume and serve it on this host."""
+    with reported(as_json):
+        wanted = {
+            "size": size,
+            "transport": transport,
+            "read_only": read_only,
+            "prefix": prefix,
+            "flush": flush,
+            "wait": wait,
+        }
+        status = connect(config).call("PUT", export_path(name), wanted)
+        show_result(status, as_json, f"{status['name']}: {status['transport']} {status['device']}")
+        if not as_json:
+            output.say(f"{output.size_text(status['size'])} over {status['transport']} ({status['reason']})")
+
+
+@app.command("list")
+def list_exports(config: ConfigOption = None, as_json: Json = False) -> None:
+    """List the exports of this host."""
+    with reported(as_json):
+        exports = connect(config).call("GET", "/api/exports")
+        if as_json:
+            output.emit(exports)
+            return
+        rows = [
+            [
+                e["name"],
+                output.size_text(e["size"]),
+                e["state"],
+                e["transport"],
+                e["device"] or "-",
+                output.size_text((e.get("volume") or {}).get("dirty_bytes", 0)),
+                e["reason"] if e["state"] != "serving" else "",
+            ]
+            for e in exports
+        ]
+        output.table(["NAME", "SIZE", "STATE", "TRANSPORT", "DEVICE", "DIRTY", "REASON"], rows, right=(1, 5))
+
+
+@app.command()
+def show(name: Name, config: ConfigOption = None, as_json: Json = False) -> None:
+    """Show one export."""
+    with reported(as_json):
+        status = connect(config).call("GET", export_path(name))
+        if as_json:
+            output.emit(status)
+        else:
+            output.fields(status)
+
+
+@app.command()
+def resize(
+    name: Name,
+    size: Annotated[
+        str, typer.Argument(metavar="SIZE", help='New size, such as "20GiB".', show_default=False)
+    ],
+    shrink: Annotated[
+        bool, typer.Option("--shrink", help="Confirm that a smaller size cuts data off.")
+    ] = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Change the size of a volume while it is served."""
+    with reported(as_json):
+        status = connect(config).call("POST", export_path(name, "resize"), {"size": size, "shrink": shrink})
+        show_result(status, as_json, f"{status['name']}: {output.size_text(status['size'])}")
+
+
+@app.command()
+def drain(name: Name, timeout: Timeout = None, config: ConfigOption = None, as_json: Json = False) -> None:
+    """Upload everything that was written until now."""
+    _drained("drain", "drained", name, timeout, config, as_json)
+
+
+@app.command()
+def detach(name: Name, timeout: Timeout = None, config: ConfigOption = None, as_json: Json = False) -> None:
+    """Stop serving here, upload everything, give the volume up: any host can attach it."""
+    _drained("detach", "detached", name, timeout, config, as_json)
+
+
+def _drained(verb: str, done: str, name: str, timeout: str | None, config: str | None, as_json: bool) -> None:
+    with reported(as_json):
+        client = connect(config)
+
+        def left() -> float:
+            volume = client.call("GET", export_path(name), timeout=5).get("volume") or {}
+            return float(volume.get("dirty_bytes", 0))
+
+        with output.watching(f"{verb} {name}", left):
+            result = client.call("POST", export_path(name, verb), {"timeout": seconds(timeout)})
+        show_result(result, as_json, f"{name}: {done}")
+
+
+@app.command()
+def attach(
+    name: Name,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="Take it from the node that owns it, which is fenced.")
+    ] = False,
+    prefix: Prefix = None,
+    transport: Annotated[str, typer.Option("--transport", help="auto, ublk or nbd.")] = "auto",
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a volume that is in the store."""
+    with reported(as_json):
+        wanted = {"take_over": take_over, "prefix": prefix, "transport": transport}
+        status = connect(config).call("POST", export_path(name, "attach"), wanted)
+        show_result(status, as_json, f"{status['name']}: {status['transport']} {status['device']}")
+
+
+@app.command()
+def remove(
+    name: Name,
+    purge: Annotated[bool, typer.Option("--purge", help="Its snapshots too.")] = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Delete a volume, here and in the store."""
+    with reported(as_json):
+        query = {"purge": "true"} if purge else None
+        result = connect(config).call("DELETE", export_path(name), query=query)
+        line = f"{name}: removed" if result.get("removed") else f"{name}: nothing to remove"
+        show_result(result, as_json, line)
+
+
+@logs_app.callback(invoke_without_command=True)
+def logs(context: typer.Context, config: ConfigOption = None, as_json: Json = False) -> None:
+    """Write logs on this host: list (the default), export, delete."""
+    if context.invoked_subcommand is None:
+        _list_logs(config, as_json)
+
+
+@logs_app.command("list")
+def logs_list(config: ConfigOption = None, as_json: Json = False) -> None:
+    """List write logs: those in use, and those set aside because another host took their volume."""
+    _list_logs(config, as_json)
+
+
+def _list_logs(config: str | None, as_json: bool) -> None:
+    with reported(as_json):
+        found = connect(config).call("GET", "/api/logs")
+        if as_json:
+            output.emit(found)
+            return
+        rows = [
+            [
+                entry["volume_id"],
+                entry["log_id"],
+                entry.get("export") or "-",
+                entry["state"],
+                str(entry["segments"]),
+                output.size_text(entry["bytes"]),
+            ]
+            for entry in found
+        ]
+        output.table(["VOLUME", "LOG", "EXPORT", "STATE", "SEGMENTS", "SIZE"], rows, right=(4, 5))
+
+
+Volume = Annotated[str, typer.Argument(metavar="VOLUME", help="Volume id, as `logs list` shows it.")]
+Log = Annotated[str, typer.Argument(metavar="LOG", help="Log id, as `logs list` shows it.")]
+
+
+@logs_app.command("export")
+def logs_export(
+    volume: Volume,
+    log: Log,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Sparse image to write.")],
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Write what a log holds to a sparse file: each sector where it belongs, holes elsewhere."""
+    with reported(as_json):
+        target = {"path": absolute(str(file))}
+        result = connect(config).call("POST", f"/api/logs/{_id(volume)}/{_id(log)}/export", target)
+        show_result(result, as_json, f"{file}: {output.size_text(result.get('bytes', 0))} of data")
+
+
+@logs_app.command("delete")
+def logs_delete(volume: Volume, log: Log, config: ConfigOption = None, as_json: Json = False) -> None:
+    """Delete a log that no export uses. What it holds is lost."""
+    with reported(as_json):
+        result = connect(config).call("DELETE", f"/api/logs/{_id(volume)}/{_id(log)}")
+        show_result(result, as_json, f"{log}: deleted")
+
+
+def _id(text: str) -> str:
+    from glidefs.names import check_id
+
+    return check_id(text)
+
+
+@app.command()
+def doctor(config: ConfigOption = None, as_json: Json = False) -> None:
+    """Check kernel, limits, disks, store and daemon: what works, and what to do."""
+    from glidefs.cli.offline import doctor_command
+
+    with reported(as_json):
+        code = doctor_command(config, as_json)
+    raise SystemExit(code)
+
+
+Store = Annotated[str | None, typer.Option("--store", help="Store URL; default: the configured one.")]
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="OBJECT", help="File, store key, or URL of an object.")],
+    store: Store = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Print what an object or file of ours holds; works without a daemon."""
+    from glidefs.cli.offline import inspect_command
+
+    with reported(as_json):
+        inspect_command(target, store, config, as_json)
+
+
+@app.command("export-image")
+def export_image(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, NAME@SEQ, base:NAME or tag:NAME.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Raw image to write (sparse).")],
+    prefix: Prefix = None,
+    store: Store = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it exists.")] = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Read a volume out of the store into a raw image; works without a daemon."""
+    from glidefs.cli.offline import export_command
+
+    with reported(as_json):
+        export_command(name, file, prefix, store, force, config, as_json)
+
+
+def main() -> None:
+    """Entry point of the `glidefs` program."""
+    if hasattr(signal, "SIGPIPE") and sys.argv[1:2] != ["run"]:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The commands that need no daemon: doctor, inspect, export-image."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from glidefs.cli import output
+from glidefs.config import Config, config_path, load_config
+from glidefs.errors import ConfigError
+from glidefs.store import ObjectStore, open_store
+from glidefs.store.resilient import ResilientStore
+
+OFFLINE_DEADLINE = 60.0
+"""Seconds that an offline tool waits for a store before it gives up."""
+
+
+def settings(explicit: str | None) -> Config:
+    """The configuration; the defaults where none is named and the default file is absent."""
+    path = config_path(explicit)
+    if explicit is None and not path.exists():
+        return Config()
+    return load_config(path)
+
+
+def bare_store(config: Config, url: str | None = None) -> ObjectStore:
+    """The configured store, or the one at `url` with the configured access."""
+    store = config.store
+    return open_store(
+        url or store.url,
+        endpoint_url=store.endpoint_url,
+        region=store.region,
+        path_style=store.path_style,
+        connections=store.reads + store.writes,
+        connect_timeout=store.connect_timeout,
+        read_timeout=store.read_timeout,
+    )
+
+
+def doctor_command(config: str | None, as_json: bool) -> int:
+    """Print the checks; 1 if one failed."""
+    from glidefs.doctor import run_checks
+
+    checks = run_checks(config)
+    failed = any(check.state == "fail" for check in checks)
+    if as_json:
+        rows = [{"check": c.name, "state": c.state, "detail": c.detail, "remedy": c.remedy} for c in checks]
+        output.emit({"ok": not failed, "checks": rows})
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            line = f"{check.state:<4}  {check.name:<{width}}  {check.detail}"
+            print(output.printable(line + (f"; {check.remedy}" if check.remedy else "")))
+    return int(failed)
+
+
+def inspect_command(target: str, store_url: str | None, config: str | None, as_json: bool) -> None:
+    """Describe one object."""
+    from glidefs.images.inspect import inspect, open_source
+
+    with contextlib.ExitStack() as stack:
+        store = None
+        if not Path(target.removeprefix("file://")).is_file():
+            base, target = _split_url(target, store_url)
+            store = stack.enter_context(_patient(bare_store(settings(config), base)))
+        found = inspect(open_source(store, target))
+    if as_json:
+        output.emit(found)
+    else:
+        output.fields({key: _brief(value) for key, value in found.items()})
+
+
+def _split_url(target: str, store_url: str | None) -> tuple[str | None, str]:
+    """Store URL and key of "s3://bucket/key", or the store that was given and the key as it is."""
+    parts = urlsplit(target)
+    if parts.scheme == "s3" and parts.netloc:
+        return f"s3://{parts.netloc}", parts.path.lstrip("/")
+    if parts.scheme == "file":
+        raise ConfigError(f"{target}: no such file")
+    return store_url, target
+
+
+def _brief(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > 8:
+        return f"{len(value)} entries (all of them with --json)"
+    if isinstance(value, dict):
+        return {key: _brief(item) for key, item in value.items()}
+    return value
+
+
+def export_command(
+    name: str,
+    file: Path,
+    prefix: str | None,
+    store_url: str | None,
+    force: bool,
+    config: str | None,
+    as_json: bool,
+) -> None:
+    """Write an image."""
+    from glidefs.images.export import export_image
+
+    chosen = settings(config)
+    with _patient(bare_store(chosen, store_url)) as store, output.progress(f"export {name}") as update:
+        result = export_image(
+            store, prefix or chosen.store.default_prefix, name, file, force=force, progress=update
+        )
+    if as_json:
+        output.emit({"path": str(file.absolute()), **result._asdict()})
+    else:
+        data = output.size_text(result.data_bytes)
+        print(f"{file}: {output.size_text(result.size)}, {data} of it data, sequence {result.sequence}")
+
+
+def _patient(store: ObjectStore) -> ResilientStore:
+    return ResilientStore(store, deadline=OFFLINE_DEADLINE)

@@ -1,0 +1,157 @@
+"""What a command prints: exactly one JSON document with --json, else lines and tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from glidefs.errors import GlideError
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+Update = Callable[[float, float], None]
+"""Called with bytes done and bytes in all."""
+
+
+def size_text(size: float) -> str:
+    """10737418240 -> "10GiB", 1500 -> "1.5KiB"."""
+    value = float(size)
+    for unit in _UNITS:
+        if value < 1024 or unit == _UNITS[-1]:
+            return f"{value:.1f}".rstrip("0").rstrip(".") + unit
+        value /= 1024
+    raise AssertionError("unreachable")
+
+
+def age_text(seconds: float) -> str:
+    """90.2 -> "1m30s"."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
+def emit(value: Any) -> None:
+    """The one JSON document."""
+    sys.stdout.write(json.dumps(value, indent=2 if sys.stdout.isatty() else None) + "\n")
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """A line for people, on stderr: stdout is for results."""
+    print(printable(text), file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere, with control characters shown and not sent to the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def fail(error: Exception, as_json: bool, code: int = 1) -> NoReturn:
+    """End the command: one line of reason on stderr, what to do about it, and the JSON document."""
+    reason, hint = _reason(error)
+    if as_json:
+        emit({"error": reason, "hint": hint})
+    print(f"glidefs: {printable(reason)}" + (f"; {printable(hint)}" if hint else ""), file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    hint = getattr(error, "hint", "")
+    if isinstance(error, GlideError):
+        reason = " ".join(str(error).split())
+        if not hint:
+            reason, _, hint = reason.partition("; ")
+        return reason, hint
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}", hint
+    return f"{type(error).__name__}: {error}", "this is a bug; run with GLIDEFS_TRACEBACK=1 and report it"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
+    """A table: with rich on a terminal, tab-separated otherwise. `right` are columns of numbers."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty():
+        for row in (columns, *cells):
+            print("\t".join(row))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        grid.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in cells:
+        grid.add_row(*map(Text, row))
+    Console().print(grid)
+
+
+def fields(values: dict[str, Any], indent: str = "") -> None:
+    """One `key  value` line per entry; nested dictionaries are indented."""
+    width = max((len(key) for key in values), default=0)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            print(f"{indent}{key}:")
+            fields(value, indent + "  ")
+        else:
+            print(f"{indent}{key:<{width}}  {printable(_shown(key, value))}")
+
+
+def _shown(key: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and (key == "size" or key.endswith("bytes")) and value >= 1024:
+        return f"{size_text(value)} ({value})"
+    return str(value)
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Update]:
+    """A progress bar on stderr if that is a terminal; else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def watching(title: str, poll: Callable[[], float], every: float = 0.5) -> Iterator[None]:
+    """While the body runs, show how far `poll()` (bytes that are left) has come down. Terminal only."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    done = threading.Event()
+    with progress(title) as update:
+        thread = threading.Thread(target=_watch, args=(poll, update, done, every), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+
+def _watch(poll: Callable[[], float], update: Update, done: threading.Event, every: float) -> None:
+    most = 0.0
+    while not done.wait(every):
+        try:
+            left = poll()
+        except (GlideError, OSError):
+            continue
+        most = max(most, left)
+        update(most - left, most)

@@ -1,0 +1,104 @@
+"""The commented configuration that `glidefs init` writes: every key, its default, what it is for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from glidefs.errors import ConfigError
+
+TEMPLATE = """\
+# GlideFS configuration. Lines that begin with '#' show the defaults.
+# Sizes: "10GiB", "512MiB" (or bytes). Durations: "30s", "5m". Relative paths count from this file.
+
+[cache]
+dir = "/var/cache/glidefs"          # one daemon per directory
+#log_dir = "/ssd/glidefs/logs"      # the write logs on another device: what is not uploaded lives here
+#block_cache_dir = "/nvme/blocks"   # the cache of clean blocks on another device
+log_size = "10GiB"                  # all write logs together, dirty and committed
+block_cache_size = "20GiB"
+#map_budget = "256MiB"              # memory of the maps of log and cache
+#segment_size = "64MiB"             # one file of a write log
+#scope = "host"                     # "prefix": tenants of different prefixes share no cached block
+#log_full_timeout = "0s"            # writers wait this long for log space, then EIO; 0 = for ever
+
+[store]
+url = "file:///var/lib/glidefs/store"   # or "s3://bucket/root"; credentials come from the AWS chain
+#endpoint_url = "http://127.0.0.1:8333"
+#region = "us-east-1"
+#path_style = true                  # buckets in the path; the default suits endpoint_url
+#prefixes = ["default"]             # volumes of one prefix share packs; the first is the default
+#reads = 32                         # concurrent reads for guests
+#writes = 8                         # concurrent uploads
+#connect_timeout = "5s"
+#read_timeout = "30s"
+
+[api]
+socket = "/run/glidefs/api.sock"    # mode 0600
+#listen = "127.0.0.1:8440"          # TCP as well; needs token_file
+#token_file = "/etc/glidefs/token"  # clients send 'Authorization: Bearer ...'
+
+[nbd]
+socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
+#listen = "127.0.0.1:10809"         # TCP as well: NBD has no authentication, keep it on a trusted network
+#socket_group = "kvm"               # who may connect besides the owner
+
+[ublk]
+#queue_depth = 64
+#max_io = "512KiB"
+
+[upload]
+#sync_interval = "30s"              # a dirty log is uploaded when it is this old
+#max_dirty_age = "5m"               # the latest, whatever else goes on
+#pack_size = "32MiB"
+#compression_level = 1              # zstd
+#volumes = 2                        # volumes that upload at the same time
+#workers = 3                        # packs in the making; each holds up to twice pack_size
+#compaction = true                  # merge small packs in the background
+#compact_rate = "64MiB"             # bytes per second of it
+
+[reader]
+#read_ahead = "8MiB"
+#read_timeout = "0s"                # reads wait this long for the store, then EIO; 0 = for ever
+#workers = 16                       # threads that answer reads of absent blocks
+
+[daemon]
+#node = "host-1"                    # the owner named in the store; default: the host name
+#workers = 0                        # I/O threads; 0 = one per CPU
+#drain_deadline = "30s"             # on SIGTERM; what is not uploaded by then is safe in the log
+#on_stop = "release"                # ublk devices on SIGTERM: "release" = guests pause until the next start
+                                    # and see no error, "remove" = the devices disappear
+#log_level = "info"
+"""
+
+
+def render(cache_dir: str | None = None, store_url: str | None = None, run_dir: str | None = None) -> str:
+    """The template with its three places replaced where given."""
+    text = TEMPLATE
+    for old, new in (
+        ('dir = "/var/cache/glidefs" ', cache_dir and f"dir = {_quote(cache_dir)} "),
+        ('url = "file:///var/lib/glidefs/store"', store_url and f"url = {_quote(store_url)}"),
+        ('socket = "/run/glidefs/api.sock"', run_dir and f"socket = {_quote(run_dir + '/api.sock')}"),
+        ('socket = "/run/glidefs/nbd.sock"', run_dir and f"socket = {_quote(run_dir + '/nbd.sock')}"),
+    ):
+        if new:
+            text = text.replace(old, new)
+    return text
+
+
+def write(path: Path, text: str, force: bool) -> None:
+    """Write `text` to `path`, which must not exist unless `force`. Raises ConfigError."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if force else os.O_EXCL)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(path, flags, 0o644), "w", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{path} exists; --force replaces it") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def _quote(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,0 +1,45 @@
+"""The cffi definition of the C core, which ``setup.py`` builds as ``glidefs.core._core`` (API mode).
+
+The declarations are read from ``csrc/glide_core.h`` itself, so the header stays the only contract:
+its constants become ``#define NAME ...``, for the compiler to fill in, and the rest is taken as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+_ROOT = Path(os.path.abspath(__file__)).parents[2]
+_SOURCES = _ROOT / "csrc"
+_HEADER = "glide_core.h"
+
+
+def declarations(header: str) -> str:
+    """What cffi's parser takes of the text of the header: its only preprocessor lines are constants."""
+    text = re.sub(r"/\*.*?\*/", " ", header, flags=re.DOTALL)
+    text = re.sub(r"^\s*#\s*define\s+(\w+)\s+\S.*$", r"#define \1 ...", text, flags=re.MULTILINE)
+    return re.sub(r"^\s*#\s*(?!define\s+\w+\s+\.\.\.).*$", "", text, flags=re.MULTILINE)
+
+
+def sources() -> list[str]:
+    """The C files of the core, relative to the project, without the C tests below ``csrc/test``."""
+    return [os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.glob("*.c"))]
+
+
+ffi = FFI()
+ffi.cdef(declarations((_SOURCES / _HEADER).read_text(encoding="utf-8")))
+ffi.set_source(
+    "glidefs.core._core",
+    f"#include <stdint.h>\n#include <stddef.h>\n#include <stdbool.h>\n#include <sys/types.h>\n"
+    f'#include "{_HEADER}"\n',
+    sources=sources(),
+    include_dirs=[os.path.relpath(_SOURCES, _ROOT)],
+    depends=[os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.glob("*.h"))],
+    libraries=["uring", "zstd"],
+    define_macros=[("_GNU_SOURCE", "1")],
+    extra_compile_args=["-std=gnu11", "-O2", "-g", "-fvisibility=hidden", "-fno-strict-aliasing", "-pthread"],
+    extra_link_args=["-pthread"],
+)

@@ -1,0 +1,156 @@
+"""The engine: worker threads, write-log budget, block cache, and the queues of faults and events."""
+
+from __future__ import annotations
+
+import enum
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from glidefs.core._core import ffi, lib
+from glidefs.core.cache import BlockCache
+from glidefs.core.check import Closed, Handle, check
+from glidefs.core.volume import CoreVolume, Recovery, VolumeConfig, open_volume
+
+EVENTS_AT_ONCE = 64
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of an engine, in bytes and milliseconds; see ``struct glide_engine_config``."""
+
+    cache_dir: Path
+    workers: int = 0
+    segment_bytes: int = 64 << 20
+    log_limit: int = 10 << 30
+    map_budget: int = 256 << 20
+    cache_bytes: int = 20 << 30
+    log_full_timeout_ms: int = 0
+    read_timeout_ms: int = 0
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """``count`` absent blocks from ``block`` of the volume with this cookie; hand ``stamp`` back."""
+
+    volume: int
+    block: int
+    stamp: int
+    count: int
+
+
+class EventKind(enum.IntEnum):
+    """What happened in the core; see ``enum glide_event_kind``."""
+
+    SEALED = lib.GLIDE_EV_SEALED
+    LOG_FULL = lib.GLIDE_EV_LOG_FULL
+    MAP_FULL = lib.GLIDE_EV_MAP_FULL
+    STORE_FLUSH = lib.GLIDE_EV_STORE_FLUSH
+    SYNC_FAILED = lib.GLIDE_EV_SYNC_FAILED
+    DISK_ERROR = lib.GLIDE_EV_DISK_ERROR
+    FIRST_DIRTY = lib.GLIDE_EV_FIRST_DIRTY
+    CONN_CLOSED = lib.GLIDE_EV_CONN_CLOSED
+    UBLK_DOWN = lib.GLIDE_EV_UBLK_DOWN
+
+
+class Event(NamedTuple):
+    """An event of the volume with this cookie."""
+
+    volume: int
+    kind: int
+    a: int
+    b: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges and counters of the host; bytes, slots, counts."""
+
+    log_bytes: int
+    log_limit: int
+    map_bytes: int
+    map_budget: int
+    cache_slots: int
+    cache_used: int
+    cache_hits: int
+    cache_misses: int
+    cache_evictions: int
+    faults_queued: int
+    workers: int
+
+
+class Engine(Handle):
+    """One per process. Volumes are opened on it and must be closed before it.
+
+    ``close()`` waits for threads in :meth:`faults_next` and :meth:`events_next`, which return after
+    their timeout at the latest.
+    """
+
+    __slots__ = ("cache", "config")
+
+    def __init__(self, config: EngineConfig) -> None:
+        sector = int(lib.GLIDE_SECTOR)
+        if config.segment_bytes % sector:
+            raise ValueError(f"segment_bytes must be a multiple of {sector}")
+        config.cache_dir.mkdir(parents=True, exist_ok=True)
+        cache_dir = ffi.new("char[]", os.fsencode(config.cache_dir))  # kept alive over the call
+        raw = ffi.new("struct glide_engine_config *")
+        raw.workers = config.workers
+        raw.segment_sectors = config.segment_bytes // sector
+        raw.log_limit = config.log_limit
+        raw.map_budget = config.map_budget
+        raw.cache_bytes = config.cache_bytes
+        raw.cache_dir = cache_dir
+        raw.log_full_timeout_ms = config.log_full_timeout_ms
+        raw.read_timeout_ms = config.read_timeout_ms
+        out = ffi.new("glide_engine **")
+        check(lib.glide_engine_open(raw, out), f"open the engine in {config.cache_dir}")
+        super().__init__(out[0])
+        self.config = config
+        self.cache = BlockCache(self)
+
+    def _free(self, pointer: Any) -> None:
+        lib.glide_engine_close(pointer)
+
+    def open_volume(self, config: VolumeConfig) -> tuple[CoreVolume, Recovery]:
+        """Replay the log of a volume and serve it. Raises CorruptLog, CoreError."""
+        return open_volume(self, config)
+
+    def faults_next(self, max_blocks: int, timeout_ms: int) -> Fault | None:
+        """The next run of at most ``max_blocks`` absent blocks, or None after the timeout.
+
+        Any number of threads may wait. Raises Closed.
+        """
+        raw = ffi.new("struct glide_fault *")
+        with self._use() as engine:
+            if not check(lib.glide_faults_next(engine, max_blocks, timeout_ms, raw), "faults"):
+                return None
+        return Fault(raw.volume, raw.block, raw.stamp, raw.count)
+
+    def events_next(self, timeout_ms: int) -> list[Event]:
+        """Events in order, or an empty list after the timeout. Raises Closed."""
+        raw = ffi.new("struct glide_event[]", EVENTS_AT_ONCE)
+        with self._use() as engine:
+            count = check(lib.glide_events_next(engine, timeout_ms, raw, EVENTS_AT_ONCE), "events")
+        return [Event(raw[i].volume, raw[i].kind, raw[i].a, raw[i].b) for i in range(count)]
+
+    def stats(self) -> EngineStats:
+        """Gauges and counters now."""
+        raw = ffi.new("struct glide_engine_stats *")
+        with self._use() as engine:
+            lib.glide_engine_stats_get(engine, raw)
+        return EngineStats(**{name: int(getattr(raw, name)) for name in EngineStats.__struct_fields__})
+
+
+__all__ = [
+    "BlockCache",
+    "Closed",
+    "CoreVolume",
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "Event",
+    "EventKind",
+    "Fault",
+    "Recovery",
+    "VolumeConfig",
+]

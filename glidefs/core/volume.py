@@ -1,0 +1,284 @@
+"""A volume in the C core: its write log, its maps, and I/O through its worker."""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from glidefs.core._core import ffi, lib
+from glidefs.core.check import CoreError, Handle, check
+from glidefs.core.ublk import UblkConfig, UblkDevice
+
+if TYPE_CHECKING:
+    from glidefs.core.cache import Slot
+    from glidefs.core.engine import Engine
+
+OPS = ("read", "write", "flush", "zero")
+"""The order of the counters by operation in :class:`VolumeStats`."""
+
+
+class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the core must know of a volume. ``cookie`` names it in faults and events.
+
+    ``log_dir`` holds the segments of this log id; segments up to ``committed_seq`` are in the store
+    and are not replayed. ``size`` in bytes, a multiple of 4096.
+    """
+
+    cookie: int
+    log_dir: Path
+    volume_id: bytes
+    log_id: bytes
+    size: int
+    committed_seq: int = 0
+    read_only: bool = False
+    flush_store: bool = False
+    always_verify: bool = False
+
+
+class Recovery(NamedTuple):
+    """What a replay found: ``dropped`` records were torn and never synced."""
+
+    segments: int
+    records: int
+    bytes: int
+    dropped: int
+    last_seq: int
+
+
+class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """State of a volume's log; see ``struct glide_volume_info``."""
+
+    size: int
+    first_seq: int
+    last_seq: int
+    sealed_seq: int
+    committed_seq: int
+    active_bytes: int
+    dirty_bytes: int
+    oldest_dirty_ns: int
+    log_bytes: int
+    map_bytes: int
+    parked: int
+    connections: int
+    failed: int
+
+
+class VolumeStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since open; tuples are in the order of :data:`OPS`, ``latency`` as in csrc/stats.h."""
+
+    ops: tuple[int, ...]
+    bytes: tuple[int, ...]
+    errors: tuple[int, ...]
+    latency: tuple[tuple[int, ...], ...]
+    latency_sum_ns: tuple[int, ...]
+    faults: int
+    fault_blocks: int
+    log_hits: int
+    cache_reads: int
+    zero_reads: int
+    rmw: int
+    syncs: int
+    log_full_waits: int
+    map_full_waits: int
+
+
+class Install(msgspec.Struct, frozen=True):
+    """An answer for ``count`` blocks from ``block``; made by the functions below."""
+
+    block: int
+    count: int
+    slot: int
+    generation: int
+    kind: int
+    err: int
+
+
+def install_slot(block: int, slot: Slot) -> Install:
+    """The base of ``block`` is this pinned slot; the install takes the pin over."""
+    return Install(block, 1, slot.slot, slot.generation, lib.GLIDE_INSTALL_SLOT, 0)
+
+
+def install_zero(block: int, count: int) -> Install:
+    """The base of these blocks is zero."""
+    return Install(block, count, 0, 0, lib.GLIDE_INSTALL_ZERO, 0)
+
+
+def install_error(block: int, count: int, err: int) -> Install:
+    """Requests that wait for these blocks fail with the positive errno ``err``."""
+    return Install(block, count, 0, 0, lib.GLIDE_INSTALL_ERROR, err)
+
+
+def install_retry(block: int, count: int) -> Install:
+    """Nothing was learnt about these blocks: requests that wait for them look again."""
+    return Install(block, count, 0, 0, lib.GLIDE_INSTALL_RETRY, 0)
+
+
+class CoreVolume(Handle):
+    """An open volume of the core. Made by :meth:`Engine.open_volume`; all methods are thread-safe."""
+
+    __slots__ = ("_engine", "config", "devices")
+
+    def __init__(self, engine: Engine, config: VolumeConfig, pointer: Any) -> None:
+        super().__init__(pointer)
+        self._engine = engine
+        self.config = config
+        self.devices = 0
+        """ublk devices that are open on the volume: they must be closed first."""
+
+    def close(self) -> None:
+        """End connections, fail requests that wait, close the files. The log stays on disk.
+
+        Raises CoreError (EBUSY) while a ublk device is open on the volume.
+        """
+        if self.devices:
+            raise CoreError(_errno.EBUSY, "close", "stop or release the ublk device first")
+        super().close()
+
+    def _interrupt(self) -> None:
+        if self._users:
+            # Requests parked under I/O calls of other threads must come back before the handle goes.
+            lib.glide_volume_fail(self._pointer, _errno.ESHUTDOWN)
+
+    def _free(self, pointer: Any) -> None:
+        check(lib.glide_volume_close(pointer), "close")
+
+    def seal(self) -> int:
+        """Close the active segment; returns the highest sealed segment (0: none)."""
+        out = ffi.new("uint64_t *")
+        with self._use() as volume:
+            check(lib.glide_volume_seal(volume, out), "seal")
+        return int(out[0])
+
+    def sync(self) -> None:
+        """Make everything acknowledged before durable on the local disk."""
+        with self._use() as volume:
+            check(lib.glide_volume_sync(volume), "sync")
+
+    def committed(self, seq: int) -> None:
+        """The store holds all segments up to ``seq``: flushes that wait for it return."""
+        with self._use() as volume:
+            check(lib.glide_volume_committed(volume, seq), "committed")
+
+    def retire(self, seq: int) -> None:
+        """Forget and unlink all segments up to ``seq``; the reader must use a manifest with them."""
+        with self._use() as volume:
+            check(lib.glide_volume_retire(volume, seq), "retire")
+
+    def resize(self, size: int) -> None:
+        """Change the size in bytes; what a shrink cuts off becomes zeros."""
+        with self._use() as volume:
+            check(lib.glide_volume_resize(volume, size), "resize")
+
+    def fail(self, err: int) -> None:
+        """From now on all I/O fails with the positive errno ``err``, requests that wait too."""
+        with self._use() as volume:
+            check(lib.glide_volume_fail(volume, err), "fail")
+
+    def stamp(self) -> int:
+        """The stamp for an install that no fault asked for; take it before the manifest is read."""
+        with self._use() as volume:
+            return int(lib.glide_volume_stamp(volume))
+
+    def install(self, stamp: int, answers: Sequence[Install]) -> None:
+        """Answer faults. Answers with a stale stamp are not mapped, their waiters look again."""
+        if not answers:
+            return
+        raw = ffi.new("struct glide_install[]", [msgspec.structs.astuple(answer) for answer in answers])
+        with self._use() as volume:
+            check(lib.glide_volume_install(volume, stamp, raw, len(answers)), "install")
+
+    def info(self) -> VolumeInfo:
+        """State of the log now."""
+        raw = ffi.new("struct glide_volume_info *")
+        with self._use() as volume:
+            check(lib.glide_volume_info_get(volume, raw), "info")
+        return VolumeInfo(**{name: int(getattr(raw, name)) for name in VolumeInfo.__struct_fields__})
+
+    def stats(self) -> VolumeStats:
+        """Counters since open."""
+        raw = ffi.new("struct glide_volume_stats *")
+        with self._use() as volume:
+            check(lib.glide_volume_stats_get(volume, raw), "stats")
+        return VolumeStats(**{name: _plain(getattr(raw, name)) for name in VolumeStats.__struct_fields__})
+
+    def pread(self, offset: int, length: int) -> bytes:
+        """Read ``length`` bytes at ``offset`` (multiples of 512) as a transport would."""
+        data = bytearray(length)
+        self._io(lib.GLIDE_READ, 0, offset, length, ffi.from_buffer(data))
+        return bytes(data)
+
+    def pwrite(self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False) -> None:
+        """Write ``data`` at ``offset`` (multiples of 512) as a transport would."""
+        flags = lib.GLIDE_FUA if fua else 0
+        self._io(lib.GLIDE_WRITE, flags, offset, len(data), ffi.from_buffer(data))
+
+    def zero(self, offset: int, length: int) -> None:
+        """Discard or write zeroes: the range reads as zeros."""
+        self._io(lib.GLIDE_ZERO, 0, offset, length, ffi.NULL)
+
+    def flush(self) -> None:
+        """What a guest's FLUSH does."""
+        self._io(lib.GLIDE_FLUSH, 0, 0, 0, ffi.NULL)
+
+    def _io(self, op: int, flags: int, offset: int, length: int, buffer: Any) -> None:
+        with self._use() as volume:
+            check(lib.glide_volume_io(volume, op, flags, offset, length, buffer), OPS[op])
+
+    def attach_nbd(self, fd: int, conn_id: int, read_only: bool = False, early: bytes = b"") -> None:
+        """Serve NBD transmission on a connected socket; C owns ``fd`` from here, also on error.
+
+        ``early`` is what was read past the handshake. A CONN_CLOSED event tells its end.
+        """
+        out = ffi.new("glide_conn **")
+        try:
+            pointer = self._acquire()
+        except BaseException:
+            os.close(fd)
+            raise
+        try:
+            result = lib.glide_nbd_attach(
+                pointer, fd, conn_id, read_only, ffi.from_buffer(early), len(early), out
+            )
+            check(result, "attach NBD connection")
+        finally:
+            self._release()
+
+    def detach_nbd(self, conn_id: int) -> None:
+        """Shut a connection down and wait until it is gone."""
+        with self._use() as volume:
+            check(lib.glide_nbd_detach(volume, conn_id), "detach NBD connection")
+
+    def start_ublk(self, config: UblkConfig) -> UblkDevice:
+        """Add or recover a ublk device and serve it. Raises DeviceError."""
+        return UblkDevice(self, config)
+
+
+def open_volume(engine: Engine, config: VolumeConfig) -> tuple[CoreVolume, Recovery]:
+    """See :meth:`Engine.open_volume`."""
+    config.log_dir.parent.mkdir(parents=True, exist_ok=True)
+    log_dir = ffi.new("char[]", os.fsencode(config.log_dir))  # kept alive over the call
+    raw = ffi.new("struct glide_volume_config *")
+    raw.cookie = config.cookie
+    raw.log_dir = log_dir
+    ffi.memmove(raw.volume_id, config.volume_id, 16)
+    ffi.memmove(raw.log_id, config.log_id, 16)
+    raw.size = config.size
+    raw.committed_seq = config.committed_seq
+    raw.read_only = config.read_only
+    raw.flush_store = config.flush_store
+    raw.always_verify = config.always_verify
+    out, recovery = ffi.new("glide_volume **"), ffi.new("struct glide_recovery *")
+    with engine._use() as pointer:
+        check(lib.glide_volume_open(pointer, raw, out, recovery), "open volume", path=str(config.log_dir))
+    found = Recovery(*(int(getattr(recovery, name)) for name in Recovery._fields))
+    return CoreVolume(engine, config, out[0]), found
+
+
+def _plain(value: Any) -> Any:
+    """A counter, or nested tuples of a C array of counters."""
+    return value if isinstance(value, int) else tuple(_plain(item) for item in value)

@@ -1,0 +1,304 @@
+"""What works on this host, what does not, and what to do about it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import resource
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from msgspec import Struct
+
+from glidefs.config import Config, config_path, load_config
+from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
+
+State = Literal["ok", "warn", "fail"]
+MIN_KERNEL = (5, 19)
+UBLK_KERNEL = (6, 12)
+MIN_FILES = 4096
+LOG_FULL_SHARE = 0.9
+SYS_IO_URING_SETUP = 425
+REMOTE_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs"})
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
+PROBE_DEADLINE = 15.0
+
+
+class Check(Struct, frozen=True):
+    """One line: what was looked at, how it is, and what to do."""
+
+    name: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+
+Result = tuple[State, str] | tuple[State, str, str]
+
+
+def run_checks(config_file: str | None) -> list[Check]:
+    """All checks, in an order in which the first failure explains later ones. Changes nothing."""
+    config, first = _configuration(config_file)
+    checks = [first]
+    table: tuple[tuple[str, Callable[[Config], Result]], ...] = (
+        ("kernel", _kernel),
+        ("io_uring", _io_uring),
+        ("C core", _core),
+        ("ublk driver", _ublk),
+        ("open files", _files),
+        ("locked memory", _memlock),
+        ("cache directory", lambda c: _directory(Path(c.cache.dir), 0)),
+        ("log directory", lambda c: _directory(c.cache.logs, c.cache.log_size)),
+        ("block cache directory", lambda c: _directory(c.cache.blocks, c.cache.block_cache_size)),
+        ("store", _store),
+        ("daemon", _daemon),
+        ("ublk devices", _orphans),
+    )
+    for name, look in table:
+        try:
+            result = look(config)
+        except Exception as error:
+            result = ("fail", f"the check itself failed: {type(error).__name__}: {error}")
+        checks.append(Check(name, *result))
+    return checks
+
+
+def _configuration(config_file: str | None) -> tuple[Config, Check]:
+    path = config_path(config_file)
+    if config_file is None and not path.exists():
+        text = f"{path} does not exist, the defaults are checked"
+        return Config(), Check("configuration", "warn", text, "write it with 'glidefs init', or use --config")
+    try:
+        return load_config(path), Check("configuration", "ok", str(path))
+    except ConfigError as error:
+        return Config(), Check("configuration", "fail", str(error), "the defaults are checked below")
+
+
+def kernel_version(release: str) -> tuple[int, int]:
+    """6.12.4-amd64 -> (6, 12)."""
+    numbers = []
+    for part in release.split(".")[:2]:
+        digits = ""
+        for char in part:
+            if not char.isdigit():
+                break
+            digits += char
+        numbers.append(int(digits or 0))
+    return numbers[0], numbers[1] if len(numbers) > 1 else 0
+
+
+def _kernel(config: Config) -> Result:
+    release = platform.release()
+    version = kernel_version(release)
+    if version < MIN_KERNEL:
+        return "fail", f"Linux {release}", "GlideFS needs Linux 5.19 or later"
+    if version < UBLK_KERNEL:
+        return "warn", f"Linux {release}: NBD only", "for ublk use Linux 6.12 or later"
+    return "ok", f"Linux {release}"
+
+
+def _io_uring(config: Config) -> Result:
+    switch = Path("/proc/sys/kernel/io_uring_disabled")
+    if (
+        switch.exists()
+        and (value := switch.read_text().strip()) != "0"
+        and not (value == "1" and os.geteuid() == 0)
+    ):
+        return "fail", f"kernel.io_uring_disabled = {value}", "sysctl kernel.io_uring_disabled=0"
+    libc = ctypes.CDLL(None, use_errno=True)
+    params = (ctypes.c_char * 120)()
+    fd = libc.syscall(SYS_IO_URING_SETUP, 4, params)
+    if fd < 0:
+        number = ctypes.get_errno()
+        why = os.strerror(number)
+        if number in (errno.EPERM, errno.ENOSYS):
+            return (
+                "fail",
+                f"io_uring_setup: {why}",
+                "a seccomp profile (container?) forbids io_uring: allow it",
+            )
+        return "fail", f"io_uring_setup: {why}"
+    os.close(fd)
+    return "ok", "available"
+
+
+def _core(config: Config) -> Result:
+    try:
+        import glidefs.core.engine  # noqa: F401
+    except ImportError as error:
+        return "fail", f"cannot be loaded: {error}", "install a wheel, or build with 'pip install .'"
+    return "ok", "loaded"
+
+
+def _ublk(config: Config) -> Result:
+    from glidefs.transport.base import ublk_missing
+
+    missing = ublk_missing()
+    if missing:
+        return "warn", f"not usable: {missing}", "exports use NBD"
+    from glidefs.core import ublk
+    from glidefs.transport.ublk import F_UPDATE_SIZE, explained
+
+    try:
+        features = ublk.features()
+    except DeviceError as error:
+        return "warn", f"{explained(error)}", "exports use NBD"
+    if not features & F_UPDATE_SIZE:
+        return "ok", f"features {features:#x}; no online resize, which Linux 6.16 has"
+    return "ok", f"features {features:#x}"
+
+
+def _files(config: Config) -> Result:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < MIN_FILES:
+        return (
+            "warn",
+            f"at most {hard}",
+            f"raise the hard limit to {MIN_FILES} or more (LimitNOFILE= in systemd)",
+        )
+    return "ok", f"{soft}, the daemon raises it to {'no limit' if hard == resource.RLIM_INFINITY else hard}"
+
+
+def _memlock(config: Config) -> Result:
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if os.geteuid() == 0 or hard == resource.RLIM_INFINITY:
+        return "ok", "not limited"
+    if hard < 8 << 20:
+        return "warn", f"{hard} bytes", "raise it to 8 MiB or more (LimitMEMLOCK= in systemd)"
+    return "ok", f"{hard} bytes"
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that holds `path`, by /proc/self/mounts; "" if unknown."""
+    best, kind = "", ""
+    resolved = str(path.resolve())
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines():
+        fields = line.split(" ")
+        if len(fields) < 3:
+            continue
+        mount = fields[1].replace("\\040", " ")
+        inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, fields[2]
+    return kind
+
+
+def _directory(path: Path, wanted: int) -> Result:
+    existing = path
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        return "fail", f"{existing} is not a directory", "change [cache] in the configuration"
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return "fail", f"{existing} cannot be written", "give it to the daemon's user, or run as root"
+    kind = file_system(existing)
+    usage = shutil.disk_usage(existing)
+    detail = f"{path} on {kind or 'unknown'}, {usage.free >> 20} MiB free"
+    if kind in REMOTE_FILE_SYSTEMS:
+        return "fail", detail, "the log must be on a local disk"
+    if kind in MEMORY_FILE_SYSTEMS:
+        return "warn", detail, "what is not uploaded is lost with the power; use a disk"
+    used = _allocated(path) if wanted else 0
+    if wanted and usage.free + used < wanted:
+        need = f"{wanted >> 20} MiB are configured"
+        return "warn", f"{detail}, {need}", "free space, or lower log_size and block_cache_size"
+    return "ok", detail
+
+
+def _allocated(path: Path) -> int:
+    total = 0
+    for directory, _, files in os.walk(path):
+        for name in files:
+            try:
+                total += os.lstat(os.path.join(directory, name)).st_blocks * 512
+            except OSError:
+                continue
+    return total
+
+
+def _store(config: Config) -> Result:
+    from glidefs.cli.offline import bare_store
+    from glidefs.store.probe import probe_store
+    from glidefs.store.resilient import ResilientStore
+
+    started = time.monotonic()
+    try:
+        with ResilientStore(bare_store(config), deadline=PROBE_DEADLINE) as store:
+            probe_store(store)
+    except StoreError as error:
+        reason, _, remedy = str(error).partition("; ")
+        return "fail", reason, remedy or "check [store] url and endpoint_url, the network and the credentials"
+    except GlideError as error:
+        return "fail", str(error)
+    elapsed = (time.monotonic() - started) * 1000
+    return "ok", f"{config.store.url} keeps conditions and ranges ({elapsed:.0f} ms for all requests)"
+
+
+def _daemon(config: Config) -> Result:
+    from glidefs.cli.client import Client, CommandError
+
+    path = os.environ.get("GLIDEFS_SOCKET") or config.api.socket
+    try:
+        health: dict[str, Any] = Client(path).call("GET", "/health", timeout=5)
+    except CommandError as error:
+        return "warn", error.reason, error.hint
+    mode = stat.S_IMODE(os.stat(path).st_mode)
+    if mode & 0o077:
+        return "warn", f"answers, but {path} has mode {mode:o}", "chmod 600 it"
+    failed = health.get("exports", {}).get("failed", 0)
+    if failed:
+        return "warn", f"answers; {failed} exports failed", "see 'glidefs list'"
+    return "ok", f"answers on {path}, process {health.get('pid')}"
+
+
+def devices() -> Iterator[int]:
+    """Ids of all ublk devices of this host, by their control nodes."""
+    for node in sorted(Path("/dev").glob("ublkc*")):
+        number = node.name.removeprefix("ublkc")
+        if number.isdigit():
+            yield int(number)
+
+
+def _orphans(config: Config) -> Result:
+    present = list(devices())
+    if not present:
+        return "ok", "none"
+    from glidefs.transport.ublk import LIVE, device_tag, query
+
+    ours: dict[int, str] = {}
+    for record in _records(config):
+        ours[device_tag(config.cache.state, record.name, record.volume_id)] = record.name
+    served = foreign = 0
+    orphans: list[str] = []
+    for dev_id in present:
+        found = query(dev_id)
+        if found is None:
+            continue
+        served += found.state == LIVE
+        name = ours.get(found.tag)
+        if found.state != LIVE and name is None:
+            foreign += 1
+            orphans.append(f"/dev/ublkb{dev_id}")
+        elif found.state != LIVE:
+            orphans.append(f"/dev/ublkb{dev_id} (export {name})")
+    if orphans:
+        text = f"{served} served, without a server: {', '.join(orphans[:8])}"
+        remedy = "the daemon recovers those of its exports; 'ublk del -n N' deletes one that nobody needs"
+        return "warn", text, remedy
+    return "ok", f"{served} served"
+
+
+def _records(config: Config) -> Iterator[Any]:
+    from glidefs.formats import export_record
+
+    for path in sorted((Path(config.cache.dir) / "exports").glob("*.json")):
+        try:
+            yield export_record.load(path)
+        except (OSError, GlideError):
+            continue

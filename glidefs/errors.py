@@ -1,0 +1,197 @@
+"""Every error that GlideFS raises on purpose, named by what it means.
+
+An error carries what an operator needs (key, offset, volume) as attributes, says on one line what
+is wrong and what to do, and knows whether it is ``temporary``: the retry wrapper
+(:mod:`glidefs.store.resilient`) asks the error and keeps no list of its own.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class GlideError(Exception):
+    """Base of all of them.
+
+    ``temporary`` is true where the same call may succeed later without anybody changing anything.
+    """
+
+    temporary: bool = False
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message or type(self).__name__)
+
+    @property
+    def message(self) -> str:
+        """The one-line text for logs, the CLI and the API."""
+        return str(self)
+
+
+class CorruptObject(GlideError):
+    """An object or a local file does not hold what its format promises.
+
+    ``key`` is the store key or local path, ``offset`` the byte in it where the fault was seen.
+    """
+
+    def __init__(self, key: str, offset: int, why: str) -> None:
+        self.key = key
+        self.offset = offset
+        self.why = why
+        super().__init__(
+            f"{key}: corrupt at byte {offset}: {why}; restore it from another copy or go back to a snapshot"
+        )
+
+
+class CorruptLog(GlideError):
+    """A write log on this host has damage below a position that was known to be durable."""
+
+    def __init__(self, path: str, why: str) -> None:
+        self.path = path
+        self.why = why
+        super().__init__(f"{path}: damaged write log: {why}; see `glidefs logs` to export what is readable")
+
+
+class Fenced(GlideError):
+    """Another host (or a removal) took the volume; this host's copy must not be served any more."""
+
+    def __init__(self, volume: str, why: str) -> None:
+        self.volume = volume
+        self.why = why
+        super().__init__(f"volume {volume} is fenced: {why}; its local log is kept, see `glidefs logs`")
+
+
+class StoreError(GlideError):
+    """A request to the object store failed.
+
+    ``ambiguous`` is true on an error of a conditional put when an earlier attempt of the same put
+    may have been applied although its answer was lost: the caller must read the key to find out.
+    """
+
+    default_temporary: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        why: str = "",
+        *,
+        key: str = "",
+        op: str = "",
+        temporary: bool | None = None,
+        ambiguous: bool = False,
+    ) -> None:
+        self.why = why or (type(self).__doc__ or "").split("\n", 1)[0].rstrip(".")
+        self.key = key
+        self.op = op
+        self.temporary = self.default_temporary if temporary is None else temporary
+        self.ambiguous = ambiguous
+        where = " ".join(part for part in (op, key) if part)
+        super().__init__(f"{where}: {self.why}" if where else self.why)
+
+
+class StoreUnavailable(StoreError):
+    """The store does not answer, or answered that it cannot serve now."""
+
+    default_temporary = True
+
+
+class Throttled(StoreError):
+    """The store asks for fewer requests."""
+
+    default_temporary = True
+
+
+class NotFound(StoreError):
+    """No such object in the store."""
+
+
+class PreconditionFailed(StoreError):
+    """The object changed, exists already or is gone, so the conditional request was refused."""
+
+
+class Conflict(StoreError):
+    """Another conditional request on the same key was in flight; try again."""
+
+    default_temporary = True
+
+
+class AccessDenied(StoreError):
+    """The store refused the credentials; check them and the bucket's policy."""
+
+
+class NoSuchBucket(StoreError):
+    """The bucket does not exist; create it or correct the store url.
+
+    Some providers answer this for a moment about a bucket that does exist, so a store object that
+    has worked before raises it as temporary.
+    """
+
+
+class StoreUnsupported(StoreError):
+    """The store ignores a feature that correctness rests on; use another store."""
+
+
+class InvalidName(GlideError):
+    """A name that may not become part of a path or a key."""
+
+    def __init__(self, kind: str, name: str) -> None:
+        self.kind = kind
+        self.name = name
+        shown = name if len(name) <= 140 else name[:140] + "..."
+        super().__init__(
+            f"invalid {kind} name {shown!r}: use 1-128 of letters, digits, '.', '_', '-', "
+            "beginning with a letter or a digit"
+        )
+
+
+class ConfigError(GlideError):
+    """The configuration cannot work as written."""
+
+
+class ExportExists(GlideError):
+    """The name is taken by an export, volume or base."""
+
+    def __init__(self, name: str, why: str = "") -> None:
+        self.name = name
+        super().__init__(f"{name}: {why or 'exists already; choose another name or remove it first'}")
+
+
+class UnknownExport(GlideError):
+    """No export, volume, base, snapshot or tag of that name."""
+
+    def __init__(self, name: str, why: str = "") -> None:
+        self.name = name
+        super().__init__(f"{name}: {why or 'no such export; `glidefs list` shows what this host serves'}")
+
+
+class OwnedElsewhere(GlideError):
+    """Another node serves the volume."""
+
+    def __init__(self, volume: str, node: str) -> None:
+        self.volume = volume
+        self.node = node
+        super().__init__(
+            f"volume {volume} is owned by node {node or '(unnamed)'}: detach it there, "
+            "or take it over with --take-over, which fences that node"
+        )
+
+
+class NotSupported(GlideError):
+    """This kernel, transport, volume or build cannot do what was asked."""
+
+
+class DeviceError(GlideError):
+    """A block device could not be made, recovered or removed."""
+
+    def __init__(self, why: str, *, device: str = "", errno: int = 0) -> None:
+        self.device = device
+        self.errno = errno
+        super().__init__(f"{device}: {why}" if device else why)
+
+
+class CacheBusy(GlideError):
+    """Another daemon uses the cache directory."""
+
+    def __init__(self, path: str, pid: int | None = None) -> None:
+        self.path = path
+        self.pid = pid
+        holder = f" by process {pid}" if pid else ""
+        super().__init__(f"{path}: in use{holder}; stop that daemon or set another [cache] dir")

@@ -1,0 +1,207 @@
+"""The exports of this host: durable records, and what each one is doing now.
+
+A record is one file, `{name}.json`, replaced atomically. It is written before an export serves its
+first request and deleted last of all, so that a crash at any moment leaves an export that the next
+start can serve, or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, UnknownExport
+from glidefs.exports import ExportStatus
+from glidefs.formats import export_record
+from glidefs.formats.atomic import fsync_dir
+from glidefs.formats.export_record import ExportRecord
+from glidefs.names import check_name
+from glidefs.transport.base import Endpoint, Transport
+from glidefs.volume.volume import Volume
+
+SUFFIX = ".json"
+SCANNED = ".scanned"
+"""Marker: the store was searched for exports of this node since the directory is there."""
+
+
+class RecordDirectory:
+    """The record files. Callers see to it that one name is written by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> tuple[list[ExportRecord], dict[str, str]]:
+        """All records, and for each file that is damaged its name and why."""
+        records: list[ExportRecord] = []
+        damaged: dict[str, str] = {}
+        for path in sorted(self.path.glob(f"*{SUFFIX}")):
+            name = path.name.removesuffix(SUFFIX)
+            if path.name.startswith("."):
+                continue
+            try:
+                record = export_record.load(path)
+                if record.name != name:
+                    raise CorruptObject(str(path), 0, f"it is the record of {record.name}")
+                records.append(record)
+            except (OSError, GlideError) as error:
+                damaged[name] = str(error)
+        return records, damaged
+
+    def save(self, record: ExportRecord) -> None:
+        """Durable on return. Raises OSError."""
+        export_record.save(self._file(record.name), record)
+
+    def delete(self, name: str) -> None:
+        """Durable on return; a record that is not there is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._file(name))
+            fsync_dir(self.path)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{check_name('export', name)}{SUFFIX}"
+
+    @property
+    def scanned(self) -> bool:
+        """Whether the store was searched for exports of this node."""
+        return (self.path / SCANNED).exists()
+
+    def mark_scanned(self) -> None:
+        """The search is complete."""
+        (self.path / SCANNED).touch()
+        fsync_dir(self.path)
+
+
+class Entry:
+    """One export. `lock` is held for the length of a verb; fields are read without it by `status`."""
+
+    def __init__(self, name: str, record: ExportRecord | None = None) -> None:
+        self.name = name
+        self.lock = threading.Lock()
+        self.record = record
+        self.volume: Volume | None = None
+        self.transport: Transport | None = None
+        self.endpoint: Endpoint | None = None
+        self.state = "creating"
+        self.reason = ""
+        self.retry = False
+        """The failure was one that may pass (the store did not answer): try again later."""
+        self.fenced = False
+        """Another host has the volume, found out before it was opened here."""
+        self.gone = False
+
+    def failed(self, error: Exception) -> None:
+        """The export cannot be served, for this reason."""
+        self.state = "failed"
+        self.fenced = isinstance(error, Fenced)
+        self.reason = " ".join(str(error).split()) or type(error).__name__
+        self.retry = bool(getattr(error, "temporary", False))
+
+    def serves(self) -> bool:
+        """Whether guests can use it now."""
+        return self.state == "serving" and self.volume is not None and not self.volume.fenced
+
+    def is_fenced(self) -> bool:
+        """Whether another host has the volume."""
+        return self.fenced or (self.volume is not None and bool(self.volume.fenced))
+
+    def status(self, *, created: bool | None = None, note: str = "") -> ExportStatus:
+        """What `show` prints. Blocks on nothing."""
+        record, volume, endpoint = self.record, self.volume, self.endpoint
+        figures: dict[str, Any] | None = None
+        state, reason = self.state, self.reason
+        if volume is not None:
+            try:
+                figures = msgspec.to_builtins(volume.status())
+            except GlideError as error:
+                state, reason = "failed", str(error)
+        if figures is not None and (figures["fenced"] or figures["failed"]):
+            state = "failed"
+            reason = figures["fenced"] or f"all I/O fails: {os.strerror(figures['failed'])}"
+        kind = self.transport.kind if self.transport is not None else ""
+        return ExportStatus(
+            name=self.name,
+            size=record.size if record else 0,
+            transport=kind or (record.transport if record else ""),
+            device=endpoint.device if endpoint else "",
+            state=state,
+            reason=reason,
+            prefix=record.prefix if record else "",
+            read_only=record.read_only if record else False,
+            flush=record.flush if record else "local",
+            volume_id=record.volume_id.hex() if record else "",
+            log_id=record.log_id.hex() if record else "",
+            source=record.source if record else "",
+            created_at=record.created_at if record else 0,
+            published=record.root_published if record else True,
+            created=created,
+            note=note,
+            volume=figures,
+        )
+
+
+class ExportTable:
+    """Names to entries. `_lock` guards the dictionary and is held for look-ups only."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[str, Entry] = {}
+
+    def all(self) -> list[Entry]:
+        """Every entry, by name."""
+        with self._lock:
+            return [self._entries[name] for name in sorted(self._entries)]
+
+    def find(self, name: str) -> Entry | None:
+        """The entry of that name, if any."""
+        with self._lock:
+            return self._entries.get(name)
+
+    def get(self, name: str) -> Entry:
+        """The entry of that name. Raises InvalidName, UnknownExport."""
+        entry = self.find(check_name("export", name))
+        if entry is None:
+            raise UnknownExport(name)
+        return entry
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[Entry]:
+        """The entry with its lock held. Raises UnknownExport, also when it went while we waited."""
+        entry = self.get(name)
+        with entry.lock:
+            if entry.gone:
+                raise UnknownExport(name)
+            yield entry
+
+    @contextmanager
+    def reserved(self, name: str) -> Iterator[Entry]:
+        """A new entry with its lock held; it goes again if the body fails. Raises ExportExists."""
+        entry = Entry(check_name("export", name))
+        with entry.lock:
+            with self._lock:
+                if name in self._entries:
+                    raise ExportExists(name)
+                self._entries[name] = entry
+            try:
+                yield entry
+            except BaseException:
+                self.drop(entry)
+                raise
+
+    def add(self, entry: Entry) -> bool:
+        """Add an entry unless its name is there already."""
+        with self._lock:
+            return self._entries.setdefault(entry.name, entry) is entry
+
+    def drop(self, entry: Entry) -> None:
+        """Forget an entry. Its lock is held."""
+        entry.gone = True
+        with self._lock:
+            if self._entries.get(entry.name) is entry:
+                del self._entries[entry.name]

@@ -1,0 +1,93 @@
+"""What the router takes and gives, as frozen structs: the API and the command line speak them as JSON.
+
+Unknown fields and wrong types are refused where they are decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta, Struct
+
+from glidefs.config import parse_size
+from glidefs.errors import ConfigError
+from glidefs.formats.manifest import MAX_SIZE
+
+SIZE_UNIT = 4096
+"""Sizes are rounded up to whole sectors."""
+
+Seconds = Annotated[float, Meta(ge=0, le=30 * 86400)]
+TransportChoice = Literal["auto", "ublk", "nbd"]
+
+
+class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of PUT /api/exports/{name}. `size` in bytes, or text such as "10GiB"."""
+
+    size: int | str
+    transport: TransportChoice = "auto"
+    read_only: bool = False
+    prefix: str | None = None
+    flush: Literal["local", "store"] = "local"
+    wait: bool = False
+
+
+class ResizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../resize. `shrink` confirms that a smaller size cuts data off."""
+
+    size: int | str
+    shrink: bool = False
+
+
+class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../drain and .../detach. No `timeout` waits as long as it takes."""
+
+    timeout: Seconds | None = None
+
+
+class AttachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../attach."""
+
+    take_over: bool = False
+    prefix: str | None = None
+    transport: TransportChoice = "auto"
+
+
+class ExportStatus(Struct, frozen=True, kw_only=True):
+    """An export as `show` and `list` print it. `device` is the block device or the NBD URI.
+
+    `state` is "serving", "failed", "detached" or "creating"; `reason` says why where it failed, or why
+    this transport was chosen. `volume` holds the figures of a served volume.
+    """
+
+    name: str
+    size: int
+    transport: str
+    device: str
+    state: str
+    reason: str = ""
+    prefix: str
+    read_only: bool
+    flush: str
+    volume_id: str
+    log_id: str
+    source: str = ""
+    created_at: int = 0
+    published: bool = True
+    created: bool | None = None
+    note: str = ""
+    volume: dict[str, Any] | None = None
+
+
+def normal_size(size: int | str) -> int:
+    """Bytes of a requested volume size, rounded up to whole sectors. Raises ConfigError."""
+    try:
+        wanted = parse_size(size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    shown = str(size)[:40]
+    if wanted <= 0:
+        raise ConfigError(f"size {shown} is not possible: a volume has at least {SIZE_UNIT} bytes")
+    rounded = -(-wanted // SIZE_UNIT) * SIZE_UNIT
+    if rounded > MAX_SIZE:
+        raise ConfigError(f"size {shown} is too large: a volume has at most {MAX_SIZE} bytes (1EiB)")
+    return rounded

@@ -1,0 +1,1 @@
+"""Whole disk images: reading them out of a store."""

@@ -1,0 +1,202 @@
+"""Prometheus metrics: gathered when they are asked for, so that an idle daemon spends nothing on them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from msgspec import Struct
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from glidefs.core.engine import EngineStats
+from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
+from glidefs.store.resilient import StoreMetrics
+
+BUCKET_UNIT = 256e-9
+"""Seconds; bucket b of the core covers [2**(b/2), 2**((b+1)/2)) units (csrc/stats.h)."""
+FIRST_POWER, LAST_POWER = 2, 28
+"""Buckets shown are powers of two of the unit: 1 us to 69 s."""
+
+
+class ExportFigures(Struct, frozen=True, kw_only=True):
+    """One served export."""
+
+    name: str
+    transport: str
+    info: VolumeInfo
+    stats: VolumeStats
+    fenced: bool
+
+
+class Snapshot(Struct, frozen=True, kw_only=True):
+    """Everything at one moment. `states` counts exports by state; None is what is not there yet."""
+
+    engine: EngineStats | None
+    exports: list[ExportFigures]
+    states: Mapping[str, int]
+    store: StoreMetrics | None
+    started_at: float
+
+
+class _Figures(Collector):
+    def __init__(self, gather: Callable[[], Snapshot]) -> None:
+        self._gather = gather
+
+    def collect(self) -> Iterable[Metric]:
+        snapshot = self._gather()
+        yield from _process(snapshot)
+        if snapshot.engine is not None:
+            yield from _engine(snapshot.engine)
+        if snapshot.store is not None:
+            yield from _store(snapshot.store)
+        yield from _volumes(snapshot.exports)
+        yield from _operations(snapshot.exports)
+        yield _latency(snapshot.exports)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+class Metrics:
+    """`render()` gives the text of GET /metrics."""
+
+    def __init__(self, gather: Callable[[], Snapshot]) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_Figures(gather))
+
+    def render(self) -> bytes:
+        """The exposition format, version 0.0.4."""
+        return generate_latest(self._registry)
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process."""
+    fields = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"glidefs_{name}", text, value=value)
+
+
+def _counter(name: str, text: str, value: float) -> Metric:
+    return CounterMetricFamily(f"glidefs_{name}", text, value=value)
+
+
+def _process(snapshot: Snapshot) -> Iterator[Metric]:
+    yield _gauge("process_resident_memory_bytes", "Resident memory of the daemon", rss_bytes())
+    yield _gauge("start_time_seconds", "When the daemon started, unix time", snapshot.started_at)
+    states = GaugeMetricFamily("glidefs_exports", "Exports by state", labels=["state"])
+    for state, count in snapshot.states.items():
+        states.add_metric([state], count)
+    yield states
+
+
+def _engine(stats: EngineStats) -> Iterator[Metric]:
+    yield _gauge("log_bytes", "Bytes that all write logs allocate", stats.log_bytes)
+    yield _gauge("log_limit_bytes", "Bytes that all write logs may allocate", stats.log_limit)
+    yield _gauge("map_bytes", "Memory of log maps and block maps", stats.map_bytes)
+    yield _gauge("map_budget_bytes", "Memory that maps may take", stats.map_budget)
+    yield _gauge("cache_blocks", "Blocks in the block cache", stats.cache_used)
+    yield _gauge("cache_capacity_blocks", "Blocks that the block cache can hold", stats.cache_slots)
+    yield _counter("cache_hits", "Look-ups of the block cache that found the block", stats.cache_hits)
+    yield _counter("cache_misses", "Look-ups of the block cache that did not", stats.cache_misses)
+    yield _counter("cache_evictions", "Blocks evicted from the block cache", stats.cache_evictions)
+    yield _gauge("faults_queued", "Absent runs of blocks that wait for a reader thread", stats.faults_queued)
+    yield _gauge("workers", "I/O worker threads", stats.workers)
+
+
+def _store(figures: StoreMetrics) -> Iterator[Metric]:
+    for name, text, counts in (
+        ("store_requests", "Requests to the object store", figures.requests),
+        ("store_errors", "Requests to the object store that failed", figures.errors),
+        ("store_retries", "Requests to the object store that were tried again", figures.retries),
+    ):
+        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["op"])
+        for op, count in sorted(counts.items()):
+            counter.add_metric([op], count)
+        yield counter
+    yield _counter("store_received_bytes", "Payload bytes read from the object store", figures.bytes_in)
+    yield _counter("store_sent_bytes", "Payload bytes written to the object store", figures.bytes_out)
+    yield _gauge("store_waiting", "Calls that wait for a place, a retry or the store", figures.waiting)
+    yield _gauge("store_up", "0 while the breaker holds requests back", float(figures.breaker == "closed"))
+    yield _gauge("store_down_seconds", "For how long the store has not answered", figures.down_seconds)
+
+
+_VOLUME_GAUGES: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (
+    ("size_bytes", "Size of the volume", lambda e: e.info.size),
+    ("dirty_bytes", "Log bytes that are not in the store", lambda e: e.info.dirty_bytes),
+    ("oldest_dirty_seconds", "Age of the oldest write that is not in the store", lambda e: dirty_age(e.info)),
+    ("export_log_bytes", "Bytes that the export's write log allocates", lambda e: e.info.log_bytes),
+    ("export_map_bytes", "Memory of the export's maps", lambda e: e.info.map_bytes),
+    ("parked_requests", "Requests that wait for space, blocks or the store", lambda e: e.info.parked),
+    ("connections", "NBD connections", lambda e: e.info.connections),
+    ("fenced", "1 if another host took the volume", lambda e: float(e.fenced)),
+    ("volume_errno", "errno that all I/O fails with, 0 while serving", lambda e: e.info.failed),
+)
+_VOLUME_COUNTERS: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (
+    ("faults", "Faults on absent blocks", lambda e: e.stats.faults),
+    ("log_hits", "Block reads answered by the write log", lambda e: e.stats.log_hits),
+    ("cache_reads", "Block reads answered by the block cache", lambda e: e.stats.cache_reads),
+    ("zero_reads", "Block reads of zeros", lambda e: e.stats.zero_reads),
+    ("unaligned_writes", "Writes that had to read first", lambda e: e.stats.rmw),
+    ("log_syncs", "fdatasync calls on the write log", lambda e: e.stats.syncs),
+    ("log_full_waits", "Writes that waited for log space", lambda e: e.stats.log_full_waits),
+    ("map_full_waits", "Writes that waited for map memory", lambda e: e.stats.map_full_waits),
+)
+
+
+def dirty_age(info: VolumeInfo) -> float:
+    """Seconds since the oldest write that is not in the store; 0 when clean."""
+    return max(0.0, time.time() - info.oldest_dirty_ns / 1e9) if info.oldest_dirty_ns else 0.0
+
+
+def _volumes(exports: list[ExportFigures]) -> Iterator[Metric]:
+    for name, text, read in _VOLUME_GAUGES:
+        gauge = GaugeMetricFamily(f"glidefs_{name}", text, labels=["export", "transport"])
+        for export in exports:
+            gauge.add_metric([export.name, export.transport], read(export))
+        yield gauge
+    for name, text, read in _VOLUME_COUNTERS:
+        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["export"])
+        for export in exports:
+            counter.add_metric([export.name], read(export))
+        yield counter
+
+
+def _operations(exports: list[ExportFigures]) -> Iterator[Metric]:
+    for name, text, field in (
+        ("operations", "Guest requests", "ops"),
+        ("operation_bytes", "Bytes of guest requests", "bytes"),
+        ("operation_errors", "Guest requests that failed", "errors"),
+    ):
+        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["export", "op"])
+        for export in exports:
+            for op, value in zip(OPS, getattr(export.stats, field), strict=True):
+                counter.add_metric([export.name, op], value)
+        yield counter
+
+
+def _latency(exports: list[ExportFigures]) -> Metric:
+    """Only operations that happened: a thousand idle exports must not mean 100,000 lines."""
+    family = HistogramMetricFamily(
+        "glidefs_operation_seconds", "Latency of guest requests", labels=["export", "op"]
+    )
+    for export in exports:
+        for op, counts, total in zip(OPS, export.stats.latency, export.stats.latency_sum_ns, strict=True):
+            if any(counts):
+                family.add_metric([export.name, op], latency_buckets(counts), sum_value=total / 1e9)
+    return family
+
+
+def latency_buckets(counts: tuple[int, ...]) -> list[tuple[str, float]]:
+    """Cumulative counts by upper bound in seconds, from the core's half-power-of-two buckets."""
+    result: list[tuple[str, float]] = []
+    for power in range(FIRST_POWER, LAST_POWER + 1):
+        result.append((repr(BUCKET_UNIT * 2**power), float(sum(counts[: 2 * power]))))
+    result.append(("+Inf", float(sum(counts))))
+    return result

@@ -1,0 +1,366 @@
+"""From a record to a served export, and back: volumes are opened and closed, transports started.
+
+At start every record is opened from local files alone, so that an outage of the store keeps nobody
+from what is resident. What fails is listed with its reason; what may pass is tried again. A host
+without records looks in the store for volumes that name it as owner.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from glidefs.volume.host import Host
+from msgspec.structs import replace
+
+from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, OwnedElsewhere, StoreError
+from glidefs.export_table import Entry, ExportTable, RecordDirectory
+from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root, encode_root, manifest_hash
+from glidefs.store.resilient import ResilientStore
+from glidefs.transport.base import Attachment, Transport, choose_transport
+from glidefs.volume import lease, local, logs
+from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
+
+OPEN_THREADS = 4
+STORE_PATIENCE = 5.0
+FIRST_RETRY, LAST_RETRY = 1.0, 30.0
+
+
+class Places(Protocol):
+    """What is used of the router's settings."""
+
+    @property
+    def node(self) -> str:
+        """Owner label of this host."""
+        ...
+
+    @property
+    def state_dir(self) -> Path:
+        """Local copies of roots and pages."""
+        ...
+
+    @property
+    def logs_dir(self) -> Path:
+        """Write logs."""
+        ...
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Where to look for volumes of this node."""
+        ...
+
+
+class Opener:
+    """Opens and closes entries. The caller of everything below `start` holds the entry's lock."""
+
+    def __init__(
+        self,
+        table: ExportTable,
+        records: RecordDirectory,
+        host: Host,
+        store: ResilientStore,
+        transports: Mapping[str, Transport],
+        places: Places,
+        stopping: threading.Event,
+    ) -> None:
+        self._table = table
+        self._records = records
+        self._host = host
+        self._store = store
+        self._transports = transports
+        self._places = places
+        self._stopping = stopping
+        self.tried = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    # -- start and background --------------------------------------------------------------------
+
+    def start(self) -> None:
+        """List what the records name, then open it on threads."""
+        records, damaged = self._records.load()
+        for name, why in damaged.items():
+            entry = Entry(name)
+            entry.failed(GlideError(why))
+            self._table.add(entry)
+            log.error("%s: its record is damaged: %s", name, why)
+        entries = [Entry(record.name, record) for record in records]
+        for entry in entries:
+            entry.state = "starting"
+            self._table.add(entry)
+        self._thread = threading.Thread(target=self._run, args=(entries,), name="exports", daemon=True)
+        self._thread.start()
+
+    def _run(self, entries: list[Entry]) -> None:
+        with ThreadPoolExecutor(OPEN_THREADS, "open-export") as pool:
+            list(pool.map(self._open_recorded, entries))
+        self.tried.set()
+        pause = FIRST_RETRY
+        while not self._stopping.is_set():
+            try:
+                done = self._scan() and self._retry()
+                pause = FIRST_RETRY if done else min(pause * 2, LAST_RETRY)
+            except Exception:
+                log.exception("exports could not be looked after; going on")
+                pause = LAST_RETRY
+            self._stopping.wait(LAST_RETRY if pause == FIRST_RETRY else pause)
+
+    def _open_recorded(self, entry: Entry) -> None:
+        with entry.lock:
+            if not entry.gone and not self._stopping.is_set() and not entry.serves():
+                self.reopen(entry)
+
+    def _retry(self) -> bool:
+        """Try again what failed for a reason that may pass; True if nothing is left."""
+        waiting = [entry for entry in self._table.all() if entry.state == "failed" and entry.retry]
+        for entry in waiting:
+            self._open_recorded(entry)
+        return not any(entry.state == "failed" and entry.retry for entry in waiting)
+
+    def _scan(self) -> bool:
+        """Once per cache directory: serve volumes whose root names this node. True when complete."""
+        if self._records.scanned:
+            return True
+        view = self._store.view("background", STORE_PATIENCE)
+        try:
+            owned = lease.find_exports(view, self._places.prefixes, self._places.node)
+            for found in owned:
+                self._adopt(found)
+        except StoreError as error:
+            log.warning("cannot look for exports of this node in the store yet: %s", error)
+            return False
+        self._records.mark_scanned()
+        return True
+
+    def _adopt(self, found: lease.OwnedRoot) -> None:
+        """Attach a volume of ours that this disk knows nothing of. Its old log is lost with the disk."""
+        name = found.root.name
+        if self._table.find(name) is not None or self._stopping.is_set():
+            return
+        log.warning("%s: the store says that this node serves it; taking it up again", name)
+        view = self._store.view("upload", STORE_PATIENCE)
+        try:
+            with self._table.reserved(name) as entry:
+                root, etag = lease.attach(view, found.prefix, name, self._places.node)
+                self.take(entry, found.prefix, root, etag, root.transport)
+        except (ExportExists, OwnedElsewhere) as error:
+            log.warning("%s", error)
+
+    # -- one export ------------------------------------------------------------------------------
+
+    def take(self, entry: Entry, prefix: str, root: Root, etag: str, transport: str) -> None:
+        """Serve a volume that is ours in the store by now. A failure is kept in the entry."""
+        local.save(self._places.state_dir, root.volume_id, root, encode_root(root), etag, {})
+        entry.record = new_record(root, prefix, transport, published=True)
+        self._records.save(entry.record)
+        self.try_open(entry, root, etag)
+
+    def open(self, entry: Entry, root: Root, etag: str | None) -> None:
+        """Open the volume and start the transport. Raises, and then neither is left."""
+        assert entry.record is not None
+        entry.volume = self._host.open(entry.record, root, etag)
+        entry.volume.on_fenced = lambda volume, why: log.error("%s: fenced: %s", volume.name, why)
+        entry.volume.on_published = lambda volume: self._published(entry)
+        try:
+            self.start_transport(entry)
+        except BaseException:
+            self.close_volume(entry)
+            raise
+        if entry.volume.committer.published and not entry.record.root_published:
+            self._published(entry)
+
+    def try_open(self, entry: Entry, root: Root, etag: str | None) -> None:
+        """The same; a failure is kept in the entry."""
+        try:
+            self.open(entry, root, etag)
+        except Exception as error:
+            self._failed(entry, error)
+
+    def reopen(self, entry: Entry) -> None:
+        """Serve from the record and the local root; from the store's where the local one is lost."""
+        assert entry.record is not None
+        try:
+            root, etag = self._find_root(entry.record)
+            self.open(entry, root, etag)
+        except Exception as error:
+            self._failed(entry, error)
+
+    def _failed(self, entry: Entry, error: Exception) -> None:
+        entry.failed(error)
+        unexpected = not isinstance(error, GlideError | OSError)
+        log.error("%s: cannot be served: %s", entry.name, error, exc_info=error if unexpected else None)
+
+    def _find_root(self, record: ExportRecord) -> tuple[Root, str | None]:
+        try:
+            saved = local.load(self._places.state_dir, record.volume_id)
+        except CorruptObject as error:
+            log.warning("%s: %s; asking the store", record.name, error)
+            saved = None
+        if saved is not None:
+            root, etag, data = saved
+            if etag is None and manifest_hash(data) != record.manifest_hash:
+                raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
+            if root.volume_id == record.volume_id and root.log_id == record.log_id:
+                return root, etag
+        if not record.root_published:
+            raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
+        found, etag = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
+        if found.volume_id != record.volume_id or found.log_id != record.log_id:
+            raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
+        return found, etag
+
+    def _published(self, entry: Entry) -> None:
+        """The store has the first root: note it, so that one that is missing later means a fence."""
+        record = entry.record
+        if record is None or record.root_published or entry.gone:
+            return
+        entry.record = replace(record, root_published=True)
+        try:
+            self._records.save(entry.record)
+        except OSError as error:
+            log.error("%s: its record cannot be written: %s", entry.name, error)
+
+    # -- transports ------------------------------------------------------------------------------
+
+    def attachment(self, entry: Entry) -> Attachment:
+        """The export as transports see it."""
+        record, volume = entry.record, entry.volume
+        assert record is not None
+        assert volume is not None
+        return Attachment(
+            name=record.name,
+            volume_id=record.volume_id,
+            size=record.size,
+            read_only=record.read_only,
+            core=volume.core,
+            device_id=record.device_id,
+        )
+
+    def start_transport(self, entry: Entry) -> None:
+        """Let guests in. Raises NotSupported, DeviceError."""
+        assert entry.record is not None
+        choice = choose_transport(entry.record.transport)
+        transport = self._transports[choice.kind]
+        endpoint = transport.start(self.attachment(entry))
+        entry.transport, entry.endpoint = transport, endpoint
+        if endpoint.device_id is not None and endpoint.device_id != entry.record.device_id:
+            entry.record = replace(entry.record, device_id=endpoint.device_id)
+            self._records.save(entry.record)
+        entry.state, entry.reason = "serving", choice.why
+        entry.retry = entry.fenced = False
+
+    def restart_transport(self, entry: Entry) -> None:
+        """Serve again after a verb that failed. What fails is kept in the entry."""
+        try:
+            self.start_transport(entry)
+        except Exception as error:
+            self._failed(entry, error)
+
+    def stop_transport(self, entry: Entry, *, remove_device: bool) -> None:
+        """On return no guest reaches the volume. What fails is logged."""
+        transport = entry.transport
+        if transport is None:
+            return
+        try:
+            if remove_device:
+                transport.stop(entry.name)
+            else:
+                transport.release(entry.name)
+        except (GlideError, OSError) as error:
+            log.error("%s: %s", entry.name, error)
+        entry.transport = entry.endpoint = None
+        entry.state, entry.reason = "stopped", ""
+
+    def close_volume(self, entry: Entry) -> tuple[Root, str | None]:
+        """Close the volume; returns its last root and that one's ETag."""
+        volume = entry.volume
+        if volume is None:
+            raise GlideError(f"{entry.name} is not open")
+        entry.volume = None
+        volume.close()
+        return volume.root, volume.etag
+
+    def close_entry(self, entry: Entry, *, remove_device: bool) -> None:
+        """Stop the transport and close the volume, whatever of it is there."""
+        self.stop_transport(entry, remove_device=remove_device)
+        if entry.volume is not None:
+            try:
+                self.close_volume(entry)
+            except (GlideError, OSError) as error:
+                log.error("%s: %s", entry.name, error)
+
+    def forget(self, entry: Entry, *, keep_log: bool = False) -> None:
+        """Delete what this host keeps of an export that is closed, the record last.
+
+        The log of a fenced volume is kept: it may hold writes that nobody else has.
+        """
+        record = entry.record
+        if record is not None:
+            if not keep_log:
+                self._delete_log(record)
+            local.forget(self._places.state_dir, record.volume_id)
+        self._records.delete(entry.name)
+
+    def _delete_log(self, record: ExportRecord) -> None:
+        directory = logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
+        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            directory.parent.rmdir()  # fails where other logs of the volume were set aside
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                log.warning("%s: %s", directory.parent, error.strerror)
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def let_go(self, remove_devices: bool) -> None:
+        """The daemon stops: let guests go, sync logs, close volumes. Records stay."""
+        with ThreadPoolExecutor(OPEN_THREADS * 2, "let-go") as pool:
+            list(pool.map(lambda entry: self._let_go(entry, remove_devices), self._table.all()))
+
+    def _let_go(self, entry: Entry, remove_device: bool) -> None:
+        with entry.lock:
+            self.stop_transport(entry, remove_device=remove_device)
+            volume: Volume | None = entry.volume
+            if volume is None:
+                return
+            try:
+                volume.core.sync()
+            except GlideError as error:
+                log.error("%s: its log cannot be synced: %s", entry.name, error)
+            self.close_entry(entry, remove_device=remove_device)
+
+    def close(self) -> None:
+        """End the background thread, close what is open."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        for entry in self._table.all():
+            with entry.lock:
+                self.close_entry(entry, remove_device=False)
+
+
+def new_record(root: Root, prefix: str, transport: str, *, published: bool) -> ExportRecord:
+    """The record of a volume with this root."""
+    return ExportRecord(
+        name=root.name,
+        volume_id=root.volume_id,
+        log_id=root.log_id,
+        prefix=prefix,
+        manifest_hash=manifest_hash(encode_root(root)),
+        size=root.size,
+        transport=transport,
+        read_only=root.read_only,
+        flush=root.flush,
+        root_published=published,
+        source=root.source,
+        epoch=root.epoch,
+        created_at=root.created_at,
+    )

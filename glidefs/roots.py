@@ -1,0 +1,82 @@
+"""The first and the last life event of a manifest root: put where the name is free, and taken away.
+
+A store has no conditional delete. So a root is first replaced, under its ETag, by a tombstone that
+names no owner: whoever lost the volume meanwhile is refused there, and a crash before the delete
+leaves a name that a create may take over, again under the ETag.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from msgspec.structs import replace
+
+from glidefs.errors import ExportExists, Fenced, UnknownExport
+from glidefs.formats.manifest import NO_ID, Root, encode_root
+from glidefs.names import manifest_key
+from glidefs.store.base import ObjectStore
+from glidefs.volume import lease
+
+
+class Identity(Protocol):
+    """What an export record and a root have in common."""
+
+    @property
+    def name(self) -> str:
+        """Name of the volume."""
+        ...
+
+    @property
+    def volume_id(self) -> bytes:
+        """16 bytes."""
+        ...
+
+    @property
+    def log_id(self) -> bytes:
+        """16 bytes: the fencing token."""
+        ...
+
+
+def put_first_root(store: ObjectStore, prefix: str, root: Root) -> str:
+    """Put the root of a new volume. Returns its ETag. Raises ExportExists, StoreError."""
+    try:
+        return lease.create(store, prefix, root)
+    except ExportExists:
+        try:
+            found, etag = lease.read_root(store, prefix, root.name)
+        except UnknownExport:  # removed in between
+            return lease.create(store, prefix, root)
+        if not found.removed_at:
+            owner = f", owned by node {found.owner_node}" if found.owner_node else ""
+            raise ExportExists(
+                root.name,
+                f"the store has a volume of this name in prefix {prefix}{owner}; attach or remove it",
+            ) from None
+        key = manifest_key(prefix, root.name)
+        return lease.commit_root(store, key, encode_root(root), etag, root.log_id).etag
+
+
+def delete_root(store: ObjectStore, prefix: str, mine: Identity) -> bool:
+    """Delete a root if it still is that of `mine`; False if another volume or owner has the name.
+
+    A root that is gone already counts as deleted. Raises StoreError.
+    """
+    key = manifest_key(prefix, mine.name)
+    while True:
+        try:
+            found, etag = lease.read_root(store, prefix, mine.name)
+        except UnknownExport:
+            return True
+        if found.volume_id != mine.volume_id or (found.log_id != mine.log_id and not found.removed_at):
+            return False
+        if not found.removed_at:
+            tombstone = replace(
+                found, owner_node="", log_id=NO_ID, removed_at=int(time.time()), sequence=found.sequence + 1
+            )
+            try:
+                lease.commit_root(store, key, encode_root(tombstone), etag, mine.log_id)
+            except Fenced:
+                continue  # somebody was faster: look at what there is now
+        store.delete(key)
+        return True

@@ -1,0 +1,425 @@
+"""ExportRouter: names to exports, and the verbs on them.
+
+A verb holds the lock of its export and nothing else, so verbs on different exports never wait for
+each other. What is durable and in which order:
+
+    create   record and local root are fsynced, then served, then the root is in the store
+    attach   the root names us in the store, then record and local root are fsynced, then served
+    detach   guests are let go, everything is uploaded, the root names nobody, the record goes last
+    remove   guests are let go, the root becomes a tombstone and goes, then log and record
+
+A crash between two steps leaves a state from which the next start, or the same verb again, goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from glidefs.errors import (
+    ConfigError,
+    ExportExists,
+    GlideError,
+    NotSupported,
+    OwnedElsewhere,
+    StoreError,
+    UnknownExport,
+)
+from glidefs.export_table import Entry, ExportTable, RecordDirectory
+from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
+from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root, encode_root
+from glidefs.names import check_id, check_name, check_prefix
+from glidefs.opener import Opener, new_record
+from glidefs.roots import delete_root, put_first_root
+from glidefs.store.resilient import ResilientStore
+from glidefs.transport.base import Transport, choose_transport
+from glidefs.volume import lease, local, logs
+from glidefs.volume.host import Host
+
+log = logging.getLogger(__name__)
+
+PUBLISH_PATIENCE = 2.0
+"""Seconds that a create without --wait gives the store to take the root."""
+VERB_PATIENCE = 30.0
+"""Seconds that other verbs give the store."""
+
+
+class RouterSettings(Struct, frozen=True):
+    """Who this node is and where things are; the first of `prefixes` is the default."""
+
+    node: str
+    exports_dir: Path
+    state_dir: Path
+    logs_dir: Path
+    prefixes: tuple[str, ...]
+
+
+class ExportRouter:
+    """All exports of this host. Every method may be called from any thread and may block."""
+
+    def __init__(
+        self,
+        host: Host,
+        store: ResilientStore,
+        transports: Sequence[Transport],
+        settings: RouterSettings,
+        stopping: threading.Event,
+    ) -> None:
+        self.table = ExportTable()
+        self._store = store
+        self._settings = settings
+        self._stopping = stopping
+        self._refusing = False
+        self._records = RecordDirectory(settings.exports_dir)
+        by_kind: Mapping[str, Transport] = {transport.kind: transport for transport in transports}
+        self._opener = Opener(self.table, self._records, host, store, by_kind, settings, stopping)
+
+    # -- life ----------------------------------------------------------------------------------
+
+    def has_records(self) -> bool:
+        """Whether this host served exports before."""
+        records, damaged = self._records.load()
+        return bool(records or damaged)
+
+    def start(self) -> None:
+        """Begin to open what this host served before; returns at once."""
+        self._opener.start()
+
+    def wait_tried(self, timeout: float) -> bool:
+        """Wait until every recorded export was tried once; False when time is up."""
+        return self._opener.tried.wait(timeout)
+
+    def refuse_changes(self) -> None:
+        """From now on every verb that changes something is refused."""
+        self._refusing = True
+
+    def let_go(self, *, remove_devices: bool) -> None:
+        """The daemon stops: guests are let go, logs are synced, volumes are closed. Records stay."""
+        self._refusing = True
+        self._opener.let_go(remove_devices)
+
+    def close(self) -> None:
+        """End the background threads and close what is still open."""
+        self._stopping.set()
+        self._opener.close()
+
+    def _check_changes(self) -> None:
+        if self._refusing:
+            raise GlideError("the daemon is stopping; try again when it is back")
+
+    def device_down(self, name: str) -> None:
+        """The kernel took the device of an export away. Does not block."""
+        entry = self.table.find(name)
+        if entry is not None and entry.state == "serving" and entry.lock.acquire(blocking=False):
+            entry.state, entry.reason = "failed", "its ublk device was removed; attach the export again"
+            entry.lock.release()
+            log.error("%s: %s", name, entry.reason)
+
+    # -- looking -------------------------------------------------------------------------------
+
+    def listing(self) -> list[ExportStatus]:
+        """All exports, by name."""
+        return [entry.status() for entry in self.table.all()]
+
+    def show(self, name: str) -> ExportStatus:
+        """One export. Raises UnknownExport."""
+        return self.table.get(name).status()
+
+    # -- create --------------------------------------------------------------------------------
+
+    def create(self, name: str, wanted: CreateRequest) -> ExportStatus:
+        """Make an empty volume and serve it. The same call again returns what is there.
+
+        Raises ExportExists where the name is taken by something else, ConfigError, NotSupported.
+        """
+        self._check_changes()
+        check_name("export", name)
+        size = normal_size(wanted.size)
+        prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
+        choose_transport(wanted.transport)
+        present = self.table.find(name)
+        if present is not None:
+            return self._present(present, wanted, size, prefix)
+        with self.table.reserved(name) as entry:
+            root = lease.empty_root(
+                name, size, self._settings.node, transport=wanted.transport, flush=wanted.flush
+            )
+            root = replace(root, read_only=wanted.read_only)
+            entry.record = new_record(root, prefix, wanted.transport, published=False)
+            try:
+                # Nobody commits for a read-only export, so its root cannot come later.
+                self._create(entry, root, wanted.wait or wanted.read_only)
+            except BaseException:
+                self._opener.close_entry(entry, remove_device=True)
+                self._opener.forget(entry)
+                raise
+            return entry.status(created=True)
+
+    def _create(self, entry: Entry, root: Root, wait: bool) -> None:
+        assert entry.record is not None
+        prefix = entry.record.prefix
+        local.save(self._settings.state_dir, root.volume_id, root, encode_root(root), None, {})
+        self._records.save(entry.record)
+        etag: str | None = None
+        try:
+            view = self._store.view("upload", VERB_PATIENCE if wait else PUBLISH_PATIENCE)
+            etag = put_first_root(view, prefix, root)
+        except StoreError as error:
+            if wait or not error.temporary:
+                raise
+            log.warning("%s: the store does not know the volume yet: %s", entry.name, error)
+        try:
+            if etag is not None:
+                entry.record = replace(entry.record, root_published=True)
+                self._records.save(entry.record)
+            self._opener.open(entry, root, etag)
+        except BaseException:
+            if etag is not None:
+                self._undo_root(prefix, root)
+            raise
+
+    def _undo_root(self, prefix: str, root: Root) -> None:
+        try:
+            delete_root(self._store.view("upload", VERB_PATIENCE), prefix, root)
+        except GlideError as error:
+            log.warning("%s: its root stays in the store: %s", root.name, error)
+
+    def _present(self, entry: Entry, wanted: CreateRequest, size: int, prefix: str) -> ExportStatus:
+        with entry.lock:
+            record = entry.record
+            if entry.gone or record is None:
+                raise ExportExists(entry.name)
+            same = (record.size, record.prefix, record.read_only, record.flush) == (
+                size,
+                prefix,
+                wanted.read_only,
+                wanted.flush,
+            )
+            if not same or record.source or wanted.transport not in ("auto", record.transport):
+                raise ExportExists(entry.name, "exists with other settings; 'glidefs show' prints them")
+            return entry.status(created=False)
+
+    # -- attach --------------------------------------------------------------------------------
+
+    def attach(self, name: str, wanted: AttachRequest) -> ExportStatus:
+        """Serve a volume of the store here. One that is served already is left as it is.
+
+        Raises UnknownExport, OwnedElsewhere (unless `take_over`), StoreError.
+        """
+        self._check_changes()
+        check_name("export", name)
+        prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
+        choose_transport(wanted.transport)
+        present = self.table.find(name)
+        if present is not None:
+            return self._attach_again(present, wanted)
+        with self.table.reserved(name) as entry:
+            self._attach(entry, prefix, wanted)
+            return entry.status()
+
+    def _attach(self, entry: Entry, prefix: str, wanted: AttachRequest) -> None:
+        store = self._store.view("upload", VERB_PATIENCE)
+        found, _ = lease.read_root(store, prefix, entry.name)
+        if found.removed_at:
+            raise UnknownExport(entry.name, f"it was removed from prefix {prefix}")
+        root, etag = lease.attach(store, prefix, entry.name, self._settings.node, take_over=wanted.take_over)
+        transport = wanted.transport if wanted.transport != "auto" else root.transport
+        self._opener.take(entry, prefix, root, etag, transport)
+
+    def _attach_again(self, entry: Entry, wanted: AttachRequest) -> ExportStatus:
+        with entry.lock:
+            if entry.gone:
+                raise UnknownExport(entry.name)
+            if entry.serves():
+                return entry.status()
+            record = entry.record
+            if record is None:
+                raise GlideError(f"{entry.name}: its record on this host is damaged; {entry.reason}")
+            if entry.is_fenced() or wanted.take_over:
+                # The log of the fenced life stays where it is, set aside by its id.
+                self._opener.close_entry(entry, remove_device=True)
+                self._attach(entry, record.prefix, wanted)
+            else:
+                self._opener.close_entry(entry, remove_device=False)
+                self._opener.reopen(entry)
+            return entry.status()
+
+    # -- resize --------------------------------------------------------------------------------
+
+    def resize(self, name: str, size: int | str, *, shrink: bool = False) -> ExportStatus:
+        """Change the size of a served volume. A smaller one needs `shrink`; what it cuts off is lost."""
+        self._check_changes()
+        wanted = normal_size(size)
+        with self.table.locked(name) as entry:
+            record, volume, transport = entry.record, entry.volume, entry.transport
+            if record is None or volume is None or transport is None or not entry.serves():
+                raise GlideError(f"{name} is not served here now; 'glidefs show {name}' says why")
+            if wanted == record.size:
+                return entry.status()
+            if record.read_only:
+                raise NotSupported(f"{name} is read-only; its size cannot change")
+            if wanted < record.size and not shrink:
+                raise ConfigError(
+                    f"{name} has {record.size} bytes, {wanted} would cut data off; confirm it with --shrink"
+                )
+            before = self._opener.attachment(entry)
+            transport.check_resize(before, wanted)
+            after = replace(before, size=wanted)
+            note = transport.resize(after) if wanted < record.size else ""
+            volume.resize(wanted)
+            entry.record = replace(record, size=wanted)
+            self._records.save(entry.record)
+            if wanted > record.size:
+                note = transport.resize(after)
+            return entry.status(note=note)
+
+    # -- drain, detach, remove -----------------------------------------------------------------
+
+    def drain(self, name: str, timeout: float | None = None) -> ExportStatus:
+        """Upload everything acknowledged before the call. Raises TimeoutError when time is up."""
+        with self.table.locked(name) as entry:
+            self._drain(entry, timeout)
+            return entry.status()
+
+    def _drain(self, entry: Entry, timeout: float | None) -> None:
+        volume = entry.volume
+        if volume is None:
+            raise GlideError(f"{entry.name} is not served here now; 'glidefs show {entry.name}' says why")
+        volume.drain(timeout)
+
+    def detach(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+        """Stop serving, upload everything, give the volume up. If that fails it is served again."""
+        self._check_changes()
+        with self.table.locked(name) as entry:
+            record = self._record(entry)
+            if entry.is_fenced():
+                self._opener.close_entry(entry, remove_device=True)
+                note = f"another host has the volume; the log of this one is set aside: {record.log_id.hex()}"
+            else:
+                self._give_up(entry, timeout)
+                note = ""
+            self._opener.forget(entry, keep_log=bool(note))
+            self.table.drop(entry)
+            return {
+                "name": name,
+                "prefix": record.prefix,
+                "size": record.size,
+                "detached": True,
+                "note": note,
+            }
+
+    def _give_up(self, entry: Entry, timeout: float | None) -> None:
+        """Let guests go, drain, and commit a root that names no owner."""
+        record = self._record(entry)
+        self._opener.stop_transport(entry, remove_device=True)
+        try:
+            self._drain(entry, timeout)
+            root, etag = self._opener.close_volume(entry)
+        except BaseException:
+            self._opener.restart_transport(entry)
+            raise
+        try:
+            view = self._store.view("upload", VERB_PATIENCE)
+            if etag is None:  # read-only and never published
+                etag = put_first_root(view, record.prefix, root)
+            lease.detach(view, record.prefix, root, etag)
+        except BaseException:
+            self._opener.reopen(entry)
+            raise
+
+    def _record(self, entry: Entry) -> ExportRecord:
+        if entry.record is None:
+            raise GlideError(f"{entry.name}: its record on this host is damaged; {entry.reason}")
+        return entry.record
+
+    def remove(self, name: str, *, purge: bool = False) -> dict[str, Any]:
+        """Delete the volume: its root in the store, its log and record here.
+
+        A volume that no host serves can be removed from any. Raises UnknownExport, OwnedElsewhere.
+        """
+        self._check_changes()
+        if purge:
+            raise NotSupported("this version keeps no snapshots; remove without --purge")
+        if self.table.find(check_name("export", name)) is None:
+            return self._remove_unserved(name)
+        with self.table.locked(name) as entry:
+            record = entry.record
+            if record is None:  # damaged: the store alone knows what it was
+                self._records.delete(name)
+                self.table.drop(entry)
+                return {"name": name, "removed": True, "note": "the volume may still be in the store"}
+            self._opener.close_entry(entry, remove_device=True)
+            try:
+                view = self._store.view("upload", VERB_PATIENCE)
+                removed = delete_root(view, record.prefix, record)
+            except BaseException:
+                self._opener.reopen(entry)
+                raise
+            note = (
+                ""
+                if removed
+                else (
+                    "another host has the volume, so the store's was left alone; "
+                    f"the log of this host is set aside: {record.log_id.hex()}"
+                )
+            )
+            self._opener.forget(entry, keep_log=not removed)
+            self.table.drop(entry)
+            return {"name": name, "removed": True, "note": note}
+
+    def _remove_unserved(self, name: str) -> dict[str, Any]:
+        view = self._store.view("upload", VERB_PATIENCE)
+        for prefix in self._settings.prefixes:
+            try:
+                root, _ = lease.read_root(view, prefix, name)
+            except UnknownExport:
+                continue
+            if root.owner_node:
+                raise OwnedElsewhere(name, root.owner_node)
+            delete_root(view, prefix, root)
+            return {"name": name, "removed": True, "note": ""}
+        raise UnknownExport(name, "neither this host nor the store has a volume of that name")
+
+    # -- write logs ----------------------------------------------------------------------------
+
+    def _known_logs(self) -> dict[tuple[bytes, bytes], str]:
+        """The logs that records name, and whose they are: never to be deleted by hand."""
+        records, _ = self._records.load()
+        return {(record.volume_id, record.log_id): record.name for record in records}
+
+    def list_logs(self) -> list[dict[str, Any]]:
+        """All write logs of this host, those set aside too."""
+        known = self._known_logs()
+        found: list[dict[str, Any]] = []
+        for info in logs.list_logs(self._settings.logs_dir, known.keys()):
+            name = known.get((bytes.fromhex(info.volume_id), bytes.fromhex(info.log_id)))
+            state = "in use" if name else "set aside"
+            found.append({**msgspec.structs.asdict(info), "export": name, "state": state})
+        return found
+
+    def export_log(self, volume_id: str, log_id: str, path: str) -> dict[str, Any]:
+        """Write what a log holds to a sparse file. Raises UnknownExport, ConfigError, CorruptLog."""
+        volume, own = bytes.fromhex(check_id(volume_id)), bytes.fromhex(check_id(log_id))
+        directory = logs.log_dir(self._settings.logs_dir, volume, own)
+        if not directory.is_dir():
+            raise UnknownExport(f"{volume_id}/{log_id}", "no such log; 'glidefs logs list' shows them")
+        target = Path(path)
+        if not target.is_absolute() or "\0" in path:
+            raise ConfigError("name the file by an absolute path")
+        extents = logs.export_log(directory, volume, own, target)
+        data = sum(extent.length for extent in extents if not extent.zero)
+        return {"path": path, "bytes": data, "extents": [msgspec.to_builtins(extent) for extent in extents]}
+
+    def delete_log(self, volume_id: str, log_id: str) -> dict[str, Any]:
+        """Delete a log that was set aside."""
+        self._check_changes()
+        logs.delete_log(self._settings.logs_dir, volume_id, log_id, self._known_logs().keys())
+        return {"volume_id": volume_id, "log_id": log_id, "deleted": True}

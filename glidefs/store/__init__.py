@@ -1,0 +1,56 @@
+"""Object stores: the protocol, three implementations, and the wrapper that makes them patient."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote, urlsplit
+
+from glidefs.errors import ConfigError
+from glidefs.store.base import Body, ListPage, Object, ObjectInfo, ObjectStore, dir_name
+
+__all__ = ["Body", "ListPage", "Object", "ObjectInfo", "ObjectStore", "dir_name", "open_store"]
+
+
+def open_store(
+    url: str,
+    *,
+    endpoint_url: str | None = None,
+    region: str | None = None,
+    path_style: bool | None = None,
+    connections: int = 64,
+    connect_timeout: float = 3.0,
+    read_timeout: float = 10.0,
+) -> ObjectStore:
+    """The bare store at ``url``; the caller wraps it in a ResilientStore.
+
+    ``file:///directory``, ``s3://bucket/root`` (credentials come from the AWS chain) or
+    ``memory://name`` (shared by name in this process, for tests). The other arguments are for S3:
+    ``path_style`` defaults to true where an endpoint is given; ``connections`` is the size of the
+    pool; timeouts are in seconds and per read or connect. Raises ConfigError. No request is made.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost") or not parts.path.strip("/"):
+            raise ConfigError(f"store url {url!r}: write file:///absolute/path")
+        from glidefs.store.file import FileStore
+
+        return FileStore(unquote(parts.path))
+    if parts.scheme == "memory":
+        from glidefs.store.memory import shared_memory_store
+
+        return shared_memory_store(parts.netloc + parts.path)
+    if parts.scheme == "s3":
+        if not parts.netloc:
+            raise ConfigError(f"store url {url!r}: write s3://bucket/root")
+        # Not before it is needed: boto3 costs a daemon on a file:// store tens of megabytes.
+        from glidefs.store.s3 import S3Options, S3Store
+
+        options = S3Options(
+            endpoint_url=endpoint_url,
+            region=region,
+            path_style=path_style,
+            connections=connections,
+            connect_timeout=connect_timeout,
+            read_timeout=read_timeout,
+        )
+        return S3Store(parts.netloc, parts.path.strip("/"), options)
+    raise ConfigError(f"store url {url!r}: the scheme must be s3, file or memory")

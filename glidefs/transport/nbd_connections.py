@@ -1,0 +1,143 @@
+"""The table of NBD connections: who is served, and who ends whom.
+
+One lock guards it, never held across a call to the export look-up or to the core, both of which may
+wait. A record is ATTACHING while the core takes the socket and ATTACHED until the core reports the
+end. Whoever removes an export bumps a count, and an attach that looked the name up before that
+looks again: no connection slips in behind a removal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+
+from msgspec import Struct
+
+from glidefs.transport.nbd_negotiation import ExportLookup, NbdCore, NbdExport
+
+log = logging.getLogger(__name__)
+
+
+class NbdConnection(Struct, frozen=True):
+    """A connection in transmission, for status."""
+
+    conn_id: int
+    export: str
+    peer: str
+    read_only: bool
+    since: float  # seconds since the epoch
+
+
+class _Record:
+    def __init__(self, about: NbdConnection, core: NbdCore) -> None:
+        self.about = about
+        self.core = core
+        self.attached = False
+
+
+class ConnectionTable:
+    """Connections by id. Ids are unique across processes that hand connections to each other."""
+
+    def __init__(self, exports: ExportLookup) -> None:
+        self._exports = exports
+        self._changed = threading.Condition()  # guards the rest
+        self._records: dict[int, _Record] = {}
+        self._removals = 0
+        self._closing = False
+        self._ids = itertools.count((secrets.randbits(30) << 32) + 1)
+
+    def attach(self, connection: socket.socket, chosen: NbdExport, peer: str) -> None:
+        """Give a socket whose handshake is over to the core, or hang up. Closes this copy of it."""
+        with connection:
+            try:
+                record = self._register(chosen, peer)
+            except Exception:
+                log.exception("looking up export %s failed", chosen.name)
+                return
+            if record is None:
+                log.info("export %s went away while %s connected", chosen.name, peer)
+                _hang_up(connection)
+                return
+            conn_id = record.about.conn_id
+            try:
+                connection.setblocking(True)
+                chosen.core.attach_nbd(os.dup(connection.fileno()), conn_id, chosen.read_only, b"")
+            except Exception as error:
+                log.info("export %s does not take the connection of %s: %s", chosen.name, peer, error)
+                _hang_up(connection)
+                self._drop(conn_id)
+                return
+            with self._changed:
+                record.attached = True
+                self._changed.notify_all()
+
+    def _register(self, chosen: NbdExport, peer: str) -> _Record | None:
+        """A new record, if the export is still the one that the client was told about."""
+        while True:
+            with self._changed:
+                removals = self._removals
+            if self._exports.nbd_export(chosen.name) != chosen:
+                return None
+            with self._changed:
+                if self._closing:
+                    return None
+                if self._removals != removals:
+                    continue
+                about = NbdConnection(next(self._ids), chosen.name, peer, chosen.read_only, time.time())
+                record = self._records[about.conn_id] = _Record(about, chosen.core)
+                return record
+
+    def _drop(self, conn_id: int) -> NbdConnection | None:
+        with self._changed:
+            record = self._records.pop(conn_id, None)
+            self._changed.notify_all()
+        return record.about if record is not None else None
+
+    def ended(self, conn_id: int, err: int) -> None:
+        """The core reports the end of a connection; unknown ids are ignored."""
+        about = self._drop(conn_id)
+        if about is not None:
+            why = f": {os.strerror(err)}" if err else ""
+            log.debug("NBD connection %d of %s to %s ended%s", conn_id, about.peer, about.export, why)
+
+    def listing(self, name: str | None = None) -> list[NbdConnection]:
+        """Connections of one export, or of all."""
+        with self._changed:
+            records = list(self._records.values())
+        return [record.about for record in records if name in (None, record.about.export)]
+
+    def detach(self, name: str | None = None) -> None:
+        """End every connection of an export, or of all exports and for good. Returns when they are gone."""
+        with self._changed:
+            self._removals += 1
+            self._closing = self._closing or name is None
+            mine = [record for record in self._records.values() if name in (None, record.about.export)]
+            self._changed.wait_for(lambda: all(record.attached or self._is_gone(record) for record in mine))
+            attached = [record for record in mine if not self._is_gone(record)]
+        for record in attached:
+            # It may have ended by itself, or its volume may be closed: the goal in either case.
+            with contextlib.suppress(Exception):
+                record.core.detach_nbd(record.about.conn_id)
+            self._drop(record.about.conn_id)
+
+    def _is_gone(self, record: _Record) -> bool:
+        return record.about.conn_id not in self._records
+
+    def forget(self) -> None:
+        """Leave every connection to another process and take no more."""
+        with self._changed:
+            self._closing = True
+            self._records.clear()
+            self._changed.notify_all()
+
+
+def _hang_up(connection: socket.socket) -> None:
+    """End the conversation even if the core kept a duplicate of the descriptor."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,199 @@
+"""One client's option haggling, from the greeting to the export that it chose.
+
+The coroutine reads exactly what each message is long, never past it, so what a client sends early
+stays in the kernel's socket buffer for the core. It bounds bytes and options; its caller bounds time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Protocol, TypeVar
+
+from msgspec import Struct
+
+from glidefs.transport import nbd_proto as proto
+from glidefs.transport.nbd_proto import Option, Reply
+
+_SKIP_CHUNK = 64 * 1024
+_LIST_BATCH = 256  # exports whose entries are built and sent at a time
+
+_T = TypeVar("_T")
+
+
+class NbdCore(Protocol):
+    """What is used of a CoreVolume."""
+
+    def attach_nbd(self, fd: int, conn_id: int, read_only: bool, early: bytes) -> None:
+        """Serve transmission on a connected, blocking socket. Takes `fd` over, also on error."""
+
+    def detach_nbd(self, conn_id: int) -> None:
+        """Shut a connection down and wait until it is gone."""
+
+
+class NbdExport(Struct, frozen=True):
+    """One export as the handshake sees it."""
+
+    name: str
+    size: int  # bytes
+    read_only: bool
+    core: NbdCore
+
+    @property
+    def description(self) -> str:
+        """For the person who lists exports."""
+        return "GlideFS volume, read-only" if self.read_only else "GlideFS volume"
+
+
+class ExportLookup(Protocol):
+    """Names to exports, as of now. Called from the NBD server's own threads; may wait on a lock."""
+
+    def nbd_export(self, name: str) -> NbdExport | None:
+        """The export of that name, or None. The name is a client's text, not yet checked."""
+
+    def nbd_exports(self) -> list[NbdExport]:
+        """Every export, in the order to list them."""
+
+
+class Negotiation:
+    """Haggles on a non-blocking socket that its caller owns; look-ups run in `pool`."""
+
+    def __init__(self, connection: socket.socket, exports: ExportLookup, pool: Executor) -> None:
+        self._connection = connection
+        self._exports = exports
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._budget = proto.MAX_HANDSHAKE
+        self._zeroes = True
+
+    async def run(self) -> NbdExport | None:
+        """The export that the client now waits to use, told so; None when it aborted.
+
+        Raises ProtocolViolation, EOFError or OSError when there is nothing more to say to it.
+        """
+        await self._send(proto.greeting())
+        flags = proto.parse_client_flags(await self._read(proto.CLIENT_FLAGS_SIZE))
+        self._zeroes = not flags & proto.HandshakeFlag.NO_ZEROES
+        for _ in range(proto.MAX_OPTIONS):
+            header = proto.parse_option_header(await self._read(proto.OPTION_SIZE))
+            if header.length > proto.MAX_OPTION:
+                await self._too_big(header)
+                continue
+            data = await self._read(header.length)
+            if header.option == Option.ABORT:
+                await self._send(proto.reply(header.option, Reply.ACK))
+                return None
+            chosen = await self._answer(header.option, data)
+            if chosen is not None:
+                return chosen
+            await asyncio.sleep(0)  # reads that never wait must not starve other clients
+        raise proto.ProtocolViolation("too many options")
+
+    async def _answer(self, option: int, data: bytes) -> NbdExport | None:
+        """Answer one option; returns the export when it starts transmission."""
+        if option == Option.EXPORT_NAME:
+            return await self._export_name(data)
+        try:
+            if option in (Option.INFO, Option.GO):
+                chosen = await self._info(option, proto.parse_export_request(data))
+                return chosen if option == Option.GO else None
+            if option == Option.LIST:
+                await self._list(data)
+            else:
+                await self._error(option, Reply.ERR_UNSUP, "this option is not supported")
+        except proto.BadOption as error:
+            await self._error(option, Reply.ERR_INVALID, str(error))
+        return None
+
+    async def _export_name(self, data: bytes) -> NbdExport:
+        """EXPORT_NAME cannot be refused in words: a wrong name ends the connection."""
+        try:
+            name = proto.parse_name(data)
+        except proto.BadOption as error:
+            raise proto.ProtocolViolation(str(error)) from None
+        export, why = await self._find(name)
+        if export is None:
+            raise proto.ProtocolViolation(why)
+        flags = proto.transmission_flags(export.read_only)
+        await self._send(proto.export_name_reply(export.size, flags, zeroes=self._zeroes))
+        return export
+
+    async def _info(self, option: int, request: proto.ExportRequest) -> NbdExport | None:
+        export, why = await self._find(request.name)
+        if export is None:
+            await self._error(option, Reply.ERR_UNKNOWN, why)
+            return None
+        await self._send(
+            proto.export_infos(
+                option,
+                request.infos,
+                name=export.name,
+                description=export.description,
+                size=export.size,
+                flags=proto.transmission_flags(export.read_only),
+            )
+        )
+        return export
+
+    async def _list(self, data: bytes) -> None:
+        if data:
+            raise proto.BadOption("a list request has no data")
+        exports = await self._call(self._exports.nbd_exports)
+        for start in range(0, len(exports), _LIST_BATCH):
+            batch = exports[start : start + _LIST_BATCH]
+            await self._send(
+                b"".join(proto.server_entry(export.name, export.description) for export in batch)
+            )
+        await self._send(proto.reply(Option.LIST, Reply.ACK))
+
+    async def _find(self, name: str) -> tuple[NbdExport | None, str]:
+        """The export, or None and why. An empty name means the only export there is."""
+        if name:
+            export = await self._call(lambda: self._exports.nbd_export(name))
+            return export, f"there is no export named {name[:128]!r}"
+        exports = await self._call(self._exports.nbd_exports)
+        if len(exports) == 1:
+            return exports[0], ""
+        return None, "name one of the exports" if exports else "nothing is exported"
+
+    async def _too_big(self, header: proto.OptionHeader) -> None:
+        await self._skip(header.length)
+        if header.option == Option.EXPORT_NAME:
+            raise proto.ProtocolViolation("export name is too long")
+        await self._error(
+            header.option, Reply.ERR_TOO_BIG, f"option data is limited to {proto.MAX_OPTION} bytes"
+        )
+
+    async def _call(self, function: Callable[[], _T]) -> _T:
+        return await self._loop.run_in_executor(self._pool, function)
+
+    async def _error(self, option: int, kind: Reply, message: str) -> None:
+        await self._send(proto.error(option, kind, message))
+
+    async def _send(self, data: bytes) -> None:
+        await self._loop.sock_sendall(self._connection, data)
+
+    async def _read(self, length: int) -> bytes:
+        self._charge(length)
+        parts = bytearray()
+        while len(parts) < length:
+            parts += await self._receive(length - len(parts))
+        return bytes(parts)
+
+    async def _skip(self, length: int) -> None:
+        self._charge(length)
+        while length:
+            length -= len(await self._receive(min(length, _SKIP_CHUNK)))
+
+    async def _receive(self, most: int) -> bytes:
+        data = await self._loop.sock_recv(self._connection, most)
+        if not data:
+            raise EOFError("the client hung up")
+        return data
+
+    def _charge(self, length: int) -> None:
+        self._budget -= length
+        if self._budget < 0:
+            raise proto.ProtocolViolation("the handshake is too long")

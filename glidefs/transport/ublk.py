@@ -1,0 +1,201 @@
+"""ublk devices: one per export, with an id that stays, and a tag that says whose it is.
+
+The kernel keeps a device whose server died or left (QUIESCED: guests wait). On start such a device
+is recovered if the tag in its `ublksrv_flags` is ours; a device with another tag is never touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+import time
+from pathlib import Path
+
+from blake3 import blake3
+
+from glidefs.config import UblkSettings
+from glidefs.core import ublk
+from glidefs.core.ublk import ANY_DEVICE, UblkConfig, UblkDevice, UblkInfo
+from glidefs.errors import DeviceError, NotSupported
+from glidefs.transport.base import Attachment, Endpoint, ublk_missing
+
+log = logging.getLogger(__name__)
+
+DEAD, LIVE, QUIESCED, FAIL_IO = 0, 1, 2, 3
+"""Device states of the driver (UBLK_S_DEV_*)."""
+F_USER_RECOVERY = 1 << 3
+F_UPDATE_SIZE = 1 << 10
+TAKEOVER_WAIT = 15.0
+"""Seconds until a device whose server is gone must be QUIESCED (the kernel notices when it is reaped)."""
+_POLL = 0.05
+
+_REMEDIES = {
+    errno.EPERM: "the daemon needs CAP_SYS_ADMIN: run it as root",
+    errno.EACCES: "no permission: run the daemon as root",
+    errno.ENOENT: "the ublk driver is not loaded: 'modprobe ublk_drv'",
+    errno.EOPNOTSUPP: "this kernel's ublk driver is too old; use Linux 6.12 or later, or --transport nbd",
+    errno.ENOSYS: "io_uring is missing or forbidden here (sysctl kernel.io_uring_disabled)",
+    errno.EBUSY: "another process still holds the device",
+}
+
+
+def device_tag(state_dir: Path, name: str, volume_id: bytes) -> int:
+    """64 bits, never 0, that name an export of this host: kept by the kernel beside the device."""
+    text = b"\0".join((str(state_dir.resolve()).encode(), name.encode(), volume_id))
+    return int.from_bytes(blake3(text).digest(length=8), "little") or 1
+
+
+def query(dev_id: int) -> UblkInfo | None:
+    """The kernel's view of a device, or None where there is none. Raises DeviceError."""
+    try:
+        return ublk.query(dev_id)
+    except DeviceError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise explained(error) from error
+
+
+def explained(error: DeviceError) -> DeviceError:
+    """The same error with what to do about it."""
+    remedy = _REMEDIES.get(error.errno)
+    return DeviceError(f"{error}; {remedy}", errno=error.errno) if remedy else error
+
+
+class UblkTransport:
+    """The devices of this daemon. `_lock` guards the table; calls for one export never overlap."""
+
+    kind = "ublk"
+
+    def __init__(self, settings: UblkSettings, state_dir: Path) -> None:
+        self._settings = settings
+        self._state_dir = state_dir
+        self._lock = threading.Lock()
+        self._devices: dict[str, UblkDevice] = {}
+
+    def start(self, export: Attachment) -> Endpoint:
+        """Recover the device of this export, or add one, by preference with its old id."""
+        missing = ublk_missing()
+        if missing:
+            raise NotSupported(f"ublk cannot be used: {missing}; or use --transport nbd")
+        tag = device_tag(self._state_dir, export.name, export.volume_id)
+        try:
+            device = self._start(export, tag)
+        except DeviceError as error:
+            raise explained(error) from error
+        with self._lock:
+            self._devices[export.name] = device
+        return Endpoint(device=device.path, device_id=device.dev_id)
+
+    def _start(self, export: Attachment, tag: int) -> UblkDevice:
+        wanted = export.device_id
+        found = None if wanted is None else query(wanted)
+        if wanted is None or found is None:
+            return self._add(export, tag, wanted)
+        if found.tag != tag:
+            log.warning("%s: /dev/ublkb%d belongs to somebody else; taking another id", export.name, wanted)
+            return self._add(export, tag, None)
+        found = self._settled(export.name, found)
+        if found.state in (QUIESCED, FAIL_IO) and found.flags & F_USER_RECOVERY:
+            return self._recover(export, tag, found)
+        log.info("%s: replacing the stopped device /dev/ublkb%d", export.name, wanted)
+        ublk.delete(wanted, tag)
+        return self._add(export, tag, wanted)
+
+    def _settled(self, name: str, found: UblkInfo) -> UblkInfo:
+        """Wait until the kernel has noticed that the device's last server is gone."""
+        deadline = time.monotonic() + TAKEOVER_WAIT
+        while found.state == LIVE:
+            if time.monotonic() > deadline:
+                raise DeviceError(
+                    f"/dev/ublkb{found.dev_id} of {name} is still served: stop process {found.server_pid}"
+                )
+            time.sleep(_POLL)
+            again = query(found.dev_id)
+            if again is None:
+                return UblkInfo(**{**{f: getattr(found, f) for f in found.__struct_fields__}, "state": DEAD})
+            found = again
+        return found
+
+    def _config(self, export: Attachment, tag: int, dev_id: int, recover: bool) -> UblkConfig:
+        return UblkConfig(
+            dev_id=dev_id,
+            queue_depth=self._settings.queue_depth,
+            max_io_bytes=self._settings.max_io,
+            read_only=export.read_only,
+            tag=tag,
+            recover=recover,
+        )
+
+    def _add(self, export: Attachment, tag: int, dev_id: int | None) -> UblkDevice:
+        if dev_id is not None:
+            try:
+                return export.core.start_ublk(self._config(export, tag, dev_id, recover=False))
+            except DeviceError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+                log.warning("%s: device id %d is taken; taking another", export.name, dev_id)
+        return export.core.start_ublk(self._config(export, tag, ANY_DEVICE, recover=False))
+
+    def _recover(self, export: Attachment, tag: int, found: UblkInfo) -> UblkDevice:
+        device = export.core.start_ublk(self._config(export, tag, found.dev_id, recover=True))
+        log.info("%s: recovered /dev/ublkb%d", export.name, found.dev_id)
+        if found.dev_sectors and found.dev_sectors * 512 != export.size:
+            if self._can_update():
+                device.update_size(export.size)
+            else:
+                log.warning("%s: the recovered device keeps its old size; detach and attach it", export.name)
+        return device
+
+    def _take(self, name: str) -> UblkDevice | None:
+        with self._lock:
+            return self._devices.pop(name, None)
+
+    def stop(self, name: str) -> None:
+        """Stop and delete the device. Guests that have it open see it vanish."""
+        device = self._take(name)
+        if device is not None:
+            device.close()
+
+    def release(self, name: str) -> None:
+        """Leave the device to the kernel: guests pause until the next start recovers it."""
+        device = self._take(name)
+        if device is not None:
+            device.release()
+
+    def _can_update(self) -> bool:
+        try:
+            return bool(ublk.features() & F_UPDATE_SIZE)
+        except DeviceError:
+            return False
+
+    def check_resize(self, export: Attachment, size: int) -> None:
+        """A device that cannot change its size must not be larger than its volume."""
+        if size < export.size and not self._can_update():
+            raise NotSupported(
+                f"{export.name}: this kernel cannot shrink a ublk device while it is attached; Linux 6.16 can"
+            )
+
+    def resize(self, export: Attachment) -> str:
+        """Tell the kernel, or say why the guest does not see it yet."""
+        with self._lock:
+            device = self._devices.get(export.name)
+        if device is None:
+            return ""
+        if not self._can_update():
+            return (
+                "this kernel cannot resize a ublk device while it is attached (Linux 6.16 can): "
+                "detach and attach the export to see the new size"
+            )
+        device.update_size(export.size)
+        return ""
+
+
+def delete_orphan(state_dir: Path, name: str, volume_id: bytes, dev_id: int) -> bool:
+    """Delete the device `dev_id` if it carries the tag of this export; True if it did. Raises DeviceError."""
+    found = query(dev_id)
+    tag = device_tag(state_dir, name, volume_id)
+    if found is None or found.tag != tag:
+        return False
+    ublk.delete(dev_id, tag)
+    return True

@@ -1,0 +1,1 @@
+"""One volume's life: faults served, log uploaded, packs compacted, ownership kept."""

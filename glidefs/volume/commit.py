@@ -1,0 +1,192 @@
+"""The one committer of a volume: changed pages, then the root, then the local copy.
+
+Everything that changes a manifest (uploads, compaction, resize, the first put of a fork) goes through
+:meth:`Committer.commit`, one at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from glidefs.errors import Fenced, GlideError, NotFound, StoreError
+from glidefs.formats.manifest import Page, Root, encode_page, encode_root, page_id
+from glidefs.formats.pack import ID_SIZE
+from glidefs.names import manifest_key, page_key
+from glidefs.store.base import ObjectStore
+from glidefs.volume import lease, local
+from glidefs.volume.edit import Change, edit
+from glidefs.volume.meta import Manifest, MetaCache
+
+log = logging.getLogger(__name__)
+
+
+class Superseded(GlideError):
+    """The store had a newer root of ours, which is now in use: plan again on top of it."""
+
+    temporary = True
+
+
+class Committer:
+    """The root of one volume and the right to replace it.
+
+    ``_lock`` is held over a whole commit and guards all state; readers take ``root``, which is
+    frozen, without it. ``on_change`` is called under the lock after the root was replaced, before
+    anybody may retire what it includes.
+    """
+
+    __slots__ = (
+        "_key",
+        "_lock",
+        "_meta",
+        "_on_change",
+        "_prefix",
+        "_state_dir",
+        "adoptions",
+        "etag",
+        "last_contact",
+        "local_segment",
+        "root",
+    )
+
+    def __init__(
+        self,
+        root: Root,
+        etag: str | None,
+        *,
+        prefix: str,
+        meta: MetaCache,
+        state_dir: Path,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.root = root
+        self.etag = etag
+        self.adoptions = 0
+        """How often a root came from the store: plans made before are void."""
+        self.last_contact = time.monotonic()
+        self.local_segment = 0
+        """The last segment that the durable local copy includes."""
+        self._prefix = prefix
+        self._key = manifest_key(prefix, root.name)
+        self._meta = meta
+        self._state_dir = state_dir
+        self._on_change = on_change
+        self._lock = threading.Lock()
+
+    @property
+    def published(self) -> bool:
+        """Whether the store has had a root of this volume."""
+        return self.etag is not None
+
+    def manifest(self, store: ObjectStore) -> Manifest:
+        """The manifest in use now."""
+        root = self.root
+        local_pages = local.page_dir(self._state_dir, root.volume_id) if root.inline_page is None else None
+        return Manifest(root, self._prefix, self._meta, store, local_pages)
+
+    def save_local(self) -> None:
+        """Make the local copy durable as it is now; for a volume that is being opened."""
+        with self._lock:
+            saved = local.load(self._state_dir, self.root.volume_id) if self._has_local() else None
+            if saved is None or saved[:2] != (self.root, self.etag):
+                self._save(self.root, encode_root(self.root), {})
+            self.local_segment = self.root.last_segment
+
+    def _has_local(self) -> bool:
+        return local.volume_dir(self._state_dir, self.root.volume_id).exists()
+
+    def commit(self, store: ObjectStore, change: Change, adoptions: int | None = None) -> Root:
+        """Put a root with ``change`` and use it. Returns it.
+
+        With ``adoptions`` the change was planned on a manifest of that count of adoptions, and is
+        refused after another. Raises Superseded, Fenced, StoreError (nothing is lost: commit again).
+        """
+        with self._lock:
+            if adoptions is not None and adoptions != self.adoptions:
+                raise Superseded(f"{self.root.name}: the manifest was replaced meanwhile")
+            new_root, new_pages = edit(self.manifest(store), change)
+            new_root, encoded = self._put_pages(store, new_root, new_pages)
+            data = encode_root(new_root)
+            result = lease.commit_root(store, self._key, data, self.etag, new_root.log_id)
+            if result.adopted is not None:
+                self._adopt(result.adopted, result.etag)
+                raise Superseded(f"{self.root.name}: the store had another root of this log, now in use")
+            self._use(new_root, result.etag, data, encoded)
+            return new_root
+
+    def publish(self, store: ObjectStore) -> None:
+        """Put the root as it is, if the store has none of this volume yet. Raises Fenced, StoreError."""
+        with self._lock:
+            if self.etag is not None:
+                return
+            data = encode_root(self.root)
+            result = lease.commit_root(store, self._key, data, None, self.root.log_id)
+            if result.adopted is not None:
+                self._adopt(result.adopted, result.etag)
+            else:
+                self._use(self.root, result.etag, data, {})
+
+    def poll(self, store: ObjectStore) -> None:
+        """Find out whether the root in the store is still ours. Raises Fenced, StoreError."""
+        with self._lock:
+            if self.etag is None:
+                return
+            try:
+                etag: str | None = store.head(self._key).etag
+            except NotFound:
+                etag = None
+            if etag != self.etag:
+                found = lease.resolve(store, self._key, None, self.root.log_id)
+                if found is not None and found.adopted is not None:
+                    self._adopt(found.adopted, found.etag)
+            self.last_contact = time.monotonic()
+
+    def _put_pages(
+        self, store: ObjectStore, root: Root, pages: dict[int, Page]
+    ) -> tuple[Root, dict[bytes, bytes]]:
+        ids = list(root.page_ids)
+        encoded: dict[bytes, bytes] = {}
+        for number, page in sorted(pages.items()):
+            data = encode_page(page)
+            new = page_id(data, root.volume_id, secrets.token_bytes(ID_SIZE))
+            store.put(page_key(self._prefix, new.hex()), data)
+            self._meta.pages.put(new, page)
+            ids[number] = new
+            encoded[new] = data
+        return (msgspec.structs.replace(root, page_ids=tuple(ids)) if pages else root), encoded
+
+    def _adopt(self, root: Root, etag: str) -> None:
+        log.warning(
+            "volume %s: the store has a root of this log that was not expected here (sequence %d, "
+            "segment %d); going on from it",
+            root.name,
+            root.sequence,
+            root.last_segment,
+        )
+        self.adoptions += 1
+        self._use(root, etag, encode_root(root), {})
+
+    def _use(self, root: Root, etag: str, data: bytes, pages: dict[bytes, bytes]) -> None:
+        self.root = root
+        self.etag = etag
+        self.last_contact = time.monotonic()
+        self._save(root, data, pages)
+        self._on_change()
+
+    def _save(self, root: Root, data: bytes, pages: dict[bytes, bytes]) -> None:
+        try:
+            local.save(self._state_dir, root.volume_id, root, data, self.etag, pages)
+        except OSError as error:
+            # Without the copy nothing may be retired, but the commit stands.
+            log.error("volume %s: the local copy of its manifest cannot be written: %s", root.name, error)
+            return
+        self.local_segment = root.last_segment
+
+
+__all__ = ["Change", "Committer", "Fenced", "StoreError", "Superseded"]

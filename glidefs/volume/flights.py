@@ -1,0 +1,38 @@
+"""One flight per block: whoever wants a block that is being fetched waits for that fetch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+
+
+class Flights:
+    """Keys of the block cache that are being fetched. ``_lock`` guards the table."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._table: dict[bytes, threading.Event] = {}
+
+    def claim(self, keys: Iterable[bytes]) -> tuple[set[bytes], list[threading.Event]]:
+        """Keys that are now the caller's to fetch, and events of the flights of the others.
+
+        The caller must :meth:`land` its own before it waits for others, so no two wait in a circle.
+        """
+        mine: set[bytes] = set()
+        others: list[threading.Event] = []
+        with self._lock:
+            for key in keys:
+                event = self._table.get(key)
+                if event is None:
+                    self._table[key] = threading.Event()
+                    mine.add(key)
+                elif key not in mine:
+                    others.append(event)
+        return mine, others
+
+    def land(self, keys: Iterable[bytes]) -> None:
+        """The fetch of these keys ended, well or not."""
+        with self._lock:
+            events = [self._table.pop(key) for key in keys]
+        for event in events:
+            event.set()

@@ -1,0 +1,256 @@
+"""The host: every volume that this process serves, and the threads and caches that they share."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from glidefs.core.check import Closed
+from glidefs.core.engine import Engine
+from glidefs.core.volume import Recovery, VolumeConfig
+from glidefs.errors import GlideError, StoreError
+from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root
+from glidefs.store.resilient import ResilientStore
+from glidefs.volume import local, logs
+from glidefs.volume.compactor import Compactor
+from glidefs.volume.meta import MetaCache
+from glidefs.volume.retire import Retirer
+from glidefs.volume.scheduler import EventHandler, Scheduler, lower_priority
+from glidefs.volume.service import FaultService
+from glidefs.volume.settings import HostSettings
+from glidefs.volume.uploader import Uploader
+from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
+
+PREFETCH_RUN = 8
+
+
+class Host:
+    """Serves volumes of ``engine`` from ``store``; ``state_dir`` holds local copies of manifests.
+
+    ``start()`` before the first volume is opened, ``close()`` before the engine is closed. ``_lock``
+    guards the table of volumes.
+    """
+
+    def __init__(
+        self, engine: Engine, store: ResilientStore, *, node: str, state_dir: Path, settings: HostSettings
+    ) -> None:
+        self.engine = engine
+        self.store = store
+        self.node = node
+        self.state_dir = state_dir
+        self.settings = settings
+        self.meta = MetaCache(settings.index_cache_bytes, settings.page_cache_pages)
+        self.lock_of_conditions = threading.Lock()
+        self._lock = threading.Lock()
+        self._volumes: dict[int, Volume] = {}
+        self._cookies = itertools.count(1)
+        self._puts = ThreadPoolExecutor(
+            settings.put_threads, "glide-put", initializer=partial(lower_priority, settings.nice)
+        )
+        self._retirer = Retirer(engine, settings)
+        self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler.stopping)
+        self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
+        self.faults = FaultService(engine, store, settings, self.find)
+        self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
+        self.scheduler.on_commit = self._committed
+        self._closed = False
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads."""
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        self.settings.log_dir.mkdir(parents=True, exist_ok=True)
+        self.faults.start()
+        self.scheduler.start()
+        self.compactor.start()
+
+    def close(self) -> None:
+        """Close all volumes and stop the threads. Nothing is uploaded: see :meth:`Volume.drain`."""
+        if self._closed:
+            return
+        self._closed = True
+        self.scheduler.stop()
+        self.compactor.close()
+        for volume in self.volumes():
+            volume.close()
+        self.scheduler.close()
+        self.faults.close()
+        self._puts.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- volumes ---------------------------------------------------------------------------------
+
+    def open(self, record: ExportRecord, root: Root, etag: str | None) -> Volume:
+        """Replay the log of a volume and serve it.
+
+        ``root`` is the newest known of the record's log id (or of a read-only export's manifest),
+        ``etag`` that of the store, None where its first put is still to come, which then happens
+        in the background. Raises CorruptLog, CoreError, OSError, GlideError.
+        """
+        if not record.read_only and root.log_id != record.log_id:
+            raise GlideError(f"volume {record.name}: its root names another log; attach it first")
+        volume = Volume(self, record, root, etag, next(self._cookies), self.meta, self.state_dir)
+        if not record.read_only:
+            # The core unlinks what the root includes: that root must be durable here first.
+            volume.committer.save_local()
+        config = VolumeConfig(
+            cookie=volume.cookie,
+            log_dir=volume.log_dir,
+            volume_id=record.volume_id,
+            log_id=record.log_id,
+            size=record.size,
+            committed_seq=0 if record.read_only else root.last_segment,
+            read_only=record.read_only,
+            flush_store=record.flush == "store",
+        )
+        with self._lock:
+            if self._closed:
+                raise Closed("the host is closed")
+            self._volumes[volume.cookie] = volume
+        try:
+            volume.core, recovery = self.engine.open_volume(config)
+        except BaseException:
+            with self._lock:
+                del self._volumes[volume.cookie]
+            raise
+        self._opened(volume, recovery)
+        return volume
+
+    def _opened(self, volume: Volume, recovery: Recovery) -> None:
+        if recovery.segments:
+            log.info(
+                "volume %s: replayed %d records of %d segments, %d torn ones dropped",
+                volume.name,
+                recovery.records,
+                recovery.segments,
+                recovery.dropped,
+            )
+            self._retirer.watch(volume)
+        if not volume.read_only and (
+            recovery.segments or volume.etag is None or volume.size != volume.root.size
+        ):
+            volume.size_changed()
+            self.scheduler.request(volume)
+
+    def find(self, cookie: int) -> Volume | None:
+        """The open volume of a cookie."""
+        return self._volumes.get(cookie)
+
+    def volumes(self) -> list[Volume]:
+        """All open volumes."""
+        with self._lock:
+            return list(self._volumes.values())
+
+    def forget(self, volume: Volume) -> None:
+        """Part of :meth:`Volume.close`: no thread of the host touches the volume after it."""
+        with self._lock:
+            self._volumes.pop(volume.cookie, None)
+        self.scheduler.forget(volume)
+        self.compactor.forget(volume)
+        self._retirer.forget(volume)
+
+    def forget_state(self, volume_id: bytes) -> None:
+        """Delete the local copies of the manifest of a volume that was detached or removed."""
+        local.forget(self.state_dir, volume_id)
+
+    def log_dir(self, volume_id: bytes, log_id: bytes) -> Path:
+        """Where the log of a volume is."""
+        return logs.log_dir(self.settings.log_dir, volume_id, log_id)
+
+    # -- for handoff, tests and prefetch -----------------------------------------------------------
+
+    def on_event(self, handler: EventHandler) -> None:
+        """Call ``handler`` for each CONN_CLOSED and UBLK_DOWN event, on the event thread."""
+        self.scheduler.on_event.append(handler)
+
+    def pause(self, timeout: float) -> None:
+        """Let uploads and compaction end and start no more: no commit and no retire until ``resume``.
+
+        Raises GlideError, and goes on as before, if they do not end within ``timeout`` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        quiet = self.scheduler.pause(deadline)
+        if not (self.compactor.pause(deadline) and quiet):
+            self.resume()
+            raise GlideError(f"uploads did not come to rest within {timeout:g} s")
+
+    def resume(self) -> None:
+        """Undo a :meth:`pause`."""
+        self.scheduler.resume()
+        self.compactor.resume()
+
+    def retire_committed(self) -> None:
+        """Give back all log space of what the store has, of every volume."""
+        for volume in self.volumes():
+            try:
+                volume.retire_committed()
+            except Closed:
+                continue
+
+    def prefetch(
+        self,
+        volume: Volume,
+        blocks: Iterable[int],
+        *,
+        max_bytes: int | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """Make blocks resident in the order given, below guest reads; returns how many were tried.
+
+        Runs on the calling thread. Ends early when ``cancelled`` or the volume closes; store errors
+        are only logged.
+        """
+        end = volume.root.size
+        limit = None if max_bytes is None else max_bytes // volume.root.block_size
+        tried = 0
+        for first, count in _runs(blocks):
+            if cancelled() or volume.closing or (limit is not None and tried + count > limit):
+                break
+            if first * volume.root.block_size >= end:
+                continue
+            try:
+                self.faults.prefetch(volume, first, count)
+            except Closed:
+                break
+            except StoreError as error:
+                log.info("volume %s: prefetch: %s", volume.name, error)
+            tried += count
+        return tried
+
+    def _committed(self, volume: Volume, chunks: frozenset[int]) -> None:
+        if self.settings.compaction:
+            self.compactor.note(volume, chunks)
+
+
+def _runs(blocks: Iterable[int]) -> Iterable[tuple[int, int]]:
+    """Neighbours in the order given, as (first, count) of at most PREFETCH_RUN blocks."""
+    first = count = 0
+    for block in blocks:
+        if count and block == first + count and count < PREFETCH_RUN:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = block, 1
+    if count:
+        yield first, count

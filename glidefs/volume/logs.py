@@ -1,0 +1,168 @@
+"""Write logs on this host, those set aside too: list, export, delete.
+
+A log is ``{log_root}/{volume id}/{log id}/``. One that no root or record names was set aside when its
+volume was taken over: it is never replayed and never deleted but by an operator's word.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import msgspec
+
+from glidefs.core.gather import Gather, log_segments
+from glidefs.errors import GlideError, UnknownExport
+from glidefs.formats.atomic import fsync_dir
+from glidefs.formats.pack import BLOCK, FULL_MASK, SECTOR, SECTORS_PER_BLOCK
+
+_HEX_ID = re.compile(r"[0-9a-f]{32}\Z")
+_FILL_BYTES = 16 << 20
+
+
+class LogInfo(msgspec.Struct, frozen=True):
+    """A log directory. ``live``: a volume served here writes it. ``bytes`` are allocated."""
+
+    volume_id: str
+    log_id: str
+    path: str
+    segments: int
+    bytes: int
+    live: bool
+
+
+class LogExtent(msgspec.Struct, frozen=True):
+    """``length`` bytes at ``offset`` of the volume that the log holds; zeros if ``zero``."""
+
+    offset: int
+    length: int
+    zero: bool
+
+
+def log_dir(log_root: Path, volume_id: bytes, log_id: bytes) -> Path:
+    """Where the log of a volume is."""
+    return log_root / volume_id.hex() / log_id.hex()
+
+
+def list_logs(log_root: Path, live: Collection[tuple[bytes, bytes]]) -> list[LogInfo]:
+    """All logs below ``log_root``; ``live`` are the (volume id, log id) of volumes served here."""
+    found: list[LogInfo] = []
+    if not log_root.is_dir():
+        return found
+    for volume in sorted(log_root.iterdir()):
+        if not (_HEX_ID.match(volume.name) and volume.is_dir()):
+            continue
+        for path in sorted(volume.iterdir()):
+            if _HEX_ID.match(path.name) and path.is_dir():
+                ids = (bytes.fromhex(volume.name), bytes.fromhex(path.name))
+                size = sum(file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file())
+                count = len(log_segments(path))
+                found.append(LogInfo(volume.name, path.name, str(path), count, size, ids in live))
+    return found
+
+
+def export_log(directory: Path, volume_id: bytes, log_id: bytes, out_path: Path) -> list[LogExtent]:
+    """Write what a log holds, newest version of each sector, into a sparse image; says which parts.
+
+    What the log does not hold is left as it is in ``out_path``, so a log can be applied over an
+    image of the volume. Raises CorruptLog.
+    """
+    seqs = log_segments(directory)
+    extents: list[LogExtent] = []
+    with out_path.open("r+b" if out_path.exists() else "w+b") as out:
+        if not seqs:
+            return extents
+        with Gather(None, directory, volume_id, log_id, seqs[0], seqs[-1]) as gather:
+            for extent in gather.extents():
+                _add(extents, extent.block * BLOCK, extent.count * BLOCK, True)
+            for first, count in _batches(gather):
+                data = memoryview(bytearray(gather.nbytes(first, count)))
+                gather.fill(first, count, data)
+                at = 0
+                for block, mask, zero_mask in gather.entries(first, count):
+                    for sector, length, zero in _runs(mask, zero_mask):
+                        offset = block * BLOCK + sector * SECTOR
+                        _add(extents, offset, length * SECTOR, zero)
+                        if not zero:
+                            out.seek(offset)
+                            out.write(data[at : at + length * SECTOR])
+                            at += length * SECTOR
+        extents.sort(key=lambda extent: extent.offset)
+        out.flush()
+        _punch(out.fileno(), extents)
+    return extents
+
+
+def delete_log(log_root: Path, volume_id: str, log_id: str, live: Collection[tuple[bytes, bytes]]) -> None:
+    """Delete a log that was set aside. Raises GlideError for one in use, UnknownExport for none."""
+    if not (_HEX_ID.match(volume_id) and _HEX_ID.match(log_id)):
+        raise UnknownExport(f"{volume_id}/{log_id}", "a log is named by two ids of 32 hex digits")
+    if (bytes.fromhex(volume_id), bytes.fromhex(log_id)) in live:
+        raise GlideError(f"log {log_id} belongs to a volume that is served here; remove the volume instead")
+    path = log_root / volume_id / log_id
+    if not path.is_dir():
+        raise UnknownExport(f"{volume_id}/{log_id}", "no such log; `glidefs logs` lists them")
+    shutil.rmtree(path)
+    fsync_dir(path.parent)
+
+
+def _add(extents: list[LogExtent], offset: int, length: int, zero: bool) -> None:
+    if extents:
+        last = extents[-1]
+        if last.zero == zero and last.offset + last.length == offset:
+            extents[-1] = LogExtent(last.offset, last.length + length, zero)
+            return
+    extents.append(LogExtent(offset, length, zero))
+
+
+def _batches(gather: Gather) -> list[tuple[int, int]]:
+    batches: list[tuple[int, int]] = []
+    first = size = 0
+    for i, entry in enumerate(gather.entries()):
+        size += entry.mask.bit_count() * SECTOR
+        if size >= _FILL_BYTES:
+            batches.append((first, i + 1 - first))
+            first, size = i + 1, 0
+    if first < len(gather):
+        batches.append((first, len(gather) - first))
+    return batches
+
+
+def _runs(mask: int, zero_mask: int) -> list[tuple[int, int, bool]]:
+    """(first sector, sectors, zero) of each run of sectors of one kind in a block."""
+    runs: list[tuple[int, int, bool]] = []
+    for sector in range(SECTORS_PER_BLOCK):
+        bit = 1 << sector
+        if not (mask | zero_mask) & bit & FULL_MASK:
+            continue
+        zero = bool(zero_mask & bit)
+        if runs and runs[-1][2] == zero and runs[-1][0] + runs[-1][1] == sector:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, zero)
+        else:
+            runs.append((sector, 1, zero))
+    return runs
+
+
+def _punch(fd: int, extents: list[LogExtent]) -> None:
+    """Make the zero extents holes: zeros over old data, the rest by growing the file."""
+    size = os.fstat(fd).st_size
+    end = max(size, max((extent.offset + extent.length for extent in extents), default=0))
+    for extent in extents:
+        if extent.zero and extent.offset < size:
+            _zero_range(fd, extent.offset, min(extent.offset + extent.length, size))
+    os.ftruncate(fd, end)
+
+
+def _zero_range(fd: int, start: int, stop: int) -> None:
+    # Only where there is data: a terabyte of discards over a sparse image costs its extents.
+    while start < stop:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+        except OSError:
+            return
+        hole = min(os.lseek(fd, start, os.SEEK_HOLE), stop)
+        while start < hole:
+            start += os.pwrite(fd, bytes(min(_FILL_BYTES, hole - start)), start)

@@ -1,0 +1,110 @@
+"""Manifests and pack indices, as readers, uploaders and compaction look at them.
+
+All of it is immutable, so it is cached by id for the whole host and shared by every fork.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from glidefs.errors import CorruptObject
+from glidefs.formats.manifest import EMPTY_PAGE, PAGE_CHUNKS, PackRef, Page, Root, decode_page
+from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, PackIndex, decode_index
+from glidefs.names import pack_key, page_key
+from glidefs.store.base import ObjectStore
+from glidefs.volume.lru import LoadingCache
+
+_INDEX_OVERHEAD = 256
+
+
+class MetaCache:
+    """Pages and pack indices of the host, by id; ``page_dir`` holds local copies of pages, if any."""
+
+    def __init__(self, index_bytes: int, pages: int) -> None:
+        self.indices: LoadingCache[bytes, PackIndex] = LoadingCache(
+            index_bytes, lambda index: index.nbytes + _INDEX_OVERHEAD
+        )
+        self.pages: LoadingCache[bytes, Page] = LoadingCache(pages, lambda _: 1)
+
+    def index(self, store: ObjectStore, prefix: str, ref: PackRef) -> PackIndex:
+        """The index of a pack. Raises CorruptObject, NotFound, StoreError."""
+        return self.indices.get(ref.id, lambda: _load_index(store, prefix, ref))
+
+    def page(self, store: ObjectStore, prefix: str, page_id: bytes, local: Path | None = None) -> Page:
+        """A manifest page, from the copy in directory ``local`` if it is there."""
+        return self.pages.get(page_id, lambda: _load_page(store, prefix, page_id, local))
+
+
+def _load_index(store: ObjectStore, prefix: str, ref: PackRef) -> PackIndex:
+    key = pack_key(prefix, ref.id.hex())
+    tail, size = store.get_suffix(key, ref.index_length)
+    if size != ref.size:
+        raise CorruptObject(key, size, f"the pack has {size} bytes, its manifest says {ref.size}")
+    return decode_index(key, tail, size)
+
+
+def _load_page(store: ObjectStore, prefix: str, page_id: bytes, local: Path | None) -> Page:
+    name = page_id.hex()
+    if local is not None:
+        path = local / name
+        try:
+            return decode_page(str(path), path.read_bytes())
+        except (OSError, CorruptObject):
+            pass  # the store has it
+    key = page_key(prefix, name)
+    return decode_page(key, store.get(key).data)
+
+
+class Manifest:
+    """A frozen root with its pages loaded as needed. Cheap to make: one per fault or commit."""
+
+    __slots__ = ("_local", "_meta", "_store", "prefix", "root")
+
+    def __init__(
+        self, root: Root, prefix: str, meta: MetaCache, store: ObjectStore, local: Path | None = None
+    ) -> None:
+        self.root = root
+        self.prefix = prefix
+        self._meta = meta
+        self._store = store
+        self._local = local
+
+    def page(self, number: int) -> Page:
+        """Page ``number``; an absent one is empty."""
+        root = self.root
+        if root.inline_page is not None:
+            return root.inline_page if number == 0 else EMPTY_PAGE
+        if number >= len(root.page_ids) or not root.page_ids[number]:
+            return EMPTY_PAGE
+        return self._meta.page(self._store, self.prefix, root.page_ids[number], self._local)
+
+    def packs(self, chunk: int) -> tuple[PackRef, ...]:
+        """The packs of a chunk, oldest first; empty for a chunk of zeros."""
+        page = self.page(chunk // PAGE_CHUNKS)
+        return tuple(page.packs[i] for i in page.chunks.get(chunk % PAGE_CHUNKS, ()))
+
+    def index(self, ref: PackRef) -> PackIndex:
+        """The index of one of the packs."""
+        return self._meta.index(self._store, self.prefix, ref)
+
+    def cached_index(self, ref: PackRef) -> PackIndex | None:
+        """The index of one of the packs, if no request is needed for it."""
+        return self._meta.indices.peek(ref.id)
+
+    def present(self, first: int, last: int) -> Iterator[int]:
+        """The chunks from ``first`` to ``last``, inclusive, that are not all zeros, ascending."""
+        pages = 1 if self.root.inline_page is not None else len(self.root.page_ids)
+        for number in range(first // PAGE_CHUNKS, min(last // PAGE_CHUNKS, pages - 1) + 1):
+            for chunk in sorted(self.page(number).chunks):
+                if first <= number * PAGE_CHUNKS + chunk <= last:
+                    yield number * PAGE_CHUNKS + chunk
+
+    def blocks_of(self, chunk: int) -> int:
+        """Blocks of a chunk, fewer than usual in the last one of the volume."""
+        return min(CHUNK_BLOCKS, block_count(self.root.size) - chunk * CHUNK_BLOCKS)
+
+
+def block_count(size: int) -> int:
+    """Blocks in a volume of ``size`` bytes; the last may be partial."""
+    return -(-size // BLOCK)

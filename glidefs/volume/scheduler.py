@@ -1,0 +1,351 @@
+"""When volumes are uploaded: one heap of due times for the host, and a few threads that work it off.
+
+A volume is due by age, by the amount of sealed log, by a drain or a store flush, and at once when its
+writers wait for log space or map memory. A volume that is clean is in no table here, so a thousand
+idle exports cost nothing.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from glidefs.core.check import Closed
+from glidefs.core.engine import Engine, Event, EventKind
+from glidefs.errors import Fenced, GlideError, StoreError
+from glidefs.volume.retire import Retirer
+from glidefs.volume.settings import HostSettings
+from glidefs.volume.uploader import Uploader
+
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
+
+EventHandler = Callable[[Event], None]
+MAX_BACKOFF = 30.0
+_SOON = 0.05
+_LOUD_EVERY = 10.0
+
+
+def lower_priority(nice: int) -> None:
+    """Make the calling thread yield the CPU to the data path (on Linux niceness is per thread)."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
+    except OSError as error:
+        log.debug("cannot lower the priority of %s: %s", threading.current_thread().name, error)
+
+
+class _Job:
+    """A volume that has something to do. Guarded by the scheduler's condition."""
+
+    __slots__ = ("again", "busy", "due", "failures", "seal", "thread", "urgent", "volume")
+
+    def __init__(self, volume: Volume) -> None:
+        self.volume = volume
+        self.due = float("inf")
+        self.seal = False
+        self.urgent = False
+        self.busy = False
+        self.thread = 0
+        self.again = False
+        self.failures = 0
+
+
+class Scheduler:
+    """``_wake`` guards the jobs and the heap."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        uploader: Uploader,
+        settings: HostSettings,
+        find: Callable[[int], Volume | None],
+        retirer: Retirer,
+    ) -> None:
+        self._engine = engine
+        self._uploader = uploader
+        self._settings = settings
+        self._find = find
+        self._retirer = retirer
+        self._wake = threading.Condition()
+        self._jobs: dict[int, _Job] = {}
+        self._heap: list[tuple[float, int, _Job]] = []
+        self._order = itertools.count()
+        self._threads: list[threading.Thread] = []
+        self._stop = False
+        self._paused = 0
+        self._last_loud = 0.0
+        self.on_event: list[EventHandler] = []
+        self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
+
+    @property
+    def stopping(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._stop
+
+    def start(self) -> None:
+        """Start the threads."""
+        names = [("glide-events", self._events)]
+        names += [(f"glide-upload-{i}", self._work) for i in range(self._settings.uploaders)]
+        for name, target in names:
+            thread = threading.Thread(target=target, name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Start no more jobs, end those that wait for the store."""
+        with self._wake:
+            self._stop = True
+            self._wake.notify_all()
+
+    def close(self) -> None:
+        """Stop and join the threads. What is not uploaded stays in the logs."""
+        self.stop()
+        for thread in self._threads:
+            thread.join()
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def request(
+        self, volume: Volume, *, delay: float = 0.0, seal: bool = False, urgent: bool = False
+    ) -> None:
+        """Look at a volume in ``delay`` seconds at the latest.
+
+        ``seal`` closes its active segment first; ``urgent`` also gives committed log space back.
+        """
+        with self._wake:
+            job = self._jobs.get(volume.cookie)
+            if job is None:
+                job = self._jobs[volume.cookie] = _Job(volume)
+            job.seal |= seal
+            job.urgent |= urgent
+            job.again = job.again or (job.busy and delay == 0.0)
+            if seal or urgent:
+                job.failures = 0
+            self._push(job, time.monotonic() + delay)
+
+    def _push(self, job: _Job, due: float) -> None:
+        if due < job.due:
+            job.due = due
+            heapq.heappush(self._heap, (due, next(self._order), job))
+            self._wake.notify_all()
+
+    def forget(self, volume: Volume) -> None:
+        """The volume closes: wait for its job, if one runs, and start no more."""
+        with self._wake:
+            job = self._jobs.pop(volume.cookie, None)
+            # A callback of the job itself may close its volume.
+            while job is not None and job.busy and job.thread != threading.get_ident():
+                self._wake.wait(0.5)
+
+    def pause(self, deadline: float) -> bool:
+        """Start no jobs until :meth:`resume`. Waits for those under way; false if they did not end.
+
+        ``deadline`` is a time of ``time.monotonic()``.
+        """
+        with self._wake:
+            self._paused += 1
+            while any(job.busy for job in self._jobs.values()):
+                if time.monotonic() >= deadline:
+                    return False
+                self._wake.wait(0.2)
+            return True
+
+    def resume(self) -> None:
+        """Undo a :meth:`pause`."""
+        with self._wake:
+            self._paused -= 1
+            self._wake.notify_all()
+
+    # -- workers ---------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        lower_priority(self._settings.nice)
+        while (taken := self._take()) is not None:
+            job, seal, urgent = taken
+            delay: float | None = self._settings.backoff
+            try:
+                delay = self._run(job, seal, urgent)
+            except BaseException:
+                log.exception("volume %s: the upload failed", job.volume.name)
+            finally:
+                self._done(job, delay)
+
+    def _take(self) -> tuple[_Job, bool, bool] | None:
+        with self._wake:
+            while not self._stop:
+                timeout = None
+                if self._heap and not self._paused:
+                    due, _, job = self._heap[0]
+                    timeout = due - time.monotonic()
+                    if due != job.due or job.busy or self._jobs.get(job.volume.cookie) is not job:
+                        heapq.heappop(self._heap)  # replaced by an earlier one, or closed
+                        continue
+                    if timeout <= 0:
+                        heapq.heappop(self._heap)
+                        seal, urgent = job.seal, job.urgent
+                        job.due, job.busy, job.again = float("inf"), True, False
+                        job.thread = threading.get_ident()
+                        job.seal = job.urgent = False
+                        return job, seal, urgent
+                self._wake.wait(timeout)
+            return None
+
+    def _done(self, job: _Job, delay: float | None) -> None:
+        with self._wake:
+            job.busy = False
+            current = self._jobs.get(job.volume.cookie) is job
+            now = time.monotonic()
+            if current and job.again:
+                job.due = float("inf")
+                self._push(job, now)
+            elif current and delay is not None:
+                # A request that came while the job ran was not taken off the heap as its entry was skipped.
+                due, job.due = min(now + delay, job.due), float("inf")
+                self._push(job, due)
+            elif current and job.due != float("inf"):
+                due, job.due = job.due, float("inf")
+                self._push(job, due)
+            elif current:
+                del self._jobs[job.volume.cookie]
+            self._wake.notify_all()
+
+    def _run(self, job: _Job, seal: bool, urgent: bool) -> float | None:
+        """Do what is due for a volume; seconds until it must be looked at again, None for never."""
+        volume = job.volume
+        if volume.fenced or volume.closing or volume.read_only:
+            return None
+        try:
+            if urgent:
+                self._retirer.squeeze(volume)
+            self._upload(volume, seal, urgent)
+            job.failures = 0
+            volume.last_error = ""
+            self._retirer.run(volume)
+            return self._next_look(volume)
+        except Fenced as error:
+            volume.fence(error.why)
+            return None
+        except Closed:
+            return None
+        except GlideError as error:
+            job.failures += 1
+            job.seal |= seal  # what was asked for is still due
+            job.urgent |= urgent
+            volume.last_error = str(error)
+            self._say(volume, error)
+            if isinstance(error, StoreError) and error.temporary:
+                return self._settings.backoff
+            return min(self._settings.backoff * 2.0**job.failures, MAX_BACKOFF)
+
+    def _upload(self, volume: Volume, seal: bool, urgent: bool) -> None:
+        size = volume.size
+        if not seal:
+            info = volume.core.info()
+            age = time.time() - info.oldest_dirty_ns / 1e9 if info.oldest_dirty_ns else 0.0
+            seal = age >= min(self._settings.sync_interval, self._settings.max_dirty_age)
+            backlog = info.dirty_bytes - info.active_bytes
+            if not (
+                seal or backlog >= self.batch_bytes() or volume.size_dirty or not volume.committer.published
+            ):
+                if info.dirty_bytes and self._unseen_for(volume) >= self._settings.poll_interval:
+                    self._uploader.poll(volume)
+                return
+        sealed = volume.core.seal() if seal else volume.core.info().sealed_seq
+        # The larger of both: a root may be larger than what its segments say, never smaller.
+        size = max(size, volume.size)
+        most = 4 if urgent else self._settings.batch_segments
+        while True:
+            last = min(sealed, volume.done_segment + most)
+            done = self._uploader.upload(volume, max(last, volume.done_segment), size)
+            if urgent:
+                self._retirer.squeeze(volume)
+            if done.packs:
+                self.on_commit(volume, done.chunks)
+            if volume.done_segment >= sealed:
+                return
+
+    def batch_bytes(self) -> int:
+        """Sealed log that makes a volume due: enough for full packs, a part of what the log may take."""
+        config = self._engine.config
+        return max(config.segment_bytes, min(self._settings.batch_bytes, config.log_limit // 8))
+
+    @staticmethod
+    def _unseen_for(volume: Volume) -> float:
+        return time.monotonic() - volume.committer.last_contact
+
+    def _next_look(self, volume: Volume) -> float | None:
+        info = volume.core.info()
+        if not info.dirty_bytes:
+            return None
+        age = max(0.0, time.time() - info.oldest_dirty_ns / 1e9) if info.oldest_dirty_ns else 0.0
+        until_due = min(self._settings.sync_interval, self._settings.max_dirty_age) - age
+        until_poll = self._settings.poll_interval - self._unseen_for(volume)
+        return max(_SOON, min(until_due, until_poll))
+
+    def _say(self, volume: Volume, error: GlideError) -> None:
+        now = time.monotonic()
+        if now - self._last_loud >= _LOUD_EVERY:
+            self._last_loud = now
+            log.warning("volume %s: not uploaded yet: %s", volume.name, error)
+
+    # -- events ----------------------------------------------------------------------------------
+
+    def _events(self) -> None:
+        while not self._stop:
+            try:
+                events = self._engine.events_next(self._settings.poll_ms)
+            except Closed:
+                return
+            except GlideError as error:
+                log.error("events cannot be taken: %s", error)
+                time.sleep(1.0)
+                continue
+            for event in events:
+                try:
+                    self._handle(event)
+                except Closed:
+                    pass
+                except BaseException:
+                    log.exception("event %s of volume %d", event.kind, event.volume)
+
+    def _handle(self, event: Event) -> None:
+        if event.kind in (EventKind.CONN_CLOSED, EventKind.UBLK_DOWN):
+            for handler in self.on_event:
+                handler(event)
+            return
+        volume = self._find(event.volume)
+        if volume is None or volume.read_only:
+            return
+        if event.kind == EventKind.FIRST_DIRTY:
+            self._retirer.watch(volume)
+            settings = self._settings
+            delay = min(settings.sync_interval, settings.max_dirty_age, settings.poll_interval)
+            self.request(volume, delay=delay)
+        elif event.kind == EventKind.SEALED:
+            info = volume.core.info()
+            if info.dirty_bytes - info.active_bytes >= self.batch_bytes():
+                self.request(volume)
+        elif event.kind in (EventKind.LOG_FULL, EventKind.MAP_FULL):
+            self._full(volume)
+        elif event.kind == EventKind.STORE_FLUSH:
+            self.request(volume, seal=True)
+        elif event.kind == EventKind.SYNC_FAILED:
+            log.error("volume %s: fdatasync of segment %d failed (errno %d)", volume.name, event.a, event.b)
+            self.request(volume, seal=True)
+        elif event.kind == EventKind.DISK_ERROR:
+            log.error("volume %s: the write log cannot be written (errno %d)", volume.name, event.a)
+
+    def _full(self, volume: Volume) -> None:
+        """Writers wait: this volume first, and every other whose log could make room."""
+        self.request(volume, seal=True, urgent=True)
+        for other in self._retirer.watched():
+            if other is not volume:
+                self.request(other, seal=True, urgent=True)

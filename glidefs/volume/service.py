@@ -1,0 +1,186 @@
+"""The threads that answer faults, and those that read ahead.
+
+A thread here never dies of what it serves: whatever happens to a fault, the requests that wait for
+its blocks are answered (resident, zero, look again, or an error), and the loop goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING
+
+from glidefs.core.check import Closed
+from glidefs.core.engine import Engine, Fault
+from glidefs.core.volume import install_error, install_retry
+from glidefs.errors import GlideError, StoreError
+from glidefs.formats.pack import BLOCK
+from glidefs.store.resilient import ResilientStore
+from glidefs.volume.readahead import Window
+from glidefs.volume.reader import Reader
+from glidefs.volume.settings import HostSettings
+
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
+
+PREFETCH_QUEUE = 256
+_PIECE = 8
+_STORE_PAUSE = 0.2
+
+
+class FaultService:
+    """Serves the faults of an engine until :meth:`close`.
+
+    ``find`` gives the volume of a cookie. ``busy`` counts guest faults in service; compaction
+    looks at it. Guest reads have their own lane of the store, prefetch runs in the background's.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        store: ResilientStore,
+        settings: HostSettings,
+        find: Callable[[int], Volume | None],
+    ) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._find = find
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._reads = store.view("read", settings.store_patience)
+        self._background = store.view("background", settings.store_patience)
+        self._helpers = ThreadPoolExecutor(settings.fetch_threads, "glide-fetch")
+        self._queue: queue.Queue[Callable[[], None]] = queue.Queue(PREFETCH_QUEUE)
+        self.reader = Reader(engine.cache, settings, self._helpers)
+        self._lock = threading.Lock()  # guards the two numbers below
+        self.busy = 0
+        self.last_fault = 0.0
+
+    def start(self) -> None:
+        """Start the threads."""
+        for i in range(self._settings.reader_threads):
+            self._spawn(f"glide-fault-{i}", self._serve)
+        for i in range(self._settings.prefetch_threads):
+            self._spawn(f"glide-prefetch-{i}", self._prefetch)
+
+    def _spawn(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def close(self) -> None:
+        """Stop and join the threads; faults that come after are not answered."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._helpers.shutdown(cancel_futures=True)
+
+    def quiet_for(self) -> float:
+        """Seconds since a guest waited for a fault; 0 while one does."""
+        with self._lock:
+            return 0.0 if self.busy else time.monotonic() - self.last_fault
+
+    # -- guest faults ----------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        while not self._stop.is_set():
+            try:
+                fault = self._engine.faults_next(self._settings.fault_blocks, self._settings.poll_ms)
+            except Closed:
+                return
+            except GlideError as error:
+                log.error("faults cannot be taken: %s", error)
+                self._stop.wait(1.0)
+                continue
+            if fault is not None:
+                with self._lock:
+                    self.busy += 1
+                try:
+                    self.answer(fault)
+                except BaseException:
+                    log.exception("a fault could not be answered")
+                finally:
+                    with self._lock:
+                        self.busy -= 1
+                        self.last_fault = time.monotonic()
+
+    def answer(self, fault: Fault) -> None:
+        """Serve one fault. Raises nothing that its waiters should not see as an answer."""
+        volume = self._find(fault.volume)
+        if volume is None:
+            return  # closed meanwhile: the core has answered its requests
+        try:
+            self._read_ahead(volume, fault)
+            self.reader.resolve(volume, self._reads, fault.block, fault.count, fault.stamp)
+        except Closed:
+            return
+        except StoreError as error:
+            # Not an answer that guests should see: their requests wait until the store is back.
+            log.debug("volume %s: %s", volume.name, error)
+            self._stop.wait(_STORE_PAUSE)
+            self._finish(volume, fault, retry=True)
+        except BaseException:
+            log.exception("volume %s: blocks %d+%d", volume.name, fault.block, fault.count)
+            self._finish(volume, fault, retry=False)
+
+    def _finish(self, volume: Volume, fault: Fault, *, retry: bool) -> None:
+        """Answer what a failed resolution left: blocks that are mapped by now are not affected."""
+        answer = (
+            install_retry(fault.block, fault.count)
+            if retry
+            else install_error(fault.block, fault.count, errno.EIO)
+        )
+        with contextlib.suppress(Closed):
+            volume.core.install(fault.stamp, [answer])
+
+    # -- read-ahead ------------------------------------------------------------------------------
+
+    def _read_ahead(self, volume: Volume, fault: Fault) -> None:
+        volume.note_fault(fault.block, fault.count)
+        limit = self._settings.read_ahead_bytes // BLOCK
+        if limit:
+            window = volume.next_window(fault.block, fault.count, limit)
+            if window is not None:
+                self.prefetch_window(volume, window)
+
+    def prefetch_window(self, volume: Volume, window: Window) -> None:
+        """Fetch a window in the background, in pieces that are fetched in parallel."""
+        for first in range(window.first, window.first + window.count, _PIECE):
+            count = min(_PIECE, window.first + window.count - first)
+            if not self.submit(partial(self.prefetch, volume, first, count, marker=window.marker)):
+                return
+
+    def submit(self, task: Callable[[], None]) -> bool:
+        """Run ``task`` on a prefetch thread; False (and not run) while too much is queued."""
+        try:
+            self._queue.put_nowait(task)
+        except queue.Full:
+            return False
+        return True
+
+    def prefetch(self, volume: Volume, first: int, count: int, *, marker: int = -1) -> None:
+        """Make a run of blocks resident, in the lane of background reads. Raises Closed, StoreError."""
+        stamp = volume.core.stamp()
+        self.reader.resolve(volume, self._background, first, count, stamp, leave=marker)
+
+    def _prefetch(self) -> None:
+        while not self._stop.is_set():
+            try:
+                task = self._queue.get(timeout=self._settings.poll_ms / 1000)
+            except queue.Empty:
+                continue
+            try:
+                task()
+            except (Closed, StoreError):
+                pass  # only a guess; a guest that needs the block will say so
+            except BaseException:
+                log.exception("a prefetch failed")

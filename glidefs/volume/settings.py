@@ -1,0 +1,66 @@
+"""Tunables of a host, with units; the daemon fills them from its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from glidefs.formats.pack import PACK_TARGET
+
+MIB = 1 << 20
+
+
+class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes and seconds throughout.
+
+    Reading: ``reader_threads`` answer guest faults of at most ``fault_blocks`` blocks each,
+    ``fetch_threads`` help with the ranged GETs of one fault, ``prefetch_threads`` read ahead.
+    ``coalesce_gap``: bytes between two payloads that are read rather than ending the request;
+    ``fetch_bytes``: largest ranged GET of a fault that several requests share.
+
+    Uploading: ``uploaders`` volumes at once, ``put_threads`` packs in the making (each holds up to
+    twice ``pack_bytes``). ``batch_bytes`` of sealed log make a volume due before its age does;
+    ``batch_segments`` bounds one commit.
+
+    ``retire_fraction`` of the log limit is where committed segments begin to go, and
+    ``retire_segments`` is how many a volume keeps at most.
+
+    Compaction: a chunk of ``compact_width`` packs is looked at; after ``settle_idle`` seconds
+    without a commit those of more than ``settle_width`` are, too. ``compact_rate`` bytes per second.
+    """
+
+    log_dir: Path
+    reader_threads: int = 16
+    fetch_threads: int = 16
+    prefetch_threads: int = 4
+    fault_blocks: int = 32
+    poll_ms: int = 500
+    cache_scope: Literal["host", "prefix"] = "host"
+    read_ahead_bytes: int = 8 * MIB
+    coalesce_gap: int = 64 << 10
+    fetch_bytes: int = 2 * MIB
+    index_cache_bytes: int = 32 * MIB
+    page_cache_pages: int = 32
+    store_patience: float = 5.0
+    uploaders: int = 2
+    put_threads: int = 3
+    sync_interval: float = 30.0
+    max_dirty_age: float = 300.0
+    pack_bytes: int = PACK_TARGET
+    compression_level: int = 1
+    batch_bytes: int = 256 * MIB
+    batch_segments: int = 16
+    gc_grace: float = 86400.0
+    retire_fraction: float = 0.6
+    retire_segments: int = 16
+    poll_interval: float = 15.0
+    backoff: float = 1.0
+    nice: int = 10
+    compaction: bool = True
+    compact_width: int = 16
+    compact_rate: int = 64 * MIB
+    compact_commit_packs: int = 8
+    settle_idle: float = 60.0
+    settle_width: int = 4

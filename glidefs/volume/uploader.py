@@ -1,0 +1,202 @@
+"""Uploads: sealed segments of one volume become packs, and one commit makes them part of it.
+
+The order that a crash at any point survives: seal, fsync the segments, gather (verified), put packs,
+put pages, put the root, fsync a local copy of it; only then may the segments go.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import TYPE_CHECKING, NamedTuple
+
+from glidefs.core.check import Closed, CoreError
+from glidefs.core.gather import Gather
+from glidefs.errors import Fenced, StoreError
+from glidefs.store.base import Buffer
+from glidefs.store.resilient import ResilientStore
+from glidefs.volume.commit import Superseded
+from glidefs.volume.edit import Append, Change
+from glidefs.volume.meta import MetaCache
+from glidefs.volume.packing import BuiltPack, compress_items, put_pack
+from glidefs.volume.settings import HostSettings
+from glidefs.volume.upload_plan import PackJob, plan_upload
+
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
+
+REPLANS = 8
+"""How often an upload is planned again on a root that the store turned out to have."""
+
+
+class Uploaded(NamedTuple):
+    """What one commit carried."""
+
+    segment: int
+    packs: int
+    bytes: int
+    chunks: frozenset[int] = frozenset()
+
+
+class Counters:
+    """Totals of the host. ``lock`` guards them."""
+
+    __slots__ = ("commits", "compacted_bytes", "compacted_packs", "lock", "pack_bytes", "packs")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.commits = 0
+        self.packs = 0
+        self.pack_bytes = 0
+        self.compacted_packs = 0
+        self.compacted_bytes = 0
+
+
+class Uploader:
+    """Uploads volumes; the scheduler says which and when, one job per volume at a time.
+
+    ``puts`` builds and puts packs; at most ``put_threads`` are held in memory at once.
+    """
+
+    def __init__(
+        self,
+        store: ResilientStore,
+        meta: MetaCache,
+        settings: HostSettings,
+        puts: Executor,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self._store = store.view("upload", settings.store_patience)
+        self._reads = store.view("read", settings.store_patience)
+        self._meta = meta
+        self._settings = settings
+        self._puts = puts
+        self._stopping = stopping
+        self.counters = Counters()
+
+    def upload(self, volume: Volume, last: int, size: int) -> Uploaded:
+        """Upload and commit the sealed segments up to ``last``; ``size`` goes into the root.
+
+        Raises Fenced, Closed, CorruptLog, and StoreError (temporary: call again, nothing is lost).
+        """
+        for _ in range(REPLANS):
+            try:
+                return self._upload(volume, last, size)
+            except Superseded as error:
+                log.info("%s; planning again", error)
+        raise StoreError("the root keeps changing", key=volume.name, op="commit", temporary=True)
+
+    def _upload(self, volume: Volume, last: int, size: int) -> Uploaded:
+        committer = volume.committer
+        committer.publish(self._store)
+        if volume.done_segment >= last and not volume.size_dirty:
+            return Uploaded(volume.done_segment, 0, 0)
+        started = time.monotonic()
+        adoptions = committer.adoptions
+        built: list[BuiltPack] = []
+        drops: frozenset[int] = frozenset()
+        if volume.done_segment < last:
+            try:
+                volume.core.sync()
+            except CoreError as error:
+                # A sticky fdatasync failure ends with this upload, which verifies what it reads.
+                log.warning("volume %s: %s; uploading what the page cache has", volume.name, error)
+            with Gather(
+                volume.core, volume.log_dir, volume.id, volume.log_id, volume.done_segment + 1, last
+            ) as gather:
+                plan = plan_upload(gather, committer.manifest(self._reads), self._settings.pack_bytes)
+                drops = plan.drops
+                built = self._put_all(volume, gather, plan.jobs)
+        if not (built or drops or volume.size_dirty):
+            volume.mark_done(last)
+            return Uploaded(last, 0, 0)
+        if time.monotonic() - started > self._settings.gc_grace / 2:
+            # The collector may take packs that no manifest named in time: make them anew.
+            raise StoreError("the upload took too long", key=volume.name, op="commit", temporary=True)
+        for pack in built:
+            self._meta.indices.put(pack.ref.id, pack.index)
+        change = Change(
+            drops=drops,
+            appends=tuple(Append(pack.ref, pack.chunks) for pack in built),
+            size=size,
+            last_segment=max(last, committer.root.last_segment),
+        )
+        self.retry(volume, lambda: committer.commit(self._store, change, adoptions), started)
+        volume.size_committed(size)
+        with self.counters.lock:
+            self.counters.commits += 1
+        chunks = frozenset(chunk for pack in built for chunk in pack.chunks)
+        return Uploaded(last, len(built), sum(pack.ref.size for pack in built), chunks)
+
+    def poll(self, volume: Volume) -> None:
+        """Find out whether another host took the volume. Raises Fenced, StoreError."""
+        volume.committer.poll(self._reads)
+
+    def _put_all(self, volume: Volume, gather: Gather, jobs: list[PackJob]) -> list[BuiltPack]:
+        """Build and put packs, a few at a time. All are finished or given up on return."""
+        built: list[BuiltPack] = []
+        waiting: deque[Future[BuiltPack]] = deque()
+        todo = iter(jobs)
+        error: BaseException | None = None
+        while True:
+            while error is None and len(waiting) < self._settings.put_threads:
+                job = next(todo, None)
+                if job is None:
+                    break
+                waiting.append(self._puts.submit(self._put_one, volume, gather, job))
+            if not waiting:
+                break
+            try:
+                built.append(waiting.popleft().result())
+            except BaseException as caught:
+                error = error or caught
+        if error is not None:
+            raise error
+        return built
+
+    def _put_one(self, volume: Volume, gather: Gather, job: PackJob) -> BuiltPack:
+        plain = memoryview(bytearray(gather.nbytes(job.first, job.count)))
+        gather.fill(job.first, job.count, plain)
+        area, entries = compress_items(plain, job.items, self._settings.compression_level)
+        del plain
+        pack = put_pack(
+            lambda key, body: self.put(volume, key, body),
+            volume.prefix,
+            volume.id,
+            area,
+            entries,
+            0,
+        )
+        with self.counters.lock:
+            self.counters.packs += 1
+            self.counters.pack_bytes += pack.ref.size
+        return pack
+
+    def put(self, volume: Volume, key: str, body: list[Buffer]) -> None:
+        """Put a pack, through outages, until the volume closes or is fenced."""
+        self.retry(volume, lambda: self._store.put(key, body), time.monotonic())
+
+    def retry(self, volume: Volume, action: Callable[[], object], since: float) -> None:
+        """Run ``action`` again after temporary store errors, for at most half the grace from ``since``."""
+        while True:
+            try:
+                action()
+                volume.last_error = ""
+                return
+            except StoreError as error:
+                if not error.temporary:
+                    raise
+                volume.last_error = str(error)
+                if volume.fenced:
+                    raise Fenced(volume.name, volume.fenced) from error
+                if volume.closing or self._stopping():
+                    raise Closed(f"volume {volume.name} closes") from error
+                if time.monotonic() - since > self._settings.gc_grace / 2:
+                    raise
+            time.sleep(0.05)  # the store's own wrapper did the waiting

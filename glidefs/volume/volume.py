@@ -1,0 +1,320 @@
+"""A volume that this host serves: the core's handle, the manifest in use, and its state for people."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import msgspec
+
+from glidefs.core.check import Closed
+from glidefs.core.volume import CoreVolume
+from glidefs.errors import Fenced, GlideError
+from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root
+from glidefs.store.base import ObjectStore
+from glidefs.volume.commit import Committer
+from glidefs.volume.meta import Manifest, MetaCache
+from glidefs.volume.readahead import ReadAhead, Window
+
+if TYPE_CHECKING:
+    from glidefs.volume.host import Host
+
+log = logging.getLogger(__name__)
+
+
+class DrainTimeout(GlideError):
+    """A drain did not end before its deadline; what it covers stays in the local log and goes on."""
+
+    temporary = True
+
+
+class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """A volume now. Bytes and seconds; ``fenced`` and ``last_error`` are texts, empty if all is well."""
+
+    name: str
+    size: int
+    dirty_bytes: int
+    oldest_dirty_seconds: float
+    log_bytes: int
+    map_bytes: int
+    committed_segment: int
+    last_segment: int
+    sequence: int
+    parked: int
+    connections: int
+    published: bool
+    fenced: str
+    failed: int
+    last_error: str
+
+
+class Volume:
+    """Made by :meth:`glidefs.volume.host.Host.open`. Thread-safe.
+
+    ``on_fenced(volume, why)`` is called once when another host turns out to have the volume,
+    ``on_published(volume)`` when the store has its first root. Both run on threads of the host.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_ahead",
+        "_changed",
+        "_closing",
+        "_host",
+        "_size_dirty",
+        "committer",
+        "compact_state",
+        "cookie",
+        "core",
+        "done_segment",
+        "fenced",
+        "last_error",
+        "log_dir",
+        "name",
+        "on_fault",
+        "on_fenced",
+        "on_published",
+        "opened_at",
+        "prefix",
+        "record",
+        "size",
+    )
+
+    def __init__(
+        self,
+        host: Host,
+        record: ExportRecord,
+        root: Root,
+        etag: str | None,
+        cookie: int,
+        meta: MetaCache,
+        state: Path,
+    ) -> None:
+        self._host = host
+        self.record = record
+        self.cookie = cookie
+        self.name = record.name
+        self.prefix = record.prefix
+        self.size = record.size
+        self.log_dir = host.log_dir(record.volume_id, record.log_id)
+        self.core: CoreVolume
+        self.done_segment = root.last_segment
+        """The last segment that the store has, or that held nothing to upload."""
+        self.fenced = ""
+        self.last_error = ""
+        self.opened_at = time.monotonic()
+        self.on_fenced: Callable[[Volume, str], None] | None = None
+        self.on_published: Callable[[Volume], None] | None = None
+        self.on_fault: Callable[[int, int], None] | None = None
+        """Called with (first block, count) of each fault, for a boot profile."""
+        self.compact_state: Any = None
+        self._ahead: ReadAhead | None = None
+        self._size_dirty = False
+        self._closing = False
+        # One condition for the host would wake every drain on every commit; this is made on demand.
+        self._changed: threading.Condition | None = None
+        self.committer = Committer(
+            root, etag, prefix=record.prefix, meta=meta, state_dir=state, on_change=self._root_changed
+        )
+
+    # -- identity and manifest -------------------------------------------------------------------
+
+    @property
+    def id(self) -> bytes:
+        """The volume id, 16 bytes."""
+        return self.record.volume_id
+
+    @property
+    def log_id(self) -> bytes:
+        """The log id, 16 bytes: the fencing token."""
+        return self.record.log_id
+
+    @property
+    def root(self) -> Root:
+        """The manifest root in use now."""
+        return self.committer.root
+
+    @property
+    def etag(self) -> str | None:
+        """The ETag of that root in the store, None before its first put."""
+        return self.committer.etag
+
+    @property
+    def closing(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closing
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the volume takes no writes, and so owns nothing in the store."""
+        return self.record.read_only
+
+    def manifest(self, store: ObjectStore) -> Manifest:
+        """The manifest in use now, loading pages through ``store``."""
+        return self.committer.manifest(store)
+
+    # -- for the people who use it ---------------------------------------------------------------
+
+    def drain(self, deadline: float | None = None) -> None:
+        """Return when the store has everything that was acknowledged before the call.
+
+        ``deadline`` in seconds from now. Raises DrainTimeout, Fenced, Closed.
+        """
+        if self.read_only:
+            return
+        self._check_fenced()
+        target = self.core.seal()
+        until = None if deadline is None else time.monotonic() + deadline
+        with self._host.lock_of_conditions:
+            if self._changed is None:
+                self._changed = threading.Condition()
+        self._host.scheduler.request(self, seal=True)
+        with self._changed:
+            while not self.drained(target):
+                self._check_fenced()
+                left = None if until is None else until - time.monotonic()
+                if left is not None and left <= 0:
+                    why = f": {self.last_error}" if self.last_error else ""
+                    raise DrainTimeout(f"volume {self.name}: not drained within {deadline:g} s{why}")
+                # Woken by commits; the timeout only looks at close and at a lost wake-up.
+                self._changed.wait(1.0 if left is None else min(left, 1.0))
+                if self.core.closed:
+                    raise Closed(f"volume {self.name} was closed while it drained")
+
+    def drained(self, segment: int) -> bool:
+        """Whether the store has all segments up to ``segment``, the size and the first root."""
+        committer = self.committer
+        return committer.published and not self._size_dirty and self.done_segment >= segment
+
+    def resize(self, size: int) -> None:
+        """Change the size, in bytes; commits it in the background. Raises Fenced, CoreError."""
+        self._check_fenced()
+        self.core.resize(size)
+        self.size = size
+        self.record = msgspec.structs.replace(self.record, size=size)
+        self._size_dirty = True
+        if not self.read_only:
+            self._host.scheduler.request(self, seal=True)
+
+    def retire_committed(self) -> None:
+        """Give back all local log space of what the store has; later reads come from there."""
+        segment = self.retirable()
+        if segment:
+            self.core.retire(segment)
+
+    def retirable(self) -> int:
+        """The last segment that may be retired: the durable local manifest includes it."""
+        local_segment = self.committer.local_segment
+        return self.done_segment if local_segment >= self.root.last_segment else local_segment
+
+    def mark_done(self, segment: int) -> None:
+        """All segments up to ``segment`` are in the store or held nothing: flushes that wait return."""
+        if segment > self.done_segment:
+            self.done_segment = segment
+        if segment:
+            self.core.committed(segment)
+        self._notify()
+
+    def status(self) -> VolumeStatus:
+        """State for people and metrics. Raises Closed."""
+        info = self.core.info()
+        oldest = max(0.0, time.time() - info.oldest_dirty_ns / 1e9) if info.oldest_dirty_ns else 0.0
+        return VolumeStatus(
+            name=self.name,
+            size=info.size,
+            dirty_bytes=info.dirty_bytes,
+            oldest_dirty_seconds=oldest,
+            log_bytes=info.log_bytes,
+            map_bytes=info.map_bytes,
+            committed_segment=info.committed_seq,
+            last_segment=info.last_seq,
+            sequence=self.root.sequence,
+            parked=info.parked,
+            connections=info.connections,
+            published=self.committer.published,
+            fenced=self.fenced,
+            failed=info.failed,
+            last_error=self.last_error,
+        )
+
+    def close(self) -> None:
+        """Stop serving here. The log stays; nothing is uploaded (see :meth:`drain`)."""
+        self._closing = True
+        self._host.forget(self)
+        self.core.close()
+        self._notify()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- for the host's threads ------------------------------------------------------------------
+
+    def note_fault(self, first: int, count: int) -> None:
+        """A guest waits for these blocks."""
+        if self.on_fault is not None:
+            self.on_fault(first, count)
+
+    def next_window(self, first: int, count: int, limit: int) -> Window | None:
+        """What to read ahead after a fault; see :class:`ReadAhead`."""
+        with self._host.lock_of_conditions:
+            if self._ahead is None:
+                self._ahead = ReadAhead()
+            return self._ahead.on_fault(first, count, limit, -(-self.size // self.root.block_size))
+
+    @property
+    def size_dirty(self) -> bool:
+        """Whether the size changed since the last commit."""
+        return self._size_dirty
+
+    def size_changed(self) -> None:
+        """Look whether the manifest still has the volume's size."""
+        self._size_dirty = self.size != self.root.size
+
+    def size_committed(self, size: int) -> None:
+        """A commit carried ``size``."""
+        if size == self.size:
+            self._size_dirty = False
+        self._notify()
+
+    def fence(self, why: str) -> None:
+        """Another host has the volume: fail all I/O, keep the log, say so once."""
+        if self.fenced:
+            return
+        self.fenced = why
+        log.error("volume %s is FENCED: %s; I/O fails now, its log stays in %s", self.name, why, self.log_dir)
+        with contextlib.suppress(Closed):
+            self.core.fail(errno.EIO)
+        self._notify()
+        if self.on_fenced is not None:
+            self.on_fenced(self, why)
+
+    def _check_fenced(self) -> None:
+        if self.fenced:
+            raise Fenced(self.name, self.fenced)
+
+    def _root_changed(self) -> None:
+        if self.committer.published and not self.record.root_published:
+            self.record = msgspec.structs.replace(self.record, root_published=True)
+            if self.on_published is not None:
+                self.on_published(self)
+        with contextlib.suppress(Closed):  # the commit stands; the log is not served any more
+            self.mark_done(self.root.last_segment)
+
+    def _notify(self) -> None:
+        changed = self._changed
+        if changed is not None:
+            with changed:
+                changed.notify_all()

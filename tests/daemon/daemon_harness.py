@@ -1,0 +1,162 @@
+"""A real daemon in a process of its own, driven through the command line and the control socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import servers
+
+from glidefs.cli.client import Client, CommandError
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE = 60.0
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = DEADLINE) -> Any:
+    """Poll until the condition is true; its value."""
+    until = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < until, f"timeout: {what}"
+        time.sleep(0.02)
+
+
+class Daemon:
+    """One cache directory, one store, and the process that uses them."""
+
+    def __init__(self, base: Path, store: Path, extra: str = "", node: str = "node-1") -> None:
+        self.base = base
+        self.store = store
+        self.endpoint = ""
+        """Of an S3 server, to use instead of the directory."""
+        self.config = base / "glidefs.toml"
+        base.mkdir(exist_ok=True)
+        self.write_config(extra, node)
+        self.process: subprocess.Popen[bytes] | None = None
+        self.client = Client(str(base / "api.sock"))
+
+    def write_config(self, extra: str = "", node: str = "node-1") -> None:
+        url = f'url = "file://{self.store}"'
+        if self.endpoint:
+            url = f'url = "s3://bucket/root"\nendpoint_url = "{self.endpoint}"\nconnect_timeout = "1s"'
+        self.config.write_text(
+            f"""
+[cache]
+dir = "cache"
+log_size = "64MiB"
+segment_size = "1MiB"
+block_cache_size = "16MiB"
+[store]
+{url}
+[api]
+socket = "api.sock"
+[nbd]
+socket = "nbd.sock"
+[upload]
+sync_interval = "300s"
+[daemon]
+node = "{node}"
+{extra}
+"""
+        )
+
+    @property
+    def log_text(self) -> str:
+        path = self.base / "daemon.log"
+        return path.read_text() if path.exists() else ""
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        with (self.base / "daemon.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "glidefs.cli.main", "run", "-c", str(self.config)],
+                cwd=ROOT,
+                stderr=log,
+                stdout=log,
+                env={**os.environ, **servers.CREDENTIALS, "PYTHONPATH": str(ROOT)},
+            )
+        return self.process
+
+    def start(self) -> Daemon:
+        process = self.spawn()
+
+        def ready() -> bool:
+            assert process.poll() is None, self.log_text
+            try:
+                return bool(self.client.call("GET", "/health/ready", timeout=5)["ready"])
+            except CommandError:
+                return False
+
+        wait_for(ready, f"the daemon is ready\n{self.log_text}")
+        return self
+
+    def stop(self, number: int = signal.SIGTERM, expected: int = 0) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        code = self.process.wait(DEADLINE)
+        self.process = None
+        assert code == expected, self.log_text
+
+    def kill(self) -> None:
+        self.stop(signal.SIGKILL, -signal.SIGKILL)
+
+    def run(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """A glidefs command."""
+        environment = {**os.environ, **servers.CREDENTIALS, "PYTHONPATH": str(ROOT)}
+        environment["GLIDEFS_CONFIG"] = str(self.config)
+        environment.pop("GLIDEFS_SOCKET", None)
+        done = subprocess.run(
+            [sys.executable, "-m", "glidefs.cli.main", *args],
+            cwd=self.base,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE * 2,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}\n{self.log_text}"
+        return done
+
+    def json(self, *args: str) -> Any:
+        """The document that a command prints with --json: exactly one, and nothing else."""
+        return json.loads(self.run(*args, "--json").stdout)
+
+    def fails(self, *args: str) -> str:
+        """The one line that a command prints when it fails."""
+        done = self.run(*args, check=False)
+        assert done.returncode != 0, done.stdout
+        lines = done.stderr.strip().splitlines()
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("glidefs: ")
+        return lines[0]
+
+    def io(self, name: str, *commands: str) -> str:
+        """qemu-io commands on an export."""
+        uri = self.json("show", name)["device"]
+        args = [part for command in commands for part in ("-c", command)]
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", *args, uri],
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr + self.log_text
+        assert "failed" not in done.stdout, done.stdout
+        return done.stdout
+
+    def has(self, name: str, pattern: int, offset: str, length: str) -> bool:
+        """Whether an area of an export holds a byte pattern."""
+        return "Pattern verification failed" not in self.io(name, f"read -P {pattern} {offset} {length}")

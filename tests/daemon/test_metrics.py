@@ -1,0 +1,68 @@
+"""The Prometheus text: complete, bounded, parseable."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+pytest.importorskip("glidefs.core._core")
+
+from glidefs.core.engine import EngineStats
+from glidefs.core.volume import VolumeInfo, VolumeStats
+from glidefs.metrics import BUCKET_UNIT, ExportFigures, Metrics, Snapshot, latency_buckets
+
+
+def figures(name: str) -> ExportFigures:
+    info = VolumeInfo(**dict.fromkeys(VolumeInfo.__struct_fields__, 0))
+    counts = [0] * 64
+    counts[4] = 3  # [1024, 1536) ns
+    counts[63] = 1
+    empty = (0,) * 64
+    stats = VolumeStats(
+        ops=(4, 0, 0, 0),
+        bytes=(16384, 0, 0, 0),
+        errors=(0, 0, 0, 0),
+        latency=(tuple(counts), empty, empty, empty),
+        latency_sum_ns=(5000, 0, 0, 0),
+        **dict.fromkeys(VolumeStats.__struct_fields__[5:], 0),
+    )
+    return ExportFigures(name=name, transport="nbd", info=info, stats=stats, fenced=False)
+
+
+def test_text_parses_and_has_the_figures() -> None:
+    engine = EngineStats(**dict.fromkeys(EngineStats.__struct_fields__, 7))
+    snapshot = Snapshot(
+        engine=engine,
+        exports=[figures("a"), figures('b"\\')],
+        states={"serving": 2},
+        store=None,
+        started_at=time.time(),
+    )
+    families = {
+        f.name: f for f in text_string_to_metric_families(Metrics(lambda: snapshot).render().decode())
+    }
+    assert families["glidefs_process_resident_memory_bytes"].samples[0].value > 1 << 20
+    assert families["glidefs_log_limit_bytes"].samples[0].value == 7
+    reads = {
+        sample.labels["export"]: sample.value
+        for sample in families["glidefs_operations"].samples
+        if sample.labels["op"] == "read"
+    }
+    assert reads == {"a": 4, 'b"\\': 4}
+    latency = families["glidefs_operation_seconds"].samples
+    assert {sample.labels["op"] for sample in latency} == {"read"}
+    assert [s.value for s in latency if s.name.endswith("_count") and s.labels["export"] == "a"] == [4]
+
+
+def test_buckets_are_cumulative_and_at_the_core_s_bounds() -> None:
+    counts = [0] * 64
+    counts[3] = 1  # below 1024 ns
+    counts[4] = 2  # from 1024 ns
+    buckets = dict(latency_buckets(tuple(counts)))
+    assert buckets[repr(BUCKET_UNIT * 4)] == 1
+    assert buckets[repr(BUCKET_UNIT * 8)] == 3
+    assert buckets["+Inf"] == 3
+    values = list(buckets.values())
+    assert values == sorted(values)

@@ -1,0 +1,101 @@
+"""Any bytes in the transmission phase: errors or a hang-up, never a hang, never harm to others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nbd_client import REQUEST_MAGIC, RawClient
+from nbd_serve import MIB, Served
+
+SIZE = 16 * MIB
+PATTERN = os.urandom(4096)
+
+OFFSETS = st.one_of(
+    st.integers(0, SIZE // 512).map(lambda n: n * 512),
+    st.integers(0, (1 << 64) - 1),
+    st.sampled_from([0, SIZE - 512, SIZE, (1 << 63) - 512, (1 << 64) - 512, (1 << 64) - 1]),
+)
+LENGTHS = st.one_of(
+    st.integers(0, 64).map(lambda n: n * 512),
+    st.integers(0, 0xFFFFFFFF),
+    st.sampled_from([0, 1, 512, 131072, 32 * MIB, 32 * MIB + 1, 0xFFFFFFFF]),
+)
+KINDS = st.integers(0, 8) | st.integers(0, 0xFFFF)
+FLAGS = st.sampled_from([0, 0, 0, 1, 2, 4, 16]) | st.integers(0, 0xFFFF)
+PAYLOADS = st.binary(max_size=64) | st.integers(0, 40000).map(lambda n: b"\x5a" * n)
+
+
+def _frame(magic: int, flags: int, kind: int, offset: int, length: int, payload: bytes) -> bytes:
+    return struct.pack(">IHHQQI", magic, flags, kind, 7, offset, length) + payload
+
+
+def _write(offset: int, length: int) -> bytes:
+    return _frame(REQUEST_MAGIC, 0, 1, offset, length, b"\xa5" * length)
+
+
+MAGICS = st.sampled_from([REQUEST_MAGIC] * 30 + [0, 0x67446698])
+FRAMES = st.one_of(
+    st.builds(_frame, MAGICS, FLAGS, KINDS, OFFSETS, LENGTHS, PAYLOADS),
+    st.builds(_write, st.integers(0, 1000).map(lambda n: n * 512), st.integers(0, 40).map(lambda n: n * 512)),
+    st.builds(_frame, MAGICS, st.just(0), st.just(0), OFFSETS, LENGTHS, st.just(b"")),
+    st.binary(max_size=100),
+)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with Served(tmp_path_factory.mktemp("fuzz")) as made:
+        made.add("victim", SIZE)
+        made.add("other", SIZE).pwrite(0, PATTERN)
+        yield made
+
+
+@settings(max_examples=300, deadline=None)
+@given(frames=st.lists(FRAMES, max_size=12), cut=st.integers(0, 1 << 16), reads=st.booleans())
+def test_any_bytes(served: Served, frames: list[bytes], cut: int, reads: bool) -> None:
+    stream = b"".join(frames)
+    if cut < len(stream):
+        stream = stream[:cut]
+    with RawClient(served.path) as client:
+        client.greet().go("victim")
+        client.socket.settimeout(20)
+        with contextlib.suppress(ConnectionError):
+            _converse(client.socket, stream, reads)
+    end = time.monotonic() + 20
+    while served.server.connections("victim"):
+        assert time.monotonic() < end, "the connection does not end"
+        time.sleep(0.001)
+    with RawClient(served.path) as good:
+        good.greet().go("other")
+        assert good.pread(0, 4096) == PATTERN
+        good.pwrite(4096, PATTERN)
+
+
+def _converse(connection: socket.socket, stream: bytes, reads: bool) -> None:
+    """Send everything, say that this was all, and read to the end (or leave at once)."""
+    connection.setblocking(False)
+    end = time.monotonic() + 20
+    rest = memoryview(stream)
+    while rest:
+        assert time.monotonic() < end, "the server neither reads nor hangs up"
+        try:
+            rest = rest[connection.send(rest) :]
+        except BlockingIOError:
+            with contextlib.suppress(BlockingIOError):
+                if not connection.recv(1 << 20):
+                    return
+    connection.setblocking(True)
+    connection.settimeout(20)
+    if not reads:
+        return
+    connection.shutdown(socket.SHUT_WR)
+    while connection.recv(1 << 20):
+        pass

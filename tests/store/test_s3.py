@@ -1,0 +1,305 @@
+"""What is special to S3: errors by kind, the lean range client, an outage of a real server."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+
+import pytest
+import servers
+
+from glidefs.errors import (
+    AccessDenied,
+    Conflict,
+    CorruptObject,
+    NoSuchBucket,
+    NotFound,
+    PreconditionFailed,
+    StoreError,
+    StoreUnavailable,
+    StoreUnsupported,
+    Throttled,
+)
+from glidefs.store import open_store
+from glidefs.store.range_http import HttpError, RangeClient
+from glidefs.store.resilient import ResilientStore
+from glidefs.store.s3 import S3Store
+from glidefs.store.s3_body import BodyReader
+from glidefs.store.s3_errors import classify
+
+BUCKET = "glidefs-test"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "temporary"),
+    [
+        (404, "NoSuchKey", NotFound, False),
+        (404, "", NotFound, False),
+        (404, "NoSuchBucket", NoSuchBucket, False),
+        (412, "PreconditionFailed", PreconditionFailed, False),
+        (409, "ConditionalRequestConflict", Conflict, True),
+        (409, "OperationAborted", Conflict, True),
+        (503, "SlowDown", Throttled, True),
+        (429, "", Throttled, True),
+        (503, "ServiceUnavailable", StoreUnavailable, True),
+        (500, "InternalError", StoreUnavailable, True),
+        (502, "", StoreUnavailable, True),
+        (400, "RequestTimeout", StoreUnavailable, True),
+        (400, "ExpiredToken", StoreUnavailable, True),
+        (403, "RequestTimeTooSkewed", StoreUnavailable, True),
+        (403, "AccessDenied", AccessDenied, False),
+        (403, "", AccessDenied, False),
+        (401, "", AccessDenied, False),
+        (501, "NotImplemented", StoreUnsupported, False),
+        (301, "PermanentRedirect", StoreError, False),
+        (400, "InvalidArgument", StoreError, False),
+    ],
+)
+def test_classification(status: int, code: str, kind: type[StoreError], temporary: bool) -> None:
+    error = classify(status, code, key="k", op="get", bucket="b", seen_working=False)
+    assert type(error) is kind
+    assert error.temporary is temporary
+    assert "\n" not in str(error)
+
+
+def test_missing_bucket_is_temporary_once_it_was_seen() -> None:
+    for seen in (False, True):
+        error = classify(404, "NoSuchBucket", key="k", op="get", bucket="b", seen_working=seen)
+        assert error.temporary is seen
+        assert classify(400, "", key="k", op="get", bucket="b", seen_working=seen).temporary is seen
+
+
+@pytest.mark.s3
+def test_missing_bucket(weed_endpoint: str) -> None:
+    with open_store("s3://not-there/x", endpoint_url=weed_endpoint) as store:
+        for request in (lambda: store.get("k"), lambda: list(store.list(""))):
+            with pytest.raises(NoSuchBucket, match="not-there"):
+                request()
+        with pytest.raises((NoSuchBucket, NotFound)):
+            store.get_range("k", 0, 1)
+
+
+def test_missing_credentials_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [*servers.CREDENTIALS, "AWS_PROFILE"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    with open_store("s3://bucket/x", endpoint_url="http://127.0.0.1:9") as store:
+        for request in (lambda: store.get("k"), lambda: store.get_range("k", 0, 1)):
+            with pytest.raises(AccessDenied, match="AWS_ACCESS_KEY_ID"):
+                request()
+
+
+def test_nobody_listens(s3_credentials: None) -> None:
+    with open_store("s3://bucket/x", endpoint_url=f"http://127.0.0.1:{servers.free_port()}") as store:
+        for request in (
+            lambda: store.get("k"),
+            lambda: store.get_range("k", 0, 1),
+            lambda: store.put("k", b""),
+        ):
+            with pytest.raises(StoreUnavailable) as caught:
+                request()
+            assert caught.value.temporary
+
+
+def test_file_store_does_not_load_boto3() -> None:
+    code = "import sys, glidefs.store.resilient, glidefs.store.file; assert 'boto3' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.s3
+def test_url_is_presigned_once_per_key(moto_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(f"s3://{BUCKET}/urls", endpoint_url=moto_endpoint) as store:
+        assert isinstance(store, S3Store)
+        store.put("k", b"0123456789")
+        made = []
+        real = store._presign
+        monkeypatch.setattr(store, "_presign", lambda *args: made.append(args) or real(*args))
+        for i in range(5):
+            assert store.get_range("k", i, 2) == b"0123456789"[i : i + 2]
+        assert len(made) == 1
+        # An URL that the provider refuses is made anew.
+        store._urls["k"] = (time.monotonic() + 999, store._urls["k"][1].replace("k?", "other?"))
+        with pytest.raises(NotFound):
+            store.get_range("k", 0, 2)
+
+
+@pytest.mark.s3
+def test_an_outage_before_a_real_server(weed_endpoint: str) -> None:
+    """Connections are cut and refused for a while: waiting reads and writes finish by themselves."""
+    relay = servers.Forwarder(weed_endpoint)
+    store = ResilientStore(open_store(f"s3://{BUCKET}/outage", endpoint_url=relay.endpoint))
+    try:
+        store.put("k", b"0123456789")
+        assert store.get_range("k", 0, 4) == b"0123"
+        relay.cut()
+        with ThreadPoolExecutor(4) as pool:
+            reads = [pool.submit(store.get_range, "k", 2, 3) for _ in range(3)]
+            write = pool.submit(store.put, "new", b"x")
+            end = time.monotonic() + 10
+            while store.metrics().down_seconds < 1.0:
+                assert time.monotonic() < end
+                time.sleep(0.01)
+            assert not any(call.done() for call in [*reads, write])
+            relay.mend()
+            back = time.monotonic()
+            assert [read.result(30) for read in reads] == [b"234"] * 3
+            assert write.result(30)
+            assert time.monotonic() - back < 3.0
+        assert store.get("new").data == b"x"
+    finally:
+        relay.cut()
+        store.close()
+
+
+# -- the lean client against servers that misbehave ----------------------------------------------
+
+
+@contextmanager
+def answering(*answers: bytes, close_after: bool = True) -> Iterator[RangeClient]:
+    """A client of a server that gives one raw answer per request; each connection ends after one."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    pending = list(answers)
+
+    def serve() -> None:
+        while pending:
+            connection, _ = listener.accept()
+            with connection:
+                while pending:
+                    request = b""
+                    while not request.endswith(b"\r\n\r\n"):
+                        piece = connection.recv(4096)
+                        if not piece:
+                            break
+                        request += piece
+                    if not request:
+                        break
+                    connection.sendall(pending.pop(0))
+                    if close_after:
+                        break
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    client = RangeClient(
+        "127.0.0.1", listener.getsockname()[1], tls=None, pool_size=2, connect_timeout=5, read_timeout=5
+    )
+    with closing(listener), closing(client):
+        yield client
+
+
+OK = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\nContent-Range: bytes 0-3/10\r\n\r\nabcd"
+
+
+def test_plain_answer_and_a_kept_connection() -> None:
+    with answering(OK, OK, close_after=False) as client:
+        for _ in range(2):
+            answer = client.get("/k?x", "0-3", 4)
+            assert (answer.status, answer.body, answer.complete) == (206, b"abcd", True)
+            assert answer.headers[b"content-range"] == b"bytes 0-3/10"
+        assert len(client._idle) == 1
+
+
+def test_connection_that_the_server_closed_is_no_error() -> None:
+    with answering(OK, OK, OK) as client:
+        for _ in range(3):
+            assert client.get("/k", "0-3", 4).body == b"abcd"
+
+
+def test_chunked() -> None:
+    chunked = b"HTTP/1.1 206 X\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n2;x=y\r\ncd\r\n0\r\n\r\n"
+    with answering(chunked, chunked, close_after=False) as client:
+        for _ in range(2):
+            assert client.get("/k", "0-3", 4)[2:] == (b"abcd", True)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"garbage\r\n\r\n",
+        b"HTTP/1.1 xx\r\n\r\n",
+        b"HTTP/1.1 206 X\r\nContent-Len",
+        b"HTTP/1.1 206 X\r\nno colon\r\n\r\n",
+        b"HTTP/1.1 206 X\r\nContent-Length: -4\r\n\r\nabcd",
+        b"HTTP/1.1 206 X\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 206 X\r\nx: " + b"y" * 20000 + b"\r\n\r\n",
+    ],
+    ids=lambda raw: repr(raw[:40]),
+)
+def test_not_http(raw: bytes) -> None:
+    with answering(raw) as client, pytest.raises((HttpError, OSError)):
+        client.get("/k", "0-3", 4)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 206 X\r\nContent-Length: 4\r\n\r\nab",
+        b"HTTP/1.1 206 X\r\nContent-Length: 99999999999\r\n\r\nabcd",
+        b"HTTP/1.1 206 X\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
+        b"HTTP/1.1 206 X\r\nTransfer-Encoding: chunked\r\n\r\nffffffff\r\nab",
+        b"HTTP/1.1 206 X\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\nab",
+        b"HTTP/1.1 206 X\r\n\r\nabcdefgh",
+    ],
+    ids=repr,
+)
+def test_bodies_that_are_not_whole_are_told(raw: bytes) -> None:
+    with answering(raw) as client:
+        answer = client.get("/k", "0-3", 4)
+        assert not answer.complete
+        assert len(answer.body) <= 4
+        assert not client._idle, "such a connection is not used again"
+
+
+def test_error_bodies_are_bounded() -> None:
+    raw = b"HTTP/1.1 503 X\r\nContent-Length: 1000000\r\n\r\n<Code>SlowDown</Code>" + b"x" * 100000
+    with answering(raw) as client:
+        answer = client.get("/k", "0-3", 4)
+        assert answer.status == 503
+        assert b"SlowDown" in answer.body
+        assert len(answer.body) <= 65536
+
+
+@pytest.mark.parametrize(
+    ("raw", "kind"),
+    [
+        (b"HTTP/1.1 206 X\r\nContent-Length: 2\r\nContent-Range: bytes 0-3/10\r\n\r\nab", StoreUnavailable),
+        (b"HTTP/1.1 206 X\r\nContent-Length: 4\r\nContent-Range: bytes 0-3/10\r\n\r\nab", StoreUnavailable),
+        (b"HTTP/1.1 206 X\r\nContent-Length: 2\r\nContent-Range: bytes 0-1/2\r\n\r\nab", CorruptObject),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nabcd", StoreUnsupported),
+        (b"HTTP/1.1 503 X\r\nContent-Length: 21\r\n\r\n<Code>SlowDown</Code>", Throttled),
+        (b"HTTP/1.1 500 X\r\nContent-Length: 0\r\n\r\n", StoreUnavailable),
+        (b"HTTP/1.1 404 X\r\nContent-Length: 22\r\n\r\n<Code>NoSuchKey</Code>", NotFound),
+        (b"HTTP/1.1 416 X\r\nContent-Range: bytes */3\r\nContent-Length: 0\r\n\r\n", CorruptObject),
+        (b"", StoreUnavailable),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_range_answers(s3_credentials: None, raw: bytes, kind: type[Exception]) -> None:
+    with answering(raw) as client:
+        store = S3Store("bucket", "", None)
+        place = ("http", f"127.0.0.1:{client.port}")
+        store._range_clients[place] = client
+        store._urls["k"] = (time.monotonic() + 99, f"http://127.0.0.1:{client.port}/k?x=y")
+        with pytest.raises(kind):
+            store.get_range("k", 0, 4)
+
+
+def test_body_reader() -> None:
+    body = BodyReader([b"abc", b"", memoryview(b"defg"), bytearray(b"h")])
+    assert len(body) == 8
+    assert body.read() == b"abcdefgh"
+    assert body.read(3) == b""
+    for start in range(9):
+        assert body.seek(start) == start == body.tell()
+        pieces = list(iter(lambda: body.read(2), b""))
+        assert b"".join(pieces) == b"abcdefgh"[start:]
+    assert body.seek(0, os.SEEK_END) == 8

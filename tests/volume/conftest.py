@@ -1,0 +1,25 @@
+"""Fixtures of the volume tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from volume_rig import Rig
+
+from glidefs.store.memory import MemoryStore
+
+
+@pytest.fixture
+def memory() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def rig(tmp_path: Path, memory: MemoryStore) -> Iterator[Rig]:
+    rig = Rig(tmp_path, memory)
+    yield rig
+    for host, engine in list(rig.live):
+        host.close()
+        engine.close()

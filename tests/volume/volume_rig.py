@@ -1,0 +1,123 @@
+"""Hosts on the real core over one store in memory, with small segments and packs."""
+
+from __future__ import annotations
+
+import faulthandler
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from glidefs.core.engine import Engine, EngineConfig
+from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root, encode_root, manifest_hash
+from glidefs.store.memory import MemoryStore
+from glidefs.store.resilient import ResilientStore
+from glidefs.volume import lease, local
+from glidefs.volume.host import Host
+from glidefs.volume.settings import HostSettings
+from glidefs.volume.volume import Volume
+
+PREFIX = "default"
+MIB = 1 << 20
+BLOCK = 131072
+
+faulthandler.enable()
+
+
+def record_of(root: Root, *, read_only: bool = False, published: bool = True) -> ExportRecord:
+    return ExportRecord(
+        name=root.name,
+        volume_id=root.volume_id,
+        log_id=root.log_id,
+        prefix=PREFIX,
+        manifest_hash=manifest_hash(encode_root(root)),
+        size=root.size,
+        flush=root.flush,
+        read_only=read_only,
+        root_published=published,
+    )
+
+
+class Rig:
+    """Hosts over one store. A second host is another machine: its own cache, log and state."""
+
+    def __init__(self, tmp: Path, memory: MemoryStore) -> None:
+        self.tmp = tmp
+        self.memory = memory
+        self.live: list[tuple[Host, Engine]] = []
+        self.names = itertools.count()
+
+    def host(self, directory: str = "a", *, engine: dict[str, Any] | None = None, **settings: Any) -> Host:
+        home = self.tmp / directory
+        store = ResilientStore(self.memory, probe_every=0.05)
+        config: dict[str, Any] = {
+            "cache_dir": home / "blocks",
+            "workers": 2,
+            "segment_bytes": 4 * MIB,
+            "log_limit": 512 * MIB,
+            "map_budget": 64 * MIB,
+            "cache_bytes": 64 * MIB,
+        }
+        config.update(engine or {})
+        defaults: dict[str, Any] = {
+            "log_dir": home / "logs",
+            "reader_threads": 4,
+            "fetch_threads": 4,
+            "prefetch_threads": 2,
+            "poll_ms": 20,
+            "store_patience": 0.3,
+            "sync_interval": 3600.0,
+            "max_dirty_age": 3600.0,
+            "poll_interval": 3600.0,
+            "backoff": 0.1,
+            "pack_bytes": 2 * MIB,
+            "compaction": False,
+            "compact_rate": 1 << 40,
+        }
+        defaults.update(settings)
+        live_engine = Engine(EngineConfig(**config))
+        host = Host(
+            live_engine, store, node=directory, state_dir=home / "state", settings=HostSettings(**defaults)
+        )
+        host.start()
+        self.live.append((host, live_engine))
+        return host
+
+    def stop(self, host: Host) -> None:
+        for i, (live, engine) in enumerate(self.live):
+            if live is host:
+                del self.live[i]
+                host.close()
+                engine.close()
+
+    def create(self, host: Host, size: int = 256 * MIB, *, name: str = "", flush: str = "local") -> Volume:
+        root = lease.empty_root(name or f"vol{next(self.names)}", size, host.node, flush=flush)
+        etag = lease.create(host.store, PREFIX, root)
+        return host.open(record_of(root), root, etag)
+
+    def reopen(self, host: Host, root: Root) -> Volume:
+        """As after a restart of the daemon on the same host: from the local copy of the root."""
+        saved = local.load(host.state_dir, root.volume_id)
+        assert saved is not None
+        return host.open(msgspec.structs.replace(record_of(saved[0]), size=saved[0].size), saved[0], saved[1])
+
+    def attach(self, host: Host, name: str, *, take_over: bool = False) -> Volume:
+        """As another host does, from the store alone."""
+        root, etag = lease.attach(host.store, PREFIX, name, host.node, take_over=take_over)
+        return host.open(record_of(root), root, etag)
+
+    def packs(self) -> list[str]:
+        return [info.key for info in self.memory.list(f"{PREFIX}/packs/")]
+
+    def pack_bytes(self) -> int:
+        return sum(info.size for info in self.memory.list(f"{PREFIX}/packs/"))
+
+
+def wait_for(condition: Callable[[], object], what: str, deadline: float = 20.0) -> None:
+    until = time.monotonic() + deadline
+    while not condition():
+        assert time.monotonic() < until, f"{what}: not within {deadline} s"
+        time.sleep(0.005)
