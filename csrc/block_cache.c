@@ -52,6 +52,8 @@ bool cache_pin(struct block_cache *c, uint32_t slot, uint32_t generation)
     return true;
 }
 
+void cache_pin_again(struct block_cache *c, uint32_t slot) { atomic_fetch_add(&c->slots[slot].word, 1); }
+
 void cache_unpin(struct block_cache *c, uint32_t slot) { atomic_fetch_sub(&c->slots[slot].word, 1); }
 
 /* ---- hash table, under lock ------------------------------------------------------------- */

@@ -168,6 +168,24 @@ int disk_unlink(const char *path)
     return 0;
 }
 
+int disk_rename(struct disk_file *f, const char *path)
+{
+    char *copy = strdup(path);
+    struct iovec iov = {copy, copy ? strlen(copy) : 0};
+
+    if (!copy)
+        return -ENOMEM;
+    if (rename(f->path, path)) {
+        int err = -errno;
+        free(copy);
+        return err;
+    }
+    trace(DISK_RENAME, f->path, 0, &iov, 1);
+    free(f->path);
+    f->path = copy;
+    return 0;
+}
+
 void disk_sync_begin(struct disk_file *f, enum disk_kind kind) { trace(kind, f->path, 0, NULL, 0); }
 
 int disk_sync_end(struct disk_file *f, enum disk_kind kind, int result)

@@ -21,6 +21,7 @@ enum disk_kind {
     DISK_DIR_BEGIN,  /* the same for the entries of a directory */
     DISK_DIR_END,
     DISK_UNLINK,
+    DISK_RENAME,     /* data = the new path */
     DISK_KINDS
 };
 
@@ -37,6 +38,8 @@ void disk_close(struct disk_file *f);
 /* Write all of iov (which it may change) at offset. 0 or -errno: how much was written is then unknown. */
 int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t offset);
 int disk_unlink(const char *path);
+/* Rename an open file; on success f->path is the new path. */
+int disk_rename(struct disk_file *f, const char *path);
 
 /* A sync that the caller issues itself: call begin, sync, then end with the result, which it returns
  * (or an injected error). kind = DISK_SYNC_BEGIN or DISK_DIR_BEGIN. */

@@ -118,29 +118,41 @@ void glide_engine_stats_get(glide_engine *e, struct glide_engine_stats *out)
     pthread_mutex_unlock(&e->faults.lock);
 }
 
-/* ---- space was freed: every worker looks at its waiting writers ---- */
+/* ---- space: every worker looks at its volumes ---- */
 
 struct space_task {
     struct task task;
+    bool wanted; /* else freed */
 };
 
-static void look_again(struct task *task, struct worker *w)
+static void look_around(struct task *task, struct worker *w)
 {
+    struct space_task *t = container_of(task, struct space_task, task);
+    bool freed = false;
+
     list_each(at, &w->volumes) {
         struct volume *v = container_of(at, struct volume, link);
-        if (v->blocked)
+        if (t->wanted)
+            freed |= log_drop_spares(&v->log);
+        else if (v->blocked)
             volume_want_flush(v);
     }
-    free(container_of(task, struct space_task, task));
+    free(t);
+    if (freed)
+        engine_space_freed(w->engine);
 }
 
-void engine_space_freed(struct engine *e)
+static void tell_workers(struct engine *e, bool wanted)
 {
     for (unsigned i = 0; i < e->worker_count; i++) {
         struct space_task *t = malloc(sizeof(*t));
         if (!t)
-            return; /* the tick looks too */
-        t->task.run = look_again;
+            return; /* who waits looks again at the next tick */
+        t->task.run = look_around;
+        t->wanted = wanted;
         worker_post(&e->workers[i], &t->task);
     }
 }
+
+void engine_space_freed(struct engine *e) { tell_workers(e, false); }
+void engine_space_wanted(struct engine *e) { tell_workers(e, true); }

@@ -35,6 +35,8 @@ struct engine {
 uint64_t engine_map_bytes(struct engine *e);
 /* Log space or map memory was freed: let writers that wait look again. Any thread. */
 void engine_space_freed(struct engine *e);
+/* Somebody waits for log space: spares of all volumes go. Any thread. */
+void engine_space_wanted(struct engine *e);
 /* Close what glide_ublk_release left open; no worker runs any more. */
 void ublk_free_released(struct engine *e);
 

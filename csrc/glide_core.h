@@ -28,7 +28,7 @@ const char *glide_error(void);
 
 struct glide_engine_config {
     uint32_t workers;          /* threads, each with one io_uring; 0 = min(CPUs, 32) */
-    uint32_t segment_sectors;  /* data sectors of a log segment: 8 .. 2^24 */
+    uint32_t segment_sectors;  /* data sectors of a log segment: 8 .. 2^24 - 1 */
     uint64_t log_limit;        /* bytes that all write logs together may allocate */
     uint64_t map_budget;       /* bytes of log maps and block maps */
     uint64_t cache_bytes;      /* bytes of the block cache's file, at least 8 blocks */
@@ -115,7 +115,8 @@ int glide_volume_close(glide_volume *volume);
 
 /* Close the active segment. *seq = highest sealed segment (0 = none). */
 int glide_volume_seal(glide_volume *volume, uint64_t *seq);
-/* What a guest's FLUSH does, without flush_store: everything acknowledged before is on the local disk. */
+/* Everything acknowledged before is on the local disk, whatever the flush option. Unlike a guest's FLUSH it does not
+ * fail for a segment whose sync failed earlier: the upload of that segment is what cures it. */
 int glide_volume_sync(glide_volume *volume);
 /* The store holds all segments <= seq: releases flushes that wait for it. */
 int glide_volume_committed(glide_volume *volume, uint64_t seq);

@@ -171,6 +171,8 @@ static void block_writers(struct volume *v, uint32_t event, uint64_t detail)
     if (!v->blocked || now_ns() - v->blocked_event_ns > 1000000000u) {
         v->blocked_event_ns = now_ns();
         event_post(v->engine, v->cookie, event, detail, 0);
+        if (event != GLIDE_EV_MAP_FULL)
+            engine_space_wanted(v->engine);
     }
     v->blocked = true;
     worker_want_tick(v->worker);
@@ -226,18 +228,20 @@ static void own_what_waits(struct volume *v)
 void io_flush(struct volume *v)
 {
     bool going = true;
+    int dead = v->failed ? v->failed : v->closing ? ESHUTDOWN : 0;
 
     list_remove(&v->batch_link);
-    while (going && !v->failed && !list_empty(&v->batch)) {
+    while (going && !dead && !list_empty(&v->batch)) {
         struct io_req *head = container_of(v->batch.next, struct io_req, link);
         if (head->op == GLIDE_WRITE && io_unaligned(head) && !io_merge(head))
             continue;
         going = append_some(v);
+        dead = v->failed;
     }
     if (going)
         v->blocked = false;
-    if (v->failed)
-        io_fail_parked(v, v->failed);
+    if (dead) /* while closing: a write that came back from its read */
+        io_fail_parked(v, dead);
     else if (!going)
         own_what_waits(v);
     sync_kick(v);

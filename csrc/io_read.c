@@ -164,7 +164,7 @@ static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t s
         s->pins++;
         return read_file(p->req, s, 0, segment_data_offset(s->sectors, pos_index(source)) + at % SECTOR, buf, end - at);
     }
-    cache_pin(&v->engine->cache, base->slot, base->generation); /* cannot fail: the piece holds a pin */
+    cache_pin_again(&v->engine->cache, base->slot); /* the piece holds a pin */
     return read_file(p->req, NULL, base->slot, cache_offset(base->slot) + at, buf, end - at);
 }
 

@@ -2,13 +2,16 @@
  * Opening a log that may have been written to before: by this host's last
  * process, or by the last boot.
  *
- * Two passes. The first reads headers and journals and finds the highest log
- * position that a SYNC record calls durable. The second goes through the
- * records in position order, checks the data where a power cut may have torn it,
- * and maps what is whole. A bad or missing record below the durable position is
- * bit rot, an error; above it, it is a write that was never acknowledged as
- * durable, and what it meant to replace stays visible. Replay never stops at a
- * bad record.
+ * Two passes. The first reads headers and journals and finds the log positions
+ * that SYNC records call durable. The second goes through the records in position
+ * order, checks the data where a power cut may have torn it, and maps what is
+ * whole. A bad or missing record below the durable position is bit rot, an error;
+ * above it, it is a write that was never acknowledged as durable, and what it
+ * meant to replace stays visible. Replay never stops at a bad record.
+ *
+ * What was dropped once must be dropped by every later replay too, although the
+ * log is synced again in between: from then on SYNC records vouch only for
+ * positions after the last segment with damage (write_log.vouch_from).
  *
  * Found segments are sealed and count as unsynced: the next write opens a new one.
  */
@@ -29,13 +32,15 @@ struct found {
     bool usable;   /* the header is valid */
     bool suspect;  /* a sync failed: see log_mark_sync_failed */
     uint32_t limit; /* records from here on are of a writer that had lost the log */
+    uint64_t vouch_from, vouched; /* what its SYNC records call durable; all of a segment have the same start */
+    uint64_t durable; /* log position: everything of this segment below it is */
 };
 
 struct recovery {
     struct volume *v;
     struct found *found;
     int64_t count;
-    uint64_t durable; /* log position */
+    uint64_t damage_end; /* log position after the last segment that lost something; 0 = none did */
     uint64_t committed_seq;
     uint8_t *buf;
     bool always_verify;
@@ -82,12 +87,28 @@ static int read_journals(struct recovery *r)
             return err;
         for (uint32_t k = 0; f->usable && k < f->journal.end; k++) {
             const struct segment_record *record = &f->journal.records[k];
-            if (record->op == RECORD_SYNC && record->sector > r->durable && record->sector <= pos_make(f->seq, k))
-                r->durable = record->sector;
+            if (record->op != RECORD_SYNC || record->sector > pos_make(f->seq, k))
+                continue;
+            f->vouch_from = record->hash;
+            f->vouched = max_u64(f->vouched, record->sector);
         }
     }
     return 0;
 }
+
+/* The log position below which everything in segment `seq` is durable. */
+static uint64_t durable_for(const struct recovery *r, uint64_t seq)
+{
+    uint64_t durable = 0;
+
+    for (int64_t i = 0; i < r->count; i++) {
+        if (r->found[i].vouch_from <= pos_make(seq, 0))
+            durable = max_u64(durable, r->found[i].vouched);
+    }
+    return durable;
+}
+
+static void note_damage(struct recovery *r, uint64_t seq) { r->damage_end = max_u64(r->damage_end, pos_make(seq + 1, 0)); }
 
 static int rot(const struct found *f, uint32_t index)
 {
@@ -116,10 +137,11 @@ static int apply(struct recovery *r, struct found *f, uint32_t index)
         return 0;
     if (record->op == RECORD_WRITE && must_verify(r, f))
         err = segment_verify(&f->file, &f->journal, index, r->buf);
-    if (err == -EUCLEAN && pos >= r->durable) {
+    if (err == -EUCLEAN && pos >= f->durable) {
         record->op = 0;
         f->journal.valid--;
         r->out->dropped++;
+        note_damage(r, f->seq);
         return 0;
     }
     if (err)
@@ -134,17 +156,19 @@ static int apply(struct recovery *r, struct found *f, uint32_t index)
 /* Below the durable position every index belongs to a valid record. */
 static int replay_segment(struct recovery *r, struct found *f)
 {
-    uint32_t durable_end = 0;
+    uint32_t durable_end = 0, end = f->limit != UINT32_MAX ? f->limit : f->journal.end;
 
-    if (pos_seq(r->durable) > f->seq && f->usable)
+    if (pos_seq(f->durable) > f->seq && f->usable)
         durable_end = f->limit != UINT32_MAX ? f->limit : 0; /* sealed early: its end is what the next header says */
-    else if (pos_seq(r->durable) == f->seq)
-        durable_end = pos_index(r->durable);
+    else if (pos_seq(f->durable) == f->seq)
+        durable_end = pos_index(f->durable);
     for (uint32_t i = 0; i < f->journal.sectors;) {
         const struct segment_record *record = &f->journal.records[i];
         uint32_t space = record->op == RECORD_WRITE ? record->count : 1;
         if (!record->op && i < durable_end)
             return rot(f, i);
+        if (!record->op && i < end)
+            note_damage(r, f->seq);
         int err = record->op ? apply(r, f, i) : 0;
         if (err)
             return err;
@@ -173,12 +197,16 @@ static int replay(struct recovery *r)
 {
     for (int64_t i = 0; i < r->count; i++) {
         struct found *f = &r->found[i];
-        if (!f->usable && pos_seq(r->durable) >= f->seq)
+        f->durable = durable_for(r, f->seq);
+        if (!f->usable && pos_seq(f->durable) >= f->seq)
             return fail(-EUCLEAN, "%s: the header of a synced segment is damaged (bit rot)", f->file.path);
         uint64_t before = i ? r->found[i - 1].seq : r->committed_seq;
-        if (f->usable && f->header.previous_seq > before && pos_seq(r->durable) > f->header.previous_seq)
+        bool missing = f->usable && f->header.previous_seq > before;
+        if (missing && pos_seq(durable_for(r, f->header.previous_seq)) > f->header.previous_seq)
             return fail(-EUCLEAN, "%s: log segment %016llx, which was synced, is missing", r->v->log.path,
                         (unsigned long long)f->header.previous_seq);
+        if (missing || !f->usable)
+            note_damage(r, missing ? f->header.previous_seq : f->seq);
         int err = f->usable ? replay_segment(r, f) : 0;
         if (!err)
             err = adopt(r, f);
@@ -234,6 +262,7 @@ static int recover_found(struct recovery *r, const uint64_t *seqs)
     log->id.seq = last->seq;
     log->previous_end_seq = last->seq;
     log->previous_end = last->end;
+    log->vouch_from = r->damage_end;
     log->dir_unsynced = true; /* whoever made the entries may not have synced them */
     r->out->segments = log->count;
     r->out->last_seq = last->seq;
@@ -250,6 +279,7 @@ int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify,
     r.count = segment_list(v->log.path, &seqs);
     if (r.count < 0)
         return (int)r.count;
+    segment_unlink_spares(v->log.path);
     unlink_committed(v, seqs, &r.count, committed_seq);
     int err = 0;
     if (r.count) {

@@ -28,6 +28,7 @@ struct retire {
     struct segment_journal journal;
     uint32_t at;
     int err;
+    bool spare;         /* the file was kept for the log's next segment */
 };
 
 static int pick(struct worker *w, void *arg)
@@ -74,7 +75,7 @@ static void forget_slice(struct task *task, struct worker *w)
         return;
     }
     if (!r->err)
-        log_drop(&v->log, s);
+        r->spare = log_retire(&v->log, s);
     volume_count_memory(v);
     call_done(&r->call, r->err);
 }
@@ -106,7 +107,8 @@ static int retire_one(struct retire *r)
     if (err)
         return err;
     char *mark = segment_path(r->v->log.path, r->seq, ".syncfail");
-    err = disk_unlink(r->file.path);
+    if (!r->spare)
+        err = disk_unlink(r->file.path);
     if (mark)
         disk_unlink(mark);
     free(mark);

@@ -181,7 +181,7 @@ char *segment_path(const char *dir, uint64_t seq, const char *suffix)
     return asprintf(&path, "%s/%016llx%s", dir, (unsigned long long)seq, suffix) < 0 ? NULL : path;
 }
 
-static bool parse_name(const char *name, uint64_t *seq)
+static bool parse_name(const char *name, const char *suffix, uint64_t *seq)
 {
     *seq = 0;
     for (int i = 0; i < 16; i++) {
@@ -191,7 +191,7 @@ static bool parse_name(const char *name, uint64_t *seq)
             return false;
         *seq = *seq << 4 | (uint64_t)digit;
     }
-    return !strcmp(name + 16, ".seg") && *seq > 0 && *seq < (uint64_t)1 << 38;
+    return !strcmp(name + 16, suffix) && *seq > 0 && *seq < (uint64_t)1 << 38;
 }
 
 static int compare_u64(const void *a, const void *b)
@@ -210,7 +210,7 @@ int64_t segment_list(const char *dir, uint64_t **out)
     if (!d)
         return errno == ENOENT ? 0 : fail(-errno, "cannot list %s", dir);
     for (struct dirent *e; (e = readdir(d));) {
-        if (!parse_name(e->d_name, &seq))
+        if (!parse_name(e->d_name, ".seg", &seq))
             continue;
         if (count == capacity) {
             capacity = capacity ? capacity * 2 : 16;
@@ -229,6 +229,21 @@ int64_t segment_list(const char *dir, uint64_t **out)
         qsort(seqs, count, sizeof(*seqs), compare_u64);
     *out = seqs;
     return (int64_t)count;
+}
+
+void segment_unlink_spares(const char *dir)
+{
+    DIR *d = opendir(dir);
+    uint64_t seq;
+
+    for (struct dirent *e; d && (e = readdir(d));) {
+        char *path = parse_name(e->d_name, ".spare", &seq) ? segment_path(dir, seq, ".spare") : NULL;
+        if (path)
+            disk_unlink(path);
+        free(path);
+    }
+    if (d)
+        closedir(d);
 }
 
 int glide_log_segments(const char *log_dir, uint64_t *seqs, uint32_t max)

@@ -23,7 +23,7 @@
 #include <stdint.h>
 
 #define SECTOR 4096u
-#define SEGMENT_MAX_SECTORS (1u << 24)
+#define SEGMENT_MAX_SECTORS ((1u << 24) - 1) /* an end of segment must fit into a log position */
 #define RECORD_MAX_SECTORS 1024u /* longest WRITE: bounds what one checksum covers */
 
 enum record_op { RECORD_WRITE = 1, RECORD_ZERO = 2, RECORD_SYNC = 3 };
@@ -43,10 +43,10 @@ struct segment_header {
 };
 
 struct segment_record {
-    uint64_t sector; /* of the volume; SYNC: everything below this log position is durable */
+    uint64_t sector; /* of the volume; SYNC: everything from `hash` to this log position is durable */
     uint32_t count;  /* sectors: WRITE up to RECORD_MAX_SECTORS */
     uint32_t op;
-    uint64_t hash;  /* WRITE: XXH3-64 of the data */
+    uint64_t hash;  /* WRITE: XXH3-64 of the data; SYNC: a log position, see there */
     uint64_t check; /* XXH3-64 of the fields before, seeded by log id, seq and index */
 };
 
@@ -98,5 +98,7 @@ int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_
 char *segment_path(const char *dir, uint64_t seq, const char *suffix);
 /* Sequence numbers in a directory, ascending, malloc'ed; count or -errno. A directory that is absent has none. */
 int64_t segment_list(const char *dir, uint64_t **out);
+/* Unlink the spares that an earlier process left. */
+void segment_unlink_spares(const char *dir);
 
 #endif

@@ -87,6 +87,24 @@ static bool lost_data(const struct volume *v)
     return false;
 }
 
+/* Guests must not be told that all is well; the uploader, which checks every byte it sends, goes on: the commit is
+ * the cure. True: somebody still waits for a sync. */
+static bool fail_guests(struct volume *v)
+{
+    struct list guests;
+
+    list_init(&guests);
+    for (struct list *at = v->sync.next.next, *next; at != &v->sync.next; at = next) {
+        next = at->next;
+        if (container_of(at, struct io_req, link)->flags & IO_LOCAL)
+            continue;
+        list_remove(at);
+        list_append(&guests, at);
+    }
+    finish_list(&guests, EIO);
+    return !list_empty(&v->sync.next);
+}
+
 static void sync_end(struct volume *v)
 {
     struct sync_state *s = &v->sync;
@@ -101,6 +119,15 @@ static void sync_end(struct volume *v)
         volume_want_flush(v);
 }
 
+static struct log_segment *newest_written(const struct write_log *log)
+{
+    for (uint32_t i = log->count; i-- > 0;) {
+        if (log->segments[i]->end)
+            return log->segments[i];
+    }
+    return NULL;
+}
+
 static void on_synced(struct ring_op *op, int res, uint32_t flags)
 {
     struct sync_op *x = container_of(op, struct sync_op, op);
@@ -113,8 +140,8 @@ static void on_synced(struct ring_op *op, int res, uint32_t flags)
         s->pins--;
     if (err) {
         v->sync.err = err;
-        if (!s) /* which entries are lost is unknown: the newest file stands for them */
-            s = v->log.count ? v->log.segments[v->log.count - 1] : NULL;
+        if (!s) /* which entries are lost is unknown: the newest file with data stands for them */
+            s = newest_written(&v->log);
         event_post(v->engine, v->cookie, GLIDE_EV_SYNC_FAILED, s ? s->seq : 0, (uint64_t)-err);
         if (s) {
             log_mark_sync_failed(&v->log, s);
@@ -139,7 +166,7 @@ static int sync_one(struct volume *v, struct log_segment *s)
     io_uring_prep_fsync(sqe, s ? s->file.fd : v->log.dir.fd, s ? IORING_FSYNC_DATASYNC : 0);
     io_uring_sqe_set_data(sqe, &x->op);
     if (s) {
-        s->unsynced = false;
+        s->unsynced = s->noted = false;
         s->pins++;
     } else {
         v->log.dir_unsynced = false;
@@ -155,17 +182,16 @@ void sync_kick(struct volume *v)
 
     if (s->running || list_empty(&s->next))
         return;
-    if (lost_data(v)) {
-        finish_list(&s->next, EIO);
+    if (lost_data(v) && !fail_guests(v))
         return;
-    }
     list_splice(&s->current, &s->next);
     s->running = true;
     s->err = 0;
     s->pos = log_position(&v->log);
     s->outstanding = 1; /* ours */
     for (uint32_t i = 0; i < v->log.count && !err; i++) {
-        if (v->log.segments[i]->unsynced)
+        /* An empty one has nothing to lose, and may go (log_seal) while a sync of it would run. */
+        if (v->log.segments[i]->unsynced && v->log.segments[i]->end)
             err = sync_one(v, v->log.segments[i]);
     }
     if (!err && v->log.dir_unsynced)

@@ -335,7 +335,7 @@ static int do_info(struct worker *w, void *arg)
         out->last_seq = s->seq;
         if (s->seq <= v->committed_seq)
             continue;
-        out->dirty_bytes += s->bytes;
+        out->dirty_bytes += s->valid ? (uint64_t)s->end * SECTOR : 0;
         if (s->valid && (!out->oldest_dirty_ns || s->first_ns < out->oldest_dirty_ns))
             out->oldest_dirty_ns = s->first_ns;
     }
@@ -375,15 +375,15 @@ int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
 struct sync_io {
     struct call call;
     struct io_req req;
-    uint64_t new_size; /* resize: set when the request is done; 0 = leave */
+    uint64_t old_size; /* resize: restored when it fails; 0 = not a resize */
 };
 
 static void sync_io_done(struct io_req *req, int err)
 {
     struct sync_io *io = container_of(req, struct sync_io, req);
 
-    if (!err && io->new_size)
-        atomic_store(&req->volume->size, io->new_size);
+    if (err && io->old_size)
+        atomic_store(&req->volume->size, io->old_size);
     call_done(&io->call, -err);
 }
 
@@ -413,6 +413,20 @@ int glide_volume_sync(glide_volume *volume)
     return glide_volume_io(volume, GLIDE_FLUSH, IO_LOCAL | IO_INTERNAL, 0, 0, NULL);
 }
 
+/* Requests that came before are in the log or ahead in the batch; from here on the end is the new one, so
+ * none comes after the ZERO. An unaligned write that is reading finds its sector changed, reads again, fails. */
+static void start_shrink(struct call *call, struct worker *w)
+{
+    struct sync_io *io = container_of(call, struct sync_io, call);
+    struct volume *v = io->req.volume;
+    uint64_t size = io->req.offset, inflight = v->inflight;
+
+    (void)w;
+    io_submit(&io->req); /* may be the end of io, if it is refused */
+    if (v->inflight > inflight)
+        atomic_store(&v->size, size);
+}
+
 int glide_volume_resize(glide_volume *volume, uint64_t size)
 {
     uint64_t old = atomic_load(&volume->size);
@@ -424,13 +438,13 @@ int glide_volume_resize(glide_volume *volume, uint64_t size)
         atomic_store(&volume->size, size);
         return 0;
     }
-    /* What is cut off is zeroed first: a later grow must not bring it back. */
+    /* What is cut off is zeroed: a later grow must not bring it back. */
     struct sync_io io = {.req = {.volume = volume,
                                  .offset = size,
                                  .length = old - size,
                                  .op = GLIDE_ZERO,
                                  .flags = IO_INTERNAL,
                                  .done = sync_io_done},
-                         .new_size = size};
-    return call_run(volume->worker, &io.call, start_sync_io, NULL);
+                         .old_size = old};
+    return call_run(volume->worker, &io.call, start_shrink, NULL);
 }

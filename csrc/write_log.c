@@ -17,6 +17,24 @@ static const uint8_t zero_sector[SECTOR];
 
 /* ---- open, close ---------------------------------------------------------------------- */
 
+/* Make the entry of a new directory durable. */
+static int sync_parent(char *path)
+{
+    char *slash = strrchr(path, '/');
+    struct disk_file dir;
+
+    if (slash && slash != path)
+        *slash = 0;
+    int err = disk_open(&dir, !slash ? "." : slash == path ? "/" : path, O_RDONLY | O_DIRECTORY);
+    if (slash)
+        *slash = '/';
+    if (err)
+        return err;
+    err = disk_sync(&dir, DISK_DIR_BEGIN);
+    disk_close(&dir);
+    return err;
+}
+
 static int make_dirs(const char *path)
 {
     char *copy = strdup(path);
@@ -26,7 +44,9 @@ static int make_dirs(const char *path)
         at = strchr(at + 1, '/');
         if (at)
             *at = 0;
-        if (mkdir(copy, 0700) && errno != EEXIST)
+        if (!mkdir(copy, 0700))
+            err = sync_parent(copy);
+        else if (errno != EEXIST)
             err = -errno;
         if (at)
             *at = '/';
@@ -59,21 +79,42 @@ static int need_dir(struct write_log *log)
 
 static void charge(struct write_log *log, struct log_segment *s, uint64_t bytes)
 {
+    if (s->recycled)
+        return;
     s->bytes += bytes;
     log->bytes += bytes;
     atomic_fetch_add(&log->engine->log_bytes, bytes);
 }
 
+static void discharge(struct write_log *log, uint64_t bytes)
+{
+    log->bytes -= bytes;
+    atomic_fetch_sub(&log->engine->log_bytes, bytes);
+}
+
 static void forget(struct write_log *log, struct log_segment *s)
 {
-    log->bytes -= s->bytes;
-    atomic_fetch_sub(&log->engine->log_bytes, s->bytes);
+    discharge(log, s->bytes);
     disk_close(&s->file);
     free(s);
 }
 
+bool log_drop_spares(struct write_log *log)
+{
+    bool any = log->spare_count > 0;
+
+    while (log->spare_count) {
+        uint32_t i = --log->spare_count;
+        disk_unlink(log->spares[i].path);
+        disk_close(&log->spares[i]);
+        discharge(log, log->spare_bytes[i]);
+    }
+    return any;
+}
+
 void log_close(struct write_log *log)
 {
+    log_drop_spares(log);
     for (uint32_t i = 0; i < log->count; i++)
         forget(log, log->segments[i]);
     free(log->segments);
@@ -135,7 +176,7 @@ struct log_segment *log_adopt(struct write_log *log, uint64_t seq, struct disk_f
     return s;
 }
 
-void log_drop(struct write_log *log, struct log_segment *s)
+static void unlist(struct write_log *log, const struct log_segment *s)
 {
     for (uint32_t i = 0; i < log->count; i++) {
         if (log->segments[i] == s) {
@@ -146,16 +187,64 @@ void log_drop(struct write_log *log, struct log_segment *s)
     }
     if (log->active == s)
         log->active = NULL;
-    forget(log, s);
+}
+
+/* Keep the file of a full segment, under a name that recovery does not replay. */
+static bool make_spare(struct write_log *log, struct log_segment *s)
+{
+    bool full = s->sectors == log->engine->config.segment_sectors && s->end >= s->sectors / 4 * 3;
+
+    if (!full || !log->busy || s->sync_failed || log->spare_count == LOG_SPARES)
+        return false;
+    char *path = segment_path(log->path, s->seq, ".spare");
+    bool kept = path && !disk_rename(&s->file, path);
+    free(path);
+    if (!kept)
+        return false;
+    log->dir_unsynced = true;
+    log->spares[log->spare_count] = s->file;
+    log->spare_bytes[log->spare_count++] = s->bytes;
+    return true;
+}
+
+bool log_retire(struct write_log *log, struct log_segment *s)
+{
+    bool spare = make_spare(log, s);
+
+    unlist(log, s);
+    if (spare)
+        free(s); /* its file and its charge live on */
+    else
+        forget(log, s);
+    return spare;
 }
 
 /* ---- segments come and go ------------------------------------------------------------------- */
+
+/* A file for the next segment: a spare of this log, or a new one. *bytes = what is charged for it already. */
+static int next_file(struct write_log *log, const char *path, struct disk_file *file, uint64_t *bytes)
+{
+    *bytes = 0;
+    if (log->busy && log->spare_count) {
+        uint32_t last = --log->spare_count; /* the warmest */
+        if (!disk_rename(&log->spares[last], path)) {
+            *file = log->spares[last];
+            *bytes = log->spare_bytes[last];
+            return 0;
+        }
+        disk_unlink(log->spares[last].path);
+        disk_close(&log->spares[last]);
+        discharge(log, log->spare_bytes[last]);
+    }
+    return disk_create(file, path);
+}
 
 static int open_segment(struct write_log *log)
 {
     struct segment_id id = log->id;
     uint32_t sectors = log->engine->config.segment_sectors;
     struct disk_file file;
+    uint64_t bytes;
     int err = need_dir(log);
 
     if (err)
@@ -164,7 +253,7 @@ static int open_segment(struct write_log *log)
     char *path = segment_path(log->path, id.seq, ".seg");
     if (!path)
         return -ENOMEM;
-    err = disk_create(&file, path);
+    err = next_file(log, path, &file, &bytes);
     if (!err) {
         log->dir_unsynced = true;
         err = segment_write_header(&file, &id, sectors, log->previous_end_seq, log->previous_end);
@@ -174,11 +263,14 @@ static int open_segment(struct write_log *log)
             log->id.seq = id.seq;
             s->unsynced = true;
             s->first_ns = clock_ns(CLOCK_REALTIME);
+            s->recycled = bytes > 0;
+            s->bytes = bytes;
             charge(log, s, SECTOR);
         } else {
             err = err ? err : -ENOMEM;
             disk_unlink(path);
             disk_close(&file);
+            discharge(log, bytes);
         }
     }
     free(path);
@@ -187,8 +279,10 @@ static int open_segment(struct write_log *log)
 
 int log_need_room(struct write_log *log)
 {
-    if (log->active && log_room(log) == 0)
+    if (log->active && log_room(log) == 0) {
         log_seal(log);
+        log->busy = true;
+    }
     return log->active ? 0 : open_segment(log);
 }
 
@@ -199,11 +293,14 @@ void log_seal(struct write_log *log)
     if (!s)
         return;
     log->active = NULL;
+    log->busy = false;
     if (s->end == 0) { /* nothing was ever written: leave no trace, its number is not used again */
         disk_unlink(s->file.path);
-        log_drop(log, s);
+        unlist(log, s);
+        forget(log, s);
         return;
     }
+    s->unsynced |= s->noted; /* the next header counts that record in: it must not go missing */
     log->previous_end_seq = s->seq;
     log->previous_end = s->end;
 }
@@ -243,6 +340,8 @@ void log_mark_sync_failed(struct write_log *log, struct log_segment *s)
 bool log_may_grow(const struct write_log *log, uint32_t sectors)
 {
     const struct engine *e = log->engine;
+    if (log->active && log->active->recycled)
+        return true; /* its space is charged already */
     uint64_t used = atomic_load_explicit(&e->log_bytes, memory_order_relaxed);
     uint64_t after = used + record_bytes(sectors) + SECTOR;
 
@@ -303,7 +402,7 @@ int log_append(struct write_log *log, struct append_scratch *x, struct append_pi
 void log_note_sync(struct write_log *log, uint64_t pos)
 {
     struct log_segment *s = log->active;
-    struct segment_record r = {.op = RECORD_SYNC, .sector = pos};
+    struct segment_record r = {.op = RECORD_SYNC, .sector = pos, .hash = log->vouch_from};
     struct iovec iov = {&r, sizeof(r)};
 
     if (!s || log_room(log) < 2) /* leave the last index to data: a sync record is only a witness */
@@ -316,5 +415,6 @@ void log_note_sync(struct write_log *log, uint64_t pos)
         return;
     }
     s->end++;
+    s->noted = true;
     charge(log, s, sizeof(r));
 }

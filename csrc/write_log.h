@@ -9,6 +9,12 @@
  * - append = data, then records, then (by the caller) map, then acknowledgement;
  * - a failed append seals the segment at its last good position, so a position
  *   is never used twice.
+ *
+ * A volume that fills whole segments gets its retired files back as its next
+ * segments ("spares", as PostgreSQL recycles WAL files): their blocks and pages
+ * are there already, so an append allocates nothing and a sync has no metadata
+ * to write. Nothing of the old life is believed: every record is salted with the
+ * segment's number, and data counts only with its record's hash.
  */
 #ifndef GLIDE_WRITE_LOG_H
 #define GLIDE_WRITE_LOG_H
@@ -28,8 +34,12 @@ struct log_segment {
     uint64_t bytes;        /* charged to the log limit */
     uint64_t first_ns;     /* CLOCK_REALTIME of the first record */
     bool unsynced;         /* written since the last sync began */
+    bool noted;            /* only a SYNC record was: no reason to sync while more will follow */
     bool sync_failed;      /* sticky until the segment is committed */
+    bool recycled;         /* made of a spare: all its bytes are charged from the start */
 };
+
+#define LOG_SPARES 16
 
 struct write_log {
     struct engine *engine;
@@ -42,7 +52,12 @@ struct write_log {
     struct log_segment *active;     /* the last of them, or NULL */
     uint64_t previous_end_seq;      /* what the next header says of its predecessor */
     uint32_t previous_end;
-    uint64_t bytes;                 /* charged */
+    uint64_t vouch_from;            /* log position: below it recovery found damage, no SYNC vouches for it */
+    bool busy;                      /* the last segment was sealed because it was full */
+    uint64_t bytes;                 /* charged, spares too */
+    struct disk_file spares[LOG_SPARES];
+    uint64_t spare_bytes[LOG_SPARES];
+    uint32_t spare_count;
 };
 
 /* One record to append. */
@@ -77,7 +92,7 @@ int log_need_room(struct write_log *log);
 bool log_may_grow(const struct write_log *log, uint32_t sectors);
 /* Append pieces that fit in log_room() (a ZERO takes 1). On error nothing is appended and the segment is sealed. */
 int log_append(struct write_log *log, struct append_scratch *scratch, struct append_piece *pieces, uint32_t count);
-/* Append a SYNC record: everything below pos is durable. Best effort. */
+/* Append a SYNC record: everything from vouch_from to pos is durable. Best effort. */
 void log_note_sync(struct write_log *log, uint64_t pos);
 /* The next position that will be written; everything acknowledged is below. */
 uint64_t log_position(const struct write_log *log);
@@ -90,8 +105,10 @@ struct log_segment *log_find(const struct write_log *log, uint64_t seq);
 /* Enter a segment found on disk. Takes file over. NULL = no memory. */
 struct log_segment *log_adopt(struct write_log *log, uint64_t seq, struct disk_file file, uint32_t sectors,
                               uint32_t end, uint32_t valid);
-/* Forget a segment without pins; the caller unlinks the file first. */
-void log_drop(struct write_log *log, struct log_segment *s);
+/* Forget a segment without pins. True: its file became a spare; false: the caller unlinks it. */
+bool log_retire(struct write_log *log, struct log_segment *s);
+/* Give the space of all spares back. True if there were any. */
+bool log_drop_spares(struct write_log *log);
 /* Note on disk that a sync of this segment failed, so that a later process does not trust it. */
 void log_mark_sync_failed(struct write_log *log, struct log_segment *s);
 

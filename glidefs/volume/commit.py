@@ -50,6 +50,7 @@ class Committer:
         "_state_dir",
         "adoptions",
         "etag",
+        "known_segment",
         "last_contact",
         "local_segment",
         "root",
@@ -70,6 +71,8 @@ class Committer:
         self.adoptions = 0
         """How often a root came from the store: plans made before are void."""
         self.last_contact = time.monotonic()
+        self.known_segment = root.last_segment
+        """The last segment that the store may have from this host: replayed here, or committed since."""
         self.local_segment = 0
         """The last segment that the durable local copy includes."""
         self._prefix = prefix
@@ -113,6 +116,7 @@ class Committer:
             new_root, new_pages = edit(self.manifest(store), change)
             new_root, encoded = self._put_pages(store, new_root, new_pages)
             data = encode_root(new_root)
+            self.known_segment = max(self.known_segment, new_root.last_segment)
             result = lease.commit_root(store, self._key, data, self.etag, new_root.log_id)
             if result.adopted is not None:
                 self._adopt(result.adopted, result.etag)
@@ -162,6 +166,13 @@ class Committer:
         return (msgspec.structs.replace(root, page_ids=tuple(ids)) if pages else root), encoded
 
     def _adopt(self, root: Root, etag: str) -> None:
+        if root.last_segment > self.known_segment:
+            # New segments here bear numbers that the store has from segments that are gone.
+            raise Fenced(
+                root.name,
+                f"the store has its log up to segment {root.last_segment}, of which this host lost "
+                f"what follows {self.known_segment}; detach and attach it",
+            )
         log.warning(
             "volume %s: the store has a root of this log that was not expected here (sequence %d, "
             "segment %d); going on from it",

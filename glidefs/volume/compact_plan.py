@@ -15,7 +15,9 @@ from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import CHUNK_BLOCKS, FULL_MASK, PackEntry, PackIndex
 
 KEEP_UPPER = 2
-"""Upper layers that stay as they are beside the merged one, where sizes do not say otherwise."""
+"""Upper layers that stay as they are beside the merged one, where sizes do not say otherwise.
+
+Fewer where the width asks for fewer: bottom, these and the merged one are less than the width."""
 GROWTH = 4
 """An older layer joins a run that is at least this many times its size."""
 BOTTOM_SHARE = 0.5
@@ -80,20 +82,22 @@ def choose_run(layers: Sequence[Layer], width: int) -> tuple[int, bool] | None:
     """
     if len(layers) < max(width, 2):
         return None
+    keep = max(0, min(KEEP_UPPER, width - 3))
     start = len(layers) - 1
     size = layers[start].sectors
     while start > 1:
         older = layers[start - 1].sectors
         # After the merge there are the bottom, start - 1 upper layers, and the new one.
-        if start - 1 <= KEEP_UPPER and older * GROWTH > size:
+        if start - 1 <= keep and older * GROWTH > size:
             break
         start -= 1
         size += older
     bottom = layers[0]
     dead = bottom.sectors - bottom.live
-    if start == 1 and (
-        dead > bottom.sectors * BOTTOM_SHARE or bottom.sectors * GROWTH <= size or not bottom.live
-    ):
+    between = sum(layer.sectors for layer in layers[1:start])
+    if dead > bottom.sectors * BOTTOM_SHARE and dead >= between:
+        return 0, True
+    if start == 1 and bottom.sectors * GROWTH <= size:
         return 0, True
     if start == len(layers) - 1:
         return None

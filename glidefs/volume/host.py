@@ -133,6 +133,7 @@ class Host:
             with self._lock:
                 del self._volumes[volume.cookie]
             raise
+        volume.committer.known_segment = max(recovery.last_seq, root.last_segment)
         self._opened(volume, recovery)
         return volume
 

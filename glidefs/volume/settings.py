@@ -34,7 +34,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     log_dir: Path
     reader_threads: int = 16
     fetch_threads: int = 16
-    prefetch_threads: int = 4
+    prefetch_threads: int = 8
     fault_blocks: int = 32
     poll_ms: int = 500
     cache_scope: Literal["host", "prefix"] = "host"

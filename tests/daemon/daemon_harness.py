@@ -19,7 +19,7 @@ import servers
 from glidefs.cli.client import Client, CommandError
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 60.0
+DEADLINE = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = DEADLINE) -> Any:

@@ -5,6 +5,7 @@ So a volume is empty at first and holds exactly what clients wrote, all of it in
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -94,10 +95,11 @@ class Served:
             raise
 
     def _faults(self) -> None:
-        if not self.answering.wait(_POLL_MS / 1000):
-            return
         fault = self.engine.faults_next(1 << 16, _POLL_MS)
-        if fault is not None:
+        if fault is None:
+            return
+        self.answering.wait()
+        with contextlib.suppress(Closed):  # the volume: its requests were failed
             self.volumes[fault.volume].install(fault.stamp, [install_zero(fault.block, fault.count)])
 
     def _events(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
@@ -71,6 +72,11 @@ def in_time(work: Callable[[], object], seconds: float = 20.0) -> None:
         raise failures[0]
 
 
+def _send_quietly(client: RawClient, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        client.send(data)
+
+
 # ---- requests ----
 
 
@@ -128,18 +134,23 @@ def test_pipelined_requests_all_get_their_own_reply(served: Served) -> None:
 def test_requests_in_pieces(served: Served) -> None:
     """One byte at a time, and a large write in odd pieces."""
     with connect(served) as client:
-        for byte in request(WRITE, 1, 0, 512) + b"z" * 512 + request(READ, 2, 0, 512):
+        for byte in request(WRITE, 1, 0, 512) + b"z" * 512:
             client.send(bytes([byte]))
         assert client.reply() == (1, 0)
+        for byte in request(READ, 2, 0, 512):
+            client.send(bytes([byte]))
         assert client.reply() == (2, 0)
         assert client.read(512) == b"z" * 512
         data = os.urandom(MIB)
-        stream = request(WRITE, 3, 4 * MIB, MIB) + data + request(READ, 4, 4 * MIB, MIB)
+        stream = request(WRITE, 3, 4 * MIB, MIB) + data + request(READ, 4, 0, 512)
         for start in range(0, len(stream), 70_001):
             client.send(stream[start : start + 70_001])
-        assert {client.reply()[0]} == {3}
-        assert client.reply() == (4, 0)
-        assert client.read(MIB) == data
+        for _ in range(2):
+            cookie, error = client.reply()
+            assert error == 0
+            if cookie == 4:
+                assert client.read(512) == b"z" * 512
+        assert client.pread(4 * MIB, MIB) == data
 
 
 @pytest.mark.parametrize("kind", [CACHE, BLOCK_STATUS, 8, 9, 99, 0xFFFF])
@@ -230,6 +241,21 @@ def test_half_closed_connection_gets_its_replies(served: Served) -> None:
     wait_for(lambda: not served.server.connections())
 
 
+def test_half_closed_connection_with_replies_not_yet_read(served: Served) -> None:
+    """The end of the requests arrives while replies wait for the client to read."""
+    with connect(served, tcp=True) as client:
+        client.pwrite(0, b"q" * MIB)
+        count = 48
+        client.send(b"".join(request(READ, i, 0, MIB) for i in range(count)))
+        wait_for(lambda: served.volumes[1].stats().ops[0] >= 8)
+        client.socket.shutdown(socket.SHUT_WR)
+        time.sleep(0.2)  # nothing to wait for: the server may notice the end at any time
+        for _ in range(count):
+            assert client.reply()[1] == 0
+            assert client.read(MIB) == b"q" * MIB
+        assert client.hung_up()
+
+
 @pytest.mark.parametrize("sent", [1, 27, 28, 29, 28 + 4096, 28 + MIB - 1])
 def test_disconnect_in_the_middle_of_a_write_changes_nothing(served: Served, sent: int) -> None:
     with connect(served) as client:
@@ -265,6 +291,29 @@ def test_a_client_that_does_not_read_delays_nobody(served: Served) -> None:
             assert slow.reply()[1] == 0
             assert slow.read(MIB) == b"s" * MIB
         sender.join(20)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_replies_that_nobody_reads_take_bounded_memory(served: Served) -> None:
+    """A request of 28 bytes asks for a reply of 4 MiB: what is not sent must count as in flight."""
+    with connect(served) as client, connect(served) as other:
+        client.pwrite(0, os.urandom(4 * MIB))
+        before = resident_bytes()
+        stream = b"".join(request(READ, i, 0, 4 * MIB) for i in range(500))
+        sender = threading.Thread(target=_send_quietly, args=(client, stream), daemon=True)
+        sender.start()
+        ops = -1
+        while ops != (ops := served.volumes[1].stats().ops[0]):  # until the server stops taking more
+            assert resident_bytes() - before < 400 * MIB
+            time.sleep(0.3)
+        assert other.pread(0, 512)
+        client.socket.shutdown(socket.SHUT_RDWR)
+        sender.join(20)
+    wait_for(lambda: not served.server.connections())
 
 
 def test_sixty_four_connections(served: Served) -> None:
@@ -321,6 +370,24 @@ def test_close_export_with_reads_that_wait_for_the_store(served: Served) -> None
     assert served.server.connections() == []
 
 
+def test_close_export_with_replies_that_nobody_reads(served: Served) -> None:
+    with connect(served) as client:
+        client.send(b"".join(request(READ, i, 0, MIB) for i in range(64)))
+        wait_for(lambda: served.volumes[1].stats().ops[0] >= 8)
+        del served.exports["disk"]
+        in_time(lambda: served.server.close_export("disk"))
+        assert client.hung_up()
+    assert served.volumes[1].info().connections == 0
+
+
+def test_volume_closed_with_replies_that_nobody_reads(served: Served) -> None:
+    with connect(served) as client:
+        client.send(b"".join(request(READ, i, 0, MIB) for i in range(64)))
+        wait_for(lambda: served.volumes[1].stats().ops[0] >= 8)
+        in_time(served.volumes[1].close)
+        assert client.hung_up()
+
+
 def test_close_export_under_load(served: Served) -> None:
     stop = threading.Event()
     problems: list[BaseException] = []
@@ -372,6 +439,7 @@ def test_volume_closed_with_requests_in_flight(served: Served) -> None:
 
 def test_failed_volume_answers_with_the_error(served: Served) -> None:
     with connect(served) as client:
+        client.flush()
         served.volumes[1].fail(errno.EIO)
         for kind, payload in ((READ, b""), (WRITE, bytes(4096)), (FLUSH, b"")):
             with pytest.raises(RequestFailed) as caught:
@@ -381,15 +449,15 @@ def test_failed_volume_answers_with_the_error(served: Served) -> None:
 
 def test_early_bytes_are_parsed_first(served: Served) -> None:
     """What a predecessor had read already comes before what is in the socket."""
-    stream = request(WRITE, 1, 0, 4096) + b"e" * 4096 + request(READ, 2, 0, 4096)
+    stream = request(WRITE, 1, 0, 4096) + b"e" * 4096 + request(WRITE, 2, 4096, 512) + b"f" * 512
     for cut in (0, 1, 28, 29, 1000, 28 + 4096, 28 + 4097, len(stream)):
         mine, theirs = socket.socketpair()
         served.volumes[1].attach_nbd(theirs.detach(), 1000 + cut, False, stream[:cut])
         with RawClient(mine) as client:
             client.send(stream[cut:])
-            assert client.reply() == (1, 0)
-            assert client.reply() == (2, 0)
-            assert client.read(4096) == b"e" * 4096
+            assert sorted([client.reply(), client.reply()]) == [(1, 0), (2, 0)]
+            assert client.pread(0, 8192) == b"e" * 4096 + b"f" * 512 + bytes(3584)
+            client.call(TRIM, 0, 8192)
 
 
 def test_reply_header_is_the_simple_one(served: Served) -> None:

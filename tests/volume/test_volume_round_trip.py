@@ -6,10 +6,9 @@ import os
 import random
 
 import pytest
+from volume_rig import BLOCK, MIB, Rig
 
 from glidefs.core.check import Closed
-
-from volume_rig import BLOCK, MIB, Rig
 
 SIZE = 256 * MIB
 

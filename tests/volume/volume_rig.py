@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, encode_root, manifest_hash

@@ -1,0 +1,32 @@
+"""Hooks for tests: a trace of what reached the write log's disk, and failures of it. Process-wide."""
+
+from __future__ import annotations
+
+import enum
+import os
+
+from glidefs.core._core import ffi, lib
+from glidefs.core.check import check
+
+
+class DiskKind(enum.IntEnum):
+    """Operations on write-log files; ``enum disk_kind`` in csrc/disk.h."""
+
+    CREATE = 1
+    WRITE = 2
+    SYNC_BEGIN = 3
+    SYNC_END = 4
+    DIR_BEGIN = 5
+    DIR_END = 6
+    UNLINK = 7
+    RENAME = 8
+
+
+def disk_trace(path: str | os.PathLike[str] | None) -> None:
+    """Append every operation to the file ``path`` (record format: csrc/disk.h); None ends it."""
+    check(lib.glide_disk_trace(ffi.NULL if path is None else os.fsencode(path)), "disk trace")
+
+
+def disk_inject(kind: DiskKind, err: int, *, skip: int = 0, count: int = 1) -> None:
+    """After ``skip`` operations of ``kind``, fail the next ``count`` with errno ``err``."""
+    check(lib.glide_disk_inject(kind, err, skip, count), "disk inject")

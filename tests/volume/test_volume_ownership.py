@@ -1,0 +1,214 @@
+"""One owner at a time: lost answers are ours, foreign roots fence, take-over fences the first."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import msgspec
+import pytest
+from volume_rig import MIB, PREFIX, Rig, record_of, wait_for
+
+from glidefs.core.check import CoreError
+from glidefs.core.gather import log_segments
+from glidefs.errors import ExportExists, Fenced, OwnedElsewhere, UnknownExport
+from glidefs.formats.manifest import NO_ID, encode_root
+from glidefs.names import manifest_key
+from glidefs.volume import lease, local, logs
+from glidefs.volume.volume import Volume
+
+
+def test_the_lost_answer_of_a_commit_is_our_own(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"a" * 4096)
+    packs = rig.memory.requests["put"]
+    # The pack's put is next, then that of the root.
+    seen: list[str] = []
+    original = rig.memory.put
+
+    def put(key, data, **conditions):  # type: ignore[no-untyped-def]
+        if key.endswith("/manifest") and not seen:
+            seen.append(key)
+            rig.memory.lose_answers("put")
+        return original(key, data, **conditions)
+
+    rig.memory.put = put  # type: ignore[method-assign]
+    volume.drain(20)
+    assert seen
+    assert not volume.fenced
+    assert rig.memory.requests["put"] > packs
+    volume.core.pwrite(4096, b"b" * 4096)
+    volume.drain(20)
+    root, etag = lease.read_root(host.store, PREFIX, volume.name)
+    assert (root, etag) == (volume.root, volume.etag)
+    assert root.sequence == 2
+
+
+def test_a_root_of_our_log_that_we_do_not_know_is_adopted_whole(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    # As if an earlier life of this daemon had committed a label of its own after we read the root.
+    ours = msgspec.structs.replace(volume.root, sequence=volume.root.sequence + 1, source="earlier")
+    host.store.put(manifest_key(PREFIX, volume.name), encode_root(ours), if_match=volume.etag)
+    volume.core.pwrite(8192, b"b" * 4096)
+    volume.drain(20)
+    assert not volume.fenced
+    root, _ = lease.read_root(host.store, PREFIX, volume.name)
+    assert root.source == "earlier"
+    assert root.sequence == ours.sequence + 1
+    volume.retire_committed()
+    host.engine.cache.evict_all()
+    assert volume.core.pread(0, 12288) == b"a" * 4096 + bytes(4096) + b"b" * 4096
+
+
+def fenced(volume: Volume) -> bool:
+    return bool(volume.fenced)
+
+
+def test_a_foreign_root_fences(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    told: list[str] = []
+    volume.on_fenced = lambda v, why: told.append(why)
+    foreign = msgspec.structs.replace(volume.root, log_id=lease.new_id(), owner_node="other")
+    host.store.put(manifest_key(PREFIX, volume.name), encode_root(foreign), if_match=volume.etag)
+    volume.core.pwrite(0, b"a" * 4096)
+    with caplog.at_level(logging.ERROR), pytest.raises(Fenced):
+        volume.drain(20)
+    assert len(told) == 1
+    assert "other" in told[0]
+    assert any("FENCED" in record.message for record in caplog.records)
+    for action in (lambda: volume.core.pread(0, 4096), lambda: volume.core.pwrite(0, bytes(4096))):
+        with pytest.raises(CoreError) as caught:
+            action()
+        assert caught.value.errno == 5
+    with pytest.raises(Fenced):
+        volume.drain(1)
+    assert log_segments(volume.log_dir)  # the log stays
+
+
+def test_a_root_that_is_gone_fences(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    rig.memory.delete(manifest_key(PREFIX, volume.name))
+    volume.core.pwrite(0, b"a" * 4096)
+    with pytest.raises(Fenced):
+        volume.drain(20)
+
+
+def test_a_new_volume_that_lost_its_name_is_fenced(rig: Rig) -> None:
+    host = rig.host()
+    rig.create(host, name="disk")
+    root = lease.empty_root("disk", 64 * MIB, "a")
+    volume = host.open(record_of(root, published=False), root, None)
+    wait_for(lambda: fenced(volume), "the second volume of that name is fenced")
+    with pytest.raises(ExportExists):
+        lease.create(host.store, PREFIX, root)
+
+
+def test_a_new_volume_is_published_in_the_background(rig: Rig) -> None:
+    host = rig.host()
+    root = lease.empty_root("disk", 64 * MIB, "a")
+    published = threading.Event()
+    volume = host.open(record_of(root, published=False), root, None)
+    volume.on_published = lambda v: published.set()
+    wait_for(lambda: volume.committer.published, "published")
+    assert volume.record.root_published
+    assert lease.read_root(host.store, PREFIX, "disk")[0] == root
+    volume.core.pwrite(0, b"x" * 4096)
+    volume.drain(20)
+    assert lease.read_root(host.store, PREFIX, "disk")[0].last_segment == volume.root.last_segment
+
+
+def test_attach_refuses_and_takes_over(rig: Rig) -> None:
+    first = rig.host("a")
+    volume = rig.create(first)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    volume.core.pwrite(4096, b"lost" * 1024)  # not uploaded when the other host takes it
+    second = rig.host("b")
+    with pytest.raises(OwnedElsewhere) as caught:
+        rig.attach(second, volume.name)
+    assert caught.value.node == "a"
+    taken = rig.attach(second, volume.name, take_over=True)
+    assert taken.log_id != volume.log_id
+    assert taken.root.epoch == volume.root.epoch + 1
+    assert taken.core.pread(0, 8192) == b"a" * 4096 + bytes(4096)
+    with pytest.raises(Fenced):
+        volume.drain(20)
+    taken.core.pwrite(0, b"b" * 4096)
+    taken.drain(20)
+    # The log of the first is set aside, can be listed and exported.
+    (info,) = [i for i in logs.list_logs(first.settings.log_dir, {(taken.id, taken.log_id)}) if not i.live]
+    assert info.segments == 2  # one that was committed, one that was not
+    out = rig.tmp / "export.img"
+    extents = logs.export_log(volume.log_dir, volume.id, volume.log_id, out)
+    assert [(e.offset, e.length, e.zero) for e in extents][-1][1] % 4096 == 0
+    assert out.read_bytes()[4096:8192] == b"lost" * 1024
+
+
+def test_a_stale_owner_learns_of_its_fence_without_committing(rig: Rig) -> None:
+    first = rig.host("a", poll_interval=0.1)
+    volume = rig.create(first)
+    rig.attach(rig.host("b"), volume.name, take_over=True)
+    volume.core.pwrite(0, b"a" * 4096)
+    wait_for(lambda: fenced(volume), "fenced by polling")
+
+
+def test_detach_gives_the_volume_up(rig: Rig) -> None:
+    host = rig.host("a")
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    root, etag = volume.root, volume.etag
+    assert etag is not None
+    volume.close()
+    rig.memory.lose_answers("put")
+    free, _ = lease.detach(host.store, PREFIX, root, etag)
+    assert (free.owner_node, free.log_id, free.last_segment) == ("", NO_ID, 0)
+    other = rig.attach(rig.host("b"), volume.name)
+    assert other.core.pread(0, 4096) == b"a" * 4096
+
+
+def test_a_host_finds_its_exports_in_the_store(rig: Rig) -> None:
+    host = rig.host("a")
+    volume = rig.create(host, name="mine")
+    rig.create(rig.host("b"), name="theirs")
+    found = lease.find_exports(host.store, [PREFIX], "a")
+    assert [(f.prefix, f.root, f.etag) for f in found] == [(PREFIX, volume.root, volume.etag)]
+    with pytest.raises(UnknownExport):
+        lease.read_root(host.store, PREFIX, "nobody")
+
+
+def test_local_copy_is_durable_before_a_segment_may_go(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(local, "save", fail)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    volume.retire_committed()
+    assert log_segments(volume.log_dir)
+    monkeypatch.undo()
+    volume.core.pwrite(0, b"b" * 4096)
+    volume.drain(20)
+    volume.retire_committed()
+    assert not log_segments(volume.log_dir)
+
+
+def test_segments_that_this_host_lost_are_not_mistaken_for_new_ones(rig: Rig) -> None:
+    """A root of our log that includes more than was replayed here: its numbers are used again."""
+    host = rig.host()
+    volume = rig.create(host)
+    ahead = msgspec.structs.replace(volume.root, sequence=9, last_segment=7)
+    host.store.put(manifest_key(PREFIX, volume.name), encode_root(ahead), if_match=volume.etag)
+    volume.core.pwrite(0, b"a" * 4096)
+    with pytest.raises(Fenced, match="lost"):
+        volume.drain(20)
+    assert log_segments(volume.log_dir)

@@ -1,0 +1,262 @@
+"""Reads of what is not here: verification, sharing, damage."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+
+import pytest
+from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
+
+from glidefs.core.check import CoreError
+from glidefs.formats.pack import PackEntry
+from glidefs.volume import lease
+from glidefs.volume.fetch import Wanted, plan_ranges
+from glidefs.volume.host import Host
+from glidefs.volume.keys import merged_key, scoped_key
+from glidefs.volume.readahead import ReadAhead
+from glidefs.volume.volume import Volume
+
+
+def cold(host: Host, volume: Volume) -> None:
+    volume.drain(20)
+    volume.retire_committed()
+    host.engine.cache.evict_all()
+
+
+def damage(rig: Rig, key: str, at: int) -> None:
+    data = bytearray(rig.memory.get(key).data)
+    data[at] ^= 0xFF
+    rig.memory.put(key, bytes(data))
+
+
+def test_a_damaged_payload_is_an_error_not_wrong_data(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    data = os.urandom(4 * BLOCK)
+    volume.core.pwrite(0, data)
+    cold(host, volume)
+    (key,) = rig.packs()
+    damage(rig, key, 16 + BLOCK + 5)  # in the payload of block 1
+    with pytest.raises(CoreError) as caught:
+        volume.core.pread(0, 4 * BLOCK)
+    assert caught.value.errno == errno.EIO
+    assert volume.core.pread(0, BLOCK) == data[:BLOCK]
+    assert volume.core.pread(2 * BLOCK, 2 * BLOCK) == data[2 * BLOCK :]
+    assert any("block 1 cannot be read" in record.message for record in caplog.records)
+    damage(rig, key, 16 + BLOCK + 5)  # repaired
+    assert volume.core.pread(0, 4 * BLOCK) == data
+
+
+def test_a_damaged_index_is_an_error(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, os.urandom(BLOCK))
+    cold(host, volume)
+    host.meta.indices.clear()
+    (key,) = rig.packs()
+    damage(rig, key, -40)
+    with pytest.raises(CoreError):
+        volume.core.pread(0, 4096)
+
+
+def test_a_pack_that_is_gone_is_an_error(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, os.urandom(BLOCK))
+    cold(host, volume)
+    rig.memory.delete(rig.packs()[0])
+    with pytest.raises(CoreError):
+        volume.core.pread(0, 4096)
+
+
+def test_one_flight_for_all_who_wait(rig: Rig) -> None:
+    host = rig.host(read_ahead_bytes=0)
+    volume = rig.create(host)
+    data = os.urandom(BLOCK)
+    volume.core.pwrite(0, data)
+    cold(host, volume)
+    root = volume.root
+    reader = host.open(record_of(root, read_only=True), root, volume.etag)
+    rig.memory.requests.clear()
+    rig.memory.latency = 0.05
+    results: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda v=v: results.append(v.core.pread(0, BLOCK)))
+        for v in (volume, reader, volume, reader)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert results == [data] * 4
+    assert rig.memory.requests["get_range"] == 1
+
+
+def test_slots_of_an_earlier_process_are_verified(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    data = os.urandom(8 * BLOCK)
+    volume.core.pwrite(0, data)
+    cold(host, volume)
+    assert volume.core.pread(0, 8 * BLOCK) == data
+    root = volume.root
+    cache = host.settings.log_dir.parent / "blocks" / "blocks.data"
+    rig.stop(host)
+    with cache.open("r+b") as file:
+        content = bytearray(file.read())
+        at = content.find(data[3 * BLOCK : 3 * BLOCK + 64])
+        assert at >= 0
+        file.seek(at)
+        file.write(b"rotten")
+    rig.memory.requests.clear()
+    again = rig.reopen(rig.host(read_ahead_bytes=0), root)
+    assert again.core.pread(0, 8 * BLOCK) == data
+    assert rig.memory.requests["get_range"] == 1  # the rotten one alone
+
+
+def test_unrelated_volumes_share_blocks_unless_told_otherwise(rig: Rig) -> None:
+    for scope, slots in (("host", 1), ("prefix", 1)):
+        host = rig.host(scope, cache_scope=scope)
+        data = os.urandom(BLOCK)
+        volumes = [rig.create(host, 64 * MIB) for _ in range(2)]
+        for volume in volumes:
+            volume.core.pwrite(0, data)
+            cold(host, volume)
+        for volume in volumes:
+            assert volume.core.pread(0, BLOCK) == data
+        assert host.engine.stats().cache_used == slots
+    key = os.urandom(16)
+    assert scoped_key(key, "a") != scoped_key(key, "b")
+
+
+def test_merged_keys_depend_on_order_and_masks() -> None:
+    a = PackEntry(0, 3, 0, 16, 100, os.urandom(16))
+    b = PackEntry(0, 12, 0, 16, 100, os.urandom(16))
+    keys = {
+        merged_key([a, b]),
+        merged_key([b, a]),
+        merged_key([a, b._replace(zero_mask=16)]),
+        merged_key([a._replace(mask=1), b]),
+        a.hash,
+    }
+    assert len(keys) == 5
+    assert merged_key([a._replace(offset=99), b]) == merged_key([a, b])
+
+
+def test_a_tiny_cache_still_serves(rig: Rig) -> None:
+    host = rig.host(engine={"cache_bytes": 8 * BLOCK})
+    volume = rig.create(host)
+    data = os.urandom(64 * BLOCK)
+    volume.core.pwrite(0, data)
+    cold(host, volume)
+    threads = [
+        threading.Thread(target=lambda: got.append(volume.core.pread(0, 64 * BLOCK) == data))
+        for _ in range(3)
+    ]
+    got: list[bool] = []
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    assert got == [True] * 3
+
+
+def test_a_fault_of_a_closed_volume_is_dropped(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, os.urandom(BLOCK))
+    cold(host, volume)
+    host.meta.indices.clear()
+    rig.memory.set_down(True)
+    failed: list[CoreError | Exception] = []
+
+    def read() -> None:
+        try:
+            volume.core.pread(0, 4096)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    while not volume.core.info().parked:
+        pass
+    volume.close()
+    thread.join(10)
+    assert len(failed) == 1
+
+
+def test_a_read_only_export_takes_no_ownership(rig: Rig) -> None:
+    host = rig.host("a")
+    volume = rig.create(host)
+    data = os.urandom(MIB)
+    volume.core.pwrite(0, data)
+    volume.drain(20)
+    other = rig.host("b")
+    root, etag = lease.read_root(other.store, PREFIX, volume.name)
+    puts = rig.memory.requests["put"]
+    reader = other.open(record_of(root, read_only=True), root, etag)
+    assert reader.core.pread(0, MIB) == data
+    with pytest.raises(CoreError):
+        reader.core.pwrite(0, bytes(4096))
+    reader.drain()
+    reader.close()
+    assert rig.memory.requests["put"] == puts
+
+
+def test_prefetch_of_a_hot_set(rig: Rig) -> None:
+    host = rig.host(read_ahead_bytes=0)
+    volume = rig.create(host)
+    data = os.urandom(32 * BLOCK)
+    volume.core.pwrite(0, data)
+    cold(host, volume)
+    blocks = [5, 6, 7, 20, 1, 2]
+    assert host.prefetch(volume, blocks) == 6
+    rig.memory.requests.clear()
+    for block in blocks:
+        assert volume.core.pread(block * BLOCK, BLOCK) == data[block * BLOCK : (block + 1) * BLOCK]
+    assert sum(rig.memory.requests.values()) == 0
+    assert host.prefetch(volume, range(32), max_bytes=8 * BLOCK) == 8
+    assert host.prefetch(volume, range(32), cancelled=lambda: True) == 0
+
+
+def test_faults_can_be_recorded(rig: Rig) -> None:
+    host = rig.host(read_ahead_bytes=0)
+    volume = rig.create(host)
+    volume.core.pwrite(0, os.urandom(32 * BLOCK))
+    cold(host, volume)
+    seen: list[tuple[int, int]] = []
+    volume.on_fault = lambda first, count: seen.append((first, count))
+    for block in (9, 3, 30):
+        volume.core.pread(block * BLOCK, 4096)
+    assert seen == [(9, 1), (3, 1), (30, 1)]
+
+
+def test_ranges_join_neighbours_within_bounds() -> None:
+    def part(key: str, offset: int, length: int) -> Wanted:
+        return Wanted(key, PackEntry(0, 1, 0, offset, length, bytes(16)))
+
+    parts = [part("a", 16, 100), part("a", 116, 100), part("a", 5000, 10), part("b", 216, 10)]
+    ranges = plan_ranges(reversed(parts), gap=64, limit=1000)
+    assert [(r.key, r.offset, r.length) for r in ranges] == [("a", 16, 200), ("a", 5000, 10), ("b", 216, 10)]
+    assert len(plan_ranges(parts, gap=10000, limit=150)) == 4
+    assert plan_ranges([], 1, 1) == []
+
+
+def test_read_ahead_doubles_and_leaves_a_marker() -> None:
+    ahead = ReadAhead()
+    assert ahead.on_fault(10, 1, 64, 1000) is None
+    first = ahead.on_fault(11, 1, 64, 1000)
+    assert first is not None
+    assert (first.first, first.count) == (12, 4)
+    assert ahead.on_fault(12, 1, 64, 1000) is None  # a block that was still on its way
+    second = ahead.on_fault(first.marker, 1, 64, 1000)
+    assert second is not None
+    assert (second.first, second.count) == (16, 8)
+    third = ahead.on_fault(second.marker, 1, 64, 1000)
+    assert third is not None
+    assert third.count == 16
+    assert ahead.on_fault(500, 1, 64, 1000) is None  # elsewhere
+    assert ahead.on_fault(400, 1, 64, 1000) is None
+    assert ReadAhead().on_fault(0, 1, 0, 1000) is None
