@@ -155,7 +155,7 @@ struct glide_volume_info {
     uint64_t active_bytes;         /* in the active segment */
     uint64_t dirty_bytes;          /* log bytes of segments > committed_seq */
     uint64_t oldest_dirty_ns;      /* CLOCK_REALTIME ns of the oldest uncommitted write, 0 = clean */
-    uint64_t log_bytes;            /* allocated by this log */
+    uint64_t log_bytes;            /* allocated by its segments, without files kept for reuse */
     uint64_t map_bytes;
     uint64_t parked;               /* requests that wait for space, faults or the store */
     uint32_t connections;

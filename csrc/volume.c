@@ -324,7 +324,6 @@ static int do_info(struct worker *w, void *arg)
                                       .sealed_seq = log_sealed_seq(&v->log),
                                       .committed_seq = v->committed_seq,
                                       .active_bytes = v->log.active ? v->log.active->bytes : 0,
-                                      .log_bytes = v->log.bytes,
                                       .map_bytes = log_map_bytes(&v->map) + v->base.entries.bytes,
                                       .parked = count_parked(v),
                                       .connections = v->conn_count,
@@ -333,6 +332,7 @@ static int do_info(struct worker *w, void *arg)
         const struct log_segment *s = v->log.segments[i];
         out->first_seq = i ? out->first_seq : s->seq;
         out->last_seq = s->seq;
+        out->log_bytes += s->bytes;
         if (s->seq <= v->committed_seq)
             continue;
         out->dirty_bytes += s->valid ? (uint64_t)s->end * SECTOR : 0;

@@ -192,9 +192,11 @@ static void unlist(struct write_log *log, const struct log_segment *s)
 /* Keep the file of a full segment, under a name that recovery does not replay. */
 static bool make_spare(struct write_log *log, struct log_segment *s)
 {
-    bool full = s->sectors == log->engine->config.segment_sectors && s->end >= s->sectors / 4 * 3;
+    const struct engine *e = log->engine;
+    bool full = s->sectors == e->config.segment_sectors && s->end >= s->sectors / 4 * 3;
+    bool scarce = atomic_load(&e->log_bytes) > e->config.log_limit / 2; /* others may want the space */
 
-    if (!full || !log->busy || s->sync_failed || log->spare_count == LOG_SPARES)
+    if (!full || scarce || !log->busy || s->sync_failed || log->spare_count == LOG_SPARES)
         return false;
     char *path = segment_path(log->path, s->seq, ".spare");
     bool kept = path && !disk_rename(&s->file, path);

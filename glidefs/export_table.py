@@ -20,13 +20,14 @@ import msgspec
 from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, UnknownExport
 from glidefs.exports import ExportStatus
 from glidefs.formats import export_record
-from glidefs.formats.atomic import fsync_dir
+from glidefs.formats.atomic import fsync_dir, write_file_atomic
 from glidefs.formats.export_record import ExportRecord
 from glidefs.names import check_name
 from glidefs.transport.base import Endpoint, Transport
 from glidefs.volume.volume import Volume
 
 SUFFIX = ".json"
+INTENT = ".intent"
 SCANNED = ".scanned"
 """Marker: the store was searched for exports of this node since the directory is there."""
 
@@ -63,6 +64,27 @@ class RecordDirectory:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._file(name))
             fsync_dir(self.path)
+        self.set_intent(name, None)
+
+    def intent(self, name: str) -> str | None:
+        """The verb that was begun on an export and must be finished: "remove" or "detach"."""
+        try:
+            return self._intent_file(name).read_text(encoding="ascii")
+        except FileNotFoundError:
+            return None
+
+    def set_intent(self, name: str, verb: str | None) -> None:
+        """Note durably that `verb` was begun; None: it ended."""
+        path = self._intent_file(name)
+        if verb is not None:
+            write_file_atomic(path, verb.encode("ascii"))
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+            fsync_dir(self.path)
+
+    def _intent_file(self, name: str) -> Path:
+        return self.path / f"{check_name('export', name)}{INTENT}"
 
     def _file(self, name: str) -> Path:
         return self.path / f"{check_name('export', name)}{SUFFIX}"

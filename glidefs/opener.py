@@ -16,16 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from glidefs.volume.host import Host
 from msgspec.structs import replace
 
-from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, OwnedElsewhere, StoreError
+from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, encode_root, manifest_hash
+from glidefs.names import volumes_prefix
+from glidefs.roots import delete_root
+from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Attachment, Transport, choose_transport
 from glidefs.volume import lease, local, logs
+from glidefs.volume.host import Host
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -115,8 +118,39 @@ class Opener:
 
     def _open_recorded(self, entry: Entry) -> None:
         with entry.lock:
-            if not entry.gone and not self._stopping.is_set() and not entry.serves():
+            if entry.gone or self._stopping.is_set() or entry.serves():
+                return
+            try:
+                finished = self._finish(entry)
+            except Exception as error:
+                self._failed(entry, error)
+                return
+            if not finished:
                 self.reopen(entry)
+
+    def _finish(self, entry: Entry) -> bool:
+        """Finish a remove or detach that a crash interrupted; False if there is none, or nothing of it.
+
+        Raises StoreError: what may not be ours any more is not served until the store has said so.
+        """
+        verb, record = self._records.intent(entry.name), entry.record
+        if verb is None or record is None:
+            return False
+        view = self._store.view("background", STORE_PATIENCE)
+        if verb == "remove":
+            done = True
+            ours = delete_root(view, record.prefix, record)
+        else:
+            root, _ = lease.read_root(view, record.prefix, record.name)
+            done = root.volume_id == record.volume_id and not root.owner_node
+            ours = True
+        if not done:
+            self._records.set_intent(entry.name, None)
+            return False
+        self.forget(entry, keep_log=not ours)
+        self._table.drop(entry)
+        log.info("%s: finished the %s that was interrupted", entry.name, verb)
+        return True
 
     def _retry(self) -> bool:
         """Try again what failed for a reason that may pass; True if nothing is left."""
@@ -131,28 +165,36 @@ class Opener:
             return True
         view = self._store.view("background", STORE_PATIENCE)
         try:
-            owned = lease.find_exports(view, self._places.prefixes, self._places.node)
-            for found in owned:
-                self._adopt(found)
+            for prefix in self._places.prefixes:
+                names = [dir_name(path) for path in view.list_dirs(volumes_prefix(prefix))]
+                with ThreadPoolExecutor(OPEN_THREADS, "find-export") as pool:
+                    list(pool.map(lambda name, prefix=prefix: self._look(view, prefix, name), names))
         except StoreError as error:
             log.warning("cannot look for exports of this node in the store yet: %s", error)
             return False
         self._records.mark_scanned()
         return True
 
-    def _adopt(self, found: lease.OwnedRoot) -> None:
-        """Attach a volume of ours that this disk knows nothing of. Its old log is lost with the disk."""
-        name = found.root.name
+    def _look(self, view: ObjectStore, prefix: str, name: str) -> None:
+        """Attach a volume of ours that this disk knows nothing of. Its old log is lost with the disk.
+
+        A root that cannot be read is left for its owner to look at. Raises StoreError.
+        """
         if self._table.find(name) is not None or self._stopping.is_set():
             return
-        log.warning("%s: the store says that this node serves it; taking it up again", name)
-        view = self._store.view("upload", STORE_PATIENCE)
         try:
+            found, _ = lease.read_root(view, prefix, name)
+            if found.owner_node != self._places.node:
+                return
+            log.warning("%s: the store says that this node serves it; taking it up again", name)
             with self._table.reserved(name) as entry:
-                root, etag = lease.attach(view, found.prefix, name, self._places.node)
-                self.take(entry, found.prefix, root, etag, root.transport)
-        except (ExportExists, OwnedElsewhere) as error:
-            log.warning("%s", error)
+                own = self._store.view("upload", STORE_PATIENCE)
+                root, etag = lease.attach(own, prefix, name, self._places.node)
+                self.take(entry, prefix, root, etag, root.transport)
+        except StoreError:
+            raise
+        except GlideError as error:
+            log.warning("%s: not taken up: %s", name, error)
 
     # -- one export ------------------------------------------------------------------------------
 
@@ -192,6 +234,11 @@ class Opener:
             self.open(entry, root, etag)
         except Exception as error:
             self._failed(entry, error)
+
+    def reopen_after_failure(self, entry: Entry) -> None:
+        """The store did not take a remove or detach: go on serving."""
+        self._records.set_intent(entry.name, None)
+        self.reopen(entry)
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         entry.failed(error)

@@ -274,7 +274,11 @@ class ExportRouter:
             transport.check_resize(before, wanted)
             after = replace(before, size=wanted)
             note = transport.resize(after) if wanted < record.size else ""
-            volume.resize(wanted)
+            try:
+                volume.resize(wanted)
+            except BaseException:
+                transport.resize(before)
+                raise
             entry.record = replace(record, size=wanted)
             self._records.save(entry.record)
             if wanted > record.size:
@@ -284,10 +288,13 @@ class ExportRouter:
     # -- drain, detach, remove -----------------------------------------------------------------
 
     def drain(self, name: str, timeout: float | None = None) -> ExportStatus:
-        """Upload everything acknowledged before the call. Raises TimeoutError when time is up."""
-        with self.table.locked(name) as entry:
-            self._drain(entry, timeout)
-            return entry.status()
+        """Upload everything acknowledged before the call. Raises DrainTimeout when time is up.
+
+        It may wait as long as an outage lasts, so it holds no lock: other verbs go on.
+        """
+        entry = self.table.get(name)
+        self._drain(entry, timeout)
+        return entry.status()
 
     def _drain(self, entry: Entry, timeout: float | None) -> None:
         volume = entry.volume
@@ -298,13 +305,16 @@ class ExportRouter:
     def detach(self, name: str, timeout: float | None = None) -> dict[str, Any]:
         """Stop serving, upload everything, give the volume up. If that fails it is served again."""
         self._check_changes()
+        entry = self.table.get(name)
+        if entry.volume is not None and not entry.is_fenced():
+            self._drain(entry, timeout)  # the bulk, while guests go on and nothing is locked
         with self.table.locked(name) as entry:
             record = self._record(entry)
             if entry.is_fenced():
                 self._opener.close_entry(entry, remove_device=True)
                 note = f"another host has the volume; the log of this one is set aside: {record.log_id.hex()}"
             else:
-                self._give_up(entry, timeout)
+                self._give_up(entry)
                 note = ""
             self._opener.forget(entry, keep_log=bool(note))
             self.table.drop(entry)
@@ -316,23 +326,24 @@ class ExportRouter:
                 "note": note,
             }
 
-    def _give_up(self, entry: Entry, timeout: float | None) -> None:
-        """Let guests go, drain, and commit a root that names no owner."""
+    def _give_up(self, entry: Entry) -> None:
+        """Let guests go, drain what they wrote last, and commit a root that names no owner."""
         record = self._record(entry)
         self._opener.stop_transport(entry, remove_device=True)
         try:
-            self._drain(entry, timeout)
+            self._drain(entry, VERB_PATIENCE)
             root, etag = self._opener.close_volume(entry)
         except BaseException:
             self._opener.restart_transport(entry)
             raise
         try:
+            self._records.set_intent(entry.name, "detach")
             view = self._store.view("upload", VERB_PATIENCE)
             if etag is None:  # read-only and never published
                 etag = put_first_root(view, record.prefix, root)
             lease.detach(view, record.prefix, root, etag)
         except BaseException:
-            self._opener.reopen(entry)
+            self._opener.reopen_after_failure(entry)
             raise
 
     def _record(self, entry: Entry) -> ExportRecord:
@@ -358,10 +369,11 @@ class ExportRouter:
                 return {"name": name, "removed": True, "note": "the volume may still be in the store"}
             self._opener.close_entry(entry, remove_device=True)
             try:
+                self._records.set_intent(name, "remove")
                 view = self._store.view("upload", VERB_PATIENCE)
                 removed = delete_root(view, record.prefix, record)
             except BaseException:
-                self._opener.reopen(entry)
+                self._opener.reopen_after_failure(entry)
                 raise
             note = (
                 ""
@@ -382,7 +394,7 @@ class ExportRouter:
                 root, _ = lease.read_root(view, prefix, name)
             except UnknownExport:
                 continue
-            if root.owner_node:
+            if root.owner_node not in ("", self._settings.node):
                 raise OwnedElsewhere(name, root.owner_node)
             delete_root(view, prefix, root)
             return {"name": name, "removed": True, "note": ""}

@@ -113,3 +113,9 @@ install_project() {
     fi
     printf '%s\n' "$mode" >"$stamp"
 }
+
+# What vm-test/run takes. virtme-ng runs its parts by name, so it has to be in the PATH.
+prepare_vm() {
+    apt_install qemu-system-x86 kmod busybox-static file
+    [[ -x $VENV/bin/vng ]] || quietly "$VENV/bin/pip" install virtme-ng || die "pip could not install virtme-ng"
+}

@@ -28,5 +28,8 @@ def disk_trace(path: str | os.PathLike[str] | None) -> None:
 
 
 def disk_inject(kind: DiskKind, err: int, *, skip: int = 0, count: int = 1) -> None:
-    """After ``skip`` operations of ``kind``, fail the next ``count`` with errno ``err``."""
+    """After ``skip`` operations of ``kind``, fail the next ``count`` with errno ``err``.
+
+    Syncs are named by their begin.
+    """
     check(lib.glide_disk_inject(kind, err, skip, count), "disk inject")

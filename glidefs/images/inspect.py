@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from glidefs.errors import ConfigError, CorruptObject
 from glidefs.formats import export_record, hot_set, manifest, pack
 from glidefs.store.base import ObjectStore
 
+SEGMENT_MAGIC = b"GLIDELOG"
+MAX_SEGMENT_SECTORS = (1 << 24) - 1
+_SEGMENT = struct.Struct("<8sII16s16s16sQQIIQ")
+_RECORD = struct.Struct("<QIIQQ")
 LISTED = 1000
 """Entries shown of a long table."""
 MAX_WHOLE = 512 << 20
@@ -90,11 +95,13 @@ def inspect(source: Source) -> dict[str, Any]:
         pack.PACK_MAGIC: _pack,
     }
     describe = known.get(magic[:4])
+    if magic == SEGMENT_MAGIC:
+        describe = _segment
     if describe is None and magic[:1] == b"{":
         describe = _record
     if describe is None:
         raise ConfigError(
-            f"{source.name}: not a manifest, page, pack, hot set or export record (begins with {magic!r})"
+            f"{source.name}: not a manifest, page, pack, hot set, segment or record (begins with {magic!r})"
         )
     return {"object": source.name, "bytes": source.size, **describe(source)}
 
@@ -149,6 +156,35 @@ def _pack(source: Source) -> dict[str, Any]:
             }
             for entry in entries[:LISTED]
         ],
+    }
+
+
+def _segment(source: Source) -> dict[str, Any]:
+    """A segment of a write log (csrc/segment.h). Checksums are left to the core, which replays it."""
+    head = source.head(_SEGMENT.size)
+    if len(head) < _SEGMENT.size:
+        raise CorruptObject(source.name, len(head), "truncated segment header")
+    _, version, sectors, volume, own, _, seq, previous, _, _, _ = _SEGMENT.unpack(head)
+    if sectors > MAX_SEGMENT_SECTORS:
+        raise CorruptObject(source.name, 12, f"{sectors} sectors, at most {MAX_SEGMENT_SECTORS}")
+    journal = source.head(pack.SECTOR + sectors * _RECORD.size)[pack.SECTOR :]
+    counts = {"WRITE": 0, "ZERO": 0, "SYNC": 0}
+    written = 0
+    for _, count, op, _, _ in _RECORD.iter_unpack(journal[: len(journal) // _RECORD.size * _RECORD.size]):
+        if 1 <= op <= len(counts):
+            counts[list(counts)[op - 1]] += 1
+            written += count * pack.SECTOR if op == 1 else 0
+    return {
+        "kind": "write log segment",
+        "version": version,
+        "volume_id": volume.hex(),
+        "log_id": own.hex(),
+        "sequence": seq,
+        "previous": previous,
+        "sectors": sectors,
+        "records": counts,
+        "written_bytes": written,
+        "note": "checksums of records are not verified here",
     }
 
 

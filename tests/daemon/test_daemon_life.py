@@ -72,6 +72,9 @@ def test_lost_disk_finds_its_exports_in_the_store(daemon: Daemon) -> None:
     daemon.io("v1", "write -P 5 0 4M")
     daemon.json("drain", "v1")
     daemon.json("detach", "gone")
+    bad = daemon.store / "default" / "volumes" / "aaa" / "manifest"
+    bad.parent.mkdir()
+    bad.write_bytes(b"not a manifest")
     daemon.kill()
     shutil.rmtree(daemon.base / "cache")
     daemon.start()

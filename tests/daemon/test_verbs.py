@@ -176,9 +176,26 @@ def test_take_over_fences_the_first(daemon: Daemon, make_daemon: Make) -> None:
     assert other.has("v1", 5, "0", "1M")
 
 
+def test_remove_of_a_fenced_export_keeps_the_log_and_the_other_host_s_volume(
+    daemon: Daemon, make_daemon: Make
+) -> None:
+    daemon.json("create", "v1", "--size", "64MiB")
+    daemon.io("v1", "write -P 6 0 1M")
+    other = make_daemon("b", node="node-2").start()
+    other.json("attach", "v1", "--take-over")
+    assert "another host" in daemon.json("remove", "v1")["note"]
+    assert [entry["state"] for entry in daemon.json("logs")] == ["set aside"]
+    other.io("v1", "write -P 7 0 1M")
+    other.json("drain", "v1")
+
+
 def test_logs_in_use_are_not_deleted(daemon: Daemon) -> None:
     made = daemon.json("create", "v1", "--size", "64MiB")
     daemon.io("v1", "write -P 5 0 1M")
+    segment = next((daemon.base / "cache" / "logs").glob("*/*/*.seg"))
+    shown = daemon.json("inspect", str(segment))
+    assert (shown["volume_id"], shown["log_id"]) == (made["volume_id"], made["log_id"])
+    assert shown["written_bytes"] == MIB
     listed = daemon.json("logs")
     assert [(e["export"], e["state"]) for e in listed] == [("v1", "in use")]
     assert "served" in daemon.fails("logs", "delete", made["volume_id"], made["log_id"])

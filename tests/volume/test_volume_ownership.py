@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import threading
 
 import msgspec
 import pytest
 from volume_rig import MIB, PREFIX, Rig, record_of, wait_for
 
 from glidefs.core.check import CoreError
+from glidefs.core.engine import Engine
 from glidefs.core.gather import log_segments
+from glidefs.core.volume import VolumeConfig
 from glidefs.errors import ExportExists, Fenced, OwnedElsewhere, UnknownExport
 from glidefs.formats.manifest import NO_ID, encode_root
 from glidefs.names import manifest_key
@@ -112,11 +113,9 @@ def test_a_new_volume_that_lost_its_name_is_fenced(rig: Rig) -> None:
 def test_a_new_volume_is_published_in_the_background(rig: Rig) -> None:
     host = rig.host()
     root = lease.empty_root("disk", 64 * MIB, "a")
-    published = threading.Event()
     volume = host.open(record_of(root, published=False), root, None)
-    volume.on_published = lambda v: published.set()
-    wait_for(lambda: volume.committer.published, "published")
-    assert volume.record.root_published
+    wait_for(lambda: volume.record.root_published, "published")
+    assert volume.committer.published
     assert lease.read_root(host.store, PREFIX, "disk")[0] == root
     volume.core.pwrite(0, b"x" * 4096)
     volume.drain(20)
@@ -181,6 +180,23 @@ def test_a_host_finds_its_exports_in_the_store(rig: Rig) -> None:
     assert [(f.prefix, f.root, f.etag) for f in found] == [(PREFIX, volume.root, volume.etag)]
     with pytest.raises(UnknownExport):
         lease.read_root(host.store, PREFIX, "nobody")
+
+
+def test_the_local_copy_is_there_before_the_log_is_opened(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core unlinks what the root includes, so the host must know that root without the store."""
+    host = rig.host("a")
+    root = lease.empty_root("disk", 64 * MIB, "a")
+    etag = lease.create(host.store, PREFIX, root)
+    seen: list[object] = []
+    original = Engine.open_volume
+
+    def open_volume(engine: Engine, config: VolumeConfig) -> object:
+        seen.append(local.load(host.state_dir, root.volume_id))
+        return original(engine, config)
+
+    monkeypatch.setattr(Engine, "open_volume", open_volume)
+    host.open(record_of(root), root, etag)
+    assert seen == [(root, etag, encode_root(root))]
 
 
 def test_local_copy_is_durable_before_a_segment_may_go(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

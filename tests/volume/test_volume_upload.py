@@ -307,7 +307,7 @@ def test_a_failed_sync_ends_with_an_early_upload(rig: Rig, caplog: pytest.LogCap
     host = rig.host()
     volume = rig.create(host)
     volume.core.pwrite(0, b"a" * 4096)
-    disk_inject(DiskKind.SYNC_END, 5)
+    disk_inject(DiskKind.SYNC_BEGIN, 5)
     with pytest.raises(CoreError):
         volume.core.flush()
     wait_for(lambda: volume.root.last_segment > 0, "uploaded early")

