@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-START_TIMEOUT = 60.0
+START_TIMEOUT = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0  # emulated CPUs are slow
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",

@@ -78,7 +78,6 @@ class VolumeStats(msgspec.Struct, frozen=True, kw_only=True):
     latency: tuple[tuple[int, ...], ...]
     latency_sum_ns: tuple[int, ...]
     faults: int
-    fault_blocks: int
     log_hits: int
     cache_reads: int
     zero_reads: int

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 PREFETCH_QUEUE = 256
 _PIECE = 8
 _STORE_PAUSE = 0.2
+_LOUD_EVERY = 10.0
 
 
 class FaultService:
@@ -64,6 +65,7 @@ class FaultService:
         self._lock = threading.Lock()  # guards the two numbers below
         self.busy = 0
         self.last_fault = 0.0
+        self._last_loud = -_LOUD_EVERY
 
     def start(self) -> None:
         """Start the threads."""
@@ -125,12 +127,18 @@ class FaultService:
             return
         except StoreError as error:
             # Not an answer that guests should see: their requests wait until the store is back.
-            log.debug("volume %s: %s", volume.name, error)
+            self._say(volume, error)
             self._stop.wait(_STORE_PAUSE)
             self._finish(volume, fault, retry=True)
         except BaseException:
             log.exception("volume %s: blocks %d+%d", volume.name, fault.block, fault.count)
             self._finish(volume, fault, retry=False)
+
+    def _say(self, volume: Volume, error: StoreError) -> None:
+        now = time.monotonic()
+        if not error.temporary and now - self._last_loud >= _LOUD_EVERY:
+            self._last_loud = now
+            log.warning("volume %s: reads wait, the store refuses them: %s", volume.name, error)
 
     def _finish(self, volume: Volume, fault: Fault, *, retry: bool) -> None:
         """Answer what a failed resolution left: blocks that are mapped by now are not affected."""

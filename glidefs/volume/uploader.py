@@ -94,6 +94,7 @@ class Uploader:
 
     def _upload(self, volume: Volume, last: int, size: int) -> Uploaded:
         committer = volume.committer
+        self._check_first_put(volume)
         committer.publish(self._store)
         if volume.done_segment >= last and not volume.size_dirty:
             return Uploaded(volume.done_segment, 0, 0)
@@ -133,6 +134,18 @@ class Uploader:
             self.counters.commits += 1
         chunks = frozenset(chunk for pack in built for chunk in pack.chunks)
         return Uploaded(last, len(built), sum(pack.ref.size for pack in built), chunks)
+
+    def _check_first_put(self, volume: Volume) -> None:
+        """A fork's root names packs of its source, which the collector keeps only so long for it."""
+        root = volume.root
+        if volume.committer.published or not root.source:
+            return
+        since = root.created_at or volume.opened_at
+        if time.time() - since > self._settings.gc_grace / 4:
+            raise Fenced(
+                volume.name,
+                f"the first root of this fork of {root.source} could not be put in time; make the fork again",
+            )
 
     def poll(self, volume: Volume) -> None:
         """Find out whether another host took the volume. Raises Fenced, StoreError."""

@@ -110,7 +110,7 @@ class Volume:
         """The last segment that the store has, or that held nothing to upload."""
         self.fenced = ""
         self.last_error = ""
-        self.opened_at = time.monotonic()
+        self.opened_at = time.time()
         self.on_fenced: Callable[[Volume, str], None] | None = None
         self.on_published: Callable[[Volume], None] | None = None
         self.on_fault: Callable[[int, int], None] | None = None

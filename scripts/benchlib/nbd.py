@@ -8,6 +8,7 @@ upload to the store running as it does by default.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any, NamedTuple
 
 from benchlib.common import GIB, MIB, Settings, need, say
@@ -15,6 +16,8 @@ from benchlib.report import Report
 from benchlib.targets import GlideFS, Nbdkit, NbdTarget, QemuNbd, fill
 
 VOLUME = 4 * GIB
+BYTES_PER_SECOND = 512 * MIB
+"""Bytes that a run with large requests moves, for each second that a run with small ones takes."""
 
 
 class Load(NamedTuple):
@@ -102,7 +105,12 @@ def measure(report: Report, target: NbdTarget, load: Load, region: int, seconds:
         options["norandommap"] = 1
     sent = target.sent() if isinstance(target, GlideFS) else 0.0
     before = target.cpu()
-    result = target.fio(**options, time_based=1, runtime=seconds)
+    if load.bs == "4k":
+        options |= {"time_based": 1, "runtime": seconds}
+    else:  # by bytes: what a fast server writes in a time is kept in the store by GlideFS
+        options |= {"io_size": seconds * BYTES_PER_SECOND}
+    os.sync()  # what one server left dirty must not be written back during the run of the next
+    result = target.fio(**options)
     report.add(load.name, target.name, unit_of(load), value(load, result))
     report.add(load.name, target.name, "CPU us/op", result.cpu_us)
     if isinstance(target, GlideFS) and "write" in load.rw:

@@ -238,7 +238,10 @@ class Weed:
 
 
 class S3backer:
-    """s3backer (FUSE) on a bucket: one file, `path`, of `size` bytes in blocks of 128 KiB."""
+    """s3backer (FUSE) on a bucket: one file, `path`, of `size` bytes in blocks of 128 KiB.
+
+    No --region: that would make it use host names of buckets.
+    """
 
     name = "s3backer"
 
@@ -260,7 +263,6 @@ class S3backer:
             "--force",
             f"--accessFile={self._work / 's3backer.password'}",
             f"--baseURL={self._endpoint}/",
-            "--region=us-east-1",
             "--blockSize=128k",
             f"--size={self._size}",
             "--prefix=s3backer/",

@@ -183,6 +183,29 @@ def test_tcp_needs_the_token(make_daemon: Make) -> None:
     assert "others can read it" in daemon.fails("run")
 
 
+def test_interrupted_verbs_are_finished(daemon: Daemon) -> None:
+    for name in ("gone", "kept"):
+        daemon.json("create", name, "--size", "64MiB")
+        daemon.io(name, "write -P 5 0 1M")
+    daemon.kill()
+    exports = daemon.base / "cache" / "exports"
+    (exports / "gone.intent").write_text("remove")
+    (exports / "kept.intent").write_text("detach")  # which did not reach the store
+    daemon.start()
+    assert [(e["name"], e["state"]) for e in daemon.json("list")] == [("kept", "serving")]
+    assert daemon.has("kept", 5, "0", "1M")
+    assert [path.parent.name for path in daemon.store.rglob("manifest")] == ["kept"]
+    assert len(daemon.json("logs")) == 1
+    record = (exports / "kept.json").read_bytes()
+    daemon.json("detach", "kept")
+    daemon.stop()
+    (exports / "kept.json").write_bytes(record)
+    (exports / "kept.intent").write_text("detach")  # which did
+    daemon.start()
+    assert daemon.json("list") == []
+    assert not list(exports.glob("kept*"))
+
+
 def test_kill_at_any_moment_of_create_and_remove(make_daemon: Make) -> None:
     """Whatever a crash leaves behind, the next start serves it or the verb can be repeated."""
     daemon = make_daemon().start()

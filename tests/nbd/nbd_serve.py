@@ -109,9 +109,9 @@ class Served:
 
     def close(self) -> None:
         """End everything, in the order of the daemon; fails the test if a thread failed."""
+        self.answering.set()
         self.server.close()
         self._stopping = True
-        self.answering.set()
         for thread in self._threads:
             thread.join(20)
         for core in self.volumes.values():

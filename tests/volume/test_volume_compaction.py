@@ -160,17 +160,13 @@ def test_cost_of_random_writes_over_a_full_volume(rig: Rig) -> None:
         assert len(layers_of(chunk, indices)) <= 4
 
 
-OPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("write"), st.integers(0, 3 * 32 - 1), st.integers(1, 40), st.integers(1, 255)),
-        st.tuples(st.just("zero"), st.integers(0, 3 * 32 - 1), st.integers(1, 70), st.just(0)),
-        st.tuples(
-            st.sampled_from(["drain", "compact", "settle", "forget"]), st.just(0), st.just(0), st.just(0)
-        ),
-    ),
-    min_size=4,
-    max_size=40,
+SECTOR_NUMBER = st.integers(0, 3 * 32 - 1)
+WRITE = st.tuples(st.just("write"), SECTOR_NUMBER, st.integers(1, 40), st.integers(1, 255))
+ZERO = st.tuples(st.just("zero"), SECTOR_NUMBER, st.integers(1, 70), st.just(0))
+STEP = st.tuples(
+    st.sampled_from(["drain", "drain", "compact", "settle", "forget"]), st.just(0), st.just(0), st.just(0)
 )
+OPS = st.lists(st.one_of(WRITE, ZERO, STEP, STEP), min_size=6, max_size=50)
 
 
 @pytest.fixture
@@ -213,6 +209,22 @@ def test_any_history_reads_like_a_byte_array(rig: Rig, shared_host: Host, ops: l
         assert volume.core.pread(base, span) == model
     finally:
         volume.close()
+
+
+def test_a_payload_that_is_partly_zeroed_is_cut(rig: Rig) -> None:
+    host = rig.host(compact_width=3, settle_width=1)
+    volume = rig.create(host, SMALL)
+    volume.core.pwrite(0, b"bottom.." * (BLOCK // 8))
+    volume.drain(20)
+    volume.core.pwrite(0, b"upper..." * 2048)
+    volume.drain(20)
+    volume.core.zero(4096, 4096)
+    volume.drain(20)
+    assert host.compactor.compact(volume, settle=True) > 0
+    assert most_packs(volume) == 2
+    forget_everything_local(host, volume)
+    expected = b"upper..." * 512 + bytes(4096) + b"upper..." * 1024 + b"bottom.." * ((BLOCK - 16384) // 8)
+    assert volume.core.pread(0, BLOCK) == expected
 
 
 def ref(number: int, size: int = 1000) -> PackRef:

@@ -228,3 +228,18 @@ def test_segments_that_this_host_lost_are_not_mistaken_for_new_ones(rig: Rig) ->
     with pytest.raises(Fenced, match="lost"):
         volume.drain(20)
     assert log_segments(volume.log_dir)
+
+
+def test_a_fork_whose_root_comes_too_late_is_failed_loudly(rig: Rig) -> None:
+    host = rig.host(gc_grace=40.0)
+    base = rig.create(host, name="base")
+    base.core.pwrite(0, b"a" * 4096)
+    base.drain(20)
+    fork = lease.fork_root(base.root, "late", base.size, "a", source="volume:base")
+    late = msgspec.structs.replace(fork, created_at=fork.created_at - 11)
+    volume = host.open(record_of(late, published=False), late, None)
+    wait_for(lambda: fenced(volume), "failed")
+    volume.close()
+    in_time = host.open(record_of(fork, published=False), fork, None)
+    in_time.drain(20)
+    assert in_time.core.pread(0, 4096) == b"a" * 4096

@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 
 import pytest
 from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
 
 from glidefs.core.check import CoreError
+from glidefs.errors import AccessDenied
 from glidefs.formats.pack import PackEntry
 from glidefs.volume import lease
 from glidefs.volume.fetch import Wanted, plan_ranges
 from glidefs.volume.host import Host
 from glidefs.volume.keys import merged_key, scoped_key
 from glidefs.volume.readahead import ReadAhead
-from glidefs.volume.volume import Volume
+from glidefs.volume.volume import DrainTimeout, Volume
 
 
 def cold(host: Host, volume: Volume) -> None:
@@ -260,3 +262,41 @@ def test_read_ahead_doubles_and_leaves_a_marker() -> None:
     assert ahead.on_fault(500, 1, 64, 1000) is None  # elsewhere
     assert ahead.on_fault(400, 1, 64, 1000) is None
     assert ReadAhead().on_fault(0, 1, 0, 1000) is None
+
+
+def test_a_host_closes_during_an_outage(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, os.urandom(BLOCK))
+    cold(host, volume)
+    host.meta.indices.clear()
+    rig.memory.set_down(True)
+    volume.core.pwrite(BLOCK, os.urandom(BLOCK))
+    errors: list[Exception] = []
+
+    def read() -> None:
+        try:
+            volume.core.pread(0, 4096)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    with pytest.raises(DrainTimeout):
+        volume.drain(0.2)
+    started = time.monotonic()
+    rig.stop(host)
+    assert time.monotonic() - started < 5
+    thread.join(5)
+    assert len(errors) == 1
+
+
+def test_reads_that_the_store_refuses_wait_and_say_so(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    data = os.urandom(BLOCK)
+    volume.core.pwrite(0, data)
+    cold(host, volume)
+    rig.memory.fail_next("get_range", AccessDenied(op="get_range"), AccessDenied(op="get_range"))
+    assert volume.core.pread(0, BLOCK) == data
+    assert any("the store refuses" in record.message for record in caplog.records)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 
 import pytest
 from volume_rig import BLOCK, MIB, Rig
@@ -119,3 +121,56 @@ def test_no_use_after_close(rig: Rig) -> None:
         volume.core.pread(0, 4096)
     with pytest.raises(Closed):
         volume.drain(1)
+
+
+def test_everything_at_once(rig: Rig) -> None:
+    """Readers and writers against uploads, retirement, compaction and a cache that is too small."""
+    host = rig.host(
+        engine={"cache_bytes": 24 * BLOCK, "segment_bytes": MIB, "log_limit": 24 * MIB},
+        sync_interval=0.03,
+        retire_segments=1,
+        compaction=True,
+        compact_width=5,
+        settle_idle=0.1,
+        pack_bytes=512 * 1024,
+    )
+    volumes = [rig.create(host, SIZE) for _ in range(2)]
+    lanes = 3
+    span = 24 * BLOCK  # of each lane, far apart: lanes share chunks in pairs
+    models = {(v, lane): bytearray(span) for v in range(2) for lane in range(lanes)}
+    failures: list[str] = []
+    stop = time.monotonic() + 6
+
+    def work(v: int, lane: int) -> None:
+        rng = random.Random(100 * v + lane)
+        model, base, core = models[v, lane], lane * 80 * MIB, volumes[v].core
+        while time.monotonic() < stop and not failures:
+            length = rng.choice([512, 4096, 4096, 12288, BLOCK])
+            at = rng.randrange(0, (span - length) // 512 + 1) * 512
+            kind = rng.random()
+            if kind < 0.45:
+                data = rng.randbytes(length)
+                core.pwrite(base + at, data)
+                model[at : at + length] = data
+            elif kind < 0.55:
+                core.zero(base + at, length)
+                model[at : at + length] = bytes(length)
+            elif core.pread(base + at, length) != model[at : at + length]:
+                failures.append(f"volume {v} lane {lane} at {at}+{length}")
+
+    threads = [threading.Thread(target=work, args=key) for key in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    names = [volume.name for volume in volumes]
+    assert all(volume.root.sequence > 5 for volume in volumes)
+    for volume in volumes:
+        volume.drain(30)
+    rig.stop(host)
+    other = rig.host("b")
+    for v, name in enumerate(names):
+        volume = rig.attach(other, name, take_over=True)
+        for lane in range(lanes):
+            assert volume.core.pread(lane * 80 * MIB, span) == models[v, lane]

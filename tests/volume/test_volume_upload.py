@@ -13,10 +13,11 @@ from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
 from glidefs.errors import AccessDenied
-from glidefs.formats.manifest import decode_root
+from glidefs.formats.manifest import decode_root, encode_root
 from glidefs.formats.pack import CHUNK
 from glidefs.names import manifest_key
 from glidefs.volume import lease
+from glidefs.volume.edit import Change, edit
 from glidefs.volume.volume import DrainTimeout
 
 GIB = 1 << 30
@@ -256,6 +257,29 @@ def test_resize_is_committed(rig: Rig) -> None:
     assert other.core.pread(63 * MIB, MIB) == bytes(MIB)
     assert other.core.pread(200 << 30, 4096) == b"y" * 4096
     assert other.core.pread(0, 4096) == b"w" * 4096
+
+
+def test_what_a_shrink_cuts_off_is_gone_from_the_manifest(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host, 4 * CHUNK)
+    for chunk in range(4):
+        volume.core.pwrite(chunk * CHUNK, os.urandom(BLOCK))
+    volume.drain(20)
+    volume.resize(CHUNK + 4096)
+    volume.resize(4 * CHUNK)
+    volume.drain(20)
+    page = volume.root.inline_page
+    assert page is not None
+    assert sorted(page.chunks) == [0, 1]
+    volume.retire_committed()
+    host.engine.cache.evict_all()
+    assert volume.core.pread(CHUNK + 4096, BLOCK) == bytes(BLOCK)
+    assert volume.core.pread(2 * CHUNK, BLOCK) == bytes(BLOCK)
+    manifest = volume.manifest(host.store)
+    shrunk = edit(manifest, Change(size=CHUNK)).root
+    assert shrunk.inline_page is not None
+    assert sorted(shrunk.inline_page.chunks) == [0]
+    encode_root(shrunk)
 
 
 def test_a_pause_stops_commits(rig: Rig) -> None:
