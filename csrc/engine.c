@@ -84,10 +84,14 @@ int glide_engine_open(const struct glide_engine_config *config, glide_engine **o
     return 0;
 }
 
-void glide_engine_close(glide_engine *e)
+void glide_engine_shutdown(glide_engine *e)
 {
     outbox_close(&e->faults);
     outbox_close(&e->events);
+}
+
+void glide_engine_close(glide_engine *e)
+{
     for (unsigned i = 0; i < e->worker_count; i++)
         worker_stop(&e->workers[i]);
     ublk_free_released(e);

@@ -38,7 +38,9 @@ struct glide_engine_config {
 };
 
 int glide_engine_open(const struct glide_engine_config *config, glide_engine **out);
-/* All volumes must be closed. Wakes every thread in glide_faults_next and glide_events_next. */
+/* Every thread in glide_faults_next and glide_events_next gets -ESHUTDOWN, now and later. */
+void glide_engine_shutdown(glide_engine *engine);
+/* All volumes must be closed, and no other call be running. */
 void glide_engine_close(glide_engine *engine);
 
 struct glide_engine_stats {

@@ -9,7 +9,8 @@
  *
  * A multishot poll says when to receive; it fires again only for new data, so
  * receiving goes on until the socket is drained, or stops for back-pressure with
- * `readable` set. A connection is freed when it was ended, has no request in
+ * `readable` set. A short receive means drained, except that the client may have
+ * closed behind it: one event can tell of both. A connection is freed when it was ended, has no request in
  * flight, nothing to send, and no poll armed.
  */
 #include "nbd_conn.h"
@@ -149,7 +150,7 @@ static bool receive(struct nbd_conn *c)
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return errno == EINTR;
     if (n <= 0) {
-        end(c, n ? errno : 0, n < 0 || c->inflight == 0);
+        end(c, n ? errno : 0, n < 0); /* a client may close its half and still read */
         return false;
     }
     uint64_t got = (uint64_t)n, direct = min_u64(got, missing);
@@ -158,7 +159,7 @@ static bool receive(struct nbd_conn *c)
         nbd_filled(c);
     bool more = got > direct || c->head_length ? take(c, buf, c->head_length + got - direct) : true;
     io_flush(c->volume); /* after this nothing refers to the buffer */
-    return more && got == asked;
+    return more && (got == asked || c->hangup);
 }
 
 static void resume(struct task *task, struct worker *w);
@@ -202,6 +203,8 @@ static void on_poll(struct ring_op *op, int res, uint32_t flags)
 
     if (!(flags & IORING_CQE_F_MORE))
         c->polling = false;
+    if (res >= 0)
+        c->hangup |= (res & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
     if (res >= 0 || res == -EAGAIN)
         receive_some(c);
     else if (res != -ECANCELED)

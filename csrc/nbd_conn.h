@@ -43,6 +43,7 @@ struct nbd_conn {
     struct ring_op cancel_op;
     uint32_t cancels;                   /* under way: each names one of the ops above */
     bool readable;                      /* data may be there, but too much is in flight */
+    bool hangup;                        /* the end of the stream waits behind the data */
     bool ended;                         /* nothing more is read */
     bool broken;                        /* nothing more is sent */
     int error;                          /* why it ended: an errno, or 0 */

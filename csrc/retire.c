@@ -23,6 +23,7 @@ struct retire {
     struct volume *v;
     uint64_t limit;     /* retire up to this sequence number */
     uint64_t seq;       /* the segment at work, 0 = none left */
+    struct segment_id id;
     struct disk_file file; /* of it, a duplicate: closing the last fd may take the file system a while */
     uint32_t end;
     struct segment_journal journal;
@@ -48,6 +49,8 @@ static int pick(struct worker *w, void *arg)
     if (!r->file.path || r->file.fd < 0)
         return -ENOMEM;
     r->seq = s->seq;
+    r->id = log->id;
+    r->id.seq = s->seq;
     r->end = s->end;
     return 0;
 }
@@ -95,10 +98,8 @@ static void start_forget(struct call *call, struct worker *w)
 static int retire_one(struct retire *r)
 {
     struct segment_header header;
-    struct segment_id id = r->v->log.id; /* the ids in it never change */
+    int err = r->end ? segment_read_header(&r->file, &r->id, &header) : 0;
 
-    id.seq = r->seq;
-    int err = r->end ? segment_read_header(&r->file, &id, &header) : 0;
     if (!err && r->end)
         err = segment_read_journal(&r->file, &header, r->end, &r->journal);
     if (!err)
@@ -121,6 +122,7 @@ int glide_volume_retire(glide_volume *volume, uint64_t seq)
     bool any = false;
     int err;
 
+    pthread_mutex_lock(&volume->retire_lock);
     while (!(err = worker_call(volume->worker, pick, &r)) && r.seq) {
         err = retire_one(&r);
         disk_close(&r.file);
@@ -129,6 +131,7 @@ int glide_volume_retire(glide_volume *volume, uint64_t seq)
             break;
         any = true;
     }
+    pthread_mutex_unlock(&volume->retire_lock);
     if (any)
         engine_space_freed(volume->engine);
     return err;

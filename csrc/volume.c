@@ -112,6 +112,7 @@ static void volume_free(struct volume *v)
     fault_table_destroy(v);
     volume_count_memory(v);
     log_close(&v->log);
+    pthread_mutex_destroy(&v->retire_lock);
     free(v);
 }
 
@@ -132,6 +133,7 @@ static struct volume *volume_new(struct engine *e, const struct glide_volume_con
                             &v->sync.next, &v->sync.current, &v->sync.store};
     for (size_t i = 0; i < ARRAY_LEN(lists); i++)
         list_init(lists[i]);
+    pthread_mutex_init(&v->retire_lock, NULL);
     log_map_init(&v->map, &e->leaves);
     block_map_init(&v->base, max_u64(e->config.map_budget / 4, 65536));
     table_init(&v->faults);

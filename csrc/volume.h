@@ -57,6 +57,7 @@ struct volume {
     struct ublk_device *ublk;
     uint64_t inflight;          /* requests submitted and not done */
     struct list idle_calls;     /* struct call: wait until inflight is 0 */
+    pthread_mutex_t retire_lock; /* held by the one thread that retires; taken before no other */
     struct stats stats;
 };
 

@@ -257,20 +257,12 @@ def _daemon(config: Config) -> Result:
     return "ok", f"answers on {path}, process {health.get('pid')}"
 
 
-def devices() -> Iterator[int]:
-    """Ids of all ublk devices of this host, by their control nodes."""
-    for node in sorted(Path("/dev").glob("ublkc*")):
-        number = node.name.removeprefix("ublkc")
-        if number.isdigit():
-            yield int(number)
-
-
 def _orphans(config: Config) -> Result:
+    from glidefs.transport.ublk import LIVE, device_tag, devices, query
+
     present = list(devices())
     if not present:
         return "ok", "none"
-    from glidefs.transport.ublk import LIVE, device_tag, query
-
     ours: dict[int, str] = {}
     for record in _records(config):
         ours[device_tag(config.cache.state, record.name, record.volume_id)] = record.name

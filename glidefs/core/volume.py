@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -121,14 +120,12 @@ def install_retry(block: int, count: int) -> Install:
 class CoreVolume(Handle):
     """An open volume of the core. Made by :meth:`Engine.open_volume`; all methods are thread-safe."""
 
-    __slots__ = ("_engine", "_retiring", "config", "devices")
+    __slots__ = ("_engine", "config", "devices")
 
     def __init__(self, engine: Engine, config: VolumeConfig, pointer: Any) -> None:
         super().__init__(pointer)
         self._engine = engine
         self.config = config
-        # The core walks one segment at a time and expects nobody else at it.
-        self._retiring = threading.Lock()
         self.devices = 0
         """ublk devices that are open on the volume: they must be closed first."""
 
@@ -168,7 +165,7 @@ class CoreVolume(Handle):
 
     def retire(self, seq: int) -> None:
         """Forget and unlink all segments up to ``seq``; the reader must use a manifest with them."""
-        with self._use() as volume, self._retiring:
+        with self._use() as volume:
             check(lib.glide_volume_retire(volume, seq), "retire")
 
     def resize(self, size: int) -> None:

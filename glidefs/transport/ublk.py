@@ -10,6 +10,7 @@ import errno
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from blake3 import blake3
@@ -56,10 +57,23 @@ def query(dev_id: int) -> UblkInfo | None:
         raise explained(error) from error
 
 
+def devices() -> Iterator[int]:
+    """Ids of all ublk devices of this host, by their control nodes."""
+    for node in sorted(Path("/dev").glob("ublkc*")):
+        number = node.name.removeprefix("ublkc")
+        if number.isdigit():
+            yield int(number)
+
+
 def explained(error: DeviceError) -> DeviceError:
     """The same error with what to do about it."""
     remedy = _REMEDIES.get(error.errno)
     return DeviceError(f"{error}; {remedy}", errno=error.errno) if remedy else error
+
+
+def _is_served(found: UblkInfo) -> bool:
+    """Whether a process serves the device; one that died may not have been noticed yet."""
+    return found.state == LIVE and Path(f"/proc/{found.server_pid}").exists()
 
 
 class UblkTransport:
@@ -128,6 +142,7 @@ class UblkTransport:
         )
 
     def _add(self, export: Attachment, tag: int, dev_id: int | None) -> UblkDevice:
+        self._delete_lost(export.name, tag)
         if dev_id is not None:
             try:
                 return export.core.start_ublk(self._config(export, tag, dev_id, recover=False))
@@ -136,6 +151,22 @@ class UblkTransport:
                     raise
                 log.warning("%s: device id %d is taken; taking another", export.name, dev_id)
         return export.core.start_ublk(self._config(export, tag, ANY_DEVICE, recover=False))
+
+    def _delete_lost(self, name: str, tag: int) -> None:
+        """Delete devices of this export that no record names: the local disk was lost, or the record late.
+
+        They are not recovered: the log that they promised guests may be gone, and an error is better than
+        other data. Left alone they would make whoever reads them wait for ever.
+        """
+        for dev_id in devices():
+            found = query(dev_id)
+            if found is None or found.tag != tag or _is_served(found):
+                continue
+            log.warning("%s: deleting /dev/ublkb%d, which no record of this host names", name, dev_id)
+            try:
+                ublk.delete(dev_id, tag)
+            except DeviceError as error:
+                log.warning("%s: /dev/ublkb%d cannot be deleted: %s", name, dev_id, error)
 
     def _recover(self, export: Attachment, tag: int, found: UblkInfo) -> UblkDevice:
         device = export.core.start_ublk(self._config(export, tag, found.dev_id, recover=True))

@@ -342,6 +342,7 @@ class Scheduler:
             self.request(volume, seal=True)
         elif event.kind == EventKind.DISK_ERROR:
             log.error("volume %s: the write log cannot be written (errno %d)", volume.name, event.a)
+            self._full(volume)  # where the disk is full, committed segments make room
 
     def _full(self, volume: Volume) -> None:
         """Writers wait: this volume first, and every other whose log could make room."""

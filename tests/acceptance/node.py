@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "daemon"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nbd"))
 
-from daemon_harness import DEADLINE, Daemon, wait_for
+from daemon_harness import DEADLINE, Daemon, servers, wait_for
 from nbd_client import RawClient
 
 from glidefs.cli.client import _UnixConnection
@@ -28,6 +28,7 @@ EMULATED = bool(os.environ.get("GLIDEFS_VM"))
 BUCKET = "glide-test"
 
 Sections = Mapping[str, Mapping[str, str]]
+__all__ = ["DEADLINE", "servers", "wait_for"]  # of others, for those who import this module
 
 
 class Node(Daemon):
@@ -138,7 +139,7 @@ def allocated(path: Path) -> int:
 
 def fio_command(target: str, *options: str) -> list[str]:
     """fio on an NBD URI or a block device."""
-    engine = [f"--uri={target}", "--ioengine=nbd"] if "://" in target else [f"--filename={target}"]
+    engine = ["--ioengine=nbd", f"--uri={target}"] if "://" in target else [f"--filename={target}"]
     if "://" not in target:
         engine += ["--ioengine=libaio", "--direct=1"]
     return ["fio", "--name=job", "--output-format=json", "--thread", "--randrepeat=1", *engine, *options]

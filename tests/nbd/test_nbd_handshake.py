@@ -381,11 +381,11 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.binary(max_size=8) | st.sampled_from([b"\0\0\0\3", b"\0\0\0\1"]), rest=st.lists(FRAGMENTS))
 def test_any_bytes_end_in_a_hang_up_or_an_attach(fuzzed: Bench, start: bytes, rest: list[bytes]) -> None:
+    known = set(fuzzed.core.attached)
     with fuzzed.connect() as client:
         _send_quietly(client, start + b"".join(rest))
         with contextlib.suppress(OSError):
             client.socket.shutdown(socket.SHUT_WR)
-        known = set(fuzzed.core.attached)
         end = time.monotonic() + 20
         client.socket.settimeout(0.02)
         while set(fuzzed.core.attached) == known:

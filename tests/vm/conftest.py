@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "acceptance")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "acceptance"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import figures
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,6 @@ def ended(node: Node) -> Iterator[Node]:
         if node.process is not None and node.process.poll() is None:
             node.process.kill()
             node.process.wait()
-            time.sleep(0)
         if os.environ.get("GLIDEFS_DAEMON_LOG"):
             shutil.copy(node.base / "daemon.log", os.environ["GLIDEFS_DAEMON_LOG"])
 

@@ -1,0 +1,435 @@
+/*
+ * The core without Python, under many threads, for ThreadSanitizer and
+ * AddressSanitizer. usage: stress DIR SECONDS [SEED]
+ *
+ * Each volume has client threads that own disjoint stripes of it and check every
+ * sector they read against the generation they wrote last; besides, everything
+ * that Python does at run time goes on at once: faults are answered (from a
+ * base that never changes), segments sealed, gathered, "committed" (the base
+ * keeps what was gathered) and retired, slots evicted, statistics read, NBD
+ * clients come and go, volumes are closed and opened again.
+ */
+#include "../glide_core_internal.h"
+
+#include <endian.h>
+#include <errno.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#define VOLUMES 3
+#define CLIENTS 3
+#define BLOCKS 24
+#define SECTORS (BLOCKS * GLIDE_BLOCK_SECTORS)
+#define MUST(x)                                                                                                  \
+    do {                                                                                                         \
+        int64_t must_result = (x);                                                                               \
+        if (must_result < 0) {                                                                                   \
+            fprintf(stderr, "%s:%d: %s = %lld: %s\n", __FILE__, __LINE__, #x, (long long)must_result,            \
+                    glide_error());                                                                              \
+            abort();                                                                                             \
+        }                                                                                                        \
+    } while (0)
+
+struct volume_state {
+    glide_volume *volume;
+    pthread_rwlock_t open;              /* read: use `volume`; write: replace it */
+    atomic_bool pause;                  /* clients keep away: the volume is to be replaced */
+    uint64_t cookie;
+    char log_dir[512];
+    uint8_t id[16];
+    uint64_t committed;
+    pthread_mutex_t base_lock;          /* guards base */
+    uint8_t base[BLOCKS][GLIDE_BLOCK];  /* what "the store" holds */
+    uint64_t written[SECTORS];          /* generation of each sector; a sector has one writer */
+};
+
+static glide_engine *engine;
+static struct volume_state states[VOLUMES];
+static atomic_bool stop;
+static atomic_int clients_left; /* the uploaders go on until it is 0 */
+static atomic_ullong operations;
+
+static uint32_t next_random(uint64_t *seed)
+{
+    *seed ^= *seed << 13;
+    *seed ^= *seed >> 7;
+    *seed ^= *seed << 17;
+    return (uint32_t)(*seed >> 16);
+}
+
+/* A sector's content is its number and generation, repeated; generation 0 is zeros. */
+static void fill_sector(uint8_t *buf, uint64_t sector, uint64_t generation)
+{
+    uint64_t *words = (uint64_t *)(void *)buf;
+
+    for (int i = 0; i < GLIDE_SECTOR / 16; i++) {
+        words[2 * i] = generation ? sector : 0;
+        words[2 * i + 1] = generation;
+    }
+}
+
+static void check_sector(const uint8_t *buf, uint64_t sector, uint64_t generation)
+{
+    uint8_t want[GLIDE_SECTOR];
+
+    fill_sector(want, sector, generation);
+    if (memcmp(buf, want, GLIDE_SECTOR)) {
+        uint64_t got[2];
+        memcpy(got, buf, sizeof(got));
+        fprintf(stderr, "sector %llu: want generation %llu, got sector %llu generation %llu\n",
+                (unsigned long long)sector, (unsigned long long)generation, (unsigned long long)got[0],
+                (unsigned long long)got[1]);
+        abort();
+    }
+}
+
+static void open_volume(struct volume_state *s)
+{
+    struct glide_volume_config config = {.cookie = s->cookie,
+                                         .log_dir = s->log_dir,
+                                         .size = (uint64_t)SECTORS * GLIDE_SECTOR,
+                                         .committed_seq = s->committed,
+                                         .always_verify = 1};
+    struct glide_recovery recovery;
+
+    memcpy(config.volume_id, s->id, 16);
+    memcpy(config.log_id, s->id, 16);
+    MUST(glide_volume_open(engine, &config, &s->volume, &recovery));
+}
+
+/* ---- what Python does -------------------------------------------------------------------- */
+
+static void block_key(uint8_t *key, const uint8_t *data)
+{
+    uint64_t a = 0xcbf29ce484222325u, b = 0x9e3779b97f4a7c15u;
+
+    for (int i = 0; i < GLIDE_BLOCK; i += 8) {
+        uint64_t w;
+        memcpy(&w, data + i, 8);
+        a = (a ^ w) * 0x100000001b3u;
+        b = (b + w) * 0xd6e8feb86659fd93u ^ b >> 29;
+    }
+    memcpy(key, &a, 8);
+    memcpy(key + 8, &b, 8);
+}
+
+static void answer(struct volume_state *s, const struct glide_fault *fault)
+{
+    static const uint8_t zeros[GLIDE_BLOCK];
+    static __thread uint8_t copy[GLIDE_BLOCK];
+    uint8_t key[16];
+
+    for (uint64_t block = fault->block; block < fault->block + fault->count; block++) {
+        struct glide_install i = {.block = block, .count = 1, .kind = GLIDE_INSTALL_ZERO};
+        struct glide_slot slot;
+        pthread_mutex_lock(&s->base_lock);
+        memcpy(copy, s->base[block], GLIDE_BLOCK);
+        pthread_mutex_unlock(&s->base_lock);
+        if (memcmp(copy, zeros, GLIDE_BLOCK)) {
+            block_key(key, copy);
+            int got = glide_cache_lookup(engine, key, &slot);
+            while (!got && (got = glide_cache_insert(engine, key, key, copy, &slot)) == -EAGAIN) {
+                got = 0;
+                usleep(100);
+            }
+            MUST(got);
+            i.kind = GLIDE_INSTALL_SLOT;
+            i.slot = slot.slot;
+            i.generation = slot.generation;
+        }
+        MUST(glide_volume_install(s->volume, fault->stamp, &i, 1));
+    }
+}
+
+static void *fault_thread(void *arg)
+{
+    struct glide_fault fault;
+    int got;
+
+    (void)arg;
+    while ((got = glide_faults_next(engine, 8, 100, &fault)) != -ESHUTDOWN) {
+        if (!got)
+            continue;
+        struct volume_state *s = &states[fault.volume % VOLUMES];
+        pthread_rwlock_rdlock(&s->open);
+        if (s->cookie == fault.volume)
+            answer(s, &fault);
+        pthread_rwlock_unlock(&s->open);
+    }
+    return NULL;
+}
+
+static void *event_thread(void *arg)
+{
+    struct glide_event events[16];
+
+    (void)arg;
+    while (glide_events_next(engine, 100, events, 16) != -ESHUTDOWN)
+        ;
+    return NULL;
+}
+
+/* Seal, gather into the base, commit, retire: the uploader. */
+static void upload(struct volume_state *s)
+{
+    const struct glide_entry *entries;
+    const struct glide_extent *extents;
+    glide_gather *g;
+    uint64_t seq;
+    static __thread uint8_t data[GLIDE_BLOCK];
+
+    MUST(glide_volume_seal(s->volume, &seq));
+    if (seq <= s->committed)
+        return;
+    MUST(glide_volume_sync(s->volume));
+    MUST(glide_gather_open(s->volume, s->log_dir, s->id, s->id, s->committed + 1, seq, &g));
+    pthread_mutex_lock(&s->base_lock);
+    uint64_t n = glide_gather_extents(g, &extents);
+    for (uint64_t i = 0; i < n; i++)
+        memset(s->base[extents[i].block], 0, extents[i].count * GLIDE_BLOCK);
+    n = glide_gather_entries(g, &entries);
+    for (uint64_t i = 0; i < n; i++) {
+        MUST(glide_gather_fill(g, i, 1, data, sizeof(data)));
+        glide_block_overlay(s->base[entries[i].block], entries[i].mask, entries[i].zero_mask, data);
+    }
+    pthread_mutex_unlock(&s->base_lock);
+    glide_gather_close(g);
+    s->committed = seq;
+    MUST(glide_volume_committed(s->volume, seq));
+    MUST(glide_volume_retire(s->volume, seq));
+}
+
+/* Requests under way may need the uploader or the fault thread to end: let both go on until all have. */
+static void reopen(struct volume_state *s)
+{
+    atomic_store(&s->pause, true);
+    while (pthread_rwlock_trywrlock(&s->open)) {
+        pthread_rwlock_rdlock(&s->open);
+        upload(s);
+        pthread_rwlock_unlock(&s->open);
+        usleep(1000);
+    }
+    MUST(glide_volume_close(s->volume));
+    s->cookie += VOLUMES;
+    open_volume(s);
+    pthread_rwlock_unlock(&s->open);
+    atomic_store(&s->pause, false);
+}
+
+static void enter(struct volume_state *s)
+{
+    while (atomic_load(&s->pause))
+        usleep(100);
+    pthread_rwlock_rdlock(&s->open);
+}
+
+static void *upload_thread(void *arg)
+{
+    struct volume_state *s = arg;
+    uint64_t seed = 77 + s->cookie;
+    struct glide_volume_stats stats;
+    struct glide_volume_info info;
+    struct glide_engine_stats all;
+
+    while (atomic_load(&clients_left)) {
+        usleep(next_random(&seed) % 20000);
+        pthread_rwlock_rdlock(&s->open);
+        upload(s);
+        MUST(glide_volume_info_get(s->volume, &info));
+        MUST(glide_volume_stats_get(s->volume, &stats));
+        glide_engine_stats_get(engine, &all);
+        pthread_rwlock_unlock(&s->open);
+        if (next_random(&seed) % 16 == 0)
+            glide_cache_evict_all(engine);
+        if (next_random(&seed) % 32 == 0)
+            reopen(s);
+    }
+    return NULL;
+}
+
+/* ---- clients ---------------------------------------------------------------------------------- */
+
+struct client {
+    struct volume_state *s;
+    uint32_t index;
+    uint64_t seed;
+    uint8_t buf[8 * GLIDE_SECTOR];
+};
+
+static void write_some(struct client *c, uint64_t sector, uint32_t count)
+{
+    struct volume_state *s = c->s;
+
+    for (uint32_t i = 0; i < count; i++)
+        fill_sector(c->buf + i * GLIDE_SECTOR, sector + i, s->written[sector + i] + 1);
+    if (next_random(&c->seed) % 4 == 0) { /* in halves of sectors: read-modify-write */
+        uint64_t half = GLIDE_SECTOR / 2, at = sector * GLIDE_SECTOR, length = (uint64_t)count * GLIDE_SECTOR;
+        MUST(glide_volume_io(s->volume, GLIDE_WRITE, 0, at, half, c->buf));
+        MUST(glide_volume_io(s->volume, GLIDE_WRITE, 0, at + half, length - half, c->buf + half));
+    } else {
+        int flags = next_random(&c->seed) % 8 ? 0 : GLIDE_FUA;
+        MUST(glide_volume_io(s->volume, GLIDE_WRITE, flags, sector * GLIDE_SECTOR, (uint64_t)count * GLIDE_SECTOR,
+                             c->buf));
+    }
+    for (uint32_t i = 0; i < count; i++)
+        s->written[sector + i]++;
+}
+
+static void read_some(struct client *c, uint64_t sector, uint32_t count)
+{
+    MUST(glide_volume_io(c->s->volume, GLIDE_READ, 0, sector * GLIDE_SECTOR, (uint64_t)count * GLIDE_SECTOR, c->buf));
+    for (uint32_t i = 0; i < count; i++)
+        check_sector(c->buf + i * GLIDE_SECTOR, sector + i, c->s->written[sector + i]);
+}
+
+static void zero_some(struct client *c, uint64_t sector, uint32_t count)
+{
+    MUST(glide_volume_io(c->s->volume, GLIDE_ZERO, 0, sector * GLIDE_SECTOR, (uint64_t)count * GLIDE_SECTOR, NULL));
+    for (uint32_t i = 0; i < count; i++) {
+        uint8_t zeros[GLIDE_SECTOR] = {0};
+        c->s->written[sector + i] = 0;
+        check_sector(zeros, sector + i, 0);
+    }
+}
+
+/* Each client owns every CLIENTS-th group of 8 sectors. */
+static void *client_thread(void *arg)
+{
+    struct client *c = arg;
+
+    while (!atomic_load(&stop)) {
+        uint64_t groups = SECTORS / 8 / CLIENTS;
+        uint64_t sector = ((next_random(&c->seed) % groups) * CLIENTS + c->index) * 8 + next_random(&c->seed) % 4;
+        uint32_t count = 1 + next_random(&c->seed) % 4, what = next_random(&c->seed) % 16;
+        enter(c->s);
+        if (what < 7)
+            write_some(c, sector, count);
+        else if (what < 14)
+            read_some(c, sector, count);
+        else if (what == 14)
+            zero_some(c, sector, count);
+        else
+            MUST(glide_volume_io(c->s->volume, GLIDE_FLUSH, 0, 0, 0, NULL));
+        pthread_rwlock_unlock(&c->s->open);
+        atomic_fetch_add(&operations, 1);
+    }
+    atomic_fetch_sub(&clients_left, 1);
+    return NULL;
+}
+
+/* ---- an NBD client that reads, disconnects in the middle, and comes again ---------------------------- */
+
+struct request {
+    uint32_t magic;
+    uint16_t flags, type;
+    uint64_t cookie, offset;
+    uint32_t length;
+} __attribute__((packed));
+
+static void nbd_session(struct volume_state *s, uint64_t id, uint64_t *seed)
+{
+    int fds[2];
+    glide_conn *conn;
+    static __thread uint8_t sink[65536];
+
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds))
+        abort();
+    MUST(glide_nbd_attach(s->volume, fds[0], id, 1, NULL, 0, &conn));
+    for (uint32_t i = 0; i < 20; i++) {
+        struct request r = {.magic = htobe32(0x25609513), .cookie = i, .length = htobe32(16384)};
+        r.offset = htobe64((uint64_t)(next_random(seed) % (SECTORS - 4)) * GLIDE_SECTOR);
+        if (write(fds[1], &r, sizeof(r)) != sizeof(r))
+            abort();
+    }
+    uint64_t want = next_random(seed) % 2 ? 20 * (16384 + 16) : 30000, got = 0;
+    while (got < want) {
+        ssize_t n = read(fds[1], sink, sizeof(sink));
+        if (n <= 0)
+            abort();
+        got += (uint64_t)n;
+    }
+    if (next_random(seed) % 2) {
+        close(fds[1]);
+    } else {
+        MUST(glide_nbd_detach(s->volume, id));
+        close(fds[1]);
+    }
+}
+
+static void *nbd_thread(void *arg)
+{
+    struct volume_state *s = arg;
+    uint64_t seed = 99 + s->cookie, id = 1;
+
+    while (!atomic_load(&stop)) {
+        enter(s);
+        nbd_session(s, id++, &seed);
+        pthread_rwlock_unlock(&s->open);
+    }
+    atomic_fetch_sub(&clients_left, 1);
+    return NULL;
+}
+
+/* ---- main ----------------------------------------------------------------------------------------------- */
+
+static void start(struct volume_state *s, int index, const char *dir)
+{
+    pthread_rwlock_init(&s->open, NULL);
+    pthread_mutex_init(&s->base_lock, NULL);
+    s->cookie = (uint64_t)index + VOLUMES;
+    memset(s->id, index + 1, 16);
+    snprintf(s->log_dir, sizeof(s->log_dir), "%s/log%d", dir, index);
+    open_volume(s);
+}
+
+int main(int argc, char **argv)
+{
+    pthread_t threads[2 + VOLUMES * (CLIENTS + 2)];
+    static struct client clients[VOLUMES][CLIENTS];
+    int n = 0;
+
+    if (argc < 3) {
+        fprintf(stderr, "usage: stress DIR SECONDS [SEED]\n");
+        return 2;
+    }
+    uint64_t seed = argc > 3 ? strtoull(argv[3], NULL, 10) * 2 + 1 : 0x5eed;
+    struct glide_engine_config config = {.workers = 3,
+                                         .segment_sectors = 32,
+                                         .log_limit = 3 << 20,
+                                         .map_budget = 1 << 20,
+                                         .cache_bytes = 12 * GLIDE_BLOCK,
+                                         .cache_dir = argv[1]};
+    MUST(glide_engine_open(&config, &engine));
+    for (int i = 0; i < VOLUMES; i++)
+        start(&states[i], i, argv[1]);
+    atomic_store(&clients_left, VOLUMES * (CLIENTS + 1));
+    pthread_create(&threads[n++], NULL, fault_thread, NULL);
+    pthread_create(&threads[n++], NULL, event_thread, NULL);
+    for (int i = 0; i < VOLUMES; i++) {
+        pthread_create(&threads[n++], NULL, upload_thread, &states[i]);
+        pthread_create(&threads[n++], NULL, nbd_thread, &states[i]);
+        for (uint32_t k = 0; k < CLIENTS; k++) {
+            clients[i][k] = (struct client){.s = &states[i], .index = k, .seed = seed + (uint64_t)i * 100 + k + 1};
+            pthread_create(&threads[n++], NULL, client_thread, &clients[i][k]);
+        }
+    }
+    sleep((unsigned)atoi(argv[2]));
+    atomic_store(&stop, true);
+    for (int i = 2; i < n; i++)
+        pthread_join(threads[i], NULL);
+    for (int i = 0; i < VOLUMES; i++)
+        MUST(glide_volume_close(states[i].volume));
+    glide_engine_shutdown(engine);
+    pthread_join(threads[0], NULL);
+    pthread_join(threads[1], NULL);
+    glide_engine_close(engine);
+    printf("stress: %llu operations, no difference\n", (unsigned long long)atomic_load(&operations));
+    return 0;
+}

