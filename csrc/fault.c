@@ -231,6 +231,7 @@ struct selection {
     uint64_t count;
     uint64_t first, end;  /* blocks */
     uint64_t deadline_ns; /* with a waiter that came no later */
+    const void *tag;      /* NULL, or only with a waiter of it */
 };
 
 static bool select_block(uint64_t block, uint64_t value, void *arg)
@@ -240,12 +241,36 @@ static bool select_block(uint64_t block, uint64_t value, void *arg)
     if (block < s->first || block >= s->end)
         return false;
     for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w; w = w->next) {
-        if (w->req->start_ns <= s->deadline_ns) {
+        if (w->req->start_ns <= s->deadline_ns && (!s->tag || w->req->tag == s->tag)) {
             s->blocks[s->count++] = block;
             break;
         }
     }
     return false;
+}
+
+/* Fail the waiters of a block that have a tag. The block stays in the table: Python's answer will come. */
+static void cancel_block(struct volume *v, uint64_t block, const void *tag, int err)
+{
+    struct waiting *waiting = (struct waiting *)(uintptr_t)*table_find(&v->faults, block);
+    struct waiter *cancelled = NULL;
+
+    for (struct waiter **at = &waiting->first; *at;) {
+        struct waiter *w = *at;
+        if (w->req->tag != tag) {
+            at = &w->next;
+            continue;
+        }
+        *at = w->next;
+        w->next = cancelled;
+        cancelled = w;
+    }
+    for (struct waiter *w = cancelled, *next; w; w = next) {
+        next = w->next;
+        v->waiting--;
+        io_piece_done(w->req, err);
+        free(w);
+    }
 }
 
 static void resolve_selected(struct volume *v, struct selection s, int err)
@@ -256,9 +281,18 @@ static void resolve_selected(struct volume *v, struct selection s, int err)
     if (!s.blocks)
         return;
     table_filter(&v->faults, select_block, &s);
-    for (uint64_t i = 0; i < s.count; i++)
-        fault_resolve(v, s.blocks[i], err);
+    for (uint64_t i = 0; i < s.count; i++) {
+        if (s.tag)
+            cancel_block(v, s.blocks[i], s.tag, err);
+        else
+            fault_resolve(v, s.blocks[i], err);
+    }
     free(s.blocks);
+}
+
+void fault_cancel(struct volume *v, const void *tag, int err)
+{
+    resolve_selected(v, (struct selection){.end = UINT64_MAX, .deadline_ns = UINT64_MAX, .tag = tag}, err);
 }
 
 void fault_resolve_all(struct volume *v, int err)

@@ -23,6 +23,8 @@ int fault_wait(struct volume *v, uint64_t block, struct io_req *req);
 void fault_resolve(struct volume *v, uint64_t block, int err);
 void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err);
 void fault_resolve_all(struct volume *v, int err);
+/* Fail the pieces of requests with this tag; others go on waiting. */
+void fault_cancel(struct volume *v, const void *tag, int err);
 /* Resolve with ETIMEDOUT-turned-EIO what has waited since before `deadline_ns`. */
 void fault_expire(struct volume *v, uint64_t deadline_ns);
 uint64_t fault_waiting(const struct volume *v);

@@ -247,6 +247,24 @@ void io_flush(struct volume *v)
     sync_kick(v);
 }
 
+void io_cancel(struct volume *v, const void *tag, int err)
+{
+    struct list cancelled;
+
+    list_init(&cancelled);
+    for (struct list *at = v->batch.next, *next; at != &v->batch; at = next) {
+        next = at->next;
+        if (container_of(at, struct io_req, link)->tag == tag) {
+            list_remove(at);
+            list_append(&cancelled, at);
+        }
+    }
+    for (struct list *e; (e = list_pop(&cancelled));)
+        io_finish(container_of(e, struct io_req, link), err);
+    fault_cancel(v, tag, err);
+    sync_cancel(v, tag, err);
+}
+
 void io_fail_parked(struct volume *v, int err)
 {
     struct list failed;

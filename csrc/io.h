@@ -20,6 +20,7 @@ struct io_req {
     struct volume *volume;
     uint8_t *buf;                /* WRITE: data; READ: where to put it; valid until done(), but see own() */
     uint64_t offset, length;     /* bytes, multiples of 512, within the volume */
+    const void *tag;             /* of the submitter's choice: what io_cancel goes by */
     uint8_t op;                  /* enum glide_op */
     uint8_t flags;               /* GLIDE_FUA, IO_LOCAL, IO_INTERNAL */
     void (*done)(struct io_req *req, int err); /* 0 or a positive errno; may free the request */
@@ -52,6 +53,9 @@ void io_submit(struct io_req *req);
  * submitted it, else at the end of the worker's round. On return no WRITE refers to its first buf. */
 void io_flush(struct volume *v);
 
+/* Fail, with a positive errno, the requests with this tag that wait for space, for the store or for a commit. */
+void io_cancel(struct volume *v, const void *tag, int err);
+
 /* ---- between the parts of the request code ---- */
 
 void io_finish(struct io_req *req, int err);
@@ -81,6 +85,7 @@ void sync_kick(struct volume *v);
 /* Segments up to committed_seq are in the store now. */
 void sync_committed(struct volume *v);
 void sync_fail_waiters(struct volume *v, int err);
+void sync_cancel(struct volume *v, const void *tag, int err);
 
 /* Fail everything that waits, with a positive errno. */
 void io_fail_parked(struct volume *v, int err);

@@ -64,6 +64,7 @@ int io_zero_split(struct io_req *req)
         z->left++;
         z->parts[i] = (struct part){.owner = z,
                                     .req = {.volume = req->volume,
+                                            .tag = req->tag,
                                             .buf = zeroes,
                                             .offset = cut[i],
                                             .length = cut[i + 1] - cut[i],
@@ -143,6 +144,7 @@ static void rmw_read(struct rmw *r)
         r->seen[i] = log_map_find(&v->map, r->sector[i]);
         r->reads[i] = (struct part){.owner = r,
                                     .req = {.volume = v,
+                                            .tag = r->write->tag,
                                             .buf = r->merged + (r->sector[i] - r->sector[0]) * SECTOR,
                                             .offset = r->sector[i] * SECTOR,
                                             .length = SECTOR,

@@ -48,6 +48,7 @@ static void conn_free(struct nbd_conn *c)
         call_done(container_of(e, struct call, link), 0);
     if (c->filling)
         nbd_req_free(c->filling);
+    free(c->rest);
     free(c);
     volume_idle_check(v);
 }
@@ -86,6 +87,16 @@ static void end(struct nbd_conn *c, int error, bool broken)
         shutdown(c->fd, SHUT_RDWR);
 }
 
+/* We end the connection: what waits for the store or for space fails now; the peer gets the replies it takes. */
+static void leave(struct nbd_conn *c)
+{
+    c->leaving = true;
+    end(c, ESHUTDOWN, c->send_polling); /* it does not read: nothing to wait for */
+    io_cancel(c->volume, c, ESHUTDOWN);
+    if (list_empty(&c->send_link)) /* replies first, then advance() */
+        list_append(&c->worker->senders, &c->send_link);
+}
+
 static void drop_replies(struct nbd_conn *c)
 {
     for (struct list *e; (e = list_pop(&c->replies));) {
@@ -112,25 +123,44 @@ static void advance(struct nbd_conn *c)
 
 /* ---- receive ------------------------------------------------------------------------------------ */
 
-static bool too_busy(const struct nbd_conn *c)
-{
-    return c->inflight >= NBD_MAX_INFLIGHT || c->inflight_bytes >= NBD_MAX_INFLIGHT_BYTES;
-}
-
-/* Bytes that arrived for the start of the receive buffer `data`. False: the connection ends. */
-static bool take(struct nbd_conn *c, uint8_t *data, uint64_t length)
+/* Carry out bytes that are in memory for the moment only; keeps what is not used. False: the connection ends. */
+static bool consume(struct nbd_conn *c, const uint8_t *data, uint64_t length)
 {
     uint64_t skip = min_u64(c->skip, length);
 
     c->skip -= skip;
     int64_t used = nbd_parse(c, data + skip, length - skip);
+    io_flush(c->volume); /* after this no request refers to `data` */
     if (used < 0) {
         end(c, EPROTO, true);
         return false;
     }
-    c->head_length = (uint32_t)(length - skip - (uint64_t)used);
-    memcpy(c->head, data + skip + used, c->head_length);
+    data += skip + (uint64_t)used;
+    length -= skip + (uint64_t)used;
+    if (length < NBD_REQUEST_BYTES) {
+        c->head_length = (uint32_t)length;
+        memcpy(c->head, data, length);
+        return !c->ended;
+    }
+    c->head_length = 0;
+    c->rest = malloc(length);
+    if (!c->rest) {
+        end(c, ENOMEM, true);
+        return false;
+    }
+    memcpy(c->rest, data, length);
+    c->rest_length = length;
     return !c->ended;
+}
+
+/* Go on with what was received before. */
+static void consume_rest(struct nbd_conn *c)
+{
+    uint8_t *rest = c->rest;
+
+    c->rest = NULL;
+    consume(c, rest, c->rest_length);
+    free(rest);
 }
 
 /* One receive. False: drained, ended, or wait. */
@@ -157,8 +187,11 @@ static bool receive(struct nbd_conn *c)
     c->filled += direct;
     if (c->filling && c->filled == c->filling->io.length)
         nbd_filled(c);
-    bool more = got > direct || c->head_length ? take(c, buf, c->head_length + got - direct) : true;
-    io_flush(c->volume); /* after this nothing refers to the buffer */
+    bool more = true;
+    if (got > direct || c->head_length)
+        more = consume(c, buf, c->head_length + got - direct);
+    else
+        io_flush(c->volume);
     return more && (got == asked || c->hangup);
 }
 
@@ -168,13 +201,15 @@ static void receive_some(struct nbd_conn *c)
 {
     c->readable = false;
     for (int i = 0; !c->ended; i++) {
-        if (too_busy(c) || i == ROUNDS) {
+        if (c->rest && !nbd_too_busy(c))
+            consume_rest(c);
+        if (nbd_too_busy(c) || c->rest || i == ROUNDS) {
             c->readable = true;
-            if (i == ROUNDS && list_empty(&c->resume_task.link))
+            if (!nbd_too_busy(c) && list_empty(&c->resume_task.link))
                 worker_defer(c->worker, &c->resume_task);
             break;
         }
-        if (!receive(c))
+        if (!receive(c) && !c->rest)
             break;
     }
 }
@@ -272,11 +307,18 @@ static void send_replies(struct nbd_conn *c)
         ssize_t n = sendmsg(c->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (n >= 0)
             sent_bytes(c, (uint64_t)n);
-        else if (errno == EAGAIN)
+        else if (errno == EAGAIN && !c->leaving)
             arm_send_poll(c);
         else if (errno != EINTR)
             end(c, errno, true);
     }
+}
+
+/* Replies went: is there room for more requests? */
+static void resume_later(struct nbd_conn *c)
+{
+    if (c->readable && !c->ended && !nbd_too_busy(c) && list_empty(&c->resume_task.link))
+        worker_defer(c->worker, &c->resume_task);
 }
 
 static void on_writable(struct ring_op *op, int res, uint32_t flags)
@@ -287,6 +329,7 @@ static void on_writable(struct ring_op *op, int res, uint32_t flags)
     (void)flags;
     c->send_polling = false;
     send_replies(c);
+    resume_later(c);
     advance(c);
 }
 
@@ -295,7 +338,6 @@ void nbd_reply(struct nbd_req *r)
     struct nbd_conn *c = r->conn;
 
     c->inflight--;
-    c->inflight_bytes -= r->charged;
     list_append(&c->replies, &r->io.link);
     if (list_empty(&c->send_link))
         list_append(&c->worker->senders, &c->send_link);
@@ -306,8 +348,7 @@ void nbd_send_all(struct worker *w)
     for (struct list *e; (e = list_pop(&w->senders));) {
         struct nbd_conn *c = container_of(e, struct nbd_conn, send_link);
         send_replies(c);
-        if (c->readable && !c->ended && !too_busy(c) && list_empty(&c->resume_task.link))
-            worker_defer(w, &c->resume_task);
+        resume_later(c);
         advance(c);
     }
 }
@@ -338,8 +379,7 @@ static int do_attach(struct worker *w, void *arg)
     arm_poll(c);
     if (a->early_length) {
         memcpy(w->scratch, a->early, a->early_length);
-        take(c, w->scratch, a->early_length);
-        io_flush(v);
+        consume(c, w->scratch, a->early_length);
         advance(c);
     }
     return 0;
@@ -386,9 +426,7 @@ void nbd_close_all(struct volume *v)
     for (struct list *at = v->conns.next, *next; at != &v->conns; at = next) {
         struct nbd_conn *c = container_of(at, struct nbd_conn, link);
         next = at->next;
-        end(c, ESHUTDOWN, false);
-        if (list_empty(&c->send_link)) /* replies first, then advance() */
-            list_append(&c->worker->senders, &c->send_link);
+        leave(c);
     }
 }
 
@@ -396,14 +434,13 @@ static void start_detach(struct call *call, struct worker *w)
 {
     struct attach *a = call->arg;
 
+    (void)w;
     list_each(at, &a->volume->conns) {
         struct nbd_conn *c = container_of(at, struct nbd_conn, link);
         if (c->id != a->id)
             continue;
         list_append(&c->detach_calls, &call->link);
-        end(c, ESHUTDOWN, false);
-        if (list_empty(&c->send_link))
-            list_append(&w->senders, &c->send_link);
+        leave(c);
         return;
     }
     call_done(call, 0); /* gone already */

@@ -15,8 +15,8 @@
 #define NBD_REQUEST_BYTES 28u
 #define NBD_REPLY_BYTES 16u
 #define NBD_MAX_LENGTH (32u << 20)      /* of a READ or WRITE */
-#define NBD_MAX_INFLIGHT 1024u          /* requests of a connection; then it is not read from */
-#define NBD_MAX_INFLIGHT_BYTES (64u << 20)
+#define NBD_MAX_HELD 1024u              /* requests of a connection; then it is not read from */
+#define NBD_MAX_HELD_BYTES (64u << 20)
 
 struct nbd_conn {
     struct list link;                   /* volume->conns */
@@ -33,6 +33,8 @@ struct nbd_conn {
     struct nbd_req *filling;            /* a WRITE whose payload is being received... */
     uint64_t filled;                    /* ...so far */
     uint64_t skip;                      /* payload of a refused WRITE, to be thrown away */
+    uint8_t *rest;                      /* received while too much was in flight; nothing is read before it is used */
+    uint64_t rest_length;
 
     /* sending */
     struct list replies;                /* io_req.link of nbd_req, in order */
@@ -45,10 +47,12 @@ struct nbd_conn {
     bool readable;                      /* data may be there, but too much is in flight */
     bool hangup;                        /* the end of the stream waits behind the data */
     bool ended;                         /* nothing more is read */
+    bool leaving;                       /* we end it: replies that the peer does not take are dropped */
     bool broken;                        /* nothing more is sent */
     int error;                          /* why it ended: an errno, or 0 */
-    uint32_t inflight;
-    uint64_t inflight_bytes;
+    uint32_t inflight;                  /* requests that the volume has */
+    uint32_t held;                      /* those, and replies not sent */
+    uint64_t held_bytes;                /* their memory */
     struct task resume_task;
     struct list detach_calls;
 };
@@ -58,7 +62,7 @@ struct nbd_req {
     struct nbd_conn *conn;
     uint16_t type;
     uint8_t reply[NBD_REPLY_BYTES];
-    uint32_t charged;                   /* to conn->inflight_bytes */
+    uint32_t charged;                   /* to conn->held_bytes */
     uint64_t data_length;               /* of the reply: a READ that went well */
     uint8_t *buf;                       /* owned, of capacity `size`; NULL: io.buf is the receive buffer's */
     uint64_t size;
@@ -71,9 +75,13 @@ void nbd_send_all(struct worker *w);
 void nbd_close_all(struct volume *v);
 
 /* ---- nbd_request.c: for nbd_conn.c ---- */
+static inline bool nbd_too_busy(const struct nbd_conn *c)
+{
+    return c->held >= NBD_MAX_HELD || c->held_bytes >= NBD_MAX_HELD_BYTES;
+}
 /*
- * Carry out what `data` holds. Returns the bytes used: all but an incomplete header. An incomplete payload
- * becomes conn->filling. -EPROTO: the connection must end.
+ * Carry out what `data` holds. Returns the bytes used: all but an incomplete header, and what comes after the
+ * connection became too busy. An incomplete payload becomes conn->filling. -EPROTO: the connection must end.
  */
 int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length);
 /* The payload of conn->filling is complete. */

@@ -63,6 +63,8 @@ static bool need_buf(struct nbd_req *r, uint64_t length)
 
 void nbd_req_free(struct nbd_req *r)
 {
+    r->conn->held--;
+    r->conn->held_bytes -= r->charged;
     free(r->buf);
     free(r);
 }
@@ -111,8 +113,10 @@ static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *
     list_init(&r->io.link);
     bool data = (h->type == NBD_READ || h->type == NBD_WRITE) && h->length <= NBD_MAX_LENGTH;
     r->charged = data ? h->length : 0;
+    r->io.tag = c;
     c->inflight++;
-    c->inflight_bytes += r->charged;
+    c->held++;
+    c->held_bytes += r->charged;
     return r;
 }
 
@@ -221,7 +225,7 @@ int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length)
 {
     uint64_t at = 0;
 
-    while (!c->ended && length - at >= NBD_REQUEST_BYTES) {
+    while (!c->ended && !nbd_too_busy(c) && length - at >= NBD_REQUEST_BYTES) {
         const uint8_t *payload = data + at + NBD_REQUEST_BYTES;
         int64_t used = start(c, data + at, payload, length - at - NBD_REQUEST_BYTES);
         if (used < 0)

@@ -100,8 +100,10 @@ int segment_read_header(struct disk_file *f, const struct segment_id *id, struct
         return fail(-EUCLEAN, "%s: no valid segment header", f->path);
     if (h->version != VERSION)
         return fail(-ENOTSUP, "%s: segment version %u is not supported by this release", f->path, h->version);
-    if (memcmp(h->volume_id, id->volume_id, 16) || memcmp(h->log_id, id->log_id, 16) || h->seq != id->seq)
-        return fail(-EUCLEAN, "%s: belongs to another log", f->path);
+    if (memcmp(h->volume_id, id->volume_id, 16) || memcmp(h->log_id, id->log_id, 16))
+        return fail(-ESTALE, "%s: belongs to another log", f->path);
+    if (h->seq != id->seq) /* a spare whose new header never reached the disk */
+        return fail(-EUCLEAN, "%s: the header is that of another segment", f->path);
     if (h->sectors == 0 || h->sectors > SEGMENT_MAX_SECTORS)
         return fail(-EUCLEAN, "%s: impossible geometry", f->path);
     return 0;

@@ -76,7 +76,7 @@ void segment_record_seal(struct segment_record *r, uint64_t salt, uint32_t index
 /* Write a header for a new file. -errno. */
 int segment_write_header(struct disk_file *f, const struct segment_id *id, uint32_t sectors, uint64_t previous_seq,
                          uint32_t previous_end);
-/* -EUCLEAN: not a header of this log (fail() text set); -errno of the read. */
+/* -EUCLEAN: not a header of this segment; -ESTALE: one of another log; -errno of the read. fail() text set. */
 int segment_read_header(struct disk_file *f, const struct segment_id *id, struct segment_header *out);
 
 /* A journal in memory. */

@@ -78,6 +78,18 @@ void sync_fail_waiters(struct volume *v, int err)
     finish_list(&v->sync.store, err);
 }
 
+void sync_cancel(struct volume *v, const void *tag, int err)
+{
+    for (struct list *at = v->sync.store.next, *next; at != &v->sync.store; at = next) {
+        struct io_req *req = container_of(at, struct io_req, link);
+        next = at->next;
+        if (req->tag == tag) {
+            list_remove(at);
+            io_finish(req, err);
+        }
+    }
+}
+
 static bool lost_data(const struct volume *v)
 {
     for (uint32_t i = 0; i < v->log.count; i++) {

@@ -267,7 +267,7 @@ class Compactor:
         if time.monotonic() - started > self._settings.gc_grace / 2:
             raise StoreError("compaction took too long", key=volume.name, op="commit", temporary=True)
         for pack in merged.packs:
-            self._meta.indices.put(pack.ref.id, pack.index)
+            self._meta.add_index(pack.ref, pack.index, pack.tail)
         change = Change(replaces=tuple(merged.replaces))
         self._uploader.retry(volume, lambda: volume.committer.commit(self._puts, change), started)
         counters = self._uploader.counters

@@ -22,6 +22,7 @@ from glidefs.formats.manifest import Root
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import local, logs
 from glidefs.volume.compactor import Compactor
+from glidefs.volume.index_files import IndexFiles
 from glidefs.volume.meta import MetaCache
 from glidefs.volume.retire import Retirer
 from glidefs.volume.scheduler import EventHandler, Scheduler, lower_priority
@@ -50,7 +51,8 @@ class Host:
         self.node = node
         self.state_dir = state_dir
         self.settings = settings
-        self.meta = MetaCache(settings.index_cache_bytes, settings.page_cache_pages)
+        index_files = IndexFiles(state_dir / "indices", settings.index_disk_bytes)
+        self.meta = MetaCache(settings.index_cache_bytes, settings.page_cache_pages, index_files)
         self.lock_of_conditions = threading.Lock()
         self._lock = threading.Lock()
         self._volumes: dict[int, Volume] = {}

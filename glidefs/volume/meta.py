@@ -5,23 +5,27 @@ All of it is immutable, so it is cached by id for the whole host and shared by e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from glidefs.errors import CorruptObject
+from glidefs.formats.atomic import write_file_atomic
 from glidefs.formats.manifest import EMPTY_PAGE, PAGE_CHUNKS, PackRef, Page, Root, decode_page
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, PackIndex, decode_index
 from glidefs.names import pack_key, page_key
 from glidefs.store.base import ObjectStore
+from glidefs.volume.index_files import IndexFiles
 from glidefs.volume.lru import LoadingCache
 
 _INDEX_OVERHEAD = 256
 
 
 class MetaCache:
-    """Pages and pack indices of the host, by id; ``page_dir`` holds local copies of pages, if any."""
+    """Pages and pack indices of the host, by id; ``files`` keeps copies of indices on the local disk."""
 
-    def __init__(self, index_bytes: int, pages: int) -> None:
+    def __init__(self, index_bytes: int, pages: int, files: IndexFiles | None = None) -> None:
+        self._files = files
         self.indices: LoadingCache[bytes, PackIndex] = LoadingCache(
             index_bytes, lambda index: index.nbytes + _INDEX_OVERHEAD
         )
@@ -29,19 +33,30 @@ class MetaCache:
 
     def index(self, store: ObjectStore, prefix: str, ref: PackRef) -> PackIndex:
         """The index of a pack. Raises CorruptObject, NotFound, StoreError."""
-        return self.indices.get(ref.id, lambda: _load_index(store, prefix, ref))
+        return self.indices.get(ref.id, lambda: self._load_index(store, prefix, ref))
+
+    def add_index(self, ref: PackRef, index: PackIndex, tail: bytes) -> None:
+        """Keep the index of a pack that was just put; ``tail`` holds the pack's last bytes."""
+        self.indices.put(ref.id, index)
+        if self._files is not None:
+            self._files.put(ref, tail)
 
     def page(self, store: ObjectStore, prefix: str, page_id: bytes, local: Path | None = None) -> Page:
         """A manifest page, from the copy in directory ``local`` if it is there."""
         return self.pages.get(page_id, lambda: _load_page(store, prefix, page_id, local))
 
-
-def _load_index(store: ObjectStore, prefix: str, ref: PackRef) -> PackIndex:
-    key = pack_key(prefix, ref.id.hex())
-    tail, size = store.get_suffix(key, ref.index_length)
-    if size != ref.size:
-        raise CorruptObject(key, size, f"the pack has {size} bytes, its manifest says {ref.size}")
-    return decode_index(key, tail, size)
+    def _load_index(self, store: ObjectStore, prefix: str, ref: PackRef) -> PackIndex:
+        key = pack_key(prefix, ref.id.hex())
+        kept = self._files.get(key, ref) if self._files is not None else None
+        if kept is not None:
+            return kept
+        tail, size = store.get_suffix(key, ref.index_length)
+        if size != ref.size:
+            raise CorruptObject(key, size, f"the pack has {size} bytes, its manifest says {ref.size}")
+        index = decode_index(key, tail, size)
+        if self._files is not None:
+            self._files.put(ref, bytes(tail))
+        return index
 
 
 def _load_page(store: ObjectStore, prefix: str, page_id: bytes, local: Path | None) -> Page:
@@ -53,7 +68,13 @@ def _load_page(store: ObjectStore, prefix: str, page_id: bytes, local: Path | No
         except (OSError, CorruptObject):
             pass  # the store has it
     key = page_key(prefix, name)
-    return decode_page(key, store.get(key).data)
+    data = store.get(key).data
+    page = decode_page(key, data)
+    if local is not None and local.parent.exists():
+        with contextlib.suppress(OSError):  # a copy for a start while the store is away
+            local.mkdir(exist_ok=True)
+            write_file_atomic(local / name, data)
+    return page
 
 
 class Manifest:

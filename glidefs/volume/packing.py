@@ -35,11 +35,15 @@ SHRINKS = 0.97
 
 
 class BuiltPack(msgspec.Struct, frozen=True):
-    """A pack that the store has: its reference, the chunks it has blocks of, its decoded index."""
+    """A pack that the store has: its reference, the chunks it has blocks of, its index.
+
+    ``tail`` holds its last bytes: the index as it is stored, and the trailer.
+    """
 
     ref: PackRef
     chunks: tuple[int, ...]
     index: PackIndex
+    tail: bytes
 
 
 class Item(NamedTuple):
@@ -105,6 +109,7 @@ def put_pack(
     key = pack_key(prefix, new.hex())
     size = HEADER_SIZE + len(area) + len(index) + TRAILER_SIZE
     put(key, [encode_header(), area, index, trailer])
-    decoded = decode_index(key, index + trailer, size)
+    tail = index + trailer
+    decoded = decode_index(key, tail, size)
     chunks = tuple(sorted({entry.block // CHUNK_BLOCKS for entry in entries}))
-    return BuiltPack(PackRef(new, size, len(index) + TRAILER_SIZE, level), chunks, decoded)
+    return BuiltPack(PackRef(new, size, len(index) + TRAILER_SIZE, level), chunks, decoded, tail)

@@ -18,7 +18,8 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     Reading: ``reader_threads`` answer guest faults of at most ``fault_blocks`` blocks each,
     ``fetch_threads`` help with the ranged GETs of one fault, ``prefetch_threads`` read ahead.
     ``coalesce_gap``: bytes between two payloads that are read rather than ending the request;
-    ``fetch_bytes``: largest ranged GET of a fault that several requests share.
+    ``fetch_bytes``: largest ranged GET of a fault that several requests share. Pack indices are kept
+    up to ``index_cache_bytes`` in memory and ``index_disk_bytes`` in the state directory.
 
     Uploading: ``uploaders`` volumes at once, ``put_threads`` packs in the making (each holds up to
     twice ``pack_bytes``). ``batch_bytes`` of sealed log make a volume due before its age does;
@@ -42,6 +43,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     coalesce_gap: int = 64 << 10
     fetch_bytes: int = 2 * MIB
     index_cache_bytes: int = 32 * MIB
+    index_disk_bytes: int = 128 * MIB
     page_cache_pages: int = 32
     store_patience: float = 5.0
     uploaders: int = 2

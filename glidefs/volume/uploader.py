@@ -121,7 +121,7 @@ class Uploader:
             # The collector may take packs that no manifest named in time: make them anew.
             raise StoreError("the upload took too long", key=volume.name, op="commit", temporary=True)
         for pack in built:
-            self._meta.indices.put(pack.ref.id, pack.index)
+            self._meta.add_index(pack.ref, pack.index, pack.tail)
         change = Change(
             drops=drops,
             appends=tuple(Append(pack.ref, pack.chunks) for pack in built),

@@ -11,7 +11,7 @@ import contextlib
 import os
 from typing import Any, NamedTuple
 
-from benchlib.common import GIB, MIB, Settings, need, say
+from benchlib.common import GIB, MIB, Run, Settings, need, say
 from benchlib.report import Report
 from benchlib.targets import GlideFS, Nbdkit, NbdTarget, QemuNbd, fill
 
@@ -98,26 +98,35 @@ def rounds(
 
 
 def measure(report: Report, target: NbdTarget, load: Load, region: int, seconds: int) -> None:
-    """One run. The backlog of a write is uploaded before the next one, and its CPU time counted, too."""
-    target.settle()
+    """One run. GlideFS writes as much again before it, unmeasured, so that the upload is under way."""
     options: dict[str, Any] = {"rw": load.rw, "bs": load.bs, "iodepth": load.depth, "size": region}
     if load.rw.startswith("rand"):
         options["norandommap"] = 1
-    sent = target.sent() if isinstance(target, GlideFS) else 0.0
-    before = target.cpu()
     if load.bs == "4k":
         options |= {"time_based": 1, "runtime": seconds}
     else:  # by bytes: what a fast server writes in a time is kept in the store by GlideFS
         options |= {"io_size": seconds * BYTES_PER_SECOND}
+    target.settle()
     os.sync()  # what one server left dirty must not be written back during the run of the next
-    result = target.fio(**options)
+    if isinstance(target, GlideFS) and "write" in load.rw:
+        result = measure_upload(report, target, load, options)
+    else:
+        result = target.fio(**options)
     report.add(load.name, target.name, unit_of(load), value(load, result))
     report.add(load.name, target.name, "CPU us/op", result.cpu_us)
-    if isinstance(target, GlideFS) and "write" in load.rw:
-        report.add(load.name, target.name, "MB uploaded meanwhile", (target.sent() - sent) / 1e6)
-        target.drain()
-        drained = (target.cpu() - before) / max(1, result.ops) * 1e6
-        report.add(load.name, target.name, "CPU us/op until drained", drained)
+
+
+def measure_upload(report: Report, target: GlideFS, load: Load, options: dict[str, Any]) -> Run:
+    """A run of writes with the upload of earlier ones under way, and what all of it costs until drained."""
+    cpu = target.cpu()
+    earlier = target.fio(**options)
+    sent = target.sent()
+    result = target.fio(**options)
+    report.add(load.name, target.name, "MB uploaded meanwhile", (target.sent() - sent) / 1e6)
+    target.drain()
+    ops = max(1, earlier.ops + result.ops)
+    report.add(load.name, target.name, "CPU us/op until drained", (target.cpu() - cpu) / ops * 1e6)
+    return result
 
 
 def value(load: Load, result: Any) -> float:

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import subprocess
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -170,10 +171,10 @@ def plot(report: Report, path: Path) -> None:
         say(f"no plot: matplotlib is not installed ({path.name} is left out)")
         return
     units = list(dict.fromkeys(f.unit for f in report.figures))
-    servers = list(dict.fromkeys(f.server for f in report.figures))
     grid, axes = pyplot.subplots(len(units), 1, figsize=(11, 3.6 * len(units)), squeeze=False)
     for axis, unit in zip(axes[:, 0], units, strict=True):
         loads = list(dict.fromkeys(f.load for f in report.figures if f.unit == unit))
+        servers = list(dict.fromkeys(f.server for f in report.figures if f.unit == unit))
         width = 0.8 / len(servers)
         for i, server in enumerate(servers):
             found = {f.load: f for f in report.figures if f.unit == unit and f.server == server}
@@ -186,11 +187,16 @@ def plot(report: Report, path: Path) -> None:
                 [max(f.values) - f.median for f in bars],
             ]
             axis.bar(at, [f.median for f in bars], width, yerr=spread, capsize=2, label=server)
-        axis.set_xticks([n + 0.4 - width / 2 for n in range(len(loads))], loads, fontsize=7)
+        axis.set_xticks([n + 0.4 - width / 2 for n in range(len(loads))], labels(loads), fontsize=7)
         axis.set_ylabel(unit)
         axis.legend(fontsize=7)
     grid.suptitle(f"GlideFS: {report.section} (median, least and most)")
-    grid.tight_layout()
+    grid.tight_layout(rect=(0, 0, 1, 0.98))
     grid.savefig(path, dpi=110)
     pyplot.close(grid)
     say(f"wrote {path}")
+
+
+def labels(loads: Sequence[str]) -> list[str]:
+    """Names of loads in lines short enough to stand side by side."""
+    return ["\n".join(textwrap.wrap(load, 18)) for load in loads]

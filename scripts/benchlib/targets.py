@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchlib.common import MIB, PATIENCE, BenchError, Child, accepts, cpu_seconds, fio, random_file, say
+from benchlib.common import MIB, PATIENCE, BenchError, Child, Run, accepts, cpu_seconds, fio, random_file, say
 
 WEED_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -37,7 +37,7 @@ class NbdTarget:
         assert self.child is not None
         return self.child.pid
 
-    def fio(self, **options: Any) -> Any:
+    def fio(self, **options: Any) -> Run:
         """Run fio's nbd engine against it."""
         return fio({"ioengine": "nbd", "uri": self.uri, **options}, self.pid)
 
@@ -226,7 +226,7 @@ class Weed:
 
     def __init__(self, work: Path) -> None:
         sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests"))
-        import servers
+        import servers  # type: ignore[import-not-found]
 
         data = work / "weed"
         data.mkdir()
@@ -289,7 +289,7 @@ class S3backer:
         self.child.stop()
         self.child = None
 
-    def fio(self, **options: Any) -> Any:
+    def fio(self, **options: Any) -> Run:
         """Run fio on the file: synchronous I/O, as many threads as `numjobs` says."""
         pid = self.child.pid if self.child else None
         return fio({"ioengine": "psync", "filename": self.path, **options}, pid)

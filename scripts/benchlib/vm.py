@@ -119,7 +119,7 @@ def pairs(
         say(f"vm: {load}, round {number + 1} of {settings.rounds}")
         if rw == "randwrite":
             glide.settle()
-        options = {"rw": rw, "bs": "4k", "iodepth": 32, "norandommap": 1}
+        options: dict[str, Any] = {"rw": rw, "bs": "4k", "iodepth": 32, "norandommap": 1}
         options |= {"time_based": 1, "runtime": settings.seconds}
         result = job(glide.device, region, glide.pid, **options)
         report.add(load, glide.name, "IOPS", result.iops)

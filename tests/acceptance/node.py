@@ -32,7 +32,10 @@ __all__ = ["DEADLINE", "servers", "wait_for"]  # of others, for those who import
 
 
 class Node(Daemon):
-    """``settings`` are TOML values by section and key, over few defaults."""
+    """``settings`` are TOML values by section and key, over few defaults.
+
+    With an S3 ``endpoint`` the store is below the name of the base directory in ``BUCKET``.
+    """
 
     def __init__(self, base: Path, *, endpoint: str = "", settings: Sections | None = None) -> None:
         self._endpoint = endpoint
@@ -49,7 +52,8 @@ class Node(Daemon):
             "daemon": {"node": f'"{node}"'},
         }
         if self._endpoint:
-            sections["store"] = {"url": f'"s3://{BUCKET}/root"', "endpoint_url": f'"{self._endpoint}"'}
+            url = f"s3://{BUCKET}/{self.base.name}"
+            sections["store"] = {"url": f'"{url}"', "endpoint_url": f'"{self._endpoint}"'}
         for name, keys in self._settings.items():
             sections.setdefault(name, {}).update(keys)
         lines: list[str] = []

@@ -4,6 +4,7 @@ over the real daemon and SeaweedFS. Everything is found again when the local dis
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def s3(place: Path) -> Iterator[str]:
 
 @pytest.fixture
 def node(place: Path, s3: str, request: pytest.FixtureRequest) -> Iterator[Node]:
-    base = place / "n"
+    base = place / re.sub(r"\W+", "-", request.node.name)[-20:].strip("-")
     with rig.no_leftovers(), rig.ended(Node(base, endpoint=s3, settings=SETTINGS)) as made:
         yield made.start()
     shutil.rmtree(base)

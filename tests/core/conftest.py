@@ -1,0 +1,31 @@
+"""Fixtures of the tests of the C core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_rig import CoreRig, inject_nothing, trace
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[Callable[..., CoreRig]]:
+    """Engines with options of the test's choice; closed at its end."""
+    rigs: list[CoreRig] = []
+
+    def make(**config: Any) -> CoreRig:
+        rigs.append(CoreRig(tmp_path, **config))
+        return rigs[-1]
+
+    yield make
+    inject_nothing()
+    trace(None)
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def rig(make_rig: Callable[..., CoreRig]) -> CoreRig:
+    return make_rig()

@@ -1,0 +1,132 @@
+"""Gather: what sealed segments hold, exactly, as of the last of them."""
+
+from __future__ import annotations
+
+import errno
+import random
+
+import pytest
+from core_rig import BLOCK, MIB, SECTOR, CoreRig, inject, pattern
+
+from glidefs.core.gather import Gather, log_segments
+from glidefs.errors import CorruptLog
+
+
+def test_newest_version_of_each_sector(rig: CoreRig) -> None:
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, 3 * SECTOR))
+    vol.core.pwrite(SECTOR, pattern(2, SECTOR))
+    vol.core.zero(2 * SECTOR, SECTOR)
+    vol.core.zero(5 * BLOCK, 3 * BLOCK)
+    vol.core.pwrite(6 * BLOCK + SECTOR, pattern(3, SECTOR))
+    seq = vol.core.seal()
+    with vol.gather(seq) as gather:
+        entries = list(gather.entries())
+        assert [tuple(entry) for entry in entries] == [(0, 3, 4), (6, 2, 0xFFFFFFFD)]
+        assert [(extent.block, extent.count) for extent in gather.extents()] == [(5, 1), (7, 1)]
+        data = bytearray(gather.nbytes(0, 2))
+        gather.fill(0, 2, data)
+        assert data == pattern(1, SECTOR) + pattern(2, SECTOR) + pattern(3, SECTOR)
+
+
+def test_newer_writes_do_not_leak_in(rig: CoreRig) -> None:
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    seq = vol.core.seal()
+    vol.core.pwrite(0, pattern(2, SECTOR))
+    vol.core.pwrite(BLOCK, pattern(2, SECTOR))
+    with vol.gather(seq) as gather:
+        assert [tuple(entry) for entry in gather.entries()] == [(0, 1, 0)]
+        data = bytearray(SECTOR)
+        gather.fill(0, 1, data)
+        assert data == pattern(1, SECTOR)
+    vol.core.seal()
+    with vol.gather(seq + 1) as gather:
+        assert len(gather) == 2
+
+
+def test_the_active_segment_is_not_gathered(rig: CoreRig) -> None:
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    with vol.gather(1 << 30) as gather:
+        assert not len(gather)
+        assert not gather.extents()
+
+
+@pytest.mark.parametrize("where", ["data", "record"])
+def test_a_damaged_record_uploads_nothing(rig: CoreRig, where: str) -> None:
+    """! The records must be those that were acknowledged: else the store would get older data."""
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    vol.core.pwrite(0, pattern(2, SECTOR))
+    seq = vol.core.seal()
+    segment = vol.segments()[0]
+    segment.flip(segment.data_at(1) if where == "data" else segment.record_at(1))
+    with pytest.raises(CorruptLog) as caught:
+        vol.gather(seq)
+    assert "0000000000000001.seg" in str(caught.value)
+    assert "1 of 2" in str(caught.value)
+
+
+def test_what_recovery_dropped_is_not_missed(rig: CoreRig) -> None:
+    vol = rig.vol(always_verify=True)
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    vol.core.pwrite(0, pattern(2, SECTOR))
+    vol.close()
+    segment = vol.segments()[0]
+    segment.flip(segment.data_at(1))
+    vol.open()
+    vol.commit()
+    assert vol.core.pread(0, SECTOR) == pattern(1, SECTOR)
+
+
+def test_what_a_failed_append_left_is_not_gathered(rig: CoreRig) -> None:
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    inject(2, errno.EIO, skip=1, count=1)
+    vol.core.pwrite(0, pattern(2, SECTOR))
+    vol.core.pwrite(0, pattern(3, SECTOR))
+    vol.commit()
+    assert vol.base[0] == pattern(3, SECTOR) + bytes(BLOCK - SECTOR)
+
+
+def test_offline(rig: CoreRig) -> None:
+    vol = rig.vol()
+    for i in range(40):
+        vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
+    vol.core.flush()
+    vol.close()
+    assert log_segments(vol.dir) == [1, 2, 3]
+    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1, 99) as gather:
+        data = bytearray(gather.nbytes(0, len(gather)))
+        gather.fill(0, len(gather), data)
+        assert data == b"".join(pattern(i, SECTOR) for i in range(40))
+    segment = vol.segments()[1]
+    segment.flip(segment.data_at(2))  # offline takes what is there
+    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1, 99) as gather:
+        assert gather.nbytes(0, len(gather)) == 39 * SECTOR
+    assert log_segments(vol.dir / "absent") == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_against_a_model(rig: CoreRig, seed: int) -> None:
+    """After random writes and discards, base + gathers = the volume."""
+    rng = random.Random(seed)
+    size = 2 * MIB
+    vol = rig.vol(size)
+    model = bytearray(size)
+    for _ in range(8):
+        for step in range(rng.randrange(1, 60)):
+            offset = rng.randrange(0, size, SECTOR)
+            length = min(rng.choice([1, 1, 2, 7, 32, 33, 100]) * SECTOR, size - offset)
+            if rng.random() < 0.6:
+                data = pattern(seed * 1000 + step, length)
+                vol.core.pwrite(offset, data)
+                model[offset : offset + length] = data
+            else:
+                vol.core.zero(offset, length)
+                model[offset : offset + length] = bytes(length)
+        vol.commit(retire=rng.random() < 0.5)
+        image = b"".join(vol.base.get(block, bytes(BLOCK)) for block in range(size // BLOCK))
+        assert image == model
+    assert vol.core.pread(0, size) == model
