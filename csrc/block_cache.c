@@ -121,7 +121,8 @@ static void index_load(struct block_cache *c, uint64_t data_bytes)
             break;
         for (uint32_t i = 0; i < (size_t)n / sizeof(*e) && base + i < c->capacity; i++) {
             uint32_t slot = base + i;
-            if (!e[i].used || e[i].slot != slot || e[i].check != XXH3_64bits(&e[i], offsetof(struct index_entry, check)) ||
+            if (!e[i].used || e[i].slot != slot ||
+                e[i].check != XXH3_64bits(&e[i], offsetof(struct index_entry, check)) ||
                 cache_offset(slot) + GLIDE_BLOCK > data_bytes || find(c, e[i].key))
                 continue;
             struct cache_slot *s = &c->slots[slot];

@@ -15,9 +15,9 @@
 struct cache_slot {
     _Atomic uint64_t word; /* generation << 32 | pins */
     uint8_t key[16], hash[16];
-    uint32_t next;         /* in the bucket's chain: slot + 1 */
+    uint32_t next; /* in the bucket's chain: slot + 1 */
     _Atomic uint8_t referenced;
-    uint8_t used;          /* in the hash table */
+    uint8_t used; /* in the hash table */
     uint8_t verified;
 };
 
@@ -26,8 +26,8 @@ struct block_cache {
     int fd, index_fd;
     struct cache_slot *slots;
     uint32_t capacity;
-    uint32_t touched;       /* slots [0, touched) were used at some time */
-    uint32_t *buckets;      /* slot + 1 */
+    uint32_t touched;  /* slots [0, touched) were used at some time */
+    uint32_t *buckets; /* slot + 1 */
     uint32_t bucket_mask;
     uint32_t hand;          /* of CLOCK (Corbato 1968) */
     uint64_t full_until_ns; /* the disk was full: reuse slots until then */

@@ -21,7 +21,7 @@ enum disk_kind {
     DISK_DIR_BEGIN,  /* the same for the entries of a directory */
     DISK_DIR_END,
     DISK_UNLINK,
-    DISK_RENAME,     /* data = the new path */
+    DISK_RENAME, /* data = the new path */
     DISK_KINDS
 };
 

@@ -13,7 +13,7 @@ struct volume;
 struct io_req;
 
 void outbox_init(struct outbox *o);
-void outbox_close(struct outbox *o);   /* wake everybody for good */
+void outbox_close(struct outbox *o); /* wake everybody for good */
 void outbox_destroy(struct outbox *o);
 
 /* ---- worker ---- */

@@ -14,7 +14,7 @@
 
 struct source {
     uint64_t seq;
-    uint32_t end, valid;  /* what the volume knows; UINT32_MAX offline */
+    uint32_t end, valid; /* what the volume knows; UINT32_MAX offline */
     uint32_t sectors;
     struct disk_file file;
 };

@@ -27,12 +27,12 @@ const char *glide_error(void);
 /* ---- engine: one per process ------------------------------------------- */
 
 struct glide_engine_config {
-    uint32_t workers;          /* threads, each with one io_uring; 0 = min(CPUs, 32) */
-    uint32_t segment_sectors;  /* data sectors of a log segment: 8 .. 2^24 - 1 */
-    uint64_t log_limit;        /* bytes that all write logs together may allocate */
-    uint64_t map_budget;       /* bytes of log maps and block maps */
-    uint64_t cache_bytes;      /* bytes of the block cache's file, at least 8 blocks */
-    const char *cache_dir;     /* holds blocks.data and blocks.index */
+    uint32_t workers;             /* threads, each with one io_uring; 0 = min(CPUs, 32) */
+    uint32_t segment_sectors;     /* data sectors of a log segment: 8 .. 2^24 - 1 */
+    uint64_t log_limit;           /* bytes that all write logs together may allocate */
+    uint64_t map_budget;          /* bytes of log maps and block maps */
+    uint64_t cache_bytes;         /* bytes of the block cache's file, at least 8 blocks */
+    const char *cache_dir;        /* holds blocks.data and blocks.index */
     uint32_t log_full_timeout_ms; /* 0 = writers wait for ever */
     uint32_t read_timeout_ms;     /* 0 = readers of absent blocks wait for ever */
 };
@@ -44,16 +44,16 @@ void glide_engine_shutdown(glide_engine *engine);
 void glide_engine_close(glide_engine *engine);
 
 struct glide_engine_stats {
-    uint64_t log_bytes;        /* allocated by all logs */
+    uint64_t log_bytes; /* allocated by all logs */
     uint64_t log_limit;
     uint64_t map_bytes;
     uint64_t map_budget;
-    uint64_t cache_slots;      /* capacity */
+    uint64_t cache_slots; /* capacity */
     uint64_t cache_used;
-    uint64_t cache_hits;       /* look-ups from Python that found the key */
+    uint64_t cache_hits; /* look-ups from Python that found the key */
     uint64_t cache_misses;
     uint64_t cache_evictions;
-    uint64_t faults_queued;    /* waiting in glide_faults_next's queue now */
+    uint64_t faults_queued; /* waiting in glide_faults_next's queue now */
     uint32_t workers;
 };
 void glide_engine_stats_get(glide_engine *engine, struct glide_engine_stats *out); /* never blocks */
@@ -62,24 +62,24 @@ void glide_engine_stats_get(glide_engine *engine, struct glide_engine_stats *out
 
 /* A run of absent blocks that requests wait for. */
 struct glide_fault {
-    uint64_t volume;           /* the cookie given at open */
-    uint64_t block;            /* first block */
-    uint64_t stamp;            /* lowest stamp of the run: hand it back to glide_volume_install */
-    uint32_t count;            /* blocks */
+    uint64_t volume; /* the cookie given at open */
+    uint64_t block;  /* first block */
+    uint64_t stamp;  /* lowest stamp of the run: hand it back to glide_volume_install */
+    uint32_t count;  /* blocks */
 };
 /* 1 = *out filled; 0 = timeout; -ESHUTDOWN = engine closes. Any number of threads. */
 int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms, struct glide_fault *out);
 
 enum glide_event_kind {
-    GLIDE_EV_SEALED = 1,       /* a = sequence number of the segment just sealed by size */
-    GLIDE_EV_LOG_FULL,         /* writers of this volume wait for log space */
-    GLIDE_EV_MAP_FULL,         /* writers of this volume wait for map memory */
-    GLIDE_EV_STORE_FLUSH,      /* flush = "store": a flush waits for the commit of segment a */
-    GLIDE_EV_SYNC_FAILED,      /* fdatasync failed: a = segment, b = errno */
-    GLIDE_EV_DISK_ERROR,       /* append failed: a = errno; the writers wait, it is tried again */
-    GLIDE_EV_FIRST_DIRTY,      /* the volume was clean and took a write */
-    GLIDE_EV_CONN_CLOSED,      /* NBD connection a (its id) ended; b = errno or 0 */
-    GLIDE_EV_UBLK_DOWN,        /* every tag of the volume's ublk queue was given back */
+    GLIDE_EV_SEALED = 1,  /* a = sequence number of the segment just sealed by size */
+    GLIDE_EV_LOG_FULL,    /* writers of this volume wait for log space */
+    GLIDE_EV_MAP_FULL,    /* writers of this volume wait for map memory */
+    GLIDE_EV_STORE_FLUSH, /* flush = "store": a flush waits for the commit of segment a */
+    GLIDE_EV_SYNC_FAILED, /* fdatasync failed: a = segment, b = errno */
+    GLIDE_EV_DISK_ERROR,  /* append failed: a = errno; the writers wait, it is tried again */
+    GLIDE_EV_FIRST_DIRTY, /* the volume was clean and took a write */
+    GLIDE_EV_CONN_CLOSED, /* NBD connection a (its id) ended; b = errno or 0 */
+    GLIDE_EV_UBLK_DOWN,   /* every tag of the volume's ublk queue was given back */
 };
 struct glide_event {
     uint64_t volume;
@@ -92,25 +92,25 @@ int glide_events_next(glide_engine *engine, int timeout_ms, struct glide_event *
 /* ---- volumes -------------------------------------------------------------- */
 
 struct glide_volume_config {
-    uint64_t cookie;           /* names the volume in faults and events */
-    const char *log_dir;       /* directory of this log's segments; created when absent */
+    uint64_t cookie;     /* names the volume in faults and events */
+    const char *log_dir; /* directory of this log's segments; created when absent */
     uint8_t volume_id[16];
     uint8_t log_id[16];
-    uint64_t size;             /* bytes, a multiple of 4096 */
-    uint64_t committed_seq;    /* segments up to here are in the store and are unlinked, not replayed */
+    uint64_t size;          /* bytes, a multiple of 4096 */
+    uint64_t committed_seq; /* segments up to here are in the store and are unlinked, not replayed */
     uint8_t read_only;
-    uint8_t flush_store;       /* FLUSH and FUA wait for the commit */
-    uint8_t always_verify;     /* check data hashes even if the boot id is the one of the writer */
-    uint8_t no_trim;           /* reserved, 0 */
+    uint8_t flush_store;   /* FLUSH and FUA wait for the commit */
+    uint8_t always_verify; /* check data hashes even if the boot id is the one of the writer */
+    uint8_t no_trim;       /* reserved, 0 */
 };
 struct glide_recovery {
-    uint64_t segments, records, bytes;  /* replayed */
-    uint64_t dropped;                   /* torn records that no sync covered */
-    uint64_t last_seq;                  /* 0 = empty log */
+    uint64_t segments, records, bytes; /* replayed */
+    uint64_t dropped;                  /* torn records that no sync covered */
+    uint64_t last_seq;                 /* 0 = empty log */
 };
 /* Replays the log and serves. -EUCLEAN: bit rot below a synced position (glide_error names it). */
-int glide_volume_open(glide_engine *engine, const struct glide_volume_config *config,
-                      glide_volume **out, struct glide_recovery *recovery);
+int glide_volume_open(glide_engine *engine, const struct glide_volume_config *config, glide_volume **out,
+                      struct glide_recovery *recovery);
 /* Ends connections and queues of the volume, waits for its running I/O, fails parked requests with
  * -ESHUTDOWN, closes files. The log stays on disk. Does not sync. */
 int glide_volume_close(glide_volume *volume);
@@ -133,14 +133,14 @@ int glide_volume_fail(glide_volume *volume, int err);
 uint64_t glide_volume_stamp(glide_volume *volume);
 
 enum glide_install_kind {
-    GLIDE_INSTALL_SLOT = 1,    /* block = cache slot (pinned by the caller; this call takes the pin over) */
-    GLIDE_INSTALL_ZERO,        /* blocks [block, block + count) are zero in the base */
-    GLIDE_INSTALL_ERROR,       /* requests that wait for [block, block + count) fail with -err */
-    GLIDE_INSTALL_RETRY,       /* look again: nothing learnt */
+    GLIDE_INSTALL_SLOT = 1, /* block = cache slot (pinned by the caller; this call takes the pin over) */
+    GLIDE_INSTALL_ZERO,     /* blocks [block, block + count) are zero in the base */
+    GLIDE_INSTALL_ERROR,    /* requests that wait for [block, block + count) fail with -err */
+    GLIDE_INSTALL_RETRY,    /* look again: nothing learnt */
 };
 struct glide_install {
     uint64_t block;
-    uint64_t count;            /* SLOT: 1 */
+    uint64_t count; /* SLOT: 1 */
     uint32_t slot;
     uint32_t generation;
     uint32_t kind;
@@ -151,17 +151,17 @@ int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glid
 
 struct glide_volume_info {
     uint64_t size;
-    uint64_t first_seq, last_seq;  /* live segments; 0,0 = none */
-    uint64_t sealed_seq;           /* highest sealed */
+    uint64_t first_seq, last_seq; /* live segments; 0,0 = none */
+    uint64_t sealed_seq;          /* highest sealed */
     uint64_t committed_seq;
-    uint64_t active_bytes;         /* in the active segment */
-    uint64_t dirty_bytes;          /* log bytes of segments > committed_seq */
-    uint64_t oldest_dirty_ns;      /* CLOCK_REALTIME ns of the oldest uncommitted write, 0 = clean */
-    uint64_t log_bytes;            /* allocated by its segments, without files kept for reuse */
+    uint64_t active_bytes;    /* in the active segment */
+    uint64_t dirty_bytes;     /* log bytes of segments > committed_seq */
+    uint64_t oldest_dirty_ns; /* CLOCK_REALTIME ns of the oldest uncommitted write, 0 = clean */
+    uint64_t log_bytes;       /* allocated by its segments, without files kept for reuse */
     uint64_t map_bytes;
-    uint64_t parked;               /* requests that wait for space, faults or the store */
+    uint64_t parked; /* requests that wait for space, faults or the store */
     uint32_t connections;
-    uint32_t failed;               /* errno, 0 = serving */
+    uint32_t failed; /* errno, 0 = serving */
 };
 int glide_volume_info_get(glide_volume *volume, struct glide_volume_info *out);
 
@@ -169,14 +169,14 @@ enum glide_op { GLIDE_READ = 0, GLIDE_WRITE = 1, GLIDE_FLUSH = 2, GLIDE_ZERO = 3
 #define GLIDE_FUA 1
 
 struct glide_volume_stats {
-    uint64_t ops[4];               /* by enum glide_op */
+    uint64_t ops[4]; /* by enum glide_op */
     uint64_t bytes[4];
     uint64_t errors[4];
-    uint64_t latency[4][64];       /* bucket b counts latencies of [2^(b/2), ...) x 256 ns: see stats.h */
+    uint64_t latency[4][64]; /* bucket b counts latencies of [2^(b/2), ...) x 256 ns: see stats.h */
     uint64_t latency_sum_ns[4];
     uint64_t faults;
     uint64_t log_hits, cache_reads, zero_reads; /* block pieces by source */
-    uint64_t rmw;                  /* unaligned writes */
+    uint64_t rmw;                               /* unaligned writes */
     uint64_t syncs;
     uint64_t log_full_waits, map_full_waits;
 };
@@ -190,11 +190,11 @@ int glide_volume_io(glide_volume *volume, int op, int flags, uint64_t offset, ui
 
 struct glide_entry {
     uint64_t block;
-    uint32_t mask;             /* sectors with data */
-    uint32_t zero_mask;        /* sectors that are zero; disjoint from mask */
+    uint32_t mask;      /* sectors with data */
+    uint32_t zero_mask; /* sectors that are zero; disjoint from mask */
 };
 struct glide_extent {
-    uint64_t block, count;     /* whole blocks that are zero */
+    uint64_t block, count; /* whole blocks that are zero */
 };
 /*
  * Replay segments first..last of a log directory, verify every record's data, keep what is newest as of
@@ -202,9 +202,9 @@ struct glide_extent {
  * otherwise); NULL reads any log offline. Entries are sorted by block; a block is in at most one of
  * extents and entries. Segments that do not exist are skipped.
  */
-int glide_gather_open(glide_volume *volume, const char *log_dir, const uint8_t *volume_id,
-                      const uint8_t *log_id, uint64_t first, uint64_t last, glide_gather **out);
-uint64_t glide_gather_entries(glide_gather *gather, const struct glide_entry **out);  /* valid until close */
+int glide_gather_open(glide_volume *volume, const char *log_dir, const uint8_t *volume_id, const uint8_t *log_id,
+                      uint64_t first, uint64_t last, glide_gather **out);
+uint64_t glide_gather_entries(glide_gather *gather, const struct glide_entry **out); /* valid until close */
 uint64_t glide_gather_extents(glide_gather *gather, const struct glide_extent **out);
 /* Bytes of sector data of entries [first, first + count). */
 uint64_t glide_gather_bytes(glide_gather *gather, uint64_t first, uint64_t count);
@@ -220,8 +220,8 @@ int glide_log_segments(const char *log_dir, uint64_t *seqs, uint32_t max);
 /* Compress `count` consecutive plain payloads of lengths[i] bytes at `plain` into `out`, back to back;
  * stored[i] = bytes stored; a payload that does not shrink is stored raw (stored[i] == lengths[i]).
  * Returns total bytes or -errno (-ENOBUFS: out too small; sum(lengths) always suffices). */
-int64_t glide_payloads_compress(const void *plain, const uint32_t *lengths, uint32_t count, int level,
-                                void *out, uint64_t capacity, uint32_t *stored);
+int64_t glide_payloads_compress(const void *plain, const uint32_t *lengths, uint32_t count, int level, void *out,
+                                uint64_t capacity, uint32_t *stored);
 /* Decompress one payload; raw when stored_length == plain_length. -EUCLEAN if it does not decode to it. */
 int glide_payload_decompress(const void *stored, uint32_t stored_length, void *plain, uint32_t plain_length);
 /* Scatter packed sectors of `mask` to their places in a 128 KiB block; zero those of zero_mask. */
@@ -234,8 +234,8 @@ void glide_block_extract(const void *block, uint32_t mask, void *out);
 struct glide_slot {
     uint32_t slot;
     uint32_t generation;
-    uint32_t verified;         /* 0: from before this process; check the content before use */
-    uint8_t hash[16];          /* of the content */
+    uint32_t verified; /* 0: from before this process; check the content before use */
+    uint8_t hash[16];  /* of the content */
 };
 /* 1 = found and pinned, 0 = absent. */
 int glide_cache_lookup(glide_engine *engine, const uint8_t *key, struct glide_slot *out);
@@ -255,20 +255,20 @@ uint64_t glide_cache_evict_all(glide_engine *engine);
 
 /* Take over a connected stream socket after the handshake; C owns fd from here (also on error).
  * `early` = bytes read past the handshake (pipelined by the client). */
-int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only,
-                     const void *early, uint32_t early_length, glide_conn **out);
+int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only, const void *early,
+                     uint32_t early_length, glide_conn **out);
 /* Shut the connection down and wait until it is gone. The handle dies with it. */
 int glide_nbd_detach(glide_volume *volume, uint64_t conn_id);
 
 /* ---- ublk -------------------------------------------------------------------------- */
 
 struct glide_ublk_config {
-    uint32_t dev_id;           /* 0xffffffff = any */
+    uint32_t dev_id; /* 0xffffffff = any */
     uint32_t queue_depth;
-    uint32_t max_io_bytes;     /* largest READ or WRITE */
+    uint32_t max_io_bytes; /* largest READ or WRITE */
     uint32_t read_only;
-    uint64_t tag;              /* hash of the export, kept in ublksrv_flags */
-    uint32_t recover;          /* adopt the existing device dev_id instead of adding one */
+    uint64_t tag;     /* hash of the export, kept in ublksrv_flags */
+    uint32_t recover; /* adopt the existing device dev_id instead of adding one */
     uint32_t max_discard_bytes;
 };
 struct glide_ublk_info {

@@ -18,11 +18,11 @@ struct rmw;
 struct io_req {
     struct list link;
     struct volume *volume;
-    uint8_t *buf;                /* WRITE: data; READ: where to put it; valid until done(), but see own() */
-    uint64_t offset, length;     /* bytes, multiples of 512, within the volume */
-    const void *tag;             /* of the submitter's choice: what io_cancel goes by */
-    uint8_t op;                  /* enum glide_op */
-    uint8_t flags;               /* GLIDE_FUA, IO_LOCAL, IO_INTERNAL */
+    uint8_t *buf;            /* WRITE: data; READ: where to put it; valid until done(), but see own() */
+    uint64_t offset, length; /* bytes, multiples of 512, within the volume */
+    const void *tag;         /* of the submitter's choice: what io_cancel goes by */
+    uint8_t op;              /* enum glide_op */
+    uint8_t flags;           /* GLIDE_FUA, IO_LOCAL, IO_INTERNAL */
     void (*done)(struct io_req *req, int err); /* 0 or a positive errno; may free the request */
     /*
      * A WRITE that must wait calls this once: move the data to memory that lives until done() and update
@@ -32,12 +32,12 @@ struct io_req {
 
     /* ---- private to io.c, io_read.c and sync.c ---- */
     uint64_t start_ns;
-    uint64_t progress;           /* bytes of a WRITE or ZERO that are in the log */
-    uint64_t need_seq;           /* flush = "store": the segment whose commit it waits for */
-    uint32_t pending;            /* parts of a READ under way */
+    uint64_t progress; /* bytes of a WRITE or ZERO that are in the log */
+    uint64_t need_seq; /* flush = "store": the segment whose commit it waits for */
+    uint32_t pending;  /* parts of a READ under way */
     int err;
     bool owned;
-    struct rmw *rmw;             /* an unaligned WRITE that was started: io_unaligned.c */
+    struct rmw *rmw; /* an unaligned WRITE that was started: io_unaligned.c */
 };
 
 static inline bool io_unaligned(const struct io_req *req) { return (req->offset | req->length) % 4096 != 0; }

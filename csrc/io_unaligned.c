@@ -80,16 +80,16 @@ int io_zero_split(struct io_req *req)
 /* ---- WRITE ------------------------------------------------------------------------------------------ */
 
 struct rmw {
-    struct part reads[2];  /* first and last sector, or only one */
+    struct part reads[2]; /* first and last sector, or only one */
     struct io_req *write;
     uint64_t sector[2];
-    uint64_t seen[2];      /* log_map_find of them when they were read */
+    uint64_t seen[2]; /* log_map_find of them when they were read */
     uint64_t stamp;
-    uint32_t count;        /* of reads */
+    uint32_t count; /* of reads */
     uint32_t left;
     int err;
     bool ready;
-    uint8_t merged[];      /* all sectors that the write touches */
+    uint8_t merged[]; /* all sectors that the write touches */
 };
 
 static struct rmw *rmw_new(struct io_req *req)
@@ -127,10 +127,7 @@ static void rmw_done(struct rmw *r, int err)
     volume_want_flush(req->volume);
 }
 
-static void rmw_read_done(struct io_req *read, int err)
-{
-    rmw_done(container_of(read, struct part, req)->owner, err);
-}
+static void rmw_read_done(struct io_req *read, int err) { rmw_done(container_of(read, struct part, req)->owner, err); }
 
 static void rmw_read(struct rmw *r)
 {

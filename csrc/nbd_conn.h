@@ -14,13 +14,13 @@
 
 #define NBD_REQUEST_BYTES 28u
 #define NBD_REPLY_BYTES 16u
-#define NBD_MAX_LENGTH (32u << 20)      /* of a READ or WRITE */
-#define NBD_MAX_HELD 1024u              /* requests of a connection; then it is not read from */
+#define NBD_MAX_LENGTH (32u << 20) /* of a READ or WRITE */
+#define NBD_MAX_HELD 1024u         /* requests of a connection; then it is not read from */
 #define NBD_MAX_HELD_BYTES (64u << 20)
 
 struct nbd_conn {
-    struct list link;                   /* volume->conns */
-    struct list send_link;              /* worker->senders */
+    struct list link;      /* volume->conns */
+    struct list send_link; /* worker->senders */
     struct volume *volume;
     struct worker *worker;
     int fd;
@@ -29,30 +29,30 @@ struct nbd_conn {
 
     /* receiving: a request that is not complete yet */
     uint8_t head[NBD_REQUEST_BYTES];
-    uint32_t head_length;               /* bytes of a header */
-    struct nbd_req *filling;            /* a WRITE whose payload is being received... */
-    uint64_t filled;                    /* ...so far */
-    uint64_t skip;                      /* payload of a refused WRITE, to be thrown away */
-    uint8_t *rest;                      /* received while too much was in flight; nothing is read before it is used */
+    uint32_t head_length;    /* bytes of a header */
+    struct nbd_req *filling; /* a WRITE whose payload is being received... */
+    uint64_t filled;         /* ...so far */
+    uint64_t skip;           /* payload of a refused WRITE, to be thrown away */
+    uint8_t *rest;           /* received while too much was in flight; nothing is read before it is used */
     uint64_t rest_length;
 
     /* sending */
-    struct list replies;                /* io_req.link of nbd_req, in order */
-    uint64_t sent;                      /* bytes of the first one */
+    struct list replies; /* io_req.link of nbd_req, in order */
+    uint64_t sent;       /* bytes of the first one */
 
     struct ring_op poll_op, send_op;
-    bool polling, send_polling;         /* those are armed */
+    bool polling, send_polling; /* those are armed */
     struct ring_op cancel_op;
-    uint32_t cancels;                   /* under way: each names one of the ops above */
-    bool readable;                      /* data may be there, but too much is in flight */
-    bool hangup;                        /* the end of the stream waits behind the data */
-    bool ended;                         /* nothing more is read */
-    bool leaving;                       /* we end it: replies that the peer does not take are dropped */
-    bool broken;                        /* nothing more is sent */
-    int error;                          /* why it ended: an errno, or 0 */
-    uint32_t inflight;                  /* requests that the volume has */
-    uint32_t held;                      /* those, and replies not sent */
-    uint64_t held_bytes;                /* their memory */
+    uint32_t cancels;    /* under way: each names one of the ops above */
+    bool readable;       /* data may be there, but too much is in flight */
+    bool hangup;         /* the end of the stream waits behind the data */
+    bool ended;          /* nothing more is read */
+    bool leaving;        /* we end it: replies that the peer does not take are dropped */
+    bool broken;         /* nothing more is sent */
+    int error;           /* why it ended: an errno, or 0 */
+    uint32_t inflight;   /* requests that the volume has */
+    uint32_t held;       /* those, and replies not sent */
+    uint64_t held_bytes; /* their memory */
     struct task resume_task;
     struct list detach_calls;
 };
@@ -62,9 +62,9 @@ struct nbd_req {
     struct nbd_conn *conn;
     uint16_t type;
     uint8_t reply[NBD_REPLY_BYTES];
-    uint32_t charged;                   /* to conn->held_bytes */
-    uint64_t data_length;               /* of the reply: a READ that went well */
-    uint8_t *buf;                       /* owned, of capacity `size`; NULL: io.buf is the receive buffer's */
+    uint32_t charged;     /* to conn->held_bytes */
+    uint64_t data_length; /* of the reply: a READ that went well */
+    uint8_t *buf;         /* owned, of capacity `size`; NULL: io.buf is the receive buffer's */
     uint64_t size;
 };
 

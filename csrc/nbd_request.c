@@ -134,7 +134,10 @@ static int check(const struct nbd_conn *c, const struct nbd_header *h)
 
 static uint8_t op_of(uint16_t type)
 {
-    return type == NBD_READ ? GLIDE_READ : type == NBD_WRITE ? GLIDE_WRITE : type == NBD_FLUSH ? GLIDE_FLUSH : GLIDE_ZERO;
+    return type == NBD_READ    ? GLIDE_READ
+           : type == NBD_WRITE ? GLIDE_WRITE
+           : type == NBD_FLUSH ? GLIDE_FLUSH
+                               : GLIDE_ZERO;
 }
 
 static void decode(const uint8_t *p, struct nbd_header *h)
@@ -207,7 +210,7 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
     if (err) {
         uint64_t throw = h.type == NBD_WRITE ? h.length : 0;
         uint64_t now = min_u64(throw, have);
-        c->skip = throw - now;
+        c->skip = throw -now;
         on_done(&r->io, err);
         return (int64_t)now;
     }

@@ -29,11 +29,11 @@ struct found {
     struct disk_file file;
     struct segment_header header;
     struct segment_journal journal;
-    bool usable;   /* the header is valid */
-    bool suspect;  /* a sync failed: see log_mark_sync_failed */
-    uint32_t limit; /* records from here on are of a writer that had lost the log */
+    bool usable;                  /* the header is valid */
+    bool suspect;                 /* a sync failed: see log_mark_sync_failed */
+    uint32_t limit;               /* records from here on are of a writer that had lost the log */
     uint64_t vouch_from, vouched; /* what its SYNC records call durable; all of a segment have the same start */
-    uint64_t durable; /* log position: everything of this segment below it is */
+    uint64_t durable;             /* log position: everything of this segment below it is */
 };
 
 struct recovery {
@@ -108,7 +108,10 @@ static uint64_t durable_for(const struct recovery *r, uint64_t seq)
     return durable;
 }
 
-static void note_damage(struct recovery *r, uint64_t seq) { r->damage_end = max_u64(r->damage_end, pos_make(seq + 1, 0)); }
+static void note_damage(struct recovery *r, uint64_t seq)
+{
+    r->damage_end = max_u64(r->damage_end, pos_make(seq + 1, 0));
+}
 
 static int rot(const struct found *f, uint32_t index)
 {
@@ -227,7 +230,8 @@ static void unlink_committed(struct volume *v, uint64_t *seqs, int64_t *count, u
             seqs[kept++] = seqs[i];
             continue;
         }
-        char *path = segment_path(v->log.path, seqs[i], ".seg"), *mark = segment_path(v->log.path, seqs[i], ".syncfail");
+        char *path = segment_path(v->log.path, seqs[i], ".seg"),
+             *mark = segment_path(v->log.path, seqs[i], ".syncfail");
         if (path && mark) {
             disk_unlink(path);
             disk_unlink(mark);

@@ -21,15 +21,15 @@ struct retire {
     struct call call;
     struct task task;
     struct volume *v;
-    uint64_t limit;     /* retire up to this sequence number */
-    uint64_t seq;       /* the segment at work, 0 = none left */
+    uint64_t limit; /* retire up to this sequence number */
+    uint64_t seq;   /* the segment at work, 0 = none left */
     struct segment_id id;
     struct disk_file file; /* of it, a duplicate: closing the last fd may take the file system a while */
     uint32_t end;
     struct segment_journal journal;
     uint32_t at;
     int err;
-    bool spare;         /* the file was kept for the log's next segment */
+    bool spare; /* the file was kept for the log's next segment */
 };
 
 static int pick(struct worker *w, void *arg)
@@ -55,7 +55,10 @@ static int pick(struct worker *w, void *arg)
     return 0;
 }
 
-static void forgot(uint64_t block, uint64_t count, void *arg) { block_map_drop(&((struct volume *)arg)->base, block, count); }
+static void forgot(uint64_t block, uint64_t count, void *arg)
+{
+    block_map_drop(&((struct volume *)arg)->base, block, count);
+}
 
 static void forget_slice(struct task *task, struct worker *w)
 {

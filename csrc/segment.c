@@ -61,7 +61,10 @@ void segment_record_seal(struct segment_record *r, uint64_t salt, uint32_t index
 int segment_write_header(struct disk_file *f, const struct segment_id *id, uint32_t sectors, uint64_t previous_seq,
                          uint32_t previous_end)
 {
-    struct segment_header h = {.version = VERSION, .sectors = sectors, .seq = id->seq, .previous_seq = previous_seq,
+    struct segment_header h = {.version = VERSION,
+                               .sectors = sectors,
+                               .seq = id->seq,
+                               .previous_seq = previous_seq,
                                .previous_end = previous_end};
     struct iovec iov = {&h, sizeof(h)};
 

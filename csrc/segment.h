@@ -24,7 +24,7 @@
 
 #define SECTOR 4096u
 #define SEGMENT_MAX_SECTORS ((1u << 24) - 1) /* an end of segment must fit into a log position */
-#define RECORD_MAX_SECTORS 1024u /* longest WRITE: bounds what one checksum covers */
+#define RECORD_MAX_SECTORS 1024u             /* longest WRITE: bounds what one checksum covers */
 
 enum record_op { RECORD_WRITE = 1, RECORD_ZERO = 2, RECORD_SYNC = 3 };
 

@@ -19,7 +19,7 @@
 #define START_TIMEOUT_MS 60000u
 #define DELETE_TIMEOUT_MS 15000u
 #define RECOVERY_TIMEOUT_MS 30000u
-#define WANTED                                                                                                   \
+#define WANTED                                                                                                         \
     (UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | UBLK_F_USER_COPY | UBLK_F_UPDATE_SIZE | UBLK_F_QUIESCE)
 
 static pthread_mutex_t ctrl_lock = PTHREAD_MUTEX_INITIALIZER;

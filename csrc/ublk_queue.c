@@ -21,9 +21,8 @@ static void submit_command(struct ublk_tag *t, uint32_t op, int32_t result)
     sqe->off = op; /* cmd_op, and the padding beside it */
     sqe->user_data = (uint64_t)(uintptr_t)&t->op;
     /* Copy mode: a COMMIT names the buffer that holds the READ data, so each tag keeps one. */
-    *cmd = (struct ublk_io_cmd){.tag = t->tag,
-                                .result = result,
-                                .addr = d->user_copy ? 0 : (uint64_t)(uintptr_t)t->buf};
+    *cmd = (struct ublk_io_cmd){
+        .tag = t->tag, .result = result, .addr = d->user_copy ? 0 : (uint64_t)(uintptr_t)t->buf};
 }
 
 void ublk_queue_start(struct ublk_device *d)

@@ -20,7 +20,7 @@ struct ublk_tag {
     struct io_req io;
     struct ublk_device *device;
     uint16_t tag;
-    uint8_t *buf;              /* copy mode: the tag's own, for life; user copy: of the request */
+    uint8_t *buf; /* copy mode: the tag's own, for life; user copy: of the request */
 };
 
 struct ublk_device {
@@ -28,14 +28,14 @@ struct ublk_device {
     struct worker *worker;
     struct ublk_dev_info info; /* as the kernel granted it */
     bool user_copy;
-    int cdev;                  /* /dev/ublkcN */
+    int cdev; /* /dev/ublkcN */
     const struct ublk_io_desc *descriptors;
     size_t descriptor_bytes;
-    struct ublk_tag *tags;     /* info.queue_depth of them */
-    uint8_t *buffers;          /* copy mode */
+    struct ublk_tag *tags; /* info.queue_depth of them */
+    uint8_t *buffers;      /* copy mode */
     uint32_t busy, gone;
-    bool releasing;            /* new requests are left to the next server */
-    struct call *waiting;      /* stop or release: until gone == depth, or busy == 0 */
+    bool releasing;       /* new requests are left to the next server */
+    struct call *waiting; /* stop or release: until gone == depth, or busy == 0 */
     struct ublk_device *next_released;
 };
 

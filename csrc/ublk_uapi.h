@@ -17,14 +17,14 @@
 /* ---- control commands: SQE128 to /dev/ublk-control, struct ublk_ctrl_cmd at byte 48 of the SQE ---- */
 
 struct ublk_ctrl_cmd {
-	uint32_t dev_id;
-	uint16_t queue_id; /* 0xffff unless the command names a queue */
-	uint16_t len;      /* bytes at addr */
-	uint64_t addr;
-	uint64_t data;
-	uint16_t dev_path_len; /* unprivileged devices only */
-	uint16_t pad;
-	uint32_t reserved;
+    uint32_t dev_id;
+    uint16_t queue_id; /* 0xffff unless the command names a queue */
+    uint16_t len;      /* bytes at addr */
+    uint64_t addr;
+    uint64_t data;
+    uint16_t dev_path_len; /* unprivileged devices only */
+    uint16_t pad;
+    uint32_t reserved;
 };
 static_assert(sizeof(struct ublk_ctrl_cmd) == 32, "ublk_ctrl_cmd");
 static_assert(offsetof(struct ublk_ctrl_cmd, addr) == 8, "ublk_ctrl_cmd.addr");
@@ -41,11 +41,11 @@ static_assert(offsetof(struct ublk_ctrl_cmd, dev_path_len) == 24, "ublk_ctrl_cmd
 #define UBLK_CMD_GET_PARAMS _IOR('u', 0x09, struct ublk_ctrl_cmd)
 #define UBLK_CMD_START_USER_RECOVERY _IOWR('u', 0x10, struct ublk_ctrl_cmd)
 #define UBLK_CMD_END_USER_RECOVERY _IOWR('u', 0x11, struct ublk_ctrl_cmd)
-#define UBLK_CMD_GET_FEATURES _IOR('u', 0x13, struct ublk_ctrl_cmd)   /* 6.5 */
-#define UBLK_CMD_DEL_DEV_ASYNC _IOR('u', 0x14, struct ublk_ctrl_cmd)  /* 6.9 */
-#define UBLK_CMD_UPDATE_SIZE _IOWR('u', 0x15, struct ublk_ctrl_cmd)   /* 6.16 */
-#define UBLK_CMD_QUIESCE_DEV _IOWR('u', 0x16, struct ublk_ctrl_cmd)   /* 6.16 */
-#define UBLK_CMD_TRY_STOP_DEV _IOWR('u', 0x17, struct ublk_ctrl_cmd)  /* 7.0 */
+#define UBLK_CMD_GET_FEATURES _IOR('u', 0x13, struct ublk_ctrl_cmd)  /* 6.5 */
+#define UBLK_CMD_DEL_DEV_ASYNC _IOR('u', 0x14, struct ublk_ctrl_cmd) /* 6.9 */
+#define UBLK_CMD_UPDATE_SIZE _IOWR('u', 0x15, struct ublk_ctrl_cmd)  /* 6.16 */
+#define UBLK_CMD_QUIESCE_DEV _IOWR('u', 0x16, struct ublk_ctrl_cmd)  /* 6.16 */
+#define UBLK_CMD_TRY_STOP_DEV _IOWR('u', 0x17, struct ublk_ctrl_cmd) /* 7.0 */
 
 static_assert(UBLK_CMD_GET_DEV_INFO == 0x80207502u, "GET_DEV_INFO");
 static_assert(UBLK_CMD_ADD_DEV == 0xc0207504u, "ADD_DEV");
@@ -81,30 +81,30 @@ static_assert(UBLK_CMD_QUIESCE_DEV == 0xc0207516u, "QUIESCE_DEV");
 /* ---- device ---- */
 
 enum ublk_dev_state {
-	UBLK_S_DEV_DEAD = 0,     /* no disk: not started yet, or stopped */
-	UBLK_S_DEV_LIVE = 1,
-	UBLK_S_DEV_QUIESCED = 2, /* server gone, I/O held */
-	UBLK_S_DEV_FAIL_IO = 3,  /* server gone, I/O fails */
+    UBLK_S_DEV_DEAD = 0, /* no disk: not started yet, or stopped */
+    UBLK_S_DEV_LIVE = 1,
+    UBLK_S_DEV_QUIESCED = 2, /* server gone, I/O held */
+    UBLK_S_DEV_FAIL_IO = 3,  /* server gone, I/O fails */
 };
 
 #define UBLK_DEV_ID_ANY 0xffffffffu /* ADD_DEV: let the kernel choose */
 #define UBLK_MAX_QUEUE_DEPTH 4096u
 
 struct ublk_dev_info {
-	uint16_t nr_hw_queues;
-	uint16_t queue_depth;
-	uint16_t state; /* enum ublk_dev_state */
-	uint16_t pad0;
-	uint32_t max_io_buf_bytes;
-	uint32_t dev_id;
-	int32_t ublksrv_pid; /* server's tgid in the caller's pid namespace; -1: none */
-	uint32_t pad1;
-	uint64_t flags;         /* UBLK_F_* */
-	uint64_t ublksrv_flags; /* ours: opaque to the kernel, kept with the device */
-	uint32_t owner_uid;
-	uint32_t owner_gid;
-	uint64_t reserved1;
-	uint64_t reserved2;
+    uint16_t nr_hw_queues;
+    uint16_t queue_depth;
+    uint16_t state; /* enum ublk_dev_state */
+    uint16_t pad0;
+    uint32_t max_io_buf_bytes;
+    uint32_t dev_id;
+    int32_t ublksrv_pid; /* server's tgid in the caller's pid namespace; -1: none */
+    uint32_t pad1;
+    uint64_t flags;         /* UBLK_F_* */
+    uint64_t ublksrv_flags; /* ours: opaque to the kernel, kept with the device */
+    uint32_t owner_uid;
+    uint32_t owner_gid;
+    uint64_t reserved1;
+    uint64_t reserved2;
 };
 static_assert(sizeof(struct ublk_dev_info) == 64, "ublk_dev_info");
 static_assert(offsetof(struct ublk_dev_info, max_io_buf_bytes) == 8, "ublk_dev_info.max_io_buf_bytes");
@@ -121,50 +121,50 @@ static_assert(offsetof(struct ublk_dev_info, owner_uid) == 40, "ublk_dev_info.ow
 #define UBLK_ATTR_FUA (1u << 3)            /* only with VOLATILE_CACHE */
 
 struct ublk_param_basic {
-	uint32_t attrs;
-	uint8_t logical_bs_shift;
-	uint8_t physical_bs_shift;
-	uint8_t io_opt_shift;
-	uint8_t io_min_shift;
-	uint32_t max_sectors;
-	uint32_t chunk_sectors;
-	uint64_t dev_sectors; /* of 512 bytes */
-	uint64_t virt_boundary_mask;
+    uint32_t attrs;
+    uint8_t logical_bs_shift;
+    uint8_t physical_bs_shift;
+    uint8_t io_opt_shift;
+    uint8_t io_min_shift;
+    uint32_t max_sectors;
+    uint32_t chunk_sectors;
+    uint64_t dev_sectors; /* of 512 bytes */
+    uint64_t virt_boundary_mask;
 };
 
 struct ublk_param_discard {
-	uint32_t discard_alignment;
-	uint32_t discard_granularity; /* never 0 */
-	uint32_t max_discard_sectors; /* 0: discard is not offered */
-	uint32_t max_write_zeroes_sectors;
-	uint16_t max_discard_segments; /* 1, when discard is offered */
-	uint16_t reserved0;
+    uint32_t discard_alignment;
+    uint32_t discard_granularity; /* never 0 */
+    uint32_t max_discard_sectors; /* 0: discard is not offered */
+    uint32_t max_write_zeroes_sectors;
+    uint16_t max_discard_segments; /* 1, when discard is offered */
+    uint16_t reserved0;
 };
 
 struct ublk_param_devt {
-	uint32_t char_major;
-	uint32_t char_minor;
-	uint32_t disk_major; /* 0 until the device has been started */
-	uint32_t disk_minor;
+    uint32_t char_major;
+    uint32_t char_minor;
+    uint32_t disk_major; /* 0 until the device has been started */
+    uint32_t disk_minor;
 };
 
 struct ublk_param_zoned {
-	uint32_t max_open_zones;
-	uint32_t max_active_zones;
-	uint32_t max_zone_append_sectors;
-	uint8_t reserved[20];
+    uint32_t max_open_zones;
+    uint32_t max_active_zones;
+    uint32_t max_zone_append_sectors;
+    uint8_t reserved[20];
 };
 
 struct ublk_param_dma_align {
-	uint32_t alignment; /* a mask */
-	uint8_t pad[4];
+    uint32_t alignment; /* a mask */
+    uint8_t pad[4];
 };
 
 struct ublk_param_segment {
-	uint64_t seg_boundary_mask;
-	uint32_t max_segment_size;
-	uint16_t max_segments;
-	uint8_t pad[2];
+    uint64_t seg_boundary_mask;
+    uint32_t max_segment_size;
+    uint16_t max_segments;
+    uint8_t pad[2];
 };
 
 #define UBLK_PARAM_TYPE_BASIC (1u << 0)
@@ -175,14 +175,14 @@ struct ublk_param_segment {
 #define UBLK_PARAM_TYPE_SEGMENT (1u << 5)   /* 6.15 */
 
 struct ublk_params {
-	uint32_t len; /* sizeof(struct ublk_params); ublk_ctrl sets it */
-	uint32_t types;
-	struct ublk_param_basic basic;
-	struct ublk_param_discard discard;
-	struct ublk_param_devt devt;
-	struct ublk_param_zoned zoned;
-	struct ublk_param_dma_align dma;
-	struct ublk_param_segment seg;
+    uint32_t len; /* sizeof(struct ublk_params); ublk_ctrl sets it */
+    uint32_t types;
+    struct ublk_param_basic basic;
+    struct ublk_param_discard discard;
+    struct ublk_param_devt devt;
+    struct ublk_param_zoned zoned;
+    struct ublk_param_dma_align dma;
+    struct ublk_param_segment seg;
 };
 static_assert(sizeof(struct ublk_param_basic) == 32, "ublk_param_basic");
 static_assert(offsetof(struct ublk_param_basic, max_sectors) == 8, "ublk_param_basic.max_sectors");
@@ -198,10 +198,10 @@ static_assert(sizeof(struct ublk_params) == 136, "ublk_params");
 /* ---- I/O commands: SQE to /dev/ublkcN, struct ublk_io_cmd at byte 48 of the SQE ---- */
 
 struct ublk_io_cmd {
-	uint16_t q_id;
-	uint16_t tag;
-	int32_t result; /* bytes done, or -errno; COMMIT only */
-	uint64_t addr;  /* copy mode: the tag's one fixed buffer; else 0 */
+    uint16_t q_id;
+    uint16_t tag;
+    int32_t result; /* bytes done, or -errno; COMMIT only */
+    uint64_t addr;  /* copy mode: the tag's one fixed buffer; else 0 */
 };
 static_assert(sizeof(struct ublk_io_cmd) == 16, "ublk_io_cmd");
 static_assert(offsetof(struct ublk_io_cmd, result) == 4, "ublk_io_cmd.result");
@@ -218,21 +218,21 @@ static_assert(UBLK_IO_COMMIT_AND_FETCH_REQ == 0xc0107521u, "COMMIT_AND_FETCH_REQ
 #define UBLK_IO_RES_OK 0
 
 struct ublk_io_desc {
-	uint32_t op_flags; /* operation in the low 8 bits, UBLK_IO_F_* above */
-	uint32_t nr_sectors;
-	uint64_t start_sector;
-	uint64_t addr;
+    uint32_t op_flags; /* operation in the low 8 bits, UBLK_IO_F_* above */
+    uint32_t nr_sectors;
+    uint64_t start_sector;
+    uint64_t addr;
 };
 static_assert(sizeof(struct ublk_io_desc) == 24, "ublk_io_desc");
 static_assert(offsetof(struct ublk_io_desc, start_sector) == 8, "ublk_io_desc.start_sector");
 
 #define UBLK_IO_OP(desc) ((desc)->op_flags & 0xffu)
 enum ublk_io_op {
-	UBLK_IO_OP_READ = 0,
-	UBLK_IO_OP_WRITE = 1,
-	UBLK_IO_OP_FLUSH = 2,
-	UBLK_IO_OP_DISCARD = 3,
-	UBLK_IO_OP_WRITE_ZEROES = 5,
+    UBLK_IO_OP_READ = 0,
+    UBLK_IO_OP_WRITE = 1,
+    UBLK_IO_OP_FLUSH = 2,
+    UBLK_IO_OP_DISCARD = 3,
+    UBLK_IO_OP_WRITE_ZEROES = 5,
 };
 
 /* To be tested against op_flags as it is, without a shift. */
@@ -248,12 +248,12 @@ enum ublk_io_op {
 /* Descriptors of queue q: mmap(ublkcN, PROT_READ, MAP_SHARED) of exactly this size at exactly this offset. */
 static inline size_t ublk_desc_bytes(unsigned depth, size_t page)
 {
-	return (depth * sizeof(struct ublk_io_desc) + page - 1) / page * page;
+    return (depth * sizeof(struct ublk_io_desc) + page - 1) / page * page;
 }
 
 static inline uint64_t ublk_desc_offset(unsigned q_id, size_t page)
 {
-	return (uint64_t)q_id * ublk_desc_bytes(UBLK_MAX_QUEUE_DEPTH, page);
+    return (uint64_t)q_id * ublk_desc_bytes(UBLK_MAX_QUEUE_DEPTH, page);
 }
 
 /*
@@ -261,8 +261,8 @@ static inline uint64_t ublk_desc_offset(unsigned q_id, size_t page)
  * WRITE, pwrite gives the data of a READ. `off` has 25 bits, hence UBLK_MAX_REQUEST_BYTES.
  */
 #define UBLK_MAX_REQUEST_BYTES (32u << 20)
-#define UBLK_USER_COPY_POS(q_id, tag, off) \
-	(0x80000000ULL + ((uint64_t)(q_id) << 41 | (uint64_t)(tag) << 25 | (uint64_t)(off)))
+#define UBLK_USER_COPY_POS(q_id, tag, off)                                                                             \
+    (0x80000000ULL + ((uint64_t)(q_id) << 41 | (uint64_t)(tag) << 25 | (uint64_t)(off)))
 static_assert(UBLK_USER_COPY_POS(1, 1, 512) == 0x80000000ULL + (1ULL << 41) + (1ULL << 25) + 512, "position");
 
 #endif

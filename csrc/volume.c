@@ -129,8 +129,8 @@ static struct volume *volume_new(struct engine *e, const struct glide_volume_con
     v->committed_seq = c->committed_seq;
     atomic_init(&v->size, c->size);
     atomic_init(&v->stamp, 1);
-    struct list *lists[] = {&v->link, &v->batch_link, &v->batch, &v->conns, &v->idle_calls,
-                            &v->sync.next, &v->sync.current, &v->sync.store};
+    struct list *lists[] = {&v->link,       &v->batch_link, &v->batch,        &v->conns,
+                            &v->idle_calls, &v->sync.next,  &v->sync.current, &v->sync.store};
     for (size_t i = 0; i < ARRAY_LEN(lists); i++)
         list_init(lists[i]);
     pthread_mutex_init(&v->retire_lock, NULL);
@@ -445,7 +445,7 @@ int glide_volume_resize(glide_volume *volume, uint64_t size)
                                  .offset = size,
                                  .length = old - size,
                                  .op = GLIDE_ZERO,
-                                 .flags = IO_INTERNAL,
+                                 .flags = IO_INTERNAL | IO_LOCAL | GLIDE_FUA, /* the new size will be durable too */
                                  .done = sync_io_done},
                          .old_size = old};
     return call_run(volume->worker, &io.call, start_shrink, NULL);

@@ -30,33 +30,33 @@ struct sync_state {
 struct volume {
     struct engine *engine;
     struct worker *worker;
-    struct list link;           /* worker->volumes */
-    struct list batch_link;     /* worker->batches, when something is to be done at the end of the round */
+    struct list link;       /* worker->volumes */
+    struct list batch_link; /* worker->batches, when something is to be done at the end of the round */
     uint64_t cookie;
-    _Atomic uint64_t size;      /* bytes */
-    _Atomic uint64_t stamp;     /* bumped by retire: installs resolved before it do not land */
+    _Atomic uint64_t size;  /* bytes */
+    _Atomic uint64_t stamp; /* bumped by retire: installs resolved before it do not land */
     bool read_only, flush_store, closing;
-    int failed;                 /* positive errno: all I/O fails with it */
+    int failed; /* positive errno: all I/O fails with it */
 
     struct write_log log;
     uint64_t committed_seq;
     struct log_map map;
     struct block_map base;
-    uint64_t counted_bytes;     /* of map memory in engine->table_bytes */
+    uint64_t counted_bytes; /* of map memory in engine->table_bytes */
 
-    struct list batch;          /* WRITEs and ZEROs to append, in order; those that wait for space stay here */
-    bool blocked;               /* the head of `batch` waits for space */
-    uint64_t blocked_event_ns;  /* when Python was last told */
-    bool event_dirty;           /* GLIDE_EV_FIRST_DIRTY was sent */
+    struct list batch;         /* WRITEs and ZEROs to append, in order; those that wait for space stay here */
+    bool blocked;              /* the head of `batch` waits for space */
+    uint64_t blocked_event_ns; /* when Python was last told */
+    bool event_dirty;          /* GLIDE_EV_FIRST_DIRTY was sent */
     struct sync_state sync;
-    struct table faults;        /* block -> struct waiting (fault.c) */
-    uint64_t waiting;           /* pieces of requests in it */
+    struct table faults; /* block -> struct waiting (fault.c) */
+    uint64_t waiting;    /* pieces of requests in it */
 
-    struct list conns;          /* struct nbd_conn */
+    struct list conns; /* struct nbd_conn */
     uint32_t conn_count;
     struct ublk_device *ublk;
-    uint64_t inflight;          /* requests submitted and not done */
-    struct list idle_calls;     /* struct call: wait until inflight is 0 */
+    uint64_t inflight;           /* requests submitted and not done */
+    struct list idle_calls;      /* struct call: wait until inflight is 0 */
     pthread_mutex_t retire_lock; /* held by the one thread that retires; taken before no other */
     struct stats stats;
 };

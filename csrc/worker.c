@@ -193,7 +193,8 @@ static void complete_all(struct worker *w)
     struct io_uring_cqe *cqe;
     unsigned head, seen = 0;
 
-    io_uring_for_each_cqe(&w->ring, head, cqe) {
+    io_uring_for_each_cqe(&w->ring, head, cqe)
+    {
         struct ring_op *op = io_uring_cqe_get_data(cqe);
         int res = cqe->res;
         uint32_t flags = cqe->flags;
@@ -206,8 +207,8 @@ static void complete_all(struct worker *w)
 
 static int set_up(struct worker *w)
 {
-    struct io_uring_params p = {.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
-                                         IORING_SETUP_CQSIZE | IORING_SETUP_COOP_TASKRUN,
+    struct io_uring_params p = {.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_CQSIZE |
+                                         IORING_SETUP_COOP_TASKRUN,
                                 .cq_entries = CQ_ENTRIES};
     int err = io_uring_queue_init_params(RING_ENTRIES, &w->ring, &p);
 

@@ -31,24 +31,24 @@ struct worker {
     unsigned index;
     pthread_t thread;
     struct io_uring ring;
-    pthread_mutex_t lock;        /* guards inbox */
-    struct list inbox;           /* tasks from other threads */
-    atomic_bool sleeping;        /* the worker waits for its ring: wake it by wake_fd */
-    int wake_fd;                 /* eventfd, read through the ring */
+    pthread_mutex_t lock; /* guards inbox */
+    struct list inbox;    /* tasks from other threads */
+    atomic_bool sleeping; /* the worker waits for its ring: wake it by wake_fd */
+    int wake_fd;          /* eventfd, read through the ring */
     struct ring_op wake_op;
     uint64_t wake_value;
     bool stop;
-    struct list ready;           /* tasks of this thread for the next round */
-    struct list batches;         /* volumes with writes to append at the end of the round (io.c) */
-    struct list senders;         /* connections with replies to send at the end of the round (nbd_conn.c) */
-    struct list volumes;         /* all volumes of this worker */
+    struct list ready;   /* tasks of this thread for the next round */
+    struct list batches; /* volumes with writes to append at the end of the round (io.c) */
+    struct list senders; /* connections with replies to send at the end of the round (nbd_conn.c) */
+    struct list volumes; /* all volumes of this worker */
     struct __kernel_timespec tick;
     struct ring_op tick_op;
     bool ticking;
-    uint8_t *scratch;            /* one receive buffer's worth: see nbd_conn.c */
+    uint8_t *scratch;              /* one receive buffer's worth: see nbd_conn.c */
     struct append_scratch *append; /* see write_log.c */
-    atomic_uint volume_count;    /* for placement; any thread */
-    int started;                 /* result of the thread's set-up, under lock */
+    atomic_uint volume_count;      /* for placement; any thread */
+    int started;                   /* result of the thread's set-up, under lock */
     pthread_cond_t started_cond;
 };
 

@@ -28,33 +28,33 @@ struct log_segment {
     uint64_t seq;
     struct disk_file file;
     uint32_t sectors;
-    uint32_t end;          /* first free index */
-    uint32_t valid;        /* WRITE and ZERO records */
-    uint32_t pins;         /* reads in flight */
-    uint64_t bytes;        /* charged to the log limit */
-    uint64_t first_ns;     /* CLOCK_REALTIME of the first record */
-    bool unsynced;         /* written since the last sync began */
-    bool noted;            /* only a SYNC record was: no reason to sync while more will follow */
-    bool sync_failed;      /* sticky until the segment is committed */
-    bool recycled;         /* made of a spare: all its bytes are charged from the start */
+    uint32_t end;      /* first free index */
+    uint32_t valid;    /* WRITE and ZERO records */
+    uint32_t pins;     /* reads in flight */
+    uint64_t bytes;    /* charged to the log limit */
+    uint64_t first_ns; /* CLOCK_REALTIME of the first record */
+    bool unsynced;     /* written since the last sync began */
+    bool noted;        /* only a SYNC record was: no reason to sync while more will follow */
+    bool sync_failed;  /* sticky until the segment is committed */
+    bool recycled;     /* made of a spare: all its bytes are charged from the start */
 };
 
 #define LOG_SPARES 16
 
 struct write_log {
     struct engine *engine;
-    char *path;                     /* directory */
+    char *path; /* directory */
     struct disk_file dir;
     bool dir_unsynced;
-    struct segment_id id;           /* seq is the last one drawn */
-    struct log_segment **segments;  /* live, ascending by seq */
+    struct segment_id id;          /* seq is the last one drawn */
+    struct log_segment **segments; /* live, ascending by seq */
     uint32_t count, capacity;
-    struct log_segment *active;     /* the last of them, or NULL */
-    uint64_t previous_end_seq;      /* what the next header says of its predecessor */
+    struct log_segment *active; /* the last of them, or NULL */
+    uint64_t previous_end_seq;  /* what the next header says of its predecessor */
     uint32_t previous_end;
-    uint64_t vouch_from;            /* log position: below it recovery found damage, no SYNC vouches for it */
-    bool busy;                      /* the last segment was sealed because it was full */
-    uint64_t bytes;                 /* charged, spares too */
+    uint64_t vouch_from; /* log position: below it recovery found damage, no SYNC vouches for it */
+    bool busy;           /* the last segment was sealed because it was full */
+    uint64_t bytes;      /* charged, spares too */
     struct disk_file spares[LOG_SPARES];
     uint64_t spare_bytes[LOG_SPARES];
     uint32_t spare_count;
@@ -62,11 +62,11 @@ struct write_log {
 
 /* One record to append. */
 struct append_piece {
-    uint32_t op;          /* RECORD_WRITE or RECORD_ZERO */
-    uint32_t count;       /* sectors: WRITE up to RECORD_MAX_SECTORS */
+    uint32_t op;    /* RECORD_WRITE or RECORD_ZERO */
+    uint32_t count; /* sectors: WRITE up to RECORD_MAX_SECTORS */
     uint64_t sector;
-    const uint8_t *data;  /* WRITE */
-    uint64_t pos;         /* out */
+    const uint8_t *data; /* WRITE */
+    uint64_t pos;        /* out */
 };
 #define APPEND_MAX_PIECES 256
 #define APPEND_MAX_SECTORS RECORD_MAX_SECTORS

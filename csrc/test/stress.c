@@ -27,27 +27,26 @@
 #define CLIENTS 3
 #define BLOCKS 24
 #define SECTORS (BLOCKS * GLIDE_BLOCK_SECTORS)
-#define MUST(x)                                                                                                  \
-    do {                                                                                                         \
-        int64_t must_result = (x);                                                                               \
-        if (must_result < 0) {                                                                                   \
-            fprintf(stderr, "%s:%d: %s = %lld: %s\n", __FILE__, __LINE__, #x, (long long)must_result,            \
-                    glide_error());                                                                              \
-            abort();                                                                                             \
-        }                                                                                                        \
+#define MUST(x)                                                                                                        \
+    do {                                                                                                               \
+        int64_t must_result = (x);                                                                                     \
+        if (must_result < 0) {                                                                                         \
+            fprintf(stderr, "%s:%d: %s = %lld: %s\n", __FILE__, __LINE__, #x, (long long)must_result, glide_error());  \
+            abort();                                                                                                   \
+        }                                                                                                              \
     } while (0)
 
 struct volume_state {
     glide_volume *volume;
-    pthread_rwlock_t open;              /* read: use `volume`; write: replace it */
-    atomic_bool pause;                  /* clients keep away: the volume is to be replaced */
+    pthread_rwlock_t open; /* read: use `volume`; write: replace it */
+    atomic_bool pause;     /* clients keep away: the volume is to be replaced */
     uint64_t cookie;
     char log_dir[512];
     uint8_t id[16];
     uint64_t committed;
-    pthread_mutex_t base_lock;          /* guards base */
-    uint8_t base[BLOCKS][GLIDE_BLOCK];  /* what "the store" holds */
-    uint64_t written[SECTORS];          /* generation of each sector; a sector has one writer */
+    pthread_mutex_t base_lock;         /* guards base */
+    uint8_t base[BLOCKS][GLIDE_BLOCK]; /* what "the store" holds */
+    uint64_t written[SECTORS];         /* generation of each sector; a sector has one writer */
 };
 
 static glide_engine *engine;
