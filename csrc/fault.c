@@ -315,4 +315,17 @@ void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int e
     resolve_selected(v, (struct selection){.first = block, .end = block + count, .deadline_ns = UINT64_MAX}, err);
 }
 
-void fault_table_destroy(struct volume *v) { table_destroy(&v->faults); }
+/* A block whose waiters were all cancelled stays in the table until Python answers, or the volume goes. */
+static bool drop_block(uint64_t block, uint64_t value, void *arg)
+{
+    (void)block;
+    (void)arg;
+    free((struct waiting *)(uintptr_t)value);
+    return true;
+}
+
+void fault_table_destroy(struct volume *v)
+{
+    table_filter(&v->faults, drop_block, NULL);
+    table_destroy(&v->faults);
+}

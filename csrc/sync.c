@@ -124,7 +124,7 @@ static void sync_end(struct volume *v)
 
     s->running = false;
     stat_add(&v->stats.syncs, 1);
-    if (!err)
+    if (!err && !lost_data(v)) /* a later sync that works does not bring back what an earlier one lost */
         log_note_sync(&v->log, s->pos);
     finish_list(&s->current, err ? EIO : 0);
     if (!list_empty(&s->next))

@@ -196,7 +196,7 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
     bool full = s->sectors == e->config.segment_sectors && s->end >= s->sectors / 4 * 3;
     bool scarce = atomic_load(&e->log_bytes) > e->config.log_limit / 2; /* others may want the space */
 
-    if (!full || scarce || !log->busy || s->sync_failed || log->spare_count == LOG_SPARES)
+    if (!full || scarce || s->sync_failed || log->spare_count == LOG_SPARES)
         return false;
     char *path = segment_path(log->path, s->seq, ".spare");
     bool kept = path && !disk_rename(&s->file, path);
@@ -227,7 +227,7 @@ bool log_retire(struct write_log *log, struct log_segment *s)
 static int next_file(struct write_log *log, const char *path, struct disk_file *file, uint64_t *bytes)
 {
     *bytes = 0;
-    if (log->busy && log->spare_count) {
+    if (log->spare_count) {
         uint32_t last = --log->spare_count; /* the warmest */
         if (!disk_rename(&log->spares[last], path)) {
             *file = log->spares[last];
@@ -281,10 +281,8 @@ static int open_segment(struct write_log *log)
 
 int log_need_room(struct write_log *log)
 {
-    if (log->active && log_room(log) == 0) {
+    if (log->active && log_room(log) == 0)
         log_seal(log);
-        log->busy = true;
-    }
     return log->active ? 0 : open_segment(log);
 }
 
@@ -295,7 +293,6 @@ void log_seal(struct write_log *log)
     if (!s)
         return;
     log->active = NULL;
-    log->busy = false;
     if (s->end == 0) { /* nothing was ever written: leave no trace, its number is not used again */
         disk_unlink(s->file.path);
         unlist(log, s);

@@ -10,11 +10,10 @@
  * - a failed append seals the segment at its last good position, so a position
  *   is never used twice.
  *
- * A volume that fills whole segments gets its retired files back as its next
- * segments ("spares", as PostgreSQL recycles WAL files): their blocks and pages
- * are there already, so an append allocates nothing and a sync has no metadata
- * to write. Nothing of the old life is believed: every record is salted with the
- * segment's number, and data counts only with its record's hash.
+ * Retired files of full segments come back as the log's next segments ("spares", as PostgreSQL recycles WAL files):
+ * their blocks and pages are there already, so an append allocates nothing and a sync has no metadata to write. Nothing
+ * of the old life is believed: every record is salted with the segment's number, and data counts only with its record's
+ * hash.
  */
 #ifndef GLIDE_WRITE_LOG_H
 #define GLIDE_WRITE_LOG_H
@@ -39,7 +38,7 @@ struct log_segment {
     bool recycled;     /* made of a spare: all its bytes are charged from the start */
 };
 
-#define LOG_SPARES 16
+#define LOG_SPARES 64 /* of one log; all go as soon as any writer waits for space */
 
 struct write_log {
     struct engine *engine;
@@ -53,7 +52,6 @@ struct write_log {
     uint64_t previous_end_seq;  /* what the next header says of its predecessor */
     uint32_t previous_end;
     uint64_t vouch_from; /* log position: below it recovery found damage, no SYNC vouches for it */
-    bool busy;           /* the last segment was sealed because it was full */
     uint64_t bytes;      /* charged, spares too */
     struct disk_file spares[LOG_SPARES];
     uint64_t spare_bytes[LOG_SPARES];

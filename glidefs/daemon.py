@@ -33,6 +33,7 @@ from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import NbdTransport
 from glidefs.transport.nbd import NbdServer
 from glidefs.transport.ublk import UblkTransport
+from glidefs.volume import heap
 from glidefs.volume.host import Host
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume
@@ -123,6 +124,7 @@ class Daemon:
     def _start(self) -> None:
         config = self.config
         self._prepare_directories()
+        heap.keep_large_buffers_apart()
         files = process.raise_file_limit()
         engine = self._engine = self._undo.enter_context(Engine(engine_config(config)))
         store = self._store = self._open_store()

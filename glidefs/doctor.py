@@ -20,7 +20,7 @@ from glidefs.config import Config, config_path, load_config
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
 
 State = Literal["ok", "warn", "fail"]
-MIN_KERNEL = (5, 19)
+MIN_KERNEL = (6, 1)
 UBLK_KERNEL = (6, 12)
 MIN_FILES = 4096
 LOG_FULL_SHARE = 0.9
@@ -97,7 +97,7 @@ def _kernel(config: Config) -> Result:
     release = platform.release()
     version = kernel_version(release)
     if version < MIN_KERNEL:
-        return "fail", f"Linux {release}", "GlideFS needs Linux 5.19 or later"
+        return "fail", f"Linux {release}", "GlideFS needs Linux 6.1 or later"
     if version < UBLK_KERNEL:
         return "warn", f"Linux {release}: NBD only", "for ublk use Linux 6.12 or later"
     return "ok", f"Linux {release}"

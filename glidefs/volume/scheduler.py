@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
 from glidefs.errors import Fenced, GlideError, StoreError
+from glidefs.volume import heap
 from glidefs.volume.retire import Retirer
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.uploader import Uploader
@@ -177,6 +178,8 @@ class Scheduler:
                 log.exception("volume %s: the upload failed", job.volume.name)
             finally:
                 self._done(job, delay)
+            if delay is None:
+                heap.trim()  # all of it is uploaded
 
     def _take(self) -> tuple[_Job, bool, bool] | None:
         with self._wake:

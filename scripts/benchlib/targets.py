@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchlib.common import MIB, PATIENCE, BenchError, Child, Run, accepts, cpu_seconds, fio, random_file, say
+from benchlib.common import PATIENCE, BenchError, Child, Run, accepts, cpu_seconds, fio, random_file, say
 
 WEED_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -298,6 +298,3 @@ class S3backer:
 def fill(target: GlideFS, size: int) -> None:
     """Write `size` bytes that do not compress."""
     target.fio(rw="write", bs="1m", iodepth=8, size=size, refill_buffers=1)
-
-
-__all__ = ["MIB", "GlideFS", "NbdTarget", "Nbdkit", "QemuNbd", "S3backer", "Weed", "fill"]

@@ -11,7 +11,10 @@ from figures import Figures
 from node import GIB, MIB, TIB, Node, fio, servers, stopwatch
 
 pytest.importorskip("glidefs.core._core")
-pytestmark = pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed"),
+    pytest.mark.slow,
+]
 
 SIZE = 2 * TIB
 REQUEST = GIB

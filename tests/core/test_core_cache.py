@@ -73,6 +73,19 @@ def test_retire_exposes_no_discarded_sector(rig: CoreRig) -> None:
     assert vol.core.pread(0, 2 * BLOCK) == bytes(2 * BLOCK)
 
 
+def test_retire_of_an_old_discard_leaves_a_newer_one(rig: CoreRig) -> None:
+    vol = rig.vol()
+    vol.core.zero(0, BLOCK)
+    vol.core.seal()
+    vol.core.pwrite(0, pattern(1, BLOCK))
+    second = vol.core.seal()
+    vol.core.zero(0, BLOCK)
+    vol.core.seal()
+    vol.commit(upto=second)
+    assert vol.base == {0: pattern(1, BLOCK)}
+    assert vol.core.pread(0, BLOCK) == bytes(BLOCK)
+
+
 def test_eviction_while_mapped(make_rig: Callable[..., CoreRig]) -> None:
     """! A slot that was reused fails the generation check: the block faults again."""
     rig = make_rig(cache_bytes=8 * BLOCK)
@@ -263,7 +276,7 @@ def test_a_full_disk_reuses_slots(make_rig: Callable[..., CoreRig]) -> None:
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * BLOCK, old[1]))
     try:
-        with pytest.raises(CoreError):  # EFBIG is not a full disk: an error, and the slot is given back
+        with pytest.raises(CoreError):  # noqa: PT012 - EFBIG is not a full disk: an error, the slot is given back
             for i in range(12):
                 rig.engine.cache.unpin(rig.insert(pattern(i, BLOCK)))
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 import time
 
@@ -57,6 +58,7 @@ def test_a_damaged_index_is_an_error(rig: Rig) -> None:
     volume.core.pwrite(0, os.urandom(BLOCK))
     cold(host, volume)
     host.meta.indices.clear()
+    shutil.rmtree(host.state_dir / "indices")
     (key,) = rig.packs()
     damage(rig, key, -40)
     with pytest.raises(CoreError):

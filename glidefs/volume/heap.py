@@ -1,0 +1,39 @@
+"""The C heap: what uploads free goes back to the kernel.
+
+Left to itself glibc keeps it. Its limit for mappings of their own grows to 32 MiB with the first large
+buffer that is freed, so packs in the making end up in the heaps of threads, which do not shrink
+(mallopt(3), malloc_trim(3)). Elsewhere than on glibc both functions do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+
+LARGE = 1 << 20
+"""Buffers from here on get mappings of their own, which end when they are freed."""
+_M_MMAP_THRESHOLD = -3
+_PAUSE = 1.0
+
+_lock = threading.Lock()  # guards the time of the last trim
+_last = [float("-inf")]
+
+
+def keep_large_buffers_apart() -> None:
+    """Once, early in the process."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, LARGE)
+
+
+def trim() -> None:
+    """Give back what is free; at most once a second, as it takes some milliseconds."""
+    with _lock:
+        now = time.monotonic()
+        if now - _last[0] < _PAUSE:
+            return
+        _last[0] = now
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

@@ -1,0 +1,8 @@
+"""The core against the model: see core_machine.py."""
+
+from __future__ import annotations
+
+from core_machine import CoreMachine
+from model_length import sized
+
+TestCoreModel = sized(CoreMachine.TestCase, 40, quick=200, normal=2000, long=20000)

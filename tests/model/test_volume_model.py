@@ -1,0 +1,8 @@
+"""Two hosts and a store against the model: see volume_machine.py."""
+
+from __future__ import annotations
+
+from model_length import sized
+from volume_machine import VolumeMachine
+
+TestVolumeModel = sized(VolumeMachine.TestCase, 25, quick=40, normal=400, long=5000)
