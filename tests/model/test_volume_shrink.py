@@ -40,6 +40,7 @@ def test_a_smaller_size_is_not_committed_before_the_zeroes_that_cut(tmp_path: Pa
         with contextlib.suppress(GlideError):
             volume.drain(1)
         host.scheduler.stop()
+        rig.memory.put = original  # type: ignore[method-assign]
         rig.memory.set_down(False)
         taken = rig.attach(rig.host("b"), volume.name, take_over=True)
         size = taken.core.info().size
