@@ -267,7 +267,10 @@ class Scheduler:
         most = 4 if urgent else self._settings.batch_segments
         while True:
             last = min(sealed, volume.done_segment + most)
-            done = self._uploader.upload(volume, max(last, volume.done_segment), size)
+            # A smaller size goes with the zeroes that a shrink logged first, never before them.
+            whole = seal and last >= sealed
+            committed = size if whole else max(size, volume.root.size)
+            done = self._uploader.upload(volume, max(last, volume.done_segment), committed)
             if urgent:
                 self._retirer.squeeze(volume)
             if done.packs:

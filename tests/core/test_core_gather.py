@@ -63,7 +63,7 @@ def test_a_damaged_record_uploads_nothing(rig: CoreRig, where: str) -> None:
     segment = vol.segments()[0]
     segment.flip(segment.data_at(1) if where == "data" else segment.record_at(1))
     with pytest.raises(CorruptLog) as caught:
-        vol.gather(seq)
+        vol.gather(seq).close()
     assert "0000000000000001.seg" in str(caught.value)
     assert "1 of 2" in str(caught.value)
 

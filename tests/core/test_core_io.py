@@ -193,6 +193,21 @@ def test_an_unaligned_write_that_waits_for_its_base_blocks_nobody(rig: CoreRig) 
     assert vol.core.pread(0, SECTOR) == b"n" * 512 + b"s" * 512 + b"n" * (SECTOR - 1024)
 
 
+def test_an_unaligned_write_reads_again_what_changed_while_it_waited(rig: CoreRig) -> None:
+    """! Of its two sectors it read the first at once; while the second came from the store, it was written."""
+    vol = rig.vol()
+    vol.base = {0: pattern(1, BLOCK), 1: pattern(2, BLOCK)}
+    assert vol.core.pread(0, BLOCK) == pattern(1, BLOCK)
+    with rig.hold():
+        small = Background(lambda: vol.core.pwrite(BLOCK - 512, b"s" * 1024))
+        wait_for(lambda: vol.core.info().parked, "a fault")
+        vol.core.pwrite(BLOCK - SECTOR, b"n" * SECTOR)
+        assert not small.done
+    small.result()
+    want = b"n" * (SECTOR - 512) + b"s" * 1024 + pattern(2, BLOCK)[512:SECTOR]
+    assert vol.core.pread(BLOCK - SECTOR, 2 * SECTOR) == want
+
+
 def test_a_read_keeps_what_it_copied_while_another_block_faults(rig: CoreRig) -> None:
     vol = rig.vol()
     vol.base = {1: pattern(2, BLOCK)}
