@@ -18,7 +18,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "daemon"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nbd"))
 
-from daemon_harness import DEADLINE, Daemon, servers, wait_for
+from daemon_harness import DEADLINE, Daemon, wait_for
+from daemon_harness import servers as servers
 from nbd_client import RawClient
 
 from glidefs.cli.client import _UnixConnection
@@ -28,7 +29,6 @@ EMULATED = bool(os.environ.get("GLIDEFS_VM"))
 BUCKET = "glide-test"
 
 Sections = Mapping[str, Mapping[str, str]]
-__all__ = ["DEADLINE", "servers", "wait_for"]  # of others, for those who import this module
 
 
 class Node(Daemon):

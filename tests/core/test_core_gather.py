@@ -35,12 +35,12 @@ def test_newer_writes_do_not_leak_in(rig: CoreRig) -> None:
     seq = vol.core.seal()
     vol.core.pwrite(0, pattern(2, SECTOR))
     vol.core.pwrite(BLOCK, pattern(2, SECTOR))
+    vol.core.seal()
     with vol.gather(seq) as gather:
         assert [tuple(entry) for entry in gather.entries()] == [(0, 1, 0)]
         data = bytearray(SECTOR)
         gather.fill(0, 1, data)
         assert data == pattern(1, SECTOR)
-    vol.core.seal()
     with vol.gather(seq + 1) as gather:
         assert len(gather) == 2
 
