@@ -9,11 +9,13 @@
 #include "worker.h"
 
 #include "engine.h"
+#include "glide_core_internal.h"
 #include "io.h"
 #include "nbd_conn.h"
 #include "volume.h"
 #include "write_log.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -53,6 +55,7 @@ int call_run(struct worker *w, struct call *call, void (*start)(struct call *, s
     call->arg = arg;
     call->result = 0;
     call->done = false;
+    call->error[0] = 0;
     list_init(&call->link);
     pthread_mutex_init(&call->lock, NULL);
     pthread_cond_init(&call->cond, NULL);
@@ -63,6 +66,8 @@ int call_run(struct worker *w, struct call *call, void (*start)(struct call *, s
     pthread_mutex_unlock(&call->lock);
     pthread_cond_destroy(&call->cond);
     pthread_mutex_destroy(&call->lock);
+    if (call->result < 0)
+        fail(call->result, "%s", call->error);
     return call->result;
 }
 
@@ -85,7 +90,11 @@ static void start_simple(struct call *call, struct worker *w)
 {
     struct simple_call *s = container_of(call, struct simple_call, call);
 
-    call_done(call, s->fn(w, s->arg));
+    fail(0, "%s", ""); /* what an earlier call said */
+    int result = s->fn(w, s->arg);
+    if (result < 0)
+        snprintf(call->error, sizeof(call->error), "%s", glide_error());
+    call_done(call, result);
 }
 
 int worker_call(struct worker *w, int (*fn)(struct worker *, void *), void *arg)

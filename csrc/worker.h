@@ -72,6 +72,7 @@ struct call {
     struct list link; /* for whoever keeps calls waiting */
     int result;
     bool done;
+    char error[256]; /* what fail() said on the worker, for the caller's glide_error() */
     pthread_mutex_t lock;
     pthread_cond_t cond;
 };

@@ -114,9 +114,6 @@ class Uploader:
                 plan = plan_upload(gather, committer.manifest(self._reads), self._settings.pack_bytes)
                 drops = plan.drops
                 built = self._put_all(volume, gather, plan.jobs)
-        if not (built or drops or volume.size_dirty):
-            volume.mark_done(last)
-            return Uploaded(last, 0, 0)
         if time.monotonic() - started > self._settings.gc_grace / 2:
             # The collector may take packs that no manifest named in time: make them anew.
             raise StoreError("the upload took too long", key=volume.name, op="commit", temporary=True)

@@ -212,11 +212,10 @@ class Volume:
 
     def retirable(self) -> int:
         """The last segment that may be retired: the durable local manifest includes it."""
-        local_segment = self.committer.local_segment
-        return self.done_segment if local_segment >= self.root.last_segment else local_segment
+        return self.committer.local_segment
 
     def mark_done(self, segment: int) -> None:
-        """All segments up to ``segment`` are in the store or held nothing: flushes that wait return."""
+        """The store has all segments up to ``segment``: flushes that wait return."""
         if segment > self.done_segment:
             self.done_segment = segment
         if segment:

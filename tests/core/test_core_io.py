@@ -194,7 +194,7 @@ def test_an_unaligned_write_that_waits_for_its_base_blocks_nobody(rig: CoreRig) 
 
 
 def test_an_unaligned_write_reads_again_what_changed_while_it_waited(rig: CoreRig) -> None:
-    """! Of its two sectors it read the first at once; while the second came from the store, it was written."""
+def test_an_unaligned_write_reads_again_what_changed_meanwhile(rig: CoreRig) -> None:
     vol = rig.vol()
     vol.base = {0: pattern(1, BLOCK), 1: pattern(2, BLOCK)}
     assert vol.core.pread(0, BLOCK) == pattern(1, BLOCK)

@@ -77,8 +77,9 @@ def test_commit_without_retire_frees_nothing(make_rig: Callable[..., CoreRig]) -
     rig = make_rig(log_limit=SMALL_LOG)
     vol = rig.vol()
     writer, acked = write_until_full(vol)
-    with pytest.raises(CoreError):
+    with pytest.raises(CoreError) as caught:
         vol.core.retire(vol.core.seal())
+    assert "not committed" in str(caught.value)  # said by the worker, for its caller
     vol.commit(retire=False)
     assert not writer.done
     segments = len(list(vol.dir.glob("*.seg")))

@@ -150,6 +150,9 @@ def test_a_header_that_never_arrived_costs_only_its_segment(rig: CoreRig) -> Non
     with vol.segments()[1].path.open("r+b") as file:
         file.write(bytes(SECTOR))
     vol.open()
+    with pytest.raises(CoreError) as caught:
+        vol.core.pread(1, 1)
+    assert "header" not in str(caught.value)  # an error of its own, not what was overlooked before
     assert vol.core.pread(0, 16 * SECTOR) == pattern(1, 16 * SECTOR)
     vol.core.pwrite(0, pattern(3, SECTOR), fua=True)
     assert vol.core.info().last_seq == 3

@@ -283,7 +283,7 @@ MUTATIONS = [
         "csrc/io_unaligned.c",
         "    if (req->rmw->ready && still_newest(req->rmw))",
         "    if (req->rmw->ready && (still_newest(req->rmw) || true))",
-        (IO + "test_an_unaligned_write_reads_again_what_changed_while_it_waited",),
+        (IO + "test_an_unaligned_write_reads_again_what_changed_meanwhile",),
     ),
     Mutation(
         "writes-outlive-a-shrink",
