@@ -193,8 +193,8 @@ def test_an_unaligned_write_that_waits_for_its_base_blocks_nobody(rig: CoreRig) 
     assert vol.core.pread(0, SECTOR) == b"n" * 512 + b"s" * 512 + b"n" * (SECTOR - 1024)
 
 
-def test_an_unaligned_write_reads_again_what_changed_while_it_waited(rig: CoreRig) -> None:
 def test_an_unaligned_write_reads_again_what_changed_meanwhile(rig: CoreRig) -> None:
+    """! One of its two sectors it read at once; while the other came from the store, it was written."""
     vol = rig.vol()
     vol.base = {0: pattern(1, BLOCK), 1: pattern(2, BLOCK)}
     assert vol.core.pread(0, BLOCK) == pattern(1, BLOCK)
