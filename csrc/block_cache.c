@@ -218,20 +218,25 @@ static void pin_current(struct block_cache *c, struct cache_slot *s, struct glid
     describe(c, s, out);
 }
 
-int glide_cache_lookup(glide_engine *engine, const uint8_t *key, struct glide_slot *out)
+int glide_cache_lookup(glide_engine *engine, const uint8_t *keys, uint32_t count, struct glide_slot *out)
 {
     struct block_cache *c = &engine->cache;
+    int found = 0;
 
     pthread_mutex_lock(&c->lock);
-    struct cache_slot *s = find(c, key);
-    if (s) {
-        pin_current(c, s, out);
-        c->hits++;
-    } else {
-        c->misses++;
+    for (uint32_t i = 0; i < count; i++) {
+        struct cache_slot *s = find(c, keys + (size_t)i * 16);
+        if (s) {
+            pin_current(c, s, &out[i]);
+            found++;
+        } else {
+            out[i].slot = GLIDE_NO_SLOT;
+        }
     }
+    c->hits += (uint64_t)found;
+    c->misses += count - (uint64_t)found;
     pthread_mutex_unlock(&c->lock);
-    return s != NULL;
+    return found;
 }
 
 /* Take a slot out of use if nobody pins it; it then has a new generation and one pin, the caller's. */

@@ -146,8 +146,20 @@ struct glide_install {
     uint32_t kind;
     int32_t err;
 };
-/* Answers faults and prefetches. Entries with a stale stamp are not mapped, their waiters look again. */
+/* Answers faults and prefetches, soon after the call. Entries with a stale stamp are not mapped, their waiters look
+ * again. On error (-ENOMEM) the pins stay with the caller. */
 int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glide_install *list, uint32_t count);
+
+/* A block that was fetched: for the cache, and for who waits for it. */
+struct glide_fill {
+    uint64_t block;
+    uint8_t key[16];  /* in the cache */
+    uint8_t hash[16]; /* of the content */
+    const void *data; /* 128 KiB, only for the length of the call */
+};
+/* glide_cache_insert and glide_volume_install for many blocks. Returns how many of them were done, from the first on;
+ * the error if that is none (-EAGAIN: every slot is pinned, try again). */
+int glide_volume_fill(glide_volume *volume, uint64_t stamp, const struct glide_fill *list, uint32_t count);
 
 struct glide_volume_info {
     uint64_t size;
@@ -237,8 +249,10 @@ struct glide_slot {
     uint32_t verified; /* 0: from before this process; check the content before use */
     uint8_t hash[16];  /* of the content */
 };
-/* 1 = found and pinned, 0 = absent. */
-int glide_cache_lookup(glide_engine *engine, const uint8_t *key, struct glide_slot *out);
+#define GLIDE_NO_SLOT 0xffffffffu
+/* Look up `count` keys of 16 bytes each: out[i] is a pinned slot, or its `slot` is GLIDE_NO_SLOT. Returns the number
+ * found. */
+int glide_cache_lookup(glide_engine *engine, const uint8_t *keys, uint32_t count, struct glide_slot *out);
 /* Store a block (128 KiB), evicting if needed; *out is pinned. -EAGAIN: every slot is pinned, try again.
  * A key that is there already keeps its slot. */
 int glide_cache_insert(glide_engine *engine, const uint8_t *key, const uint8_t *hash, const void *data,

@@ -197,9 +197,6 @@ int glide_volume_close(glide_volume *v)
 struct volume_call {
     struct volume *v;
     uint64_t value;
-    uint64_t stamp;
-    const struct glide_install *list;
-    uint32_t count;
     void *out;
 };
 
@@ -256,50 +253,6 @@ int glide_volume_fail(glide_volume *volume, int err)
     if (err <= 0)
         return fail(-EINVAL, "an errno is positive");
     return worker_call(volume->worker, do_fail, &(struct volume_call){.v = volume, .value = (uint64_t)err});
-}
-
-/* ---- base ------------------------------------------------------------------------------------------ */
-
-uint64_t glide_volume_stamp(glide_volume *volume) { return atomic_load(&volume->stamp); }
-
-static void install_one(struct volume *v, const struct glide_install *i, bool current)
-{
-    switch (i->kind) {
-    case GLIDE_INSTALL_SLOT:
-        if (current)
-            block_map_set_slot(&v->base, i->block, i->slot, i->generation);
-        fault_resolve(v, i->block, 0);
-        cache_unpin(&v->engine->cache, i->slot);
-        break;
-    case GLIDE_INSTALL_ZERO:
-        if (current)
-            block_map_set_zero(&v->base, i->block, i->count);
-        fault_resolve_range(v, i->block, i->count, 0);
-        break;
-    case GLIDE_INSTALL_ERROR:
-        fault_resolve_range(v, i->block, i->count, i->err > 0 ? i->err : EIO);
-        break;
-    default:
-        fault_resolve_range(v, i->block, i->count, 0);
-        break;
-    }
-}
-
-static int do_install(struct worker *w, void *arg)
-{
-    struct volume_call *c = arg;
-
-    (void)w;
-    for (uint32_t i = 0; i < c->count; i++)
-        install_one(c->v, &c->list[i], c->stamp == atomic_load(&c->v->stamp));
-    volume_count_memory(c->v);
-    return 0;
-}
-
-int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glide_install *list, uint32_t count)
-{
-    return worker_call(volume->worker, do_install,
-                       &(struct volume_call){.v = volume, .stamp = stamp, .list = list, .count = count});
 }
 
 /* ---- information ------------------------------------------------------------------------------------- */

@@ -123,7 +123,7 @@ static void answer(struct volume_state *s, const struct glide_fault *fault)
 {
     static const uint8_t zeros[GLIDE_BLOCK];
     static __thread uint8_t copy[GLIDE_BLOCK];
-    uint8_t key[16];
+    struct glide_fill f = {.data = copy};
 
     for (uint64_t block = fault->block; block < fault->block + fault->count; block++) {
         struct glide_install i = {.block = block, .count = 1, .kind = GLIDE_INSTALL_ZERO};
@@ -132,13 +132,16 @@ static void answer(struct volume_state *s, const struct glide_fault *fault)
         memcpy(copy, s->base[block], GLIDE_BLOCK);
         pthread_mutex_unlock(&s->base_lock);
         if (memcmp(copy, zeros, GLIDE_BLOCK)) {
-            block_key(key, copy);
-            int got = glide_cache_lookup(engine, key, &slot);
-            while (!got && (got = glide_cache_insert(engine, key, key, copy, &slot)) == -EAGAIN) {
-                got = 0;
-                usleep(100);
+            block_key(f.key, copy);
+            if (!glide_cache_lookup(engine, f.key, 1, &slot)) {
+                int got;
+                f.block = block;
+                memcpy(f.hash, f.key, 16);
+                while ((got = glide_volume_fill(s->volume, fault->stamp, &f, 1)) == -EAGAIN)
+                    usleep(100);
+                MUST(got);
+                continue;
             }
-            MUST(got);
             i.kind = GLIDE_INSTALL_SLOT;
             i.slot = slot.slot;
             i.generation = slot.generation;

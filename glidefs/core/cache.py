@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glidefs.core._core import ffi, lib
@@ -42,12 +43,17 @@ class BlockCache:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
 
-    def lookup(self, key: bytes) -> Slot | None:
-        """The slot of ``key`` (16 bytes), pinned, or None."""
-        raw = ffi.new("struct glide_slot *")
+    def lookup(self, keys: Sequence[bytes]) -> list[Slot | None]:
+        """The slots of ``keys`` (16 bytes each), pinned; None for a key that is not there."""
+        count = len(keys)
+        raw = ffi.new("struct glide_slot[]", count)
+        joined = b"".join(keys)
+        if len(joined) != count * KEY_SIZE:
+            raise ValueError(f"a cache key has {KEY_SIZE} bytes")
         with self._engine._use() as engine:
-            found = check(lib.glide_cache_lookup(engine, _key(key), raw), "cache lookup")
-        return _from_c(raw) if found else None
+            if not check(lib.glide_cache_lookup(engine, joined, count, raw), "cache lookup"):
+                return [None] * count
+        return [None if raw[i].slot == lib.GLIDE_NO_SLOT else _from_c(raw[i]) for i in range(count)]
 
     def insert(self, key: bytes, content_hash: bytes, data: bytes | bytearray | memoryview) -> Slot:
         """Store a block of 128 KiB and return its slot, pinned; a key that is there keeps its slot.

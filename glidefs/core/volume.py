@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from glidefs.core.cache import Slot
     from glidefs.core.engine import Engine
 
+BLOCK = int(lib.GLIDE_BLOCK)
 OPS = ("read", "write", "flush", "zero")
 """The order of the counters by operation in :class:`VolumeStats`."""
 
@@ -117,6 +118,15 @@ def install_retry(block: int, count: int) -> Install:
     return Install(block, count, 0, 0, lib.GLIDE_INSTALL_RETRY, 0)
 
 
+class Fill(NamedTuple):
+    """A block that was fetched: 128 KiB, its key in the cache and the hash of its content (16 bytes)."""
+
+    block: int
+    key: bytes
+    hash: bytes
+    data: bytes | bytearray | memoryview
+
+
 class CoreVolume(Handle):
     """An open volume of the core. Made by :meth:`Engine.open_volume`; all methods are thread-safe."""
 
@@ -184,12 +194,32 @@ class CoreVolume(Handle):
             return int(lib.glide_volume_stamp(volume))
 
     def install(self, stamp: int, answers: Sequence[Install]) -> None:
-        """Answer faults. Answers with a stale stamp are not mapped, their waiters look again."""
+        """Answer faults, without waiting for that. Raises CoreError (ENOMEM): the pins stay with the caller.
+
+        Answers with a stale stamp are not mapped, their waiters look again.
+        """
         if not answers:
             return
         raw = ffi.new("struct glide_install[]", [msgspec.structs.astuple(answer) for answer in answers])
         with self._use() as volume:
             check(lib.glide_volume_install(volume, stamp, raw, len(answers)), "install")
+
+    def fill(self, stamp: int, fills: Sequence[Fill]) -> int:
+        """Put blocks into the block cache and answer their faults; how many, from the first on.
+
+        Raises CoreError if that is none, with errno EAGAIN (temporary) while every slot is pinned.
+        """
+        raw = ffi.new("struct glide_fill[]", len(fills))
+        buffers = [ffi.from_buffer(fill.data) for fill in fills]  # kept alive over the call
+        for to, fill, buffer in zip(raw, fills, buffers, strict=True):
+            if len(fill.data) != BLOCK:
+                raise ValueError(f"a block has {BLOCK} bytes, not {len(fill.data)}")
+            to.block = fill.block
+            to.key = fill.key
+            to.hash = fill.hash
+            to.data = buffer
+        with self._use() as volume:
+            return check(lib.glide_volume_fill(volume, stamp, raw, len(fills)), "fill")
 
     def info(self) -> VolumeInfo:
         """State of the log now."""

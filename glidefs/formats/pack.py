@@ -81,7 +81,7 @@ MAX_PACK_SIZE = (1 << 32) - 1
 _HEADER = struct.Struct("<4sHHII")
 _TRAILER = struct.Struct("<II16s4s")
 _ENTRY = struct.Struct("<QIIII16s")
-_BLOCK_OF = struct.Struct("<Q")
+_BLOCK_EVERY = ENTRY_SIZE // 8
 
 Buffer = bytes | bytearray | memoryview
 
@@ -122,13 +122,15 @@ class PackIndex:
     only when asked for: a cached index costs its bytes, not a tuple per block.
     """
 
-    __slots__ = ("_count", "_data", "key")
+    __slots__ = ("_blocks", "_count", "_data", "key")
 
     def __init__(self, key: str, data: bytes) -> None:
         """``data`` is validated records, as :func:`decode_index` has them."""
         self.key = key
         self._data = data
         self._count = len(data) // ENTRY_SIZE
+        # The block numbers, as a view: bisect goes through it without a call of Python.
+        self._blocks = memoryview(data).cast("Q")[::_BLOCK_EVERY]
 
     def __len__(self) -> int:
         return self._count
@@ -142,8 +144,7 @@ class PackIndex:
         return PackEntry._make(_ENTRY.unpack_from(self._data, i * ENTRY_SIZE))
 
     def _lower_bound(self, block: int) -> int:
-        data, unpack = self._data, _BLOCK_OF.unpack_from
-        return bisect_left(range(self._count), block, key=lambda i: unpack(data, i * ENTRY_SIZE)[0])
+        return bisect_left(self._blocks, block)
 
     def find(self, block: int) -> PackEntry | None:
         """The entry of ``block``, or None."""
@@ -299,17 +300,16 @@ def decode_index(key: str, tail: Buffer, object_size: int) -> PackIndex:
     return PackIndex(key, records)
 
 
-def decode_payload(key: str, entry: PackEntry, stored: Buffer) -> bytes:
+def decode_payload(key: str, entry: PackEntry, stored: Buffer) -> Buffer:
     """The plain sectors of ``entry``, from the stored bytes at its offset; verified.
 
-    The result has ``entry.plain`` bytes. Raises CorruptObject.
+    The result has ``entry.plain`` bytes; it is ``stored`` itself where that is raw. Raises CorruptObject.
     """
     plain_length = entry.plain
     if len(stored) != entry.stored or len(stored) > plain_length:
         raise CorruptObject(key, entry.offset, f"{len(stored)} bytes where {entry.stored} are stored")
-    if len(stored) == plain_length:
-        plain = bytes(stored)
-    else:
+    plain = stored
+    if len(stored) < plain_length:
         try:
             plain = compression.decompress(stored, plain_length)
         except compression.BadFrame as error:

@@ -25,6 +25,7 @@ from glidefs.formats.pack import (
     CHUNK_BLOCKS,
     FULL_MASK,
     SECTOR,
+    Buffer,
     PackEntry,
     PackIndex,
     decode_index,
@@ -237,9 +238,9 @@ class _Exporter:
                 overlay(window, at, piece.entry, payloads.get((piece.ref.id, block), b""))
         return self._write(first * BLOCK, window)
 
-    def _fetch(self, pieces: list[_Piece]) -> dict[tuple[bytes, int], bytes]:
+    def _fetch(self, pieces: list[_Piece]) -> dict[tuple[bytes, int], Buffer]:
         """Read and verify payloads, neighbours in one pack with one request."""
-        payloads: dict[tuple[bytes, int], bytes] = {}
+        payloads: dict[tuple[bytes, int], Buffer] = {}
         pieces.sort(key=lambda piece: (piece.ref.id, piece.entry.offset))
         for run in _runs(pieces):
             key = names.pack_key(self._prefix, run[0].ref.id.hex())
@@ -269,7 +270,7 @@ class _Exporter:
         return written
 
 
-def overlay(window: bytearray, at: int, entry: PackEntry, payload: bytes) -> None:
+def overlay(window: bytearray, at: int, entry: PackEntry, payload: Buffer) -> None:
     """Lay the sectors of `entry` over the block at `at`, its zero sectors too."""
     if entry.mask == FULL_MASK:
         window[at : at + BLOCK] = payload

@@ -74,7 +74,7 @@ class StoreSource(Source):
         super().__init__(key, store.head(key).size)
 
     def head(self, length: int) -> bytes:
-        return self._store.get_range(self.name, 0, min(length, self.size)) if self.size else b""
+        return bytes(self._store.get_range(self.name, 0, min(length, self.size))) if self.size else b""
 
     def tail(self, length: int) -> bytes:
         return self._store.get_suffix(self.name, length)[0]

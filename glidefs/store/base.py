@@ -100,8 +100,10 @@ class ObjectStore(ABC):
         """The whole object. Raises NotFound."""
 
     @abstractmethod
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int, into: memoryview | None = None) -> Buffer:
         """Exactly ``length`` bytes from ``offset``. The hot call: guest reads.
+
+        ``into`` has room for them: a store that can puts them there, and the result is then that.
 
         Raises NotFound; CorruptObject if the object ends before the range does; StoreUnavailable
         (temporary) if the connection ended before the object did.

@@ -147,7 +147,7 @@ class FileStore(ObjectStore):
         with self._opened(key, "get") as (fd, stat):
             return Object(self._read(fd, key, 0, stat.st_size), _etag(stat))
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int, into: memoryview | None = None) -> bytes:
         check_range(key, offset, length)
         with self._opened(key, "get_range") as (fd, stat):
             if offset + length > stat.st_size:

@@ -93,7 +93,7 @@ class MemoryStore(ObjectStore):
         data, info = self._find(key, "get")
         return Object(data, info.etag)
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int, into: memoryview | None = None) -> bytes:
         check_range(key, offset, length)
         data, _ = self._find(key, "get_range")
         if offset + length > len(data):

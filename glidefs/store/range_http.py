@@ -5,6 +5,10 @@ spend most of theirs on header objects, retries, redirects and signing that this
 need (figures: ``ARCHITECTURE.md``). This one knows GET, Content-Length and chunked bodies,
 keep-alive and TLS; whatever else it meets it reports, and the caller asks boto3 instead.
 
+A system call costs more than it seems here: each gives the interpreter lock up, and takes it back in
+competition with the other readers. So an exchange is three of them: send, the head, the whole body
+(MSG_WAITALL); the kernel keeps the time (SO_RCVTIMEO), where Python's own would add a poll to each.
+
 Connections are kept in a stack; push and pop of a deque are atomic, so no lock is held and a slow
 request delays nobody. Each connection is used by one thread at a time. A kept connection that the
 server closed meanwhile is no error: the request is sent once more, on a new one.
@@ -14,13 +18,15 @@ from __future__ import annotations
 
 import socket
 import ssl
+import struct
 from collections import deque
-from io import BufferedReader
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 _MAX_LINE = 16384
+_MAX_HEAD = 16384
 _MAX_HEADERS = 100
 _MAX_ERROR_BODY = 65536
+_FIRST_READ = 4096
 _IDLE_ERRORS = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
 
 
@@ -40,19 +46,86 @@ class Response(NamedTuple):
 
     status: int
     headers: dict[bytes, bytes]
-    body: bytes
+    body: bytes | memoryview
     complete: bool
 
 
 class _Connection:
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.reader = cast(BufferedReader, sock.makefile("rb", buffering=4096))
+    """A socket and what was received of it but not used yet (``_pending``)."""
+
+    __slots__ = ("_flags", "_pending", "_sock", "used")
+
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
+        self._sock = sock
+        self._pending = b""
         self.used = False
+        if isinstance(sock, ssl.SSLSocket):
+            sock.settimeout(timeout)
+            self._flags = 0  # TLS has records, and no flags
+        else:
+            sock.settimeout(None)
+            limit = struct.pack("ll", int(timeout), int(timeout % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            self._flags = socket.MSG_WAITALL
 
     def close(self) -> None:
-        self.reader.close()
-        self.sock.close()
+        self._sock.close()
+
+    def send(self, request: bytes) -> None:
+        try:
+            self._sock.sendall(request)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+
+    def _receive(self, length: int) -> bytes:
+        """Some bytes, at most ``length``; none at the end of the stream."""
+        try:
+            return self._sock.recv(length)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None
+
+    def until(self, mark: bytes, limit: int) -> bytes:
+        """What comes up to and with ``mark``; if it does not come within ``limit`` bytes, what came."""
+        data = self._pending
+        at = data.find(mark)
+        while at < 0 and len(data) < limit:
+            more = self._receive(_FIRST_READ)
+            if not more:
+                break
+            data = data + more if data else more
+            at = data.find(mark)
+        end = at + len(mark) if at >= 0 else len(data)
+        self._pending = data[end:]
+        return data[:end]
+
+    def exactly(self, length: int, into: memoryview | None = None) -> bytes | memoryview:
+        """``length`` bytes, fewer only if the stream ends; in ``into`` if they fill it."""
+        got = min(len(self._pending), length)
+        if got == length and into is None:
+            data, self._pending = self._pending[:length], self._pending[length:]
+            return data
+        out = into if into is not None and len(into) == length else memoryview(bytearray(length))
+        out[:got] = self._pending[:got]
+        self._pending = self._pending[got:]
+        while got < length:
+            try:
+                count = self._sock.recv_into(out[got:], 0, self._flags)
+            except BlockingIOError:
+                raise TimeoutError("timed out") from None
+            if not count:
+                break
+            got += count
+        return out[:got]
+
+    def rest(self, limit: int) -> bytes:
+        """All up to the end of the stream, at most ``limit`` bytes."""
+        parts = [self._pending]
+        total = len(self._pending)
+        while total < limit and (more := self._receive(limit - total)):
+            parts.append(more)
+            total += len(more)
+        return b"".join(parts)[:limit]
 
 
 class RangeClient:
@@ -79,10 +152,11 @@ class RangeClient:
         default = 443 if tls else 80
         self._host_header = name if port == default else f"{name}:{port}"
 
-    def get(self, target: str, byte_range: str, limit: int) -> Response:
+    def get(self, target: str, byte_range: str, limit: int, into: memoryview | None = None) -> Response:
         """GET ``target`` (path and query) with ``Range: bytes={byte_range}``.
 
-        A body longer than ``limit`` bytes is not read. Raises HttpError or OSError.
+        A body longer than ``limit`` bytes is not read; one that fits ``into`` is put there. Raises
+        HttpError or OSError.
         """
         request = (
             f"GET {target} HTTP/1.1\r\nHost: {self._host_header}\r\nRange: bytes={byte_range}\r\n"
@@ -93,11 +167,11 @@ class RangeClient:
         except IndexError:
             connection = self._connect()
         try:
-            return self._exchange(connection, request, limit)
+            return self._exchange(connection, request, limit, into)
         except _Stale:
             # The server restarted or tidied up: its other kept connections are as dead as this one.
             self.drop_idle()
-            return self._exchange(self._connect(), request, limit)
+            return self._exchange(self._connect(), request, limit, into)
 
     def _connect(self) -> _Connection:
         sock = socket.create_connection((self.host, self.port), timeout=self._connect_timeout)
@@ -105,19 +179,18 @@ class RangeClient:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls is not None:
                 sock = self._tls.wrap_socket(sock, server_hostname=self.host)
-            sock.settimeout(self._read_timeout)
-            return _Connection(sock)
+            return _Connection(sock, self._read_timeout)
         except BaseException:
             sock.close()
             raise
 
-    def _exchange(self, connection: _Connection, request: bytes, limit: int) -> Response:
+    def _exchange(
+        self, connection: _Connection, request: bytes, limit: int, into: memoryview | None
+    ) -> Response:
         keep = False
         try:
-            status_line = self._send(connection, request)
-            version, status = _parse_status(status_line)
-            headers = _read_headers(connection.reader)
-            body, complete, drained = _read_body(connection.reader, status, headers, limit)
+            version, status, headers = _parse_head(self._send(connection, request))
+            body, complete, drained = _read_body(connection, status, headers, limit, into)
             closing = headers.get(b"connection", b"").lower() == b"close" or version == b"HTTP/1.0"
             keep = drained and not closing
             return Response(status, headers, body, complete)
@@ -129,19 +202,19 @@ class RangeClient:
                 connection.close()
 
     def _send(self, connection: _Connection, request: bytes) -> bytes:
-        """Send the request and return the status line."""
+        """Send the request and return the head of the answer."""
         try:
-            connection.sock.sendall(request)
-            line = connection.reader.readline(_MAX_LINE)
+            connection.send(request)
+            head = connection.until(b"\r\n\r\n", _MAX_HEAD)
         except _IDLE_ERRORS as error:
             if connection.used:
                 raise _Stale from error
             raise
-        if not line:
+        if not head:
             if connection.used:
                 raise _Stale
             raise HttpError("the server closed the connection without an answer")
-        return line
+        return head
 
     def drop_idle(self) -> None:
         """Close the kept connections (after a failure they are suspect)."""
@@ -157,65 +230,64 @@ class RangeClient:
         self.drop_idle()
 
 
-def _parse_status(line: bytes) -> tuple[bytes, int]:
-    parts = line.split(None, 2)
+def _parse_head(head: bytes) -> tuple[bytes, int, dict[bytes, bytes]]:
+    """HTTP version, status, and headers by their names in lower case."""
+    if not head.endswith(b"\r\n\r\n"):
+        raise HttpError(f"bad or truncated head: {head[:40]!r}")
+    first, *lines = head[:-4].split(b"\r\n")
+    parts = first.split(None, 2)
     if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not parts[1].isdigit():
-        raise HttpError(f"not an HTTP answer: {line[:40]!r}")
-    return parts[0], int(parts[1])
-
-
-def _read_headers(reader: BufferedReader) -> dict[bytes, bytes]:
+        raise HttpError(f"not an HTTP answer: {first[:40]!r}")
+    if len(lines) > _MAX_HEADERS:
+        raise HttpError("too many headers")
     headers: dict[bytes, bytes] = {}
-    for _ in range(_MAX_HEADERS):
-        line = reader.readline(_MAX_LINE)
-        if line in (b"\r\n", b"\n"):
-            return headers
+    for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not line.endswith(b"\n"):
-            raise HttpError("bad or truncated header")
+        if not colon:
+            raise HttpError("bad header")
         headers[name.strip().lower()] = value.strip()
-    raise HttpError("too many headers")
+    return parts[0], int(parts[1]), headers
 
 
 def _read_body(
-    reader: BufferedReader, status: int, headers: dict[bytes, bytes], limit: int
-) -> tuple[bytes, bool, bool]:
+    connection: _Connection, status: int, headers: dict[bytes, bytes], limit: int, into: memoryview | None
+) -> tuple[bytes | memoryview, bool, bool]:
     """(body, is it complete, may the connection be used again)."""
     if status in (204, 304):
         return b"", True, True
     cap = limit if status == 206 else _MAX_ERROR_BODY
     if b"chunked" in headers.get(b"transfer-encoding", b"").lower():
-        return _read_chunked(reader, cap)
+        return _read_chunked(connection, cap)
     stated = headers.get(b"content-length")
     if stated is None:
-        body = reader.read(cap + 1)
+        body = connection.rest(cap + 1)
         return body[:cap], len(body) <= cap, False
     if not stated.isdigit():
         raise HttpError("bad Content-Length")
     length = int(stated)
     if length > cap:
-        return reader.read(cap) if status != 206 else b"", False, False
-    body = reader.read(length)
-    complete = len(body) == length
-    return body, complete, complete
+        return connection.exactly(cap) if status != 206 else b"", False, False
+    found = connection.exactly(length, into if status == 206 else None)
+    complete = len(found) == length
+    return found, complete, complete
 
 
-def _read_chunked(reader: BufferedReader, cap: int) -> tuple[bytes, bool, bool]:
-    parts: list[bytes] = []
+def _read_chunked(connection: _Connection, cap: int) -> tuple[bytes, bool, bool]:
+    parts: list[bytes | memoryview] = []
     total = 0
     while True:
-        size_text = reader.readline(_MAX_LINE).split(b";", 1)[0].strip()
+        size_text = connection.until(b"\n", _MAX_LINE).split(b";", 1)[0].strip()
         try:
             size = int(size_text, 16)
         except ValueError:
             return b"".join(parts), False, False
         if size == 0:
-            drained = reader.readline(_MAX_LINE) == b"\r\n"
+            drained = connection.until(b"\n", _MAX_LINE) == b"\r\n"
             return b"".join(parts), True, drained
         if size < 0 or total + size > cap:
             return b"".join(parts), False, False
-        part = reader.read(size)
+        part = connection.exactly(size)
         parts.append(part)
         total += len(part)
-        if len(part) != size or reader.readline(_MAX_LINE) != b"\r\n":
+        if len(part) != size or connection.exactly(2) != b"\r\n":
             return b"".join(parts), False, False

@@ -27,7 +27,7 @@ import msgspec
 import tenacity
 
 from glidefs.errors import CorruptObject, StoreError, StoreUnavailable, Throttled
-from glidefs.store.base import Body, Keys, ListPage, Object, ObjectInfo, ObjectStore, body_length
+from glidefs.store.base import Body, Buffer, Keys, ListPage, Object, ObjectInfo, ObjectStore, body_length
 from glidefs.store.breaker import Breaker
 
 T = TypeVar("T")
@@ -127,8 +127,8 @@ class StoreView(ObjectStore):
     def get(self, key: str) -> Object:
         return self._run("get", key, lambda: self._inner.get(key), lambda found: len(found.data))
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
-        return self._run("get_range", key, lambda: self._inner.get_range(key, offset, length), len)
+    def get_range(self, key: str, offset: int, length: int, into: memoryview | None = None) -> Buffer:
+        return self._run("get_range", key, lambda: self._inner.get_range(key, offset, length, into), len)
 
     def get_suffix(self, key: str, length: int) -> tuple[bytes, int]:
         return self._run(
@@ -341,8 +341,8 @@ class ResilientStore(ObjectStore):
     def get(self, key: str) -> Object:
         return self._reads.get(key)
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
-        return self._reads.get_range(key, offset, length)
+    def get_range(self, key: str, offset: int, length: int, into: memoryview | None = None) -> Buffer:
+        return self._reads.get_range(key, offset, length, into)
 
     def get_suffix(self, key: str, length: int) -> tuple[bytes, int]:
         return self._reads.get_suffix(key, length)

@@ -50,6 +50,7 @@ from glidefs.errors import (
 from glidefs.store.base import (
     LIST_PAGE,
     Body,
+    Buffer,
     Keys,
     ListPage,
     Object,
@@ -251,9 +252,9 @@ class S3Store(ObjectStore):
 
     # -- ranges --------------------------------------------------------------------------------
 
-    def get_range(self, key: str, offset: int, length: int) -> bytes:
+    def get_range(self, key: str, offset: int, length: int, into: memoryview | None = None) -> Buffer:
         check_range(key, offset, length)
-        answer = self._fetch(key, f"{offset}-{offset + length - 1}", length, "get_range")
+        answer = self._fetch(key, f"{offset}-{offset + length - 1}", length, "get_range", into)
         if answer.status == 416:
             total = _total(answer)
             raise CorruptObject(key, max(total, 0), f"the object ends before byte {offset + length}")
@@ -271,28 +272,30 @@ class S3Store(ObjectStore):
         if answer.status == 416:
             return b"", 0
         total = _total(answer)
-        body = answer.body
+        body = bytes(answer.body)
         if answer.status == 200 and answer.complete and len(body) <= length:
             # Some providers answer a suffix that is the whole object without "partial".
             self._seen_working = True
             return body, len(body)
-        body = self._checked(answer, key, "get_suffix")
+        body = bytes(self._checked(answer, key, "get_suffix"))
         if total < 0:
             raise StoreUnsupported("a range answer without Content-Range", key=key, op="get_suffix")
         if len(body) != min(length, total) or not answer.complete:
             raise StoreUnavailable(f"{len(body)} of {length} bytes came", key=key, op="get_suffix")
         return body, total
 
-    def _checked(self, answer: Response, key: str, op: str) -> bytes:
+    def _checked(self, answer: Response, key: str, op: str) -> Buffer:
         """The body of a 206, or the error that another status means."""
         if answer.status == 206:
             self._seen_working = True
             return answer.body
         if answer.status == 200:
             raise StoreUnsupported("the provider ignores Range", key=key, op=op)
-        raise self._classify(answer.status, code_in(answer.body), key, op)
+        raise self._classify(answer.status, code_in(bytes(answer.body)), key, op)
 
-    def _fetch(self, key: str, byte_range: str, limit: int, op: str) -> Response:
+    def _fetch(
+        self, key: str, byte_range: str, limit: int, op: str, into: memoryview | None = None
+    ) -> Response:
         full = self._full(key, op)
         url = self._url(key, full, op)
         parts = urlsplit(url)
@@ -301,7 +304,7 @@ class S3Store(ObjectStore):
             return self._fetch_slowly(key, full, byte_range, op)
         target = f"{parts.path}?{parts.query}"
         try:
-            answer = client.get(target, byte_range, limit)
+            answer = client.get(target, byte_range, limit, into)
         except (HttpError, OSError) as error:
             client.drop_idle()
             raise StoreUnavailable(f"no answer: {error or type(error).__name__}", key=key, op=op) from error

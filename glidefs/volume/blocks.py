@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from glidefs.core import payloads as core
-from glidefs.formats.pack import BLOCK, FULL_MASK, PackIndex, decode_payload
+from glidefs.formats.pack import BLOCK, FULL_MASK, Buffer, PackIndex, decode_payload
 from glidefs.volume.fetch import Payloads, Wanted
 from glidefs.volume.keys import merged_key
 
@@ -58,7 +58,7 @@ def plan_block(block: int, indices: Sequence[PackIndex]) -> BlockPlan:
     return BlockPlan(block, tuple(parts), mask, zero_mask)
 
 
-def assemble(plan: BlockPlan, payloads: Payloads) -> bytes | bytearray:
+def assemble(plan: BlockPlan, payloads: Payloads) -> Buffer:
     """The 128 KiB of a block, every payload verified. Raises CorruptObject."""
     if plan.whole:
         part = plan.parts[0]
@@ -66,7 +66,7 @@ def assemble(plan: BlockPlan, payloads: Payloads) -> bytes | bytearray:
     out = bytearray(BLOCK)
     for part in reversed(plan.parts):
         entry = part.entry
-        plain = b""
+        plain: Buffer = b""
         if entry.mask:
             plain = decode_payload(part.key, entry, payloads[part.key, entry.offset])
         core.overlay(out, entry.mask, entry.zero_mask, plain)

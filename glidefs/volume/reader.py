@@ -9,29 +9,31 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from typing import Protocol
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
 from glidefs.core.cache import BlockCache, Slot
-from glidefs.core.check import Closed, CoreError
-from glidefs.core.volume import CoreVolume, Install, install_error, install_slot, install_zero
+from glidefs.core.check import CoreError
+from glidefs.core.volume import CoreVolume, Fill, Install, install_error, install_slot, install_zero
 from glidefs.errors import CorruptObject, GlideError, NotFound
 from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import CHUNK_BLOCKS, PackIndex, payload_hash
 from glidefs.store.base import ObjectStore
 from glidefs.volume.blocks import BlockPlan, assemble, plan_block
-from glidefs.volume.fetch import fetch, plan_ranges
+from glidefs.volume.fetch import Buffers, Payloads, fetch, plan_ranges
 from glidefs.volume.flights import Flights
 from glidefs.volume.keys import scoped_key
 from glidefs.volume.meta import Manifest
 from glidefs.volume.settings import HostSettings
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 INSERT_PATIENCE = 5.0
 """Seconds to wait for a slot of the cache that is not pinned."""
-_INSTALL_BATCH = 8
 _LOG_EVERY = 10.0
 
 
@@ -54,6 +56,7 @@ class Reader:
         self._settings = settings
         self._helpers = helpers
         self._flights = Flights()
+        self._buffers = Buffers(settings.fetch_bytes)
         self._last_loud: dict[str, float] = {}
 
     def resolve(
@@ -97,113 +100,106 @@ class Reader:
         zeros, plans = plan_run(manifest, first, count, self._helpers)
         if zeros:
             volume.core.install(stamp, zeros)
-        answers = _Answers(volume.core, self._cache, stamp, leave)
-        try:
-            keys = {plan.block: self._key(plan, volume.prefix) for plan in plans}
-            while plans:
-                missing = [plan for plan in plans if not self._cached(plan, keys[plan.block], answers)]
-                mine, others = self._flights.claim(keys[plan.block] for plan in missing)
-                try:
-                    self._fetch(store, [p for p in missing if keys[p.block] in mine], keys, answers)
-                finally:
-                    self._flights.land(mine)
-                answers.send()
-                # Blocks of equal key share the flight and find the slot in the next round.
-                plans = [p for p in missing if p.block not in answers.done]
-                for event in others:
-                    event.wait()
-        finally:
-            answers.send()
+        run = _Run(volume.core, stamp, leave, {p.block: self._key(p, volume.prefix) for p in plans})
+        while plans:
+            plans = self._answer_cached(run, plans)
+            mine, others = self._flights.claim(run.keys[plan.block] for plan in plans)
+            try:
+                done = self._fetch(run, store, [plan for plan in plans if run.keys[plan.block] in mine])
+            finally:
+                self._flights.land(mine)
+            # Blocks of equal key share the flight and find the slot in the next round.
+            plans = [plan for plan in plans if plan.block not in done]
+            for event in others:
+                event.wait()
 
     def _key(self, plan: BlockPlan, prefix: str) -> bytes:
         key = plan.key()
         return scoped_key(key, prefix) if self._settings.cache_scope == "prefix" else key
 
-    def _cached(self, plan: BlockPlan, key: bytes, answers: _Answers) -> bool:
-        slot = self._cache.lookup(key)
-        if slot is None:
-            return False
-        if not slot.verified:
-            try:
-                good = payload_hash(self._cache.read(slot)) == slot.hash
-            except CoreError as error:
-                log.warning("block cache: a slot cannot be read: %s", error)
-                good = False
-            if not good:
-                self._cache.drop(slot)
-                return False
-            self._cache.mark_verified(slot)
-        self._answer(plan.block, slot, answers)
-        return True
-
-    def _answer(self, block: int, slot: Slot, answers: _Answers) -> None:
-        if block == answers.leave:
-            self._cache.unpin(slot)
-            answers.done.add(block)
-        else:
-            answers.add(block, slot)
-
-    def _fetch(
-        self, store: ObjectStore, plans: Sequence[BlockPlan], keys: dict[int, bytes], answers: _Answers
-    ) -> None:
-        if not plans:
-            return
-        wanted = [part for plan in plans for part in plan.payloads()]
-        ranges = plan_ranges(wanted, self._settings.coalesce_gap, self._settings.fetch_bytes)
-        payloads = fetch(store, ranges, self._helpers)
-        stored: set[bytes] = set()
-        for plan in plans:
-            key = keys[plan.block]
-            if key in stored:
-                continue
-            data = assemble(plan, payloads)
-            content = plan.parts[0].entry.hash if plan.whole else payload_hash(data)
-            self._answer(plan.block, self._insert(key, content, data, answers), answers)
-            stored.add(key)
-
-    def _insert(self, key: bytes, content: bytes, data: bytes | bytearray, answers: _Answers) -> Slot:
-        give_up = time.monotonic() + INSERT_PATIENCE
-        pause = 0.0005
-        while True:
-            try:
-                return self._cache.insert(key, content, data)
-            except CoreError as error:
-                if error.errno != errno.EAGAIN or time.monotonic() > give_up:
-                    raise
-            answers.send()  # our own pins may be those in the way
-            time.sleep(pause)
-            pause = min(pause * 2, 0.05)
-
-
-class _Answers:
-    """Answers not sent yet; each holds the pin of a slot."""
-
-    __slots__ = ("_cache", "_core", "_list", "_stamp", "done", "leave")
-
-    def __init__(self, core: CoreVolume, cache: BlockCache, stamp: int, leave: int) -> None:
-        self._core = core
-        self._cache = cache
-        self._stamp = stamp
-        self._list: list[tuple[int, Slot]] = []
-        self.done: set[int] = set()
-        self.leave = leave
-
-    def add(self, block: int, slot: Slot) -> None:
-        self._list.append((block, slot))
-        self.done.add(block)
-        if len(self._list) >= _INSTALL_BATCH:
-            self.send()
-
-    def send(self) -> None:
-        batch, self._list = self._list, []
-        if not batch:
-            return
+    def _answer_cached(self, run: _Run, plans: list[BlockPlan]) -> list[BlockPlan]:
+        """Answer what the cache has; the plans of the other blocks."""
+        slots = self._cache.lookup([run.keys[plan.block] for plan in plans])
+        if not any(slots):
+            return plans
+        found: list[tuple[int, Slot]] = []
+        missing: list[BlockPlan] = []
+        for plan, slot in zip(plans, slots, strict=True):
+            if slot is None or not self._is_good(slot):
+                missing.append(plan)
+            elif plan.block == run.leave:
+                self._cache.unpin(slot)
+            else:
+                found.append((plan.block, slot))
         try:
-            self._core.install(self._stamp, [install_slot(block, slot) for block, slot in batch])
-        except Closed:
-            for _, slot in batch:
+            run.core.install(run.stamp, [install_slot(block, slot) for block, slot in found])
+        except GlideError:
+            for _, slot in found:
                 self._cache.unpin(slot)
             raise
+        return missing
+
+    def _is_good(self, slot: Slot) -> bool:
+        """Whether the content of a pinned slot is what it should be; a slot that is damaged is dropped."""
+        if slot.verified:
+            return True
+        try:
+            if payload_hash(self._cache.read(slot)) == slot.hash:
+                self._cache.mark_verified(slot)
+                return True
+        except CoreError as error:
+            log.warning("block cache: a slot cannot be read: %s", error)
+        self._cache.drop(slot)
+        return False
+
+    def _fetch(self, run: _Run, store: ObjectStore, plans: Sequence[BlockPlan]) -> set[int]:
+        """Fetch blocks, put them in the cache and answer them; those that are done: one of equal ones."""
+        if not plans:
+            return set()
+        wanted = [part for plan in plans for part in plan.payloads()]
+        ranges = plan_ranges(wanted, self._settings.coalesce_gap, self._settings.fetch_bytes)
+        with self._buffers.lend(ranges) as room:
+            return self._land(run, plans, fetch(store, ranges, self._helpers, room))
+
+    def _land(self, run: _Run, plans: Sequence[BlockPlan], payloads: Payloads) -> set[int]:
+        """Blocks whose payloads are here: verify, put in the cache, answer."""
+        fills: dict[bytes, Fill] = {}
+        for plan in plans:
+            key = run.keys[plan.block]
+            if key not in fills:
+                data = assemble(plan, payloads)
+                content = plan.parts[0].entry.hash if plan.whole else payload_hash(data)
+                fills[key] = Fill(plan.block, key, content, data)
+        rest = [fill for fill in fills.values() if fill.block != run.leave]
+        while rest:
+            rest = rest[_patiently(partial(run.core.fill, run.stamp, rest)) :]
+        for fill in fills.values():
+            if fill.block == run.leave:
+                self._cache.unpin(_patiently(partial(self._cache.insert, fill.key, fill.hash, fill.data)))
+        return {fill.block for fill in fills.values()}
+
+
+class _Run(NamedTuple):
+    """Blocks of one volume on their way: where the answers go, and the keys of the blocks in the cache."""
+
+    core: CoreVolume
+    stamp: int
+    leave: int
+    keys: dict[int, bytes]
+
+
+def _patiently(insert: Callable[[], T]) -> T:
+    """The result of ``insert``, tried again for a while where every slot of the cache is pinned."""
+    give_up = time.monotonic() + INSERT_PATIENCE
+    pause = 0.0005
+    while True:
+        try:
+            return insert()
+        except CoreError as error:
+            if error.errno != errno.EAGAIN or time.monotonic() > give_up:
+                raise
+        time.sleep(pause)
+        pause = min(pause * 2, 0.05)
 
 
 def plan_run(

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PREFETCH_QUEUE = 256
-_PIECE = 8
+_PIECES = 4
+"""Requests that a window of read-ahead is fetched with, side by side: fewer and longer ones cost less."""
+_LEAST_PIECE = 4
 _STORE_PAUSE = 0.2
 _LOUD_EVERY = 10.0
 
@@ -162,8 +164,9 @@ class FaultService:
 
     def prefetch_window(self, volume: Volume, window: Window) -> None:
         """Fetch a window in the background, in pieces that are fetched in parallel."""
-        for first in range(window.first, window.first + window.count, _PIECE):
-            count = min(_PIECE, window.first + window.count - first)
+        piece = min(max(window.count // _PIECES, _LEAST_PIECE), self._settings.fetch_bytes // BLOCK)
+        for first in range(window.first, window.first + window.count, piece):
+            count = min(piece, window.first + window.count - first)
             if not self.submit(partial(self.prefetch, volume, first, count, marker=window.marker)):
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from blake3 import blake3
 from core_rig import BLOCK, SECTOR, Background, CoreRig, pattern, wait_for
 
 from glidefs.core.check import CoreError
-from glidefs.core.volume import install_retry, install_slot, install_zero
+from glidefs.core.volume import Fill, install_retry, install_slot, install_zero
 
 
 def key(data: bytes) -> bytes:
@@ -142,15 +143,68 @@ def test_every_slot_pinned(make_rig: Callable[..., CoreRig]) -> None:
     assert cache.evict_all() == 8
 
 
+def fills(*seeds: int) -> list[Fill]:
+    """Block i is pattern(i)."""
+    return [Fill(i, key(pattern(i, BLOCK)), key(pattern(i, BLOCK)), pattern(i, BLOCK)) for i in seeds]
+
+
+def test_a_fill_caches_and_answers(make_rig: Callable[..., CoreRig]) -> None:
+    """More blocks than slots: each answer gives its pin back, so that the next block finds a slot."""
+    rig = make_rig(fault_threads=0, cache_bytes=16 * BLOCK)
+    vol = rig.vol()
+    reads = [Background(lambda i=i: vol.core.pread(i * BLOCK, BLOCK)) for i in range(24)]
+    wait_for(lambda: rig.engine.stats().faults_queued == 24, "faults")
+    left = fills(*range(24))
+    while left:
+        with contextlib.suppress(CoreError):  # EAGAIN: the worker has not mapped the last ones yet
+            left = left[vol.core.fill(vol.core.stamp(), left) :]
+    for i, read in enumerate(reads):
+        assert read.result() == pattern(i, BLOCK)
+    vol.core.pread(0, 0)
+    assert rig.engine.cache.evict_all() == 16, "a pin was left"
+
+
+def test_a_stale_fill_is_cached_but_not_mapped(make_rig: Callable[..., CoreRig]) -> None:
+    """! Install is a compare-and-swap, in this form too."""
+    rig = make_rig(fault_threads=0)
+    vol = rig.vol()
+    stamp = vol.core.stamp()
+    vol.core.pwrite(0, pattern(2, BLOCK))
+    vol.commit()
+    assert vol.core.fill(stamp, fills(0)) == 1
+    read = Background(lambda: vol.core.pread(0, BLOCK))
+    fault = rig.engine.faults_next(8, 5000)
+    assert fault is not None
+    assert rig.engine.cache.evict_all() == 1, "the pin of an answer that was not mapped was left"
+    vol.core.install(fault.stamp, vol.answers(fault))
+    assert read.result() == pattern(2, BLOCK)
+
+
+def test_a_fill_without_a_slot_says_how_far_it_came(make_rig: Callable[..., CoreRig]) -> None:
+    rig = make_rig(fault_threads=0, cache_bytes=8 * BLOCK)
+    vol = rig.vol()
+    pinned = [rig.insert(pattern(100 + i, BLOCK)) for i in range(8)]
+    with pytest.raises(CoreError) as caught:
+        vol.core.fill(vol.core.stamp(), fills(0, 1))
+    assert caught.value.temporary
+    rig.engine.cache.unpin(pinned.pop())
+    assert vol.core.fill(vol.core.stamp(), fills(0, 1)) in (1, 2)
+    assert vol.core.pread(0, BLOCK) == pattern(0, BLOCK)
+    for slot in pinned:
+        rig.engine.cache.unpin(slot)
+    with pytest.raises(ValueError, match="a block has"):
+        vol.core.fill(vol.core.stamp(), [Fill(0, bytes(16), bytes(16), b"short")])
+
+
 def test_a_dropped_slot_is_gone(rig: CoreRig) -> None:
     cache = rig.engine.cache
     vol = rig.vol()
     vol.base = {0: pattern(1, BLOCK)}
     vol.core.pread(0, BLOCK)
-    slot = cache.lookup(key(pattern(1, BLOCK)))
+    slot = cache.lookup([key(pattern(1, BLOCK))])[0]
     assert slot is not None
     cache.drop(slot)
-    assert cache.lookup(key(pattern(1, BLOCK))) is None
+    assert cache.lookup([key(pattern(1, BLOCK))])[0] is None
     faults = vol.core.stats().faults
     assert vol.core.pread(0, BLOCK) == pattern(1, BLOCK)
     assert vol.core.stats().faults == faults + 1
@@ -190,7 +244,7 @@ def found(rig: CoreRig) -> int:
     than its content hash says."""
     cache, hits = rig.engine.cache, 0
     for i in range(20):
-        slot = cache.lookup(key(pattern(i, BLOCK)))
+        slot = cache.lookup([key(pattern(i, BLOCK))])[0]
         if slot is None:
             continue
         assert not slot.verified
@@ -209,7 +263,7 @@ def test_a_restart_finds_its_blocks_unverified(make_rig: Callable[..., CoreRig])
     filled(make_rig)
     rig = make_rig()
     assert found(rig) == 20
-    slot = rig.engine.cache.lookup(key(pattern(3, BLOCK)))
+    slot = rig.engine.cache.lookup([key(pattern(3, BLOCK))])[0]
     assert slot is not None
     assert slot.verified
     rig.engine.cache.unpin(slot)

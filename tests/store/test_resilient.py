@@ -158,7 +158,7 @@ def test_lane_limits(inner: MemoryStore) -> None:
     lock = threading.Lock()
     real = inner.get_range
 
-    def counted(key: str, offset: int, length: int) -> bytes:
+    def counted(key: str, offset: int, length: int, into: memoryview | None = None) -> bytes:
         nonlocal running, most
         with lock:
             running += 1
@@ -166,7 +166,7 @@ def test_lane_limits(inner: MemoryStore) -> None:
         time.sleep(0.01)
         with lock:
             running -= 1
-        return real(key, offset, length)
+        return real(key, offset, length, into)
 
     inner.get_range = counted  # type: ignore[method-assign]
     store = ResilientStore(inner, reads=3)

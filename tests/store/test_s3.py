@@ -213,6 +213,36 @@ def test_connection_that_the_server_closed_is_no_error() -> None:
             assert client.get("/k", "0-3", 4).body == b"abcd"
 
 
+def test_a_body_goes_where_it_fits() -> None:
+    large = os.urandom(1 << 20)
+    head = b"HTTP/1.1 206 X\r\nContent-Length: %d\r\n\r\n"
+    error = b"HTTP/1.1 503 X\r\nContent-Length: 4\r\n\r\nSlow"
+    room = bytearray(len(large))
+    with answering(head % len(large) + large, OK, error, head % 4 + b"ab") as client:
+        answer = client.get("/k", "0-1048575", len(large), memoryview(room))
+        assert answer.complete
+        assert room == large == answer.body
+        assert answer.body.obj is room
+        small = memoryview(bytearray(4))
+        assert client.get("/k", "0-3", 4, memoryview(room)).body == b"abcd", "an answer of another length"
+        assert client.get("/k", "0-3", 4, small).body == b"Slow"
+        assert bytes(small) == bytes(4), "an error is no data"
+        answer = client.get("/k", "0-3", 4, small)
+        assert (bytes(answer.body), answer.complete) == (b"ab", False)
+
+
+def test_a_server_that_stops_in_the_middle_is_a_timeout() -> None:
+    with answering(b"HTTP/1.1 206 X\r\nContent-Length: 9\r\n\r\nabc", OK, close_after=False) as client:
+        client._read_timeout = 0.2
+        with pytest.raises(TimeoutError):
+            client.get("/k", "0-8", 9)
+        assert not client._idle
+    with answering(b"HTTP/1.1 206 X\r\n", OK, close_after=False) as client:
+        client._read_timeout = 0.2
+        with pytest.raises(TimeoutError):
+            client.get("/k", "0-8", 9)
+
+
 def test_chunked() -> None:
     chunked = b"HTTP/1.1 206 X\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n2;x=y\r\ncd\r\n0\r\n\r\n"
     with answering(chunked, chunked, close_after=False) as client:
@@ -264,7 +294,7 @@ def test_error_bodies_are_bounded() -> None:
     with answering(raw) as client:
         answer = client.get("/k", "0-3", 4)
         assert answer.status == 503
-        assert b"SlowDown" in answer.body
+        assert b"SlowDown" in bytes(answer.body)
         assert len(answer.body) <= 65536
 
 
