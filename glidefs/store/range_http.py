@@ -191,7 +191,7 @@ class RangeClient:
         try:
             version, status, headers = _parse_head(self._send(connection, request))
             body, complete, drained = _read_body(connection, status, headers, limit, into)
-            closing = headers.get(b"connection", b"").lower() == b"close" or version == b"HTTP/1.0"
+            closing = headers.get(b"connection") == b"close" or version == b"http/1.0"
             keep = drained and not closing
             return Response(status, headers, body, complete)
         finally:
@@ -231,12 +231,12 @@ class RangeClient:
 
 
 def _parse_head(head: bytes) -> tuple[bytes, int, dict[bytes, bytes]]:
-    """HTTP version, status, and headers by their names in lower case."""
+    """HTTP version, status, and headers by their names; all in lower case."""
     if not head.endswith(b"\r\n\r\n"):
         raise HttpError(f"bad or truncated head: {head[:40]!r}")
-    first, *lines = head[:-4].split(b"\r\n")
+    first, *lines = head[:-4].lower().split(b"\r\n")
     parts = first.split(None, 2)
-    if len(parts) < 2 or not parts[0].startswith(b"HTTP/1.") or not parts[1].isdigit():
+    if len(parts) < 2 or not parts[0].startswith(b"http/1.") or not parts[1].isdigit():
         raise HttpError(f"not an HTTP answer: {first[:40]!r}")
     if len(lines) > _MAX_HEADERS:
         raise HttpError("too many headers")
@@ -245,7 +245,7 @@ def _parse_head(head: bytes) -> tuple[bytes, int, dict[bytes, bytes]]:
         name, colon, value = line.partition(b":")
         if not colon:
             raise HttpError("bad header")
-        headers[name.strip().lower()] = value.strip()
+        headers[name] = value.strip()
     return parts[0], int(parts[1]), headers
 
 
@@ -256,7 +256,7 @@ def _read_body(
     if status in (204, 304):
         return b"", True, True
     cap = limit if status == 206 else _MAX_ERROR_BODY
-    if b"chunked" in headers.get(b"transfer-encoding", b"").lower():
+    if b"chunked" in headers.get(b"transfer-encoding", b""):
         return _read_chunked(connection, cap)
     stated = headers.get(b"content-length")
     if stated is None:
