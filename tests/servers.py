@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,7 +89,9 @@ def _server(command: list[str], endpoint: str, log: Path) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def seaweedfs(directory: str | os.PathLike[str] | None = None, port: int | None = None) -> Iterator[str]:
+def seaweedfs(
+    directory: str | os.PathLike[str] | None = None, port: int | None = None, options: Sequence[str] = ()
+) -> Iterator[str]:
     """A SeaweedFS S3 server. With a directory and a port of its own it can be stopped and come back."""
     binary = weed_binary()
     if binary is None:
@@ -115,6 +117,7 @@ def seaweedfs(directory: str | os.PathLike[str] | None = None, port: int | None 
             "-s3.port.lance=0",
             "-volume.max=100",
             "-master.volumeSizeLimitMB=64",
+            *options,
         ]
         with _server(command, f"http://127.0.0.1:{port}", Path(own) / "log") as endpoint:
             yield endpoint
