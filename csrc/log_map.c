@@ -6,6 +6,7 @@
 #include <string.h>
 
 #define SLAB_LEAVES 64
+#define LOOK_AHEAD 16u /* blocks: a discard of terabytes would else wait for memory at every block */
 
 /* ---- leaf pool: one for the host, so that memory freed by one volume serves another ---- */
 
@@ -192,6 +193,7 @@ static void drop_leaves(struct log_map *m, uint64_t start, uint64_t end)
         return;
     }
     for (uint64_t block = start; block < end; block++) {
+        table_prefetch(&m->leaves, block + LOOK_AHEAD);
         struct log_leaf *leaf = find_leaf(m, block);
         if (leaf)
             drop_leaf(m, block, leaf);
