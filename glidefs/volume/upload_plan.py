@@ -14,7 +14,7 @@ import msgspec
 
 from glidefs.core.gather import Gather, GatherExtent
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, FULL_MASK, MAX_ENTRIES, SECTOR
-from glidefs.volume.meta import Manifest
+from glidefs.volume.meta import Manifest, block_count
 from glidefs.volume.packing import Item
 
 
@@ -43,17 +43,23 @@ def plan_upload(gather: Gather, manifest: Manifest, pack_bytes: int) -> UploadPl
 
 
 def covered_chunks(gather: Gather, extents: Sequence[GatherExtent], manifest: Manifest) -> frozenset[int]:
-    """The chunks of the manifest of which ``gather`` has every sector."""
+    """The chunks of the manifest of which ``gather`` has every sector.
+
+    Counted is what lies within the manifest's size: blocks that a grow brought since are in no pack.
+    """
     size = manifest.root.size
+    blocks_end = block_count(size)
     covered: Counter[int] = Counter()
     for extent in extents:
-        first, last = extent.block // CHUNK_BLOCKS, (extent.block + extent.count - 1) // CHUNK_BLOCKS
-        for chunk in manifest.present(first, last):
+        end = min(extent.block + extent.count, blocks_end)
+        if extent.block >= end:
+            continue
+        for chunk in manifest.present(extent.block // CHUNK_BLOCKS, (end - 1) // CHUNK_BLOCKS):
             start, stop = chunk * CHUNK_BLOCKS, (chunk + 1) * CHUNK_BLOCKS
-            covered[chunk] += min(stop, extent.block + extent.count) - max(start, extent.block)
+            covered[chunk] += min(stop, end) - max(start, extent.block)
     for block, mask, zero_mask in gather.entries():
-        have = mask | zero_mask
-        if have == FULL_MASK or have & _valid(block, size) == _valid(block, size):
+        valid = _valid(block, size)
+        if block < blocks_end and (mask | zero_mask) & valid == valid:
             covered[block // CHUNK_BLOCKS] += 1
     return frozenset(
         chunk
@@ -63,7 +69,7 @@ def covered_chunks(gather: Gather, extents: Sequence[GatherExtent], manifest: Ma
 
 
 def _valid(block: int, size: int) -> int:
-    """The sectors of a block that are within the volume."""
+    """The sectors of a block, not one behind the end, that are within the volume."""
     sectors = -(-(size - block * BLOCK) // SECTOR)
     return FULL_MASK if sectors >= 32 else (1 << max(sectors, 0)) - 1
 

@@ -282,6 +282,27 @@ def test_what_a_shrink_cuts_off_is_gone_from_the_manifest(rig: Rig) -> None:
     encode_root(shrunk)
 
 
+@pytest.mark.parametrize("zeroes", [False, True])
+def test_what_a_grow_brought_does_not_count_as_the_old_chunk(rig: Rig, zeroes: bool) -> None:
+    """Blocks behind the end that the manifest knows are not those that it has: these stay."""
+    host = rig.host()
+    volume = rig.create(host, 2 * BLOCK)
+    volume.core.pwrite(0, b"a" * 2 * BLOCK)
+    volume.drain(20)
+    host.pause(5)  # so that size and blocks go with one commit
+    volume.resize(4 * CHUNK)
+    if zeroes:
+        volume.core.zero(8 * BLOCK, CHUNK)
+    for block in (2, 3):
+        volume.core.pwrite(block * BLOCK, b"b" * 4096)
+    host.resume()
+    volume.drain(20)
+    volume.retire_committed()
+    host.engine.cache.evict_all()
+    want = b"a" * 2 * BLOCK + (b"b" * 4096 + bytes(BLOCK - 4096)) * 2
+    assert volume.core.pread(0, 4 * BLOCK) == want
+
+
 def test_a_pause_stops_commits(rig: Rig) -> None:
     host = rig.host()
     volume = rig.create(host)
