@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 import servers
@@ -158,6 +160,29 @@ def test_an_outage_before_a_real_server(weed_endpoint: str) -> None:
     finally:
         relay.cut()
         store.close()
+
+
+@pytest.mark.parametrize("condition", [{}, {"if_match": '"x"'}, {"if_none_match": True}])
+def test_puts_are_not_retried_by_the_client(s3_credentials: None, condition: dict[str, Any]) -> None:
+    """! Only the layer above knows that a put which failed may have been done."""
+    seen: list[str] = []
+
+    class Failing(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            seen.append(self.path)
+            self.send_error(500)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Quiet."""
+
+    with HTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with open_store("s3://bucket/x", endpoint_url=f"http://127.0.0.1:{server.server_port}") as store:
+            with pytest.raises(StoreUnavailable):
+                store.put("k", b"data", **condition)
+            assert len(seen) == 1
+        server.shutdown()
 
 
 # -- the lean client against servers that misbehave ----------------------------------------------

@@ -12,7 +12,7 @@ from glidefs.core.check import CoreError
 from glidefs.core.engine import Engine
 from glidefs.core.gather import log_segments
 from glidefs.core.volume import VolumeConfig
-from glidefs.errors import ExportExists, Fenced, OwnedElsewhere, UnknownExport
+from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, UnknownExport
 from glidefs.formats.manifest import NO_ID, encode_root
 from glidefs.names import manifest_key
 from glidefs.volume import lease, local, logs
@@ -197,6 +197,19 @@ def test_the_local_copy_is_there_before_the_log_is_opened(rig: Rig, monkeypatch:
     monkeypatch.setattr(Engine, "open_volume", open_volume)
     host.open(record_of(root), root, etag)
     assert seen == [(root, etag, encode_root(root))]
+
+
+def test_a_log_that_the_root_does_not_name_is_not_opened(rig: Rig) -> None:
+    """! The log id is the fencing token: a log that was set aside is neither replayed nor deleted."""
+    host = rig.host("a")
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"a" * 4096)
+    record = volume.record
+    volume.close()
+    root, etag = lease.attach(host.store, PREFIX, volume.name, "b", take_over=True)
+    with pytest.raises(GlideError, match="another log"):
+        host.open(record, root, etag)
+    assert log_segments(volume.log_dir)
 
 
 def test_local_copy_is_durable_before_a_segment_may_go(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

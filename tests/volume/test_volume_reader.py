@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import struct
 import threading
 import time
 
@@ -13,7 +14,7 @@ from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
 
 from glidefs.core.check import CoreError
 from glidefs.errors import AccessDenied
-from glidefs.formats.pack import PackEntry
+from glidefs.formats.pack import PackEntry, payload_hash
 from glidefs.volume import lease
 from glidefs.volume.fetch import Wanted, plan_ranges
 from glidefs.volume.host import Host
@@ -147,6 +148,12 @@ def test_merged_keys_depend_on_order_and_masks() -> None:
     }
     assert len(keys) == 5
     assert merged_key([a._replace(offset=99), b]) == merged_key([a, b])
+
+
+def test_merged_keys_have_a_name_space_of_their_own() -> None:
+    """! No content has the key of a merged block as its hash, not even that which the key is made of."""
+    part = PackEntry(0, 3, 0, 16, 100, os.urandom(16))
+    assert merged_key([part]) != payload_hash(part.hash + struct.pack("<II", part.mask, part.zero_mask))
 
 
 def test_a_tiny_cache_still_serves(rig: Rig) -> None:

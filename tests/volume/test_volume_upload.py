@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
+
+from power_cut import read_trace
 from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 
 from glidefs.core.check import CoreError
-from glidefs.core.testing import DiskKind, disk_inject
+from glidefs.core.gather import log_segments
+from glidefs.core.testing import DiskKind, disk_inject, disk_trace
 from glidefs.errors import AccessDenied
 from glidefs.formats.manifest import decode_root, encode_root
 from glidefs.formats.pack import CHUNK
-from glidefs.names import manifest_key
+from glidefs.names import manifest_key, pack_key
 from glidefs.volume import lease
 from glidefs.volume.edit import Change, edit
 from glidefs.volume.volume import DrainTimeout
@@ -301,6 +309,66 @@ def test_what_a_grow_brought_does_not_count_as_the_old_chunk(rig: Rig, zeroes: b
     host.engine.cache.evict_all()
     want = b"a" * 2 * BLOCK + (b"b" * 4096 + bytes(BLOCK - 4096)) * 2
     assert volume.core.pread(0, 4 * BLOCK) == want
+
+
+def test_segments_are_synced_before_they_are_uploaded(rig: Rig) -> None:
+    """! The log never lags behind what the store has from it: data, then directory, then the first put."""
+    host = rig.host(engine={"segment_bytes": 16 * 4096})
+    volume = rig.create(host)
+    path = rig.tmp / "trace"
+    unsynced: list[set[str]] = []
+    original = rig.memory.put
+
+    def put(key: str, data: Any, **conditions: Any) -> str:
+        unsynced.append(unsynced_files(path))
+        return original(key, data, **conditions)
+
+    rig.memory.put = put  # type: ignore[method-assign]
+    disk_trace(path)
+    try:
+        volume.core.pwrite(0, os.urandom(BLOCK * 2))
+        volume.drain(20)
+    finally:
+        disk_trace(None)
+    assert len(log_segments(volume.log_dir)) > 2
+    assert len(unsynced) >= 2  # a pack and the root
+    assert not any(unsynced)
+
+
+def unsynced_files(trace: Path) -> set[str]:
+    """The files of a log that were written to, or made in a directory, since the last sync of either."""
+    left: set[str] = set()
+    for record in read_trace(trace.read_bytes()):
+        if record.kind in (DiskKind.CREATE, DiskKind.WRITE):
+            left.add(record.path)
+            if record.kind == DiskKind.CREATE:
+                left.add(record.path.rpartition("/")[0])
+        elif record.kind in (DiskKind.SYNC_END, DiskKind.DIR_END):
+            left.discard(record.path)
+    return left
+
+
+def test_packs_that_took_too_long_are_made_anew(rig: Rig) -> None:
+    """! Half of the grace after they were put, the collector may have taken packs that no root names."""
+    host = rig.host(gc_grace=1.0)
+    volume = rig.create(host)
+    original = rig.memory.put
+    packs: list[str] = []
+
+    def put(key: str, data: Any, **conditions: Any) -> str:
+        if "/packs/" in key:
+            packs.append(key)
+            if len(packs) == 1:
+                time.sleep(0.6)
+        return original(key, data, **conditions)
+
+    rig.memory.put = put  # type: ignore[method-assign]
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    assert len(packs) == 2
+    page = volume.root.inline_page
+    assert page is not None
+    assert [pack_key(PREFIX, pack.id.hex()) for pack in page.packs] == packs[1:]
 
 
 def test_a_pause_stops_commits(rig: Rig) -> None:

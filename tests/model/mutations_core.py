@@ -1,0 +1,362 @@
+"""Ways to break the C core, for mutations.py."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """``old`` occurs once in ``file``; with ``new`` in its place ``tests`` (pytest arguments) fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+LOG = "tests/core/test_core_log.py::"
+IO = "tests/core/test_core_io.py::"
+RECOVERY = "tests/core/test_core_recovery.py::"
+CACHE = "tests/core/test_core_cache.py::"
+GATHER = "tests/core/test_core_gather.py::"
+CUT = "tests/model/test_power_cut.py::"
+MODEL = "tests/model/test_core_model.py"
+
+CORE = [
+    # -- section 4: the order of a write
+    Mutation(
+        "position-reused-after-failed-append",
+        "csrc/write_log.c",
+        "    if (err) {\n        log_seal(log);\n        return err;\n    }\n    s->end += taken;",
+        "    if (err)\n        return err;\n    s->end += taken;",
+        (LOG + "test_a_position_is_never_used_twice",),
+    ),
+    Mutation(
+        "record-before-data",
+        "csrc/write_log.c",
+        "    int err = disk_pwritev(&s->file, x->iov, (int)count, segment_data_offset(s->sectors, at));\n"
+        "    if (!err)\n"
+        "        err = disk_pwritev(&s->file, &journal, 1, segment_record_offset(at));",
+        "    int err = disk_pwritev(&s->file, &journal, 1, segment_record_offset(at));\n"
+        "    if (!err)\n"
+        "        err = disk_pwritev(&s->file, x->iov, (int)count, segment_data_offset(s->sectors, at));",
+        (LOG + "test_a_write_is_data_then_record",),
+    ),
+    Mutation(
+        "write-does-not-mark-unsynced",
+        "csrc/write_log.c",
+        "    s->unsynced = true; /* before the bytes",
+        "    /* before the bytes",
+        (CUT + "test_what_was_flushed_is_there",),
+    ),
+    Mutation(
+        "mapped-only-after-acknowledgement",
+        "csrc/io.c",
+        "        int err = map_piece(v, &pieces[i]);",
+        "        int err = i + 1 < count ? 0 : map_piece(v, &pieces[i]);",
+        (MODEL,),
+    ),
+    # -- section 4: power cuts
+    Mutation(
+        "torn-data-replayed",
+        "csrc/recover.c",
+        "    if (record->op == RECORD_WRITE && must_verify(r, f))",
+        "    if (record->op == RECORD_WRITE && false && must_verify(r, f))",
+        (MODEL,),
+    ),
+    Mutation(
+        "replay-stops-at-a-bad-record",
+        "csrc/recover.c",
+        "        r->out->dropped++;\n",
+        "        r->out->dropped++;\n        f->journal.sectors = index;\n",
+        (RECOVERY + "test_replay_goes_on_behind_a_bad_record",),
+    ),
+    Mutation(
+        "rot-below-a-sync-is-dropped",
+        "csrc/recover.c",
+        "    if (err == -EUCLEAN && pos >= f->durable) {",
+        "    if (err == -EUCLEAN) {",
+        (RECOVERY + "test_damage_below_a_sync_is_an_error_that_names_it[data]",),
+    ),
+    Mutation(
+        "missing-record-below-a-sync-is-skipped",
+        "csrc/recover.c",
+        "        if (!record->op && i < durable_end)\n            return rot(f, i);\n",
+        "",
+        (RECOVERY + "test_damage_below_a_sync_is_an_error_that_names_it[record]",),
+    ),
+    Mutation(
+        "sync-vouches-for-what-was-written-after-it-began",
+        "csrc/sync.c",
+        "        log_note_sync(&v->log, s->pos);",
+        "        log_note_sync(&v->log, log_position(&v->log));",
+        (MODEL,),
+    ),
+    Mutation(
+        "missing-segment-below-a-sync",
+        "csrc/recover.c",
+        "        bool missing = f->usable && f->header.previous_seq > before;",
+        "        bool missing = false && f->header.previous_seq > before;",
+        (RECOVERY + "test_a_sync_covers_segments_before_its_own",),
+    ),
+    Mutation(
+        "later-syncs-vouch-for-what-recovery-dropped",
+        "csrc/recover.c",
+        "    log->vouch_from = r->damage_end;",
+        "    log->vouch_from = 0;",
+        (RECOVERY + "test_what_was_dropped_once_stays_dropped",),
+    ),
+    Mutation(
+        "later-syncs-vouch-for-what-recovery-dropped-model",
+        "csrc/recover.c",
+        "    log->vouch_from = r->damage_end;",
+        "    log->vouch_from = 0;",
+        (MODEL,),
+    ),
+    Mutation(
+        "witness-at-the-end-of-a-segment-not-synced",
+        "csrc/write_log.c",
+        "    s->unsynced |= s->noted;",
+        "    s->unsynced |= false;",
+        (CUT + "test_a_sealed_segment_keeps_its_last_witness",),
+    ),
+    # -- section 4: flush
+    Mutation(
+        "flush-joins-the-running-sync",
+        "csrc/sync.c",
+        "        list_append(&v->sync.next, &req->link);",
+        "        list_append(v->sync.running ? &v->sync.current : &v->sync.next, &req->link);",
+        (LOG + "test_a_flush_joins_only_a_sync_that_starts_after_it_came",),
+    ),
+    Mutation(
+        "fua-is-ignored",
+        "csrc/io.c",
+        "        if (!err && (req->flags & GLIDE_FUA))",
+        "        if (!err && (req->flags & GLIDE_FUA) && false)",
+        (CUT + "test_what_was_flushed_is_there",),
+    ),
+    Mutation(
+        "recovered-segments-count-as-synced",
+        "csrc/write_log.c",
+        "    s->valid = valid;\n    s->unsynced = true;",
+        "    s->valid = valid;\n    s->unsynced = false;",
+        (CUT + "test_recovered_data_is_durable_after_a_flush",),
+    ),
+    Mutation(
+        "directory-not-synced",
+        "csrc/write_log.c",
+        "    if (!err) {\n        log->dir_unsynced = true;",
+        "    if (!err) {",
+        (CUT + "test_what_was_flushed_is_there",),
+    ),
+    Mutation(
+        "directory-of-the-log-not-synced",
+        "csrc/write_log.c",
+        "            err = sync_parent(copy);",
+        "            err = 0;",
+        (LOG + "test_flush_syncs_file_and_directory",),
+    ),
+    Mutation(
+        "failed-sync-forgotten",
+        "csrc/sync.c",
+        "        if (v->log.segments[i]->sync_failed && v->log.segments[i]->seq > v->committed_seq)\n"
+        "            return true;",
+        "        if (v->log.segments[i]->sync_failed && v->log.segments[i]->seq > v->committed_seq)\n"
+        "            return false;",
+        (LOG + "test_a_failed_sync_is_sticky",),
+    ),
+    Mutation(
+        "failed-sync-not-durable",
+        "csrc/recover.c",
+        "    s->sync_failed = f->suspect;",
+        "    s->sync_failed = false;",
+        (LOG + "test_a_failed_sync_is_sticky",),
+    ),
+    Mutation(
+        "failed-sync-not-verified-on-replay",
+        "csrc/recover.c",
+        "r->always_verify || f->suspect ||",
+        "r->always_verify ||",
+        (LOG + "test_a_segment_whose_sync_failed_is_verified_on_replay",),
+    ),
+    Mutation(
+        "uploaders-sync-vouches-after-a-failed-one",
+        "csrc/sync.c",
+        "    if (!err && !lost_data(v))",
+        "    if (!err)",
+        (LOG + "test_no_sync_vouches_for_what_an_earlier_one_lost",),
+    ),
+    # -- section 4: space, segments, retire
+    Mutation(
+        "uncommitted-segments-retired",
+        "csrc/retire.c",
+        "    if (s->seq > r->v->committed_seq)",
+        "    if (false && s->seq > r->v->committed_seq)",
+        (LOG + "test_commit_without_retire_frees_nothing",),
+    ),
+    Mutation(
+        "no-log-limit",
+        "csrc/io.c",
+        "    if (!err && !log_may_grow(&v->log, sectors)) {",
+        "    if (!err && false && !log_may_grow(&v->log, sectors)) {",
+        (LOG + "test_writers_wait_for_log_space",),
+    ),
+    Mutation(
+        "no-map-budget",
+        "csrc/io.c",
+        "    if (!err && !map_may_grow(v)) {",
+        "    if (!err && false && !map_may_grow(v)) {",
+        (LOG + "test_map_budget",),
+    ),
+    Mutation(
+        "retire-clears-newer-positions",
+        "csrc/log_map.c",
+        "        if (*entry == pos + (uint64_t)i * step) {",
+        "        if (*entry) {",
+        (MODEL,),
+    ),
+    Mutation(
+        "retire-clears-newer-extents",
+        "csrc/log_map.c",
+        "        if (e.pos == pos) {",
+        "        if (e.pos) {",
+        (CACHE + "test_retire_of_an_old_discard_leaves_a_newer_one",),
+    ),
+    Mutation(
+        "discard-keeps-leaves",
+        "csrc/log_map.c",
+        "    drop_leaves(m, first_whole, end_whole);",
+        "    (void)drop_leaves;",
+        (MODEL,),
+    ),
+    Mutation(
+        "recovery-appends-to-what-it-found",
+        "csrc/recover.c",
+        "            r->found[i].limit = r->found[i + 1].header.previous_end;",
+        "            (void)0;",
+        (RECOVERY + "test_records_of_a_writer_that_lost_the_log_do_not_count",),
+    ),
+    Mutation(
+        "sequence-numbers-used-again",
+        "csrc/recover.c",
+        "    v->log.id.seq = committed_seq;",
+        "    v->log.id.seq = 0;",
+        (RECOVERY + "test_sequence_numbers_are_never_used_twice",),
+    ),
+    Mutation(
+        "records-not-tied-to-their-segment",
+        "csrc/segment.c",
+        "return XXH3_64bits_withSeed(id->log_id, 16, id->seq); }",
+        "return XXH3_64bits_withSeed(id->log_id, 16, 0); }",
+        (RECOVERY + "test_files_of_retired_segments_are_used_again_and_never_believed",),
+    ),
+    Mutation(
+        "foreign-log-replayed",
+        "csrc/segment.c",
+        "        return fail(-ESTALE,",
+        "        return fail(-EUCLEAN,",
+        (RECOVERY + "test_a_foreign_log_is_refused_and_left_alone",),
+    ),
+    # -- section 4: unaligned writes, resize, close
+    Mutation(
+        "unaligned-write-ignores-what-came-meanwhile",
+        "csrc/io_unaligned.c",
+        "    if (req->rmw->ready && still_newest(req->rmw))",
+        "    if (req->rmw->ready && (still_newest(req->rmw) || true))",
+        (IO + "test_an_unaligned_write_reads_again_what_changed_meanwhile",),
+    ),
+    Mutation(
+        "writes-outlive-a-shrink",
+        "csrc/volume.c",
+        "    if (v->inflight > inflight)",
+        "    if (v->inflight > inflight && list_empty(&v->batch))",
+        (LOG + "test_writes_that_wait_do_not_outlive_a_shrink",),
+    ),
+    Mutation(
+        "shrink-does-not-zero",
+        "csrc/volume.c",
+        "    if (size >= old) {",
+        "    if (size != old) {",
+        (LOG + "test_a_shrink_and_a_grow_bring_zeros",),
+    ),
+    # -- section 5
+    Mutation(
+        "stale-installs-land",
+        "csrc/volume.c",
+        "        install_one(c->v, &c->list[i], c->stamp == atomic_load(&c->v->stamp));",
+        "        install_one(c->v, &c->list[i], true);",
+        (CACHE + "test_an_install_with_a_stale_stamp_does_not_land",),
+    ),
+    Mutation(
+        "retire-does-not-bump-the-stamp",
+        "csrc/retire.c",
+        "    atomic_fetch_add(&r->v->stamp, 1);",
+        "    atomic_fetch_add(&r->v->stamp, 0);",
+        (CACHE + "test_a_stale_prefetch_does_not_land",),
+    ),
+    Mutation(
+        "retire-keeps-the-old-base",
+        "csrc/retire.c",
+        "    block_map_drop(&((struct volume *)arg)->base, block, count);",
+        "    (void)arg, (void)block, (void)count;",
+        (CACHE + "test_retire_drops_what_the_map_knew_of_the_base",),
+    ),
+    Mutation(
+        "pin-without-looking-again",
+        "csrc/block_cache.c",
+        "        if (generation_of(word) != generation)\n            return false;",
+        "        if (generation_of(word) < generation)\n            return false;",
+        (CACHE + "test_eviction_while_mapped",),
+    ),
+    Mutation(
+        "pinned-slots-evicted",
+        "csrc/block_cache.c",
+        "    if (pins_of(word))\n        return false;",
+        "    if (pins_of(word) > 1000)\n        return false;",
+        (CACHE + "test_every_slot_pinned",),
+    ),
+    Mutation(
+        "index-believed-after-a-restart",
+        "csrc/block_cache.c",
+        "            c->touched = slot + 1;",
+        "            c->touched = slot + 1;\n            s->verified = 1;",
+        (CACHE + "test_a_restart_finds_its_blocks_unverified",),
+    ),
+    Mutation(
+        "index-not-checked",
+        "csrc/block_cache.c",
+        "e[i].slot != slot ||",
+        "",
+        (CACHE + "test_a_damaged_index_costs_hits_never_data[swapped]",),
+    ),
+    # -- section 6
+    Mutation(
+        "gather-takes-what-is-left",
+        "csrc/gather.c",
+        "    if (!err && s->valid != UINT32_MAX && good != s->valid)",
+        "    if (false && s->valid != UINT32_MAX && good != s->valid)",
+        (GATHER + "test_a_damaged_record_uploads_nothing",),
+    ),
+    Mutation(
+        "gather-has-the-active-segment",
+        "csrc/gather.c",
+        " && s != log->active)",
+        ")",
+        (GATHER + "test_the_active_segment_is_not_gathered",),
+    ),
+    Mutation(
+        "gather-beyond-the-last-segment",
+        "csrc/gather.c",
+        "        if (s->seq >= a->first && s->seq <= a->last",
+        "        if (s->seq >= a->first",
+        (GATHER + "test_newer_writes_do_not_leak_in",),
+    ),
+    Mutation(
+        "store-flush-returns-early",
+        "csrc/sync.c",
+        "        if (req->need_seq <= v->committed_seq) {\n            list_remove(at);",
+        "        if (true) {\n            list_remove(at);",
+        (LOG + "test_flush_store_waits_for_the_commit",),
+    ),
+]

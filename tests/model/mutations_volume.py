@@ -1,0 +1,178 @@
+"""Ways to break the volume layer and the formats, for mutations.py."""
+
+from __future__ import annotations
+
+from mutations_core import Mutation
+
+OWNERSHIP = "tests/volume/test_volume_ownership.py::"
+UPLOAD = "tests/volume/test_volume_upload.py::"
+COMPACTION = "tests/volume/test_volume_compaction.py::"
+
+VOLUME = [
+    # -- section 4, identity and fencing: the volume layer
+    Mutation(
+        "attach-keeps-the-log-id",
+        "glidefs/volume/lease.py",
+        "            log_id=new_id(),\n            last_segment=0,\n            epoch=root.epoch + 1,",
+        "            log_id=root.log_id,\n            last_segment=0,\n            epoch=root.epoch + 1,",
+        (OWNERSHIP + "test_attach_refuses_and_takes_over",),
+    ),
+    Mutation(
+        "attach-does-not-commit",
+        "glidefs/volume/lease.py",
+        "result = commit_root(store, manifest_key(prefix, name), encode_root(mine), etag, mine.log_id)",
+        "result = CommitResult(etag, None)",
+        (OWNERSHIP + "test_attach_refuses_and_takes_over",),
+    ),
+    Mutation(
+        "log-that-the-root-does-not-name-is-opened",
+        "glidefs/volume/host.py",
+        "        if not record.read_only and root.log_id != record.log_id:",
+        "        if False:",
+        (OWNERSHIP + "test_a_log_that_the_root_does_not_name_is_not_opened",),
+    ),
+    Mutation(
+        "refused-put-of-our-own-fences",
+        "glidefs/volume/lease.py",
+        "    if root.log_id == log_id and log_id != NO_ID:",
+        "    if False:",
+        (OWNERSHIP + "test_a_root_of_our_log_that_we_do_not_know_is_adopted_whole",),
+    ),
+    Mutation(
+        "lost-answer-is-not-found-to-be-ours",
+        "glidefs/volume/lease.py",
+        "    if found.data == data:\n        return CommitResult(found.etag, None)\n",
+        '    if found.data == data:\n        raise Fenced(key, "not ours")\n',
+        (OWNERSHIP + "test_the_lost_answer_of_a_commit_is_our_own",),
+    ),
+    Mutation(
+        "foreign-root-is-adopted",
+        "glidefs/volume/lease.py",
+        "    if root.log_id == log_id and log_id != NO_ID:",
+        "    if True:",
+        (OWNERSHIP + "test_a_foreign_root_fences",),
+    ),
+    Mutation(
+        "root-that-is-gone-is-put-again",
+        "glidefs/volume/lease.py",
+        "        if gone_is_fence:",
+        "        if False:",
+        (OWNERSHIP + "test_a_root_that_is_gone_fences",),
+    ),
+    Mutation(
+        "roots-are-put-without-a-condition",
+        "glidefs/volume/lease.py",
+        "            return CommitResult(store.put(key, data, if_match=etag), None)",
+        "            return CommitResult(store.put(key, data), None)",
+        (OWNERSHIP + "test_a_foreign_root_fences",),
+    ),
+    Mutation(
+        "conditional-puts-are-retried-below-us",
+        "glidefs/store/s3.py",
+        '"retries": {"total_max_attempts": 1,',
+        '"retries": {"total_max_attempts": 4,',
+        ("tests/store/test_s3.py::test_puts_are_not_retried_by_the_client",),
+    ),
+    Mutation(
+        "root-is-not-polled",
+        "glidefs/volume/scheduler.py",
+        "                    self._uploader.poll(volume)",
+        "                    pass",
+        (OWNERSHIP + "test_a_stale_owner_learns_of_its_fence_without_committing",),
+    ),
+    # -- sections 4 and 6: order of upload, local copy and retire
+    Mutation(
+        "uploaded-before-it-is-synced",
+        "glidefs/volume/uploader.py",
+        "                volume.core.sync()\n",
+        "                pass\n",
+        (UPLOAD + "test_segments_are_synced_before_they_are_uploaded",),
+    ),
+    Mutation(
+        "retired-without-a-local-copy",
+        "glidefs/volume/commit.py",
+        'be written: %s", root.name, error)\n            return\n',
+        'be written: %s", root.name, error)\n',
+        (OWNERSHIP + "test_local_copy_is_durable_before_a_segment_may_go",),
+    ),
+    Mutation(
+        "log-opened-before-the-local-copy",
+        "glidefs/volume/host.py",
+        "            volume.committer.save_local()\n",
+        "            pass\n",
+        (OWNERSHIP + "test_the_local_copy_is_there_before_the_log_is_opened",),
+    ),
+    Mutation(
+        "size-committed-before-its-zeroes",
+        "glidefs/volume/scheduler.py",
+        "committed = size if whole else max(size, volume.root.size)",
+        "committed = size",
+        ("tests/model/test_volume_shrink.py",),
+    ),
+    Mutation(
+        "blocks-behind-the-end-count-as-the-old-chunk",
+        "glidefs/volume/upload_plan.py",
+        "        if block < blocks_end and (mask | zero_mask) & valid == valid:",
+        "        if (mask | zero_mask) & valid == valid:",
+        (UPLOAD + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[False]",),
+    ),
+    Mutation(
+        "extents-behind-the-end-count-as-the-old-chunk",
+        "glidefs/volume/upload_plan.py",
+        "        end = min(extent.block + extent.count, blocks_end)",
+        "        end = extent.block + extent.count",
+        (UPLOAD + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[True]",),
+    ),
+    # -- section 6: ids and grace
+    Mutation(
+        "ids-without-the-nonce",
+        "glidefs/formats/pack.py",
+        "    hasher.update(nonce)\n",
+        "",
+        ("tests/formats/test_pack.py::test_ids_are_never_reused",),
+    ),
+    Mutation(
+        "upload-older-than-half-the-grace-is-committed",
+        "glidefs/volume/uploader.py",
+        "        if time.monotonic() - started > self._settings.gc_grace / 2:\n            # The",
+        "        if False:\n            # The",
+        (UPLOAD + "test_packs_that_took_too_long_are_made_anew",),
+    ),
+    # -- section 6: compaction
+    Mutation(
+        "merge-result-goes-on-top",
+        "glidefs/volume/edit.py",
+        "            chunks[replace.chunk] = refs[:at] + replace.new + refs[at + len(replace.old) :]",
+        "            chunks[replace.chunk] = refs[:at] + refs[at + len(replace.old) :] + replace.new",
+        (COMPACTION + "test_packs_appended_while_a_merge_runs_stay_newer",),
+    ),
+    Mutation(
+        "merge-result-without-its-run",
+        "glidefs/volume/edit.py",
+        "        if at >= 0:\n",
+        "        if True:\n",
+        (COMPACTION + "test_a_run_that_was_dropped_meanwhile_stays_dropped",),
+    ),
+    Mutation(
+        "zero-masks-dropped-above-the-bottom",
+        "glidefs/volume/compact_plan.py",
+        "        if run.bottom:\n",
+        "        if True:\n",
+        (COMPACTION + "test_zero_masks_go_only_at_the_bottom",),
+    ),
+    # -- section 5: keys
+    Mutation(
+        "merged-blocks-share-the-name-space-of-whole-ones",
+        "glidefs/volume/keys.py",
+        "    hasher = blake3(derive_key_context=_MERGED)\n",
+        "    hasher = blake3()\n",
+        ("tests/volume/test_volume_reader.py::test_merged_keys_have_a_name_space_of_their_own",),
+    ),
+    Mutation(
+        "merged-key-without-the-masks",
+        "glidefs/volume/keys.py",
+        "hasher.update(_PART.pack(part.hash, part.mask, part.zero_mask))",
+        "hasher.update(part.hash)",
+        ("tests/volume/test_volume_reader.py::test_merged_keys_depend_on_order_and_masks",),
+    ),
+]
