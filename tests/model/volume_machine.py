@@ -39,7 +39,7 @@ from glidefs.volume.host import Host
 from glidefs.volume.volume import DrainTimeout, Volume
 
 SEGMENT_SECTORS = 12
-PATIENCE = 30.0
+PATIENCE = 120.0
 
 _rig: tuple[Rig, dict[str, Host]] | None = None
 _numbers = itertools.count(1)
