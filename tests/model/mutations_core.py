@@ -283,10 +283,13 @@ CORE = [
     # -- section 5
     Mutation(
         "stale-installs-land",
-        "csrc/volume.c",
-        "        install_one(c->v, &c->list[i], c->stamp == atomic_load(&c->v->stamp));",
-        "        install_one(c->v, &c->list[i], true);",
-        (CACHE + "test_an_install_with_a_stale_stamp_does_not_land",),
+        "csrc/install.c",
+        "        install_one(t->v, &t->list[i], t->stamp == atomic_load(&t->v->stamp));",
+        "        install_one(t->v, &t->list[i], true);",
+        (
+            CACHE + "test_an_install_with_a_stale_stamp_does_not_land",
+            CACHE + "test_a_stale_fill_is_cached_but_not_mapped",
+        ),
     ),
     Mutation(
         "retire-does-not-bump-the-stamp",
