@@ -48,6 +48,7 @@ from glidefs.store.base import (
     Object,
     ObjectInfo,
     ObjectStore,
+    body_length,
     buffers,
     check_condition,
     check_key,
@@ -57,6 +58,7 @@ from glidefs.store.base import (
 
 _LOCKS = ".locks"
 _TMP = ".tmp"
+_LARGE = 1 << 20
 _LOCK_COUNT = 256
 _STALE_TMP = 24 * 3600
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
@@ -222,6 +224,9 @@ class FileStore(ObjectStore):
                 now = time.time_ns()
                 os.utime(fd, ns=(now, now))
                 os.fsync(fd)
+                if body_length(data) >= _LARGE:
+                    # A pack is seldom read soon on the host that made it: its blocks are in log and cache.
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
                 return self._commit(fd, tmp, key, path, if_match, if_none_match)
             finally:
                 os.close(fd)

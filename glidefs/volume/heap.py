@@ -7,7 +7,9 @@ buffer that is freed, so packs in the making end up in the heaps of threads, whi
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 import threading
 import time
 
@@ -18,6 +20,19 @@ _PAUSE = 1.0
 
 _lock = threading.Lock()  # guards the time of the last trim
 _last = [float("-inf")]
+
+
+def buffer(size: int) -> memoryview:
+    """Zeroed memory of its own, for a pack in the making; it ends with the last view of it.
+
+    In huge pages where the kernel has them: a page fault for each 4 KiB took an eighth of an upload's time.
+    """
+    if not size:
+        return memoryview(bytearray())
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(area)
 
 
 def keep_large_buffers_apart() -> None:

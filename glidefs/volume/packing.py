@@ -28,6 +28,7 @@ from glidefs.formats.pack import (
 )
 from glidefs.names import pack_key
 from glidefs.store.base import Buffer
+from glidefs.volume import heap
 
 SAMPLES = 32
 SHRINKS = 0.97
@@ -60,9 +61,9 @@ def compress_items(plain: memoryview, items: Sequence[Item], level: int) -> tupl
     stored: Sequence[int] = lengths
     area: Buffer = plain
     if lengths and worth_compressing(plain, lengths, level):
-        out = bytearray(len(plain))
+        out = heap.buffer(len(plain))
         stored = compress_payloads(plain, lengths, out, level)
-        area = memoryview(out)[: sum(stored)]
+        area = out[: sum(stored)]
     entries: list[PackEntry] = []
     sizes = iter(stored)
     at, offset = 0, HEADER_SIZE

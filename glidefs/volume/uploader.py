@@ -19,6 +19,7 @@ from glidefs.core.gather import Gather
 from glidefs.errors import Fenced, StoreError
 from glidefs.store.base import Buffer
 from glidefs.store.resilient import ResilientStore
+from glidefs.volume import heap
 from glidefs.volume.commit import Superseded
 from glidefs.volume.edit import Append, Change
 from glidefs.volume.meta import MetaCache
@@ -171,7 +172,7 @@ class Uploader:
         return built
 
     def _put_one(self, volume: Volume, gather: Gather, job: PackJob) -> BuiltPack:
-        plain = memoryview(bytearray(gather.nbytes(job.first, job.count)))
+        plain = heap.buffer(gather.nbytes(job.first, job.count))
         gather.fill(job.first, job.count, plain)
         area, entries = compress_items(plain, job.items, self._settings.compression_level)
         del plain
