@@ -55,8 +55,9 @@ VOLUME = [
     Mutation(
         "root-that-is-gone-is-put-again",
         "glidefs/volume/lease.py",
-        "        if gone_is_fence:",
-        "        if False:",
+        "gone_is_fence=etag is not None)\n            if found is not None:\n                return found\n",
+        "gone_is_fence=False)\n            if found is not None:\n                return found\n"
+        "            etag = None\n",
         (OWNERSHIP + "test_a_root_that_is_gone_fences",),
     ),
     Mutation(
