@@ -27,7 +27,7 @@ class RepeatFilter(logging.Filter):
     """Lets a message through a few times a minute; then says once how many were held back.
 
     Messages are told apart by their format, not their arguments: a retry loop that counts up in its
-    text is one message (R37). `_lock` guards the table.
+    text is one message. `_lock` guards the table.
     """
 
     def __init__(self, repeats: int = REPEATS, seconds: float = REPEAT_SECONDS) -> None:

@@ -3,7 +3,7 @@
 Closed: every call goes through. A run of failures opens it: then calls wait, and one of them at a
 time goes through as a probe, at most a second after the last; the first that succeeds closes the
 breaker and frees all. A store that comes back is thus noticed within about a second, and one that
-is down sees about one request a second, however many are waiting (R7, R15).
+is down sees about one request a second, however many are waiting.
 
 A probe may hang where packets vanish. So it holds the probe's place for a second only; then the
 next one may start beside it.

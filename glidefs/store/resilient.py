@@ -7,7 +7,7 @@ writes have a breaker each, because a full disk or a missing permission stops wr
 guest reads must not wait for those.
 
 Each class of traffic has a *lane* with its own limit of concurrent requests, so guest reads never
-queue behind uploads or prefetch (R20). A request holds its place only while it runs, not while it
+queue behind uploads or prefetch. A request holds its place only while it runs, not while it
 waits for a retry.
 
 A put may be applied and its answer lost. Its retry then meets its own work, as PreconditionFailed: that

@@ -1,6 +1,6 @@
 """What an upload will hold: sealed log against the manifest, cut into packs. No I/O but page loads.
 
-Zeros are cheap in both directions (R10, R12): a chunk that is covered whole by this upload loses its
+Zeros are cheap in both directions: a chunk that is covered whole by this upload loses its
 older packs, in the others zeroed sectors become mask bits, and over nothing they are nothing.
 """
 
