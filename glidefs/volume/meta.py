@@ -117,9 +117,11 @@ class Manifest:
         """The chunks from ``first`` to ``last``, inclusive, that are not all zeros, ascending."""
         pages = 1 if self.root.inline_page is not None else len(self.root.page_ids)
         for number in range(first // PAGE_CHUNKS, min(last // PAGE_CHUNKS, pages - 1) + 1):
-            for chunk in sorted(self.page(number).chunks):
-                if first <= number * PAGE_CHUNKS + chunk <= last:
-                    yield number * PAGE_CHUNKS + chunk
+            start, chunks = number * PAGE_CHUNKS, self.page(number).chunks
+            # Asked for every extent of an upload, most of them within one chunk: no look at the whole page.
+            for chunk in range(max(first, start), min(last, start + PAGE_CHUNKS - 1) + 1):
+                if chunk - start in chunks:
+                    yield chunk
 
     def blocks_of(self, chunk: int) -> int:
         """Blocks of a chunk, fewer than usual in the last one of the volume."""
