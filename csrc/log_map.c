@@ -6,7 +6,7 @@
 #include <string.h>
 
 #define SLAB_LEAVES 64
-#define LOOK_AHEAD 16u /* blocks: a discard of terabytes would else wait for memory at every block */
+#define GROUP_BLOCKS 64 /* bits of a value of log_map.groups */
 
 /* ---- leaf pool: one for the host, so that memory freed by one volume serves another ---- */
 
@@ -83,6 +83,7 @@ static void leaf_free(struct log_map *m, struct log_leaf *leaf)
 void log_map_init(struct log_map *m, struct leaf_pool *pool)
 {
     table_init(&m->leaves);
+    table_init(&m->groups);
     zero_map_init(&m->zeros);
     m->pool = pool;
     m->leaf_bytes = 0;
@@ -99,10 +100,31 @@ void log_map_destroy(struct log_map *m)
 {
     table_filter(&m->leaves, drop_any, m);
     table_destroy(&m->leaves);
+    table_destroy(&m->groups);
     zero_map_destroy(&m->zeros);
 }
 
-uint64_t log_map_bytes(const struct log_map *m) { return m->leaf_bytes + m->leaves.bytes + m->zeros.bytes; }
+uint64_t log_map_table_bytes(const struct log_map *m) { return m->leaves.bytes + m->groups.bytes + m->zeros.bytes; }
+
+uint64_t log_map_bytes(const struct log_map *m) { return m->leaf_bytes + log_map_table_bytes(m); }
+
+static bool group_add(struct log_map *m, uint64_t block)
+{
+    uint64_t *bits = table_insert(&m->groups, block / GROUP_BLOCKS);
+
+    if (bits)
+        *bits |= 1ull << block % GROUP_BLOCKS;
+    return bits != NULL;
+}
+
+static void group_remove(struct log_map *m, uint64_t block)
+{
+    uint64_t *bits = table_find(&m->groups, block / GROUP_BLOCKS);
+
+    *bits &= ~(1ull << block % GROUP_BLOCKS);
+    if (!*bits)
+        table_remove(&m->groups, block / GROUP_BLOCKS);
+}
 
 static struct log_leaf *find_leaf(const struct log_map *m, uint64_t block)
 {
@@ -119,7 +141,9 @@ static struct log_leaf *need_leaf(struct log_map *m, uint64_t block)
         return NULL;
     if (!*value) {
         struct log_leaf *leaf = leaf_new(m);
-        if (!leaf) {
+        if (!leaf || !group_add(m, block)) {
+            if (leaf)
+                leaf_free(m, leaf);
             table_remove(&m->leaves, block);
             return NULL;
         }
@@ -131,6 +155,7 @@ static struct log_leaf *need_leaf(struct log_map *m, uint64_t block)
 static void drop_leaf(struct log_map *m, uint64_t block, struct log_leaf *leaf)
 {
     table_remove(&m->leaves, block);
+    group_remove(m, block);
     leaf_free(m, leaf);
 }
 
@@ -180,6 +205,7 @@ static bool drop_in_range(uint64_t block, uint64_t value, void *arg)
 
     if (block < r->start || block >= r->end)
         return false;
+    group_remove(r->map, block);
     leaf_free(r->map, (struct log_leaf *)(uintptr_t)value);
     return true;
 }
@@ -188,15 +214,18 @@ static void drop_leaves(struct log_map *m, uint64_t start, uint64_t end)
 {
     struct drop_range range = {m, start, end};
 
-    if (end - start > table_count(&m->leaves)) {
+    if ((end - start) / GROUP_BLOCKS > table_count(&m->leaves)) {
         table_filter(&m->leaves, drop_in_range, &range);
         return;
     }
-    for (uint64_t block = start; block < end; block++) {
-        table_prefetch(&m->leaves, block + LOOK_AHEAD);
-        struct log_leaf *leaf = find_leaf(m, block);
-        if (leaf)
-            drop_leaf(m, block, leaf);
+    for (uint64_t block = start; block < end;) {
+        uint64_t next = min_u64(end, (block / GROUP_BLOCKS + 1) * GROUP_BLOCKS);
+        const uint64_t *bits = table_find(&m->groups, block / GROUP_BLOCKS);
+        for (uint64_t left = bits ? *bits >> block % GROUP_BLOCKS : 0; left && block < next; left >>= 1, block++) {
+            if (left & 1)
+                drop_leaf(m, block, find_leaf(m, block));
+        }
+        block = next;
     }
 }
 

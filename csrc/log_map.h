@@ -44,6 +44,7 @@ void leaf_pool_destroy(struct leaf_pool *pool);
 
 struct log_map {
     struct table leaves; /* block -> struct log_leaf * */
+    struct table groups; /* block / 64 -> which of 64 blocks have a leaf: a discard looks for them here */
     struct zero_map zeros;
     struct leaf_pool *pool;
     uint64_t leaf_bytes;
@@ -52,6 +53,8 @@ struct log_map {
 void log_map_init(struct log_map *m, struct leaf_pool *pool);
 void log_map_destroy(struct log_map *m);
 uint64_t log_map_bytes(const struct log_map *m);
+/* The same without leaves, which the pool counts. */
+uint64_t log_map_table_bytes(const struct log_map *m);
 
 /* count sectors from `sector` were written at pos, pos + 1, ... -ENOMEM. */
 int log_map_write(struct log_map *m, uint64_t sector, uint64_t count, uint64_t pos);

@@ -50,15 +50,6 @@ uint64_t *table_find(const struct table *t, uint64_t key)
     }
 }
 
-void table_prefetch(const struct table *t, uint64_t key)
-{
-    uint64_t hash = mix(key);
-    const struct table_part *p = part_of(t, hash);
-
-    if (p->used)
-        __builtin_prefetch(&p->entries[(uint32_t)hash & (p->capacity - 1)]);
-}
-
 static bool part_resize(struct table *t, struct table_part *p, uint32_t capacity)
 {
     struct table_entry *fresh = calloc(capacity, sizeof(*fresh));

@@ -31,8 +31,6 @@ void table_init(struct table *t);
 void table_destroy(struct table *t);
 /* The value's address until the next insert or remove; NULL = absent. */
 uint64_t *table_find(const struct table *t, uint64_t key);
-/* Fetch what a table_find of `key` a little later will look at first. */
-void table_prefetch(const struct table *t, uint64_t key);
 /* Find or add (value 0). NULL = out of memory. Keys are below UINT64_MAX. */
 uint64_t *table_insert(struct table *t, uint64_t key);
 bool table_remove(struct table *t, uint64_t key);

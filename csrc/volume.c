@@ -21,7 +21,7 @@ void volume_want_flush(struct volume *v)
 
 void volume_count_memory(struct volume *v)
 {
-    uint64_t now = v->map.leaves.bytes + v->map.zeros.bytes + v->base.entries.bytes + v->faults.bytes;
+    uint64_t now = log_map_table_bytes(&v->map) + v->base.entries.bytes + v->faults.bytes;
 
     if (now != v->counted_bytes) {
         atomic_fetch_add(&v->engine->table_bytes, now - v->counted_bytes); /* wraps the right way */

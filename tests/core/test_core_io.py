@@ -58,6 +58,28 @@ def test_large_requests_go_over_many_segments(rig: CoreRig) -> None:
     assert vol.core.info().last_seq > 100
 
 
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(0, 1), (63, 2), (64, 64), (65, 62), (1, 127), (63, 66), (100, 156), (0, 256), (192, 64), (255, 1)],
+)
+def test_a_discard_forgets_the_log_of_its_blocks_and_no_others(rig: CoreRig, first: int, count: int) -> None:
+    """Most of the first 256 blocks of 2,048 are in the log, one sector of each."""
+    vol = rig.vol(2048 * BLOCK)
+    written = [block for block in range(256) if block % 5 != 2]
+    for block in written:
+        vol.core.pwrite(block * BLOCK + 7 * SECTOR, block.to_bytes(2, "little") * 2048)
+    before = vol.core.info().map_bytes
+    vol.core.zero(first * BLOCK, count * BLOCK)
+    gone = sum(first <= block < first + count for block in written)
+    assert vol.core.info().map_bytes < before - 256 * gone + 128
+    for block in range(256):
+        mark = 0 if first <= block < first + count or block not in written else block
+        assert vol.core.pread(block * BLOCK + 7 * SECTOR, SECTOR) == mark.to_bytes(2, "little") * 2048, block
+    vol.core.zero(0, 2048 * BLOCK)
+    assert vol.core.pread(0, 256 * BLOCK) == bytes(256 * BLOCK)
+    assert vol.core.info().map_bytes < 16 << 10
+
+
 def test_a_record_holds_at_most_4_mib(make_rig: Callable[..., CoreRig]) -> None:
     rig = make_rig(segment_bytes=16 * MIB)
     vol = rig.vol()
