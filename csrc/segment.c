@@ -1,5 +1,6 @@
 #include "segment.h"
 
+#include "data_hash.h"
 #include "glide_core_internal.h"
 #include "util.h"
 
@@ -174,7 +175,7 @@ int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_
 
     if (err)
         return fail(err, "cannot read record %u of %s", index, f->path);
-    return got == length && XXH3_64bits(buf, length) == r->hash ? 0 : -EUCLEAN;
+    return got == length && data_hash(buf, length) == r->hash ? 0 : -EUCLEAN;
 }
 
 /* ---- directory ------------------------------------------------------------------------------ */

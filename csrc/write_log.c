@@ -1,5 +1,6 @@
 #include "write_log.h"
 
+#include "data_hash.h"
 #include "engine.h"
 #include "util.h"
 
@@ -9,9 +10,6 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-#define XXH_INLINE_ALL
-#include <xxhash.h>
 
 static const uint8_t zero_sector[SECTOR];
 
@@ -369,7 +367,7 @@ static uint32_t build(struct write_log *log, struct append_scratch *x, struct ap
         r->op = p->op;
         const uint8_t *data = p->op == RECORD_WRITE ? p->data : zero_sector;
         if (p->op == RECORD_WRITE)
-            r->hash = XXH3_64bits(data, (size_t)space * SECTOR);
+            r->hash = data_hash(data, (size_t)space * SECTOR);
         segment_record_seal(r, salt, at + taken);
         x->iov[i] = (struct iovec){(void *)(uintptr_t)data, (size_t)space * SECTOR};
         p->pos = pos_make(log->active->seq, at + taken);

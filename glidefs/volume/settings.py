@@ -59,7 +59,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     retire_segments: int = 16
     poll_interval: float = 15.0
     backoff: float = 1.0
-    nice: int = 10
+    nice: int = 15
     compaction: bool = True
     compact_width: int = 16
     compact_rate: int = 64 * MIB
