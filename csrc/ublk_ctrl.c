@@ -143,14 +143,22 @@ static int ring_submit(struct ctrl_ring *ring)
     return n < 0 ? n : 0;
 }
 
-static int ring_push_command(struct ctrl_ring *ring, int fd, const struct command *c)
+/* A cleared SQE of 128 bytes (liburing clears neither payload nor second half); NULL if the ring is full. */
+static struct io_uring_sqe *ring_sqe(struct ctrl_ring *ring)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->uring);
+
+    return sqe ? memset(sqe, 0, 2 * sizeof(*sqe)) : NULL;
+}
+
+static int ring_push_command(struct ctrl_ring *ring, int fd, const struct command *c)
+{
+    struct io_uring_sqe *sqe = ring_sqe(ring);
     struct ublk_ctrl_cmd *cmd;
 
-    assert(sqe && c->len <= sizeof(ring->payload));
-    /* liburing clears neither the payload nor the second half of a 128-byte SQE. */
-    memset(sqe, 0, 2 * sizeof(*sqe));
+    if (!sqe)
+        return -EBUSY;
+    assert(c->len <= sizeof(ring->payload));
     sqe->opcode = IORING_OP_URING_CMD;
     sqe->fd = fd;
     /* As 64 bits: the padding beside cmd_op must be zero. */
@@ -170,10 +178,10 @@ static int ring_push_command(struct ctrl_ring *ring, int fd, const struct comman
 
 static int ring_push_cancel(struct ctrl_ring *ring)
 {
-    struct io_uring_sqe *sqe = io_uring_get_sqe(&ring->uring);
+    struct io_uring_sqe *sqe = ring_sqe(ring);
 
-    assert(sqe);
-    memset(sqe, 0, 2 * sizeof(*sqe));
+    if (!sqe)
+        return -EBUSY;
     sqe->opcode = IORING_OP_ASYNC_CANCEL;
     sqe->fd = -1;
     sqe->addr = TAG_COMMAND;
