@@ -73,24 +73,14 @@ class _Connection:
         self._sock.close()
 
     def send(self, request: bytes) -> None:
-        try:
-            self._sock.sendall(request)
-        except BlockingIOError:
-            raise TimeoutError("timed out") from None
-
-    def _receive(self, length: int) -> bytes:
-        """Some bytes, at most ``length``; none at the end of the stream."""
-        try:
-            return self._sock.recv(length)
-        except BlockingIOError:
-            raise TimeoutError("timed out") from None
+        self._sock.sendall(request)
 
     def until(self, mark: bytes, limit: int) -> bytes:
         """What comes up to and with ``mark``; if it does not come within ``limit`` bytes, what came."""
         data = self._pending
         at = data.find(mark)
         while at < 0 and len(data) < limit:
-            more = self._receive(_FIRST_READ)
+            more = self._sock.recv(_FIRST_READ)
             if not more:
                 break
             data = data + more if data else more
@@ -109,10 +99,7 @@ class _Connection:
         out[:got] = self._pending[:got]
         self._pending = self._pending[got:]
         while got < length:
-            try:
-                count = self._sock.recv_into(out[got:], 0, self._flags)
-            except BlockingIOError:
-                raise TimeoutError("timed out") from None
+            count = self._sock.recv_into(out[got:], 0, self._flags)
             if not count:
                 break
             got += count
@@ -122,7 +109,7 @@ class _Connection:
         """All up to the end of the stream, at most ``limit`` bytes."""
         parts = [self._pending]
         total = len(self._pending)
-        while total < limit and (more := self._receive(limit - total)):
+        while total < limit and (more := self._sock.recv(limit - total)):
             parts.append(more)
             total += len(more)
         return b"".join(parts)[:limit]
@@ -194,6 +181,8 @@ class RangeClient:
             closing = headers.get(b"connection") == b"close" or version == b"http/1.0"
             keep = drained and not closing
             return Response(status, headers, body, complete)
+        except BlockingIOError:
+            raise TimeoutError("timed out") from None  # how SO_RCVTIMEO and SO_SNDTIMEO say so
         finally:
             if keep and len(self._idle) < self._pool_size:
                 connection.used = True
