@@ -71,9 +71,10 @@ int glide_engine_open(const struct glide_engine_config *config, glide_engine **o
     outbox_init(&e->events);
     unsigned workers = config->workers ? config->workers : cpu_count();
     workers = workers > 32 ? 32 : workers;
+    uint64_t busy_poll_ns = cpu_count() > 1 ? 1000ull * config->busy_poll_us : 0; /* else the client could not run */
     e->workers = calloc(workers, sizeof(*e->workers));
     for (err = e->workers ? 0 : -ENOMEM; !err && e->worker_count < workers;) {
-        err = worker_start(&e->workers[e->worker_count], e, e->worker_count);
+        err = worker_start(&e->workers[e->worker_count], e, e->worker_count, busy_poll_ns);
         e->worker_count += !err;
     }
     if (err) {

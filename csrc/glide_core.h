@@ -35,6 +35,7 @@ struct glide_engine_config {
     const char *cache_dir;        /* holds blocks.data and blocks.index */
     uint32_t log_full_timeout_ms; /* 0 = writers wait for ever */
     uint32_t read_timeout_ms;     /* 0 = readers of absent blocks wait for ever */
+    uint32_t busy_poll_us;        /* how long a worker whose last wait was short polls before it sleeps; 0 = never */
 };
 
 int glide_engine_open(const struct glide_engine_config *config, glide_engine **out);

@@ -25,6 +25,16 @@ static inline uint64_t clock_ns(clockid_t clock)
 }
 static inline uint64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
 
+/* In a loop that waits for another CPU. */
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* Set the calling thread's error text (printf style); returns err, so `return fail(-EINVAL, ...)`. */
 int fail(int err, const char *format, ...) __attribute__((format(printf, 2, 3)));
 

@@ -5,6 +5,10 @@
  * Wake-ups: a poster puts its task into the inbox and writes the eventfd only if
  * the worker said that it sleeps. The worker says so before its last look at the
  * inbox, so one of the two sees the other.
+ *
+ * Polling: a client that works with one request at a time sends the next one
+ * sooner than a thread can fall asleep and wake up again. So after a short wait
+ * the worker looks at the ring for a while before it sleeps; a long wait ends that.
  */
 #include "worker.h"
 
@@ -25,6 +29,7 @@
 #define RING_ENTRIES 1024
 #define CQ_ENTRIES 16384
 #define TICK_NS 100000000
+#define POLL_LOOPS 16 /* looks at the ring between two at the clock */
 
 /* ---- posting ---------------------------------------------------------------------------- */
 
@@ -197,6 +202,33 @@ static bool announce_sleep(struct worker *w)
     return busy;
 }
 
+/* After announce_sleep(): poll until something happened (true) or the time is over. */
+static bool busy_poll(struct worker *w, uint64_t since)
+{
+    io_uring_submit(&w->ring);
+    do {
+        for (int i = 0; i < POLL_LOOPS; i++) {
+            if (io_uring_cq_ready(&w->ring) || !atomic_load(&w->sleeping) ||
+                (__atomic_load_n(w->ring.sq.kflags, __ATOMIC_RELAXED) & IORING_SQ_TASKRUN))
+                return true;
+            cpu_relax();
+        }
+    } while (now_ns() - since < w->busy_poll_ns);
+    return false;
+}
+
+/* Submit, and wait for a completion or a task. */
+static void wait_for_work(struct worker *w)
+{
+    uint64_t since = now_ns();
+
+    if (w->waits_short && busy_poll(w, since))
+        io_uring_get_events(&w->ring);
+    else
+        io_uring_submit_and_wait(&w->ring, 1);
+    w->waits_short = w->busy_poll_ns && now_ns() - since < 2 * w->busy_poll_ns;
+}
+
 static void complete_all(struct worker *w)
 {
     struct io_uring_cqe *cqe;
@@ -217,7 +249,7 @@ static void complete_all(struct worker *w)
 static int set_up(struct worker *w)
 {
     struct io_uring_params p = {.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_CQSIZE |
-                                         IORING_SETUP_COOP_TASKRUN,
+                                         IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
                                 .cq_entries = CQ_ENTRIES};
     int err = io_uring_queue_init_params(RING_ENTRIES, &w->ring, &p);
 
@@ -246,11 +278,10 @@ static void *worker_main(void *arg)
         end_round(w);
         if (w->stop)
             break;
-        bool busy = announce_sleep(w);
-        if (busy)
+        if (announce_sleep(w))
             io_uring_submit_and_get_events(&w->ring);
         else
-            io_uring_submit_and_wait(&w->ring, 1);
+            wait_for_work(w);
         atomic_store(&w->sleeping, false);
         complete_all(w);
         end_round(w);
@@ -261,11 +292,12 @@ static void *worker_main(void *arg)
 
 /* ---- start, stop ---------------------------------------------------------------------------------- */
 
-int worker_start(struct worker *w, struct engine *engine, unsigned index)
+int worker_start(struct worker *w, struct engine *engine, unsigned index, uint64_t busy_poll_ns)
 {
     memset(w, 0, sizeof(*w));
     w->engine = engine;
     w->index = index;
+    w->busy_poll_ns = busy_poll_ns;
     list_init(&w->inbox);
     list_init(&w->ready);
     list_init(&w->batches);

@@ -38,10 +38,12 @@ struct worker {
     struct ring_op wake_op;
     uint64_t wake_value;
     bool stop;
-    struct list ready;   /* tasks of this thread for the next round */
-    struct list batches; /* volumes with writes to append at the end of the round (io.c) */
-    struct list senders; /* connections with replies to send at the end of the round (nbd_conn.c) */
-    struct list volumes; /* all volumes of this worker */
+    uint64_t busy_poll_ns; /* a wait as short as twice this makes the next one begin with polling; 0 = never */
+    bool waits_short;      /* the last one was */
+    struct list ready;     /* tasks of this thread for the next round */
+    struct list batches;   /* volumes with writes to append at the end of the round (io.c) */
+    struct list senders;   /* connections with replies to send at the end of the round (nbd_conn.c) */
+    struct list volumes;   /* all volumes of this worker */
     struct __kernel_timespec tick;
     struct ring_op tick_op;
     bool ticking;
@@ -52,7 +54,7 @@ struct worker {
     pthread_cond_t started_cond;
 };
 
-int worker_start(struct worker *w, struct engine *engine, unsigned index);
+int worker_start(struct worker *w, struct engine *engine, unsigned index, uint64_t busy_poll_ns);
 /* Ask the thread to end and join it; no volumes may be left. */
 void worker_stop(struct worker *w);
 

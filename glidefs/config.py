@@ -137,6 +137,7 @@ class DaemonSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
     node: str | None = None
     workers: Annotated[int, Meta(ge=0, le=1024)] = 0
+    busy_poll_us: Annotated[int, Meta(ge=0, le=1000)] = 50
     drain_deadline: Duration = 30.0
     on_stop: Literal["release", "remove"] = "release"
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -66,6 +66,7 @@ def engine_config(config: Config) -> EngineConfig:
         cache_bytes=cache.block_cache_size,
         log_full_timeout_ms=milliseconds(cache.log_full_timeout),
         read_timeout_ms=milliseconds(config.reader.read_timeout),
+        busy_poll_us=config.daemon.busy_poll_us,
     )
 
 

@@ -422,6 +422,7 @@ int main(int argc, char **argv)
                                          .log_limit = 3 << 20,
                                          .map_budget = 1 << 20,
                                          .cache_bytes = 12 * GLIDE_BLOCK,
+                                         .busy_poll_us = 50,
                                          .cache_dir = argv[1]};
     check_hash();
     MUST(glide_engine_open(&config, &engine));

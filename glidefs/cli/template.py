@@ -65,6 +65,7 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 [daemon]
 #node = "host-1"                    # the owner named in the store; default: the host name
 #workers = 0                        # I/O threads; 0 = one per CPU
+#busy_poll_us = 50                  # a busy I/O thread looks this long for the next request before it sleeps
 #drain_deadline = "30s"             # on SIGTERM; what is not uploaded by then is safe in the log
 #on_stop = "release"                # ublk devices on SIGTERM: "release" = guests pause until the next start
                                     # and see no error, "remove" = the devices disappear

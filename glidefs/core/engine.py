@@ -18,7 +18,7 @@ EVENTS_AT_ONCE = 64
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Limits of an engine, in bytes and milliseconds; see ``struct glide_engine_config``."""
+    """Limits of an engine, in bytes and the named units of time; see ``struct glide_engine_config``."""
 
     cache_dir: Path
     workers: int = 0
@@ -28,6 +28,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     cache_bytes: int = 20 << 30
     log_full_timeout_ms: int = 0
     read_timeout_ms: int = 0
+    busy_poll_us: int = 0
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -102,6 +103,7 @@ class Engine(Handle):
         raw.cache_dir = cache_dir
         raw.log_full_timeout_ms = config.log_full_timeout_ms
         raw.read_timeout_ms = config.read_timeout_ms
+        raw.busy_poll_us = config.busy_poll_us
         out = ffi.new("glide_engine **")
         check(lib.glide_engine_open(raw, out), f"open the engine in {config.cache_dir}")
         super().__init__(out[0])
