@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from glidefs import process
+from glidefs.bases import BaseLibrary
 from glidefs.config import Config, config_path, load_config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
 from glidefs.errors import GlideError, StoreError, StoreUnsupported
@@ -147,7 +148,8 @@ class Daemon:
             logs_dir=config.cache.logs,
             prefixes=config.store.prefixes,
         )
-        router = self._router = ExportRouter(host, store, (nbd, ublk), settings, self._stopping)
+        bases = BaseLibrary(store, grace=host.settings.gc_grace, stopping=self._stopping)
+        router = self._router = ExportRouter(host, store, (nbd, ublk), settings, bases, self._stopping)
         host.on_event(partial(self._on_event, host, server))
         host.start()
         self._undo.callback(host.close)

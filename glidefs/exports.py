@@ -21,9 +21,15 @@ TransportChoice = Literal["auto", "ublk", "nbd"]
 
 
 class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of PUT /api/exports/{name}. `size` in bytes, or text such as "10GiB"."""
+    """Body of PUT /api/exports/{name}. `size` in bytes, or text such as "10GiB".
 
-    size: int | str
+    `source` ("base:B", "volume:V", "snapshot:V@SEQ", "tag:T") makes a fork, by default of its size.
+    `prefetch`: make the hot set of its base resident in the background.
+    """
+
+    size: int | str | None = None
+    source: str | None = None
+    prefetch: bool = True
     transport: TransportChoice = "auto"
     read_only: bool = False
     prefix: str | None = None
@@ -42,6 +48,42 @@ class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """Body of POST .../drain and .../detach. No `timeout` waits as long as it takes."""
 
     timeout: Seconds | None = None
+
+
+class SnapshotRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../snapshot. `tag` names the snapshot's manifest too."""
+
+    tag: str | None = None
+    timeout: Seconds | None = None
+
+
+class TagRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../tag: the volume as it is, or its snapshot `sequence`."""
+
+    tag: str
+    sequence: int | None = None
+
+
+class PromoteRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../promote.
+
+    Without `base` a read-only export becomes read-write. With it the volume, or its snapshot
+    `sequence`, becomes a base; `prefix` is for a volume that is not served here.
+    """
+
+    base: str | None = None
+    sequence: int | None = None
+    prefix: str | None = None
+
+
+class ProfileRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../profile.
+
+    It ends after `stop_after` seconds, or `idle` seconds after the last new block.
+    """
+
+    stop_after: Seconds | None = None
+    idle: Seconds | None = None
 
 
 class AttachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -7,8 +7,9 @@ place. Keys are relative to the store's root url (see the layout in ``docs``/DES
 from __future__ import annotations
 
 import re
+from typing import Literal, NamedTuple
 
-from glidefs.errors import InvalidName
+from glidefs.errors import ConfigError, InvalidName
 
 # \Z, not $: the latter lets a trailing newline through.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z"
@@ -112,3 +113,46 @@ def bases_prefix(prefix: str) -> str:
 def tags_prefix(prefix: str) -> str:
     """Where the tags of a prefix are."""
     return f"{check_prefix(prefix)}/tags/"
+
+
+class Source(NamedTuple):
+    """What a fork, an image or a base is made from. ``sequence`` is a snapshot's."""
+
+    kind: Literal["volume", "snapshot", "base", "tag"]
+    name: str
+    sequence: int = 0
+
+    def key(self, prefix: str) -> str:
+        """Key of its manifest root. Raises InvalidName."""
+        if self.kind == "volume":
+            return manifest_key(prefix, self.name)
+        if self.kind == "base":
+            return base_manifest_key(prefix, self.name)
+        if self.kind == "tag":
+            return tag_key(prefix, self.name)
+        return snapshot_key(prefix, self.name, self.sequence)
+
+    def __str__(self) -> str:
+        at = f"@{self.sequence}" if self.kind == "snapshot" else ""
+        return f"{self.kind}:{self.name}{at}"
+
+
+def parse_source(text: str) -> Source:
+    """NAME, volume:NAME, NAME@SEQ, snapshot:NAME@SEQ, base:NAME or tag:NAME.
+
+    Raises ConfigError, InvalidName.
+    """
+    kind, colon, name = text.partition(":")
+    if not colon:
+        kind, name = ("snapshot" if "@" in text else "volume"), text
+    if kind == "volume":
+        return Source("volume", check_name("volume", name))
+    if kind == "base":
+        return Source("base", check_name("base", name))
+    if kind == "tag":
+        return Source("tag", check_name("tag", name))
+    volume, at, sequence = name.rpartition("@")
+    number = sequence.isascii() and sequence.isdigit() and len(sequence) <= 20
+    if kind != "snapshot" or not at or not number:
+        raise ConfigError(f"{text[:140]!r} is not volume:NAME, NAME@SEQ, base:NAME or tag:NAME")
+    return Source("snapshot", check_name("volume", volume), int(sequence))

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError
+from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, encode_root, manifest_hash
@@ -80,7 +80,7 @@ class Opener:
         self._host = host
         self._store = store
         self._transports = transports
-        self._places = places
+        self.places = places
         self._stopping = stopping
         self.tried = threading.Event()
         self._thread: threading.Thread | None = None
@@ -165,7 +165,7 @@ class Opener:
             return True
         view = self._store.view("background", STORE_PATIENCE)
         try:
-            for prefix in self._places.prefixes:
+            for prefix in self.places.prefixes:
                 names = [dir_name(path) for path in view.list_dirs(volumes_prefix(prefix))]
                 with ThreadPoolExecutor(OPEN_THREADS, "find-export") as pool:
                     list(pool.map(lambda name, prefix=prefix: self._look(view, prefix, name), names))
@@ -184,13 +184,15 @@ class Opener:
             return
         try:
             found, _ = lease.read_root(view, prefix, name)
-            if found.owner_node != self._places.node:
+            if found.owner_node != self.places.node:
                 return
             log.warning("%s: the store says that this node serves it; taking it up again", name)
             with self._table.reserved(name) as entry:
                 own = self._store.view("upload", STORE_PATIENCE)
-                root, etag = lease.attach(own, prefix, name, self._places.node)
+                root, etag = lease.attach(own, prefix, name, self.places.node)
                 self.take(entry, prefix, root, etag, root.transport)
+        except UnknownExport:
+            pass  # removed: its snapshots or an empty directory are left
         except StoreError:
             raise
         except GlideError as error:
@@ -200,7 +202,7 @@ class Opener:
 
     def take(self, entry: Entry, prefix: str, root: Root, etag: str, transport: str) -> None:
         """Serve a volume that is ours in the store by now. A failure is kept in the entry."""
-        local.save(self._places.state_dir, root.volume_id, root, encode_root(root), etag, {})
+        local.save(self.places.state_dir, root.volume_id, root, encode_root(root), etag, {})
         entry.record = new_record(root, prefix, transport, published=True)
         self._records.save(entry.record)
         self.try_open(entry, root, etag)
@@ -247,7 +249,7 @@ class Opener:
 
     def _find_root(self, record: ExportRecord) -> tuple[Root, str | None]:
         try:
-            saved = local.load(self._places.state_dir, record.volume_id)
+            saved = local.load(self.places.state_dir, record.volume_id)
         except CorruptObject as error:
             log.warning("%s: %s; asking the store", record.name, error)
             saved = None
@@ -353,11 +355,11 @@ class Opener:
         if record is not None:
             if not keep_log:
                 self._delete_log(record)
-            local.forget(self._places.state_dir, record.volume_id)
+            local.forget(self.places.state_dir, record.volume_id)
         self._records.delete(entry.name)
 
     def _delete_log(self, record: ExportRecord) -> None:
-        directory = logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
+        directory = logs.log_dir(self.places.logs_dir, record.volume_id, record.log_id)
         shutil.rmtree(directory, ignore_errors=True)
         try:
             directory.parent.rmdir()  # fails where other logs of the volume were set aside

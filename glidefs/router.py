@@ -4,6 +4,7 @@ A verb holds the lock of its export and nothing else, so verbs on different expo
 each other. What is durable and in which order:
 
     create   record and local root are fsynced, then served, then the root is in the store
+    fork     the same; the root is put in the background, and one that loses its name is fenced
     attach   the root names us in the store, then record and local root are fsynced, then served
     detach   guests are let go, everything is uploaded, the root names nobody, the record goes last
     remove   guests are let go, the root becomes a tombstone and goes, then log and record
@@ -19,10 +20,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from glidefs.bases import BaseLibrary
 from glidefs.errors import (
     ConfigError,
     ExportExists,
@@ -34,14 +35,17 @@ from glidefs.errors import (
 )
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
+from glidefs.forks import ForkVerbs
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, encode_root
-from glidefs.names import check_id, check_name, check_prefix
+from glidefs.lineage import Lineage, Origin
+from glidefs.log_verbs import LogVerbs
+from glidefs.names import Source, check_name, check_prefix, parse_source
 from glidefs.opener import Opener, new_record
 from glidefs.roots import delete_root, put_first_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Transport, choose_transport
-from glidefs.volume import lease, local, logs
+from glidefs.volume import lease, local
 from glidefs.volume.host import Host
 
 log = logging.getLogger(__name__)
@@ -71,16 +75,24 @@ class ExportRouter:
         store: ResilientStore,
         transports: Sequence[Transport],
         settings: RouterSettings,
+        bases: BaseLibrary,
         stopping: threading.Event,
     ) -> None:
         self.table = ExportTable()
+        self.bases = bases
+        self._host = host
         self._store = store
         self._settings = settings
         self._stopping = stopping
         self._refusing = False
         self._records = RecordDirectory(settings.exports_dir)
         by_kind: Mapping[str, Transport] = {transport.kind: transport for transport in transports}
+        self.logs = LogVerbs(self._records, settings.logs_dir)
         self._opener = Opener(self.table, self._records, host, store, by_kind, settings, stopping)
+        self._lineage = Lineage(self.table, store, bases)
+        self.forks = ForkVerbs(
+            self.table, self._records, self._opener, host, store, bases, self._lineage, stopping
+        )
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -92,6 +104,12 @@ class ExportRouter:
     def start(self) -> None:
         """Begin to open what this host served before; returns at once."""
         self._opener.start()
+        self.bases.start(self._prefixes, self._opener.tried)
+
+    def _prefixes(self) -> set[str]:
+        """Those configured and those of the exports."""
+        records = [entry.record for entry in self.table.all()]
+        return {*self._settings.prefixes, *(record.prefix for record in records if record is not None)}
 
     def wait_tried(self, timeout: float) -> bool:
         """Wait until every recorded export was tried once; False when time is up."""
@@ -109,9 +127,11 @@ class ExportRouter:
     def close(self) -> None:
         """End the background threads and close what is still open."""
         self._stopping.set()
+        self.bases.close()
         self._opener.close()
 
-    def _check_changes(self) -> None:
+    def check_changes(self) -> None:
+        """Raises GlideError once the daemon stops."""
         if self._refusing:
             raise GlideError("the daemon is stopping; try again when it is back")
 
@@ -136,32 +156,52 @@ class ExportRouter:
     # -- create --------------------------------------------------------------------------------
 
     def create(self, name: str, wanted: CreateRequest) -> ExportStatus:
-        """Make an empty volume and serve it. The same call again returns what is there.
+        """Make an empty volume or a fork and serve it. The same call again returns what is there.
 
-        Raises ExportExists where the name is taken by something else, ConfigError, NotSupported.
+        Raises ExportExists where the name is taken by something else, ConfigError, NotSupported,
+        UnknownExport for a source that is not there.
         """
-        self._check_changes()
+        self.check_changes()
         check_name("export", name)
-        size = normal_size(wanted.size)
+        source = parse_source(wanted.source) if wanted.source is not None else None
+        if source is None and wanted.size is None:
+            raise ConfigError("how large? name a --size, or with --from what to fork")
+        size = None if wanted.size is None else normal_size(wanted.size)
         prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
         choose_transport(wanted.transport)
         present = self.table.find(name)
         if present is not None:
-            return self._present(present, wanted, size, prefix)
+            return self._present(present, wanted, source, size, prefix)
         with self.table.reserved(name) as entry:
-            root = lease.empty_root(
-                name, size, self._settings.node, transport=wanted.transport, flush=wanted.flush
-            )
-            root = replace(root, read_only=wanted.read_only)
-            entry.record = new_record(root, prefix, wanted.transport, published=False)
+            origin = None if source is None else self._lineage.origin(prefix, source)
+            root, size = self._first_root(name, wanted, origin, size)
+            entry.record = replace(new_record(root, prefix, wanted.transport, published=False), size=size)
             try:
-                # Nobody commits for a read-only export, so its root cannot come later.
-                self._create(entry, root, wanted.wait or wanted.read_only)
+                self._create(entry, root, wanted.wait)
             except BaseException:
                 self._opener.close_entry(entry, remove_device=True)
                 self._opener.forget(entry)
                 raise
-            return entry.status(created=True)
+            self._prefetch(entry, wanted, source)
+            return entry.status(created=True, note=origin.note if origin else "")
+
+    def _first_root(
+        self, name: str, wanted: CreateRequest, origin: Origin | None, size: int | None
+    ) -> tuple[Root, int]:
+        """The root of a new volume, and the volume's size. Raises ConfigError."""
+        node, labels = self._settings.node, {"transport": wanted.transport, "flush": wanted.flush}
+        if origin is None:
+            assert size is not None
+            root = lease.empty_root(name, size, node, **labels)
+        else:
+            size = normal_size(origin.root.size) if size is None else size
+            if size < origin.root.size:
+                raise ConfigError(
+                    f"{origin.source} has {origin.root.size} bytes, a fork has at least as many; "
+                    "leave --size out"
+                )
+            root = lease.fork_root(origin.root, name, size, node, source=str(origin.source), **labels)
+        return replace(root, read_only=wanted.read_only), size
 
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:
         assert entry.record is not None
@@ -169,13 +209,10 @@ class ExportRouter:
         local.save(self._settings.state_dir, root.volume_id, root, encode_root(root), None, {})
         self._records.save(entry.record)
         etag: str | None = None
-        try:
-            view = self._store.view("upload", VERB_PATIENCE if wait else PUBLISH_PATIENCE)
-            etag = put_first_root(view, prefix, root)
-        except StoreError as error:
-            if wait or not error.temporary:
-                raise
-            log.warning("%s: the store does not know the volume yet: %s", entry.name, error)
+        if root.source and (entry.record.is_view or not wait):
+            pass  # nobody else can know the fork yet: served first, put in the background
+        else:
+            etag = self._publish(entry, prefix, root, wait)
         try:
             if etag is not None:
                 entry.record = replace(entry.record, root_published=True)
@@ -186,24 +223,47 @@ class ExportRouter:
                 self._undo_root(prefix, root)
             raise
 
+    def _publish(self, entry: Entry, prefix: str, root: Root, wait: bool) -> str | None:
+        """Put the first root; None if the store does not take it now. Raises ExportExists, StoreError."""
+        # Nobody commits for a read-only export, so its root cannot come later.
+        must = wait or root.read_only
+        try:
+            view = self._store.view("upload", VERB_PATIENCE if must else PUBLISH_PATIENCE)
+            return put_first_root(view, prefix, root)
+        except StoreError as error:
+            if must or not error.temporary:
+                raise
+            log.warning("%s: the store does not know the volume yet: %s", entry.name, error)
+            return None
+
+    def _prefetch(self, entry: Entry, wanted: CreateRequest, source: Source | None) -> None:
+        """Begin to make the hot set of a fork's base resident."""
+        if source is None or source.kind != "base" or not wanted.prefetch or entry.volume is None:
+            return
+        prefix = entry.volume.prefix
+        self._host.prefetcher.start(entry.volume, lambda: self.bases.hot_set(prefix, source.name).blocks())
+
     def _undo_root(self, prefix: str, root: Root) -> None:
         try:
             delete_root(self._store.view("upload", VERB_PATIENCE), prefix, root)
         except GlideError as error:
             log.warning("%s: its root stays in the store: %s", root.name, error)
 
-    def _present(self, entry: Entry, wanted: CreateRequest, size: int, prefix: str) -> ExportStatus:
+    def _present(
+        self, entry: Entry, wanted: CreateRequest, source: Source | None, size: int | None, prefix: str
+    ) -> ExportStatus:
         with entry.lock:
             record = entry.record
             if entry.gone or record is None:
                 raise ExportExists(entry.name)
-            same = (record.size, record.prefix, record.read_only, record.flush) == (
-                size,
+            same = (record.prefix, record.read_only, record.flush, record.source) == (
                 prefix,
                 wanted.read_only,
                 wanted.flush,
+                str(source) if source else "",
             )
-            if not same or record.source or wanted.transport not in ("auto", record.transport):
+            same = same and size in (None, record.size)
+            if not same or wanted.transport not in ("auto", record.transport):
                 raise ExportExists(entry.name, "exists with other settings; 'glidefs show' prints them")
             return entry.status(created=False)
 
@@ -214,7 +274,7 @@ class ExportRouter:
 
         Raises UnknownExport, OwnedElsewhere (unless `take_over`), StoreError.
         """
-        self._check_changes()
+        self.check_changes()
         check_name("export", name)
         prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
         choose_transport(wanted.transport)
@@ -256,7 +316,7 @@ class ExportRouter:
 
     def resize(self, name: str, size: int | str, *, shrink: bool = False) -> ExportStatus:
         """Change the size of a served volume. A smaller one needs `shrink`; what it cuts off is lost."""
-        self._check_changes()
+        self.check_changes()
         wanted = normal_size(size)
         with self.table.locked(name) as entry:
             record, volume, transport = entry.record, entry.volume, entry.transport
@@ -264,7 +324,7 @@ class ExportRouter:
                 raise GlideError(f"{name} is not served here now; 'glidefs show {name}' says why")
             if wanted == record.size:
                 return entry.status()
-            if record.read_only:
+            if record.read_only:  # of a view as of an own volume
                 raise NotSupported(f"{name} is read-only; its size cannot change")
             if wanted < record.size and not shrink:
                 raise ConfigError(
@@ -304,7 +364,7 @@ class ExportRouter:
 
     def detach(self, name: str, timeout: float | None = None) -> dict[str, Any]:
         """Stop serving, upload everything, give the volume up. If that fails it is served again."""
-        self._check_changes()
+        self.check_changes()
         entry = self.table.get(name)
         if entry.volume is not None and not entry.is_fenced():
             self._drain(entry, timeout)  # the bulk, while guests go on and nothing is locked
@@ -337,6 +397,8 @@ class ExportRouter:
             self._opener.restart_transport(entry)
             raise
         try:
+            if record.is_view:
+                return  # owns nothing
             self._records.set_intent(entry.name, "detach")
             view = self._store.view("upload", VERB_PATIENCE)
             if etag is None:  # read-only and never published
@@ -356,11 +418,9 @@ class ExportRouter:
 
         A volume that no host serves can be removed from any. Raises UnknownExport, OwnedElsewhere.
         """
-        self._check_changes()
-        if purge:
-            raise NotSupported("this version keeps no snapshots; remove without --purge")
+        self.check_changes()
         if self.table.find(check_name("export", name)) is None:
-            return self._remove_unserved(name)
+            return self._remove_unserved(name, purge)
         with self.table.locked(name) as entry:
             record = entry.record
             if record is None:  # damaged: the store alone knows what it was
@@ -369,9 +429,11 @@ class ExportRouter:
                 return {"name": name, "removed": True, "note": "the volume may still be in the store"}
             self._opener.close_entry(entry, remove_device=True)
             try:
-                self._records.set_intent(name, "remove")
-                view = self._store.view("upload", VERB_PATIENCE)
-                removed = delete_root(view, record.prefix, record)
+                removed = record.is_view
+                if not removed:
+                    self._records.set_intent(name, "remove")
+                    view = self._store.view("upload", VERB_PATIENCE)
+                    removed = delete_root(view, record.prefix, record)
             except BaseException:
                 self._opener.reopen_after_failure(entry)
                 raise
@@ -385,9 +447,11 @@ class ExportRouter:
             )
             self._opener.forget(entry, keep_log=not removed)
             self.table.drop(entry)
-            return {"name": name, "removed": True, "note": note}
+        if purge and removed and not record.is_view:
+            self._lineage.delete_snapshots(record.prefix, name)
+        return {"name": name, "removed": True, "note": note}
 
-    def _remove_unserved(self, name: str) -> dict[str, Any]:
+    def _remove_unserved(self, name: str, purge: bool) -> dict[str, Any]:
         view = self._store.view("upload", VERB_PATIENCE)
         for prefix in self._settings.prefixes:
             try:
@@ -397,41 +461,9 @@ class ExportRouter:
             if root.owner_node not in ("", self._settings.node):
                 raise OwnedElsewhere(name, root.owner_node)
             delete_root(view, prefix, root)
+            if purge:
+                self._lineage.delete_snapshots(prefix, name)
             return {"name": name, "removed": True, "note": ""}
+        if purge and any(self._lineage.delete_snapshots(prefix, name) for prefix in self._settings.prefixes):
+            return {"name": name, "removed": True, "note": "only snapshots of it were left"}
         raise UnknownExport(name, "neither this host nor the store has a volume of that name")
-
-    # -- write logs ----------------------------------------------------------------------------
-
-    def _known_logs(self) -> dict[tuple[bytes, bytes], str]:
-        """The logs that records name, and whose they are: never to be deleted by hand."""
-        records, _ = self._records.load()
-        return {(record.volume_id, record.log_id): record.name for record in records}
-
-    def list_logs(self) -> list[dict[str, Any]]:
-        """All write logs of this host, those set aside too."""
-        known = self._known_logs()
-        found: list[dict[str, Any]] = []
-        for info in logs.list_logs(self._settings.logs_dir, known.keys()):
-            name = known.get((bytes.fromhex(info.volume_id), bytes.fromhex(info.log_id)))
-            state = "in use" if name else "set aside"
-            found.append({**msgspec.structs.asdict(info), "export": name, "state": state})
-        return found
-
-    def export_log(self, volume_id: str, log_id: str, path: str) -> dict[str, Any]:
-        """Write what a log holds to a sparse file. Raises UnknownExport, ConfigError, CorruptLog."""
-        volume, own = bytes.fromhex(check_id(volume_id)), bytes.fromhex(check_id(log_id))
-        directory = logs.log_dir(self._settings.logs_dir, volume, own)
-        if not directory.is_dir():
-            raise UnknownExport(f"{volume_id}/{log_id}", "no such log; 'glidefs logs list' shows them")
-        target = Path(path)
-        if not target.is_absolute() or "\0" in path:
-            raise ConfigError("name the file by an absolute path")
-        extents = logs.export_log(directory, volume, own, target)
-        data = sum(extent.length for extent in extents if not extent.zero)
-        return {"path": path, "bytes": data, "extents": [msgspec.to_builtins(extent) for extent in extents]}
-
-    def delete_log(self, volume_id: str, log_id: str) -> dict[str, Any]:
-        """Delete a log that was set aside."""
-        self._check_changes()
-        logs.delete_log(self._settings.logs_dir, volume_id, log_id, self._known_logs().keys())
-        return {"volume_id": volume_id, "log_id": log_id, "deleted": True}

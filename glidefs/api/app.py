@@ -13,7 +13,16 @@ from fastapi import FastAPI, Request, Response
 
 from glidefs.api.errors import ErrorAnswer, describe
 from glidefs.errors import ConfigError
-from glidefs.exports import AttachRequest, CreateRequest, DrainRequest, ResizeRequest
+from glidefs.exports import (
+    AttachRequest,
+    CreateRequest,
+    DrainRequest,
+    ProfileRequest,
+    PromoteRequest,
+    ResizeRequest,
+    SnapshotRequest,
+    TagRequest,
+)
 from glidefs.router import ExportRouter
 
 MAX_BODY = 64 << 10
@@ -66,6 +75,13 @@ async def body(request: Request, kind: type[T]) -> T:
         raise ConfigError(f"request body: {error}") from error
 
 
+def sequence_of(text: str) -> int:
+    """A snapshot's number in a path. Raises ConfigError."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 20):
+        raise ConfigError(f"{text[:40]!r} is not the sequence number of a snapshot")
+    return int(text)
+
+
 class Routes:
     """The handlers, with the two limits on threads: quick look-ups never queue behind slow verbs."""
 
@@ -77,6 +93,11 @@ class Routes:
     async def slow(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Run a call that may block long."""
         return await anyio.to_thread.run_sync(partial(function, *args, **options), limiter=self._slow)
+
+    async def change(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """The same for a call that changes something: refused while the daemon stops."""
+        self.control.router.check_changes()
+        return await self.slow(function, *args, **options)
 
     async def fast(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a call that looks at memory only."""
@@ -124,20 +145,68 @@ class Routes:
         wanted = await body(request, AttachRequest)
         return reply(await self.slow(self.control.router.attach, request.path_params["name"], wanted))
 
+    # -- forks -------------------------------------------------------------------------------------
+
+    async def snapshot(self, request: Request) -> Response:
+        """POST /api/exports/{name}/snapshot: 201, as each call makes one."""
+        wanted = await body(request, SnapshotRequest)
+        name = request.path_params["name"]
+        return reply(await self.change(self.control.router.forks.snapshot, name, wanted), 201)
+
+    async def snapshots(self, request: Request) -> Response:
+        """GET /api/exports/{name}/snapshots."""
+        name, prefix = request.path_params["name"], request.query_params.get("prefix")
+        return reply(await self.slow(self.control.router.forks.snapshots, name, prefix))
+
+    async def delete_snapshot(self, request: Request) -> Response:
+        """DELETE /api/exports/{name}/snapshots/{sequence}."""
+        name, prefix = request.path_params["name"], request.query_params.get("prefix")
+        sequence = sequence_of(request.path_params["sequence"])
+        return reply(await self.change(self.control.router.forks.delete_snapshot, name, sequence, prefix))
+
+    async def tag(self, request: Request) -> Response:
+        """POST /api/exports/{name}/tag."""
+        wanted = await body(request, TagRequest)
+        return reply(await self.change(self.control.router.forks.tag, request.path_params["name"], wanted))
+
+    async def promote(self, request: Request) -> Response:
+        """POST /api/exports/{name}/promote."""
+        wanted = await body(request, PromoteRequest)
+        forks, name = self.control.router.forks, request.path_params["name"]
+        if wanted.base is not None:
+            return reply(await self.change(forks.make_base, name, wanted))
+        if wanted.sequence is not None or wanted.prefix is not None:
+            raise ConfigError("a sequence or prefix means a snapshot that becomes a base; name the base too")
+        return reply(await self.change(forks.promote, name))
+
+    async def profile(self, request: Request) -> Response:
+        """POST /api/exports/{name}/profile: answers when the profile ends."""
+        wanted = await body(request, ProfileRequest)
+        name = request.path_params["name"]
+        return reply(await self.change(self.control.router.forks.profile, name, wanted))
+
+    async def manifest(self, request: Request) -> Response:
+        """HEAD /api/manifests/{prefix}/{name}: 200 if forks of the base need no request from this host."""
+        bases, params = self.control.router.bases, request.path_params
+        cached = await self.fast(bases.manifests.peek, params["prefix"], params["name"])
+        return Response(status_code=404 if cached is None else 200)
+
+    # -- write logs --------------------------------------------------------------------------------
+
     async def logs(self, request: Request) -> Response:
         """GET /api/logs."""
-        return reply(await self.slow(self.control.router.list_logs))
+        return reply(await self.slow(self.control.router.logs.list))
 
     async def export_log(self, request: Request) -> Response:
         """POST /api/logs/{volume}/{log}/export."""
         wanted = await body(request, LogExportRequest)
         ids = request.path_params["volume"], request.path_params["log"]
-        return reply(await self.slow(self.control.router.export_log, *ids, wanted.path))
+        return reply(await self.slow(self.control.router.logs.export, *ids, wanted.path))
 
     async def delete_log(self, request: Request) -> Response:
         """DELETE /api/logs/{volume}/{log}."""
         ids = request.path_params["volume"], request.path_params["log"]
-        return reply(await self.slow(self.control.router.delete_log, *ids))
+        return reply(await self.change(self.control.router.logs.delete, *ids))
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
@@ -169,6 +238,13 @@ def build_app(control: Control) -> FastAPI:
         ("POST", f"{export}/drain", routes.drain),
         ("POST", f"{export}/detach", routes.detach),
         ("POST", f"{export}/attach", routes.attach),
+        ("POST", f"{export}/snapshot", routes.snapshot),
+        ("GET", f"{export}/snapshots", routes.snapshots),
+        ("DELETE", f"{export}/snapshots/{{sequence}}", routes.delete_snapshot),
+        ("POST", f"{export}/tag", routes.tag),
+        ("POST", f"{export}/promote", routes.promote),
+        ("POST", f"{export}/profile", routes.profile),
+        ("HEAD", "/api/manifests/{prefix}/{name}", routes.manifest),
         ("GET", "/api/logs", routes.logs),
         ("POST", f"{stored_log}/export", routes.export_log),
         ("DELETE", stored_log, routes.delete_log),

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from glidefs.cli import output
-from glidefs.cli.client import Client, absolute, export_path, socket_path
+from glidefs.cli.client import absolute, export_path
+from glidefs.cli.common import (
+    ConfigOption,
+    Json,
+    Name,
+    Prefix,
+    Timeout,
+    connect,
+    reported,
+    seconds,
+    show_result,
+)
+from glidefs.cli.forks import add_commands
 
 app = typer.Typer(
     name="glidefs",
@@ -26,59 +35,7 @@ app = typer.Typer(
 )
 logs_app = typer.Typer(help="Write logs on this host: list, export, delete.", rich_markup_mode=None)
 app.add_typer(logs_app, name="logs")
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the export.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-ConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", "-c", help="Configuration file; else GLIDEFS_CONFIG.", show_default=False),
-]
-Prefix = Annotated[str | None, typer.Option("--prefix", help="Store prefix; default: the first configured.")]
-Timeout = Annotated[str | None, typer.Option("--timeout", help='Give up after this time, such as "30s".')]
-
-
-@contextmanager
-def reported(as_json: bool) -> Iterator[None]:
-    """Turn errors into one line on stderr (and the JSON document), exit code 1."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        output.fail(
-            InterruptedError(None, "interrupted; the daemon may still finish the command"), as_json, 130
-        )
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(1) from None
-    except Exception as error:
-        if os.environ.get("GLIDEFS_TRACEBACK"):
-            raise
-        output.fail(error, as_json)
-
-
-def connect(config: str | None) -> Client:
-    """The daemon that the environment or the configuration names."""
-    return Client(socket_path(config))
-
-
-def seconds(text: str | None) -> float | None:
-    """A duration option. Raises ConfigError."""
-    from glidefs.config import parse_duration
-    from glidefs.errors import ConfigError
-
-    try:
-        return None if text is None else parse_duration(text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-
-
-def show_result(value: dict[str, Any], as_json: bool, line: str) -> None:
-    """The JSON document, or one line for people."""
-    if as_json:
-        output.emit(value)
-    else:
-        print(output.printable(line))
-    if value.get("note"):
-        output.say(f"note: {value['note']}")
+add_commands(app)
 
 
 @app.command()
@@ -115,7 +72,16 @@ def run(config: ConfigOption = None) -> None:
 @app.command()
 def create(
     name: Name,
-    size: Annotated[str, typer.Option("--size", "-s", help='Size, such as "10GiB".', show_default=False)],
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", "-s", help='Size, such as "10GiB"; default: the source\'s.', show_default=False
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="Fork base:B, volume:V, snapshot:V@SEQ or tag:T.", show_default=False),
+    ] = None,
     transport: Annotated[str, typer.Option("--transport", help="auto, ublk or nbd.")] = "auto",
     read_only: Annotated[bool, typer.Option("--read-only", help="Guests cannot write.")] = False,
     prefix: Prefix = None,
@@ -123,13 +89,18 @@ def create(
         str, typer.Option("--flush", help="local: FLUSH is durable here; store: in the store.")
     ] = "local",
     wait: Annotated[bool, typer.Option("--wait", help="Return when the store knows the volume.")] = False,
+    prefetch: Annotated[
+        bool, typer.Option("--prefetch/--no-prefetch", help="Fetch the base's hot set in the background.")
+    ] = True,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Create a volume and serve it on this host."""
+    """Create a volume, empty or a fork, and serve it on this host."""
     with reported(as_json):
         wanted = {
             "size": size,
+            "source": source,
+            "prefetch": prefetch,
             "transport": transport,
             "read_only": read_only,
             "prefix": prefix,

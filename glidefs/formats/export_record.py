@@ -56,6 +56,11 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     epoch: Natural = 0
     created_at: Natural = 0
 
+    @property
+    def is_view(self) -> bool:
+        """Whether it only shows a base or snapshot: then it has no root in the store, and owns nothing."""
+        return self.read_only and bool(self.source) and not self.root_published
+
 
 class _File(msgspec.Struct):
     checksum: str

@@ -63,27 +63,6 @@ class _Piece(NamedTuple):
     entry: PackEntry
 
 
-def source_key(prefix: str, source: str) -> str:
-    """The store key of NAME, volume:NAME, NAME@SEQ, snapshot:NAME@SEQ, base:NAME or tag:NAME."""
-    kind, colon, name = source.partition(":")
-    if not colon:
-        kind, name = ("snapshot" if "@" in source else "volume"), source
-    if kind == "volume":
-        return names.manifest_key(prefix, name)
-    if kind == "base":
-        return names.base_manifest_key(prefix, name)
-    if kind == "tag":
-        return names.tag_key(prefix, name)
-    volume, at, sequence = name.rpartition("@")
-    if (
-        kind != "snapshot"
-        or not at
-        or not (sequence.isascii() and sequence.isdigit() and len(sequence) <= 20)
-    ):
-        raise ConfigError(f"{source[:140]!r} is not NAME, NAME@SEQ, base:NAME or tag:NAME")
-    return names.snapshot_key(prefix, volume, int(sequence))
-
-
 def export_image(
     store: ObjectStore,
     prefix: str,
@@ -98,7 +77,7 @@ def export_image(
     Raises UnknownExport where the store has no such thing, CorruptObject where an object fails its
     checksum, ConfigError for a target that cannot be written, StoreError.
     """
-    key = source_key(prefix, source)
+    key = names.parse_source(source).key(prefix)
     try:
         root = decode_root(key, store.get(key).data)
     except ObjectNotFound:

@@ -6,7 +6,6 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Self
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
 from glidefs.core.volume import Recovery, VolumeConfig
-from glidefs.errors import GlideError, StoreError
+from glidefs.errors import GlideError
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.store.resilient import ResilientStore
@@ -24,6 +23,7 @@ from glidefs.volume import local, logs
 from glidefs.volume.compactor import Compactor
 from glidefs.volume.index_files import IndexFiles
 from glidefs.volume.meta import MetaCache
+from glidefs.volume.prefetch import Prefetcher
 from glidefs.volume.retire import Retirer
 from glidefs.volume.scheduler import EventHandler, Scheduler, lower_priority
 from glidefs.volume.service import FaultService
@@ -32,8 +32,6 @@ from glidefs.volume.uploader import Uploader
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
-
-PREFETCH_RUN = 8
 
 
 class Host:
@@ -64,6 +62,7 @@ class Host:
         self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler.stopping)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
         self.faults = FaultService(engine, store, settings, self.find)
+        self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
         self.scheduler.on_commit = self._committed
         self._closed = False
@@ -88,6 +87,7 @@ class Host:
         for volume in self.volumes():
             volume.close()
         self.scheduler.close()
+        self.prefetcher.close()
         self.faults.close()
         self._puts.shutdown(cancel_futures=True)
 
@@ -180,7 +180,7 @@ class Host:
         """Where the log of a volume is."""
         return logs.log_dir(self.settings.log_dir, volume_id, log_id)
 
-    # -- for handoff, tests and prefetch -----------------------------------------------------------
+    # -- for handoff and tests -----------------------------------------------------------
 
     def on_event(self, handler: EventHandler) -> None:
         """Call ``handler`` for each CONN_CLOSED and UBLK_DOWN event, on the event thread."""
@@ -210,50 +210,6 @@ class Host:
             except Closed:
                 continue
 
-    def prefetch(
-        self,
-        volume: Volume,
-        blocks: Iterable[int],
-        *,
-        max_bytes: int | None = None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> int:
-        """Make blocks resident in the order given, below guest reads; returns how many were tried.
-
-        Runs on the calling thread. Ends early when ``cancelled`` or the volume closes; store errors
-        are only logged.
-        """
-        end = volume.root.size
-        limit = None if max_bytes is None else max_bytes // volume.root.block_size
-        tried = 0
-        for first, count in _runs(blocks):
-            if cancelled() or volume.closing or (limit is not None and tried + count > limit):
-                break
-            if first * volume.root.block_size >= end:
-                continue
-            try:
-                self.faults.prefetch(volume, first, count)
-            except Closed:
-                break
-            except StoreError as error:
-                log.info("volume %s: prefetch: %s", volume.name, error)
-            tried += count
-        return tried
-
     def _committed(self, volume: Volume, chunks: frozenset[int]) -> None:
         if self.settings.compaction:
             self.compactor.note(volume, chunks)
-
-
-def _runs(blocks: Iterable[int]) -> Iterable[tuple[int, int]]:
-    """Neighbours in the order given, as (first, count) of at most PREFETCH_RUN blocks."""
-    first = count = 0
-    for block in blocks:
-        if count and block == first + count and count < PREFETCH_RUN:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = block, 1
-    if count:
-        yield first, count

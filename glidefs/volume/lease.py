@@ -82,18 +82,19 @@ def fork_root(
 ) -> Root:
     """The first root of a fork: the chunks of ``base``, everything else its own.
 
-    Raises ValueError for a size below the base's.
+    Where ``size`` needs a page object that the source does not have (its only page is inline), the
+    root has the size of the source and the fork's first commit grows it. Raises ValueError for a
+    size below the source's.
     """
     if size < base.size:
         raise ValueError(f"a fork has at least the {base.size} bytes of its source")
+    if base.inline_page is not None and page_count(size) > 1:
+        size = base.size
     own = empty_root(name, size, node, transport=transport, flush=flush, source=source)
-    count = page_count(size)
-    if base.inline_page is not None and count == 1:
+    if base.inline_page is not None:
         return msgspec.structs.replace(own, inline_page=base.inline_page)
-    if base.inline_page is not None and base.inline_page.chunks:
-        # Its page becomes an object of its own with the first commit that has more than one page.
-        raise ValueError("fork at the size of the source, then resize")
-    return msgspec.structs.replace(own, page_ids=base.page_ids + (b"",) * (count - len(base.page_ids)))
+    missing = page_count(size) - len(base.page_ids)
+    return msgspec.structs.replace(own, page_ids=base.page_ids + (b"",) * missing)
 
 
 def commit_root(store: ObjectStore, key: str, data: bytes, etag: str | None, log_id: bytes) -> CommitResult:

@@ -25,6 +25,8 @@ class LoadingCache(Generic[K, V]):
         self._values: OrderedDict[K, V] = OrderedDict()
         self._loads: dict[K, Future[V]] = {}
         self._used = 0
+        self.hits = self.misses = self.evictions = 0
+        """Answers without a load (a shared one counts), loads begun, values that made room."""
 
     @property
     def used(self) -> int:
@@ -48,11 +50,15 @@ class LoadingCache(Generic[K, V]):
             value = self._values.get(key)
             if value is not None:
                 self._values.move_to_end(key)
+                self.hits += 1
                 return value
             future = self._loads.get(key)
             mine = future is None
             if future is None:
+                self.misses += 1
                 future = self._loads[key] = Future()
+            else:
+                self.hits += 1
         if not mine:
             return future.result()
         try:
@@ -73,6 +79,18 @@ class LoadingCache(Generic[K, V]):
         with self._lock:
             self._put(key, value)
 
+    def discard(self, key: K) -> None:
+        """Forget ``key``. A load under way is not stopped; its value is kept."""
+        with self._lock:
+            old = self._values.pop(key, None)
+            if old is not None:
+                self._used -= self._cost(old)
+
+    def keys(self) -> list[K]:
+        """What is kept, least recently used first."""
+        with self._lock:
+            return list(self._values)
+
     def clear(self) -> None:
         """Forget everything."""
         with self._lock:
@@ -88,3 +106,4 @@ class LoadingCache(Generic[K, V]):
         while self._used > self._capacity and len(self._values) > 1:
             _, gone = self._values.popitem(last=False)
             self._used -= self._cost(gone)
+            self.evictions += 1

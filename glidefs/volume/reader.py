@@ -29,6 +29,8 @@ from glidefs.volume.meta import Manifest
 from glidefs.volume.settings import HostSettings
 
 T = TypeVar("T")
+Runs = Sequence[tuple[int, int]]
+"""Runs of blocks: first block and number of blocks of each."""
 
 log = logging.getLogger(__name__)
 
@@ -76,13 +78,22 @@ class Reader:
         and Closed when the volume closes; what was answered until then stays answered.
         """
         try:
-            self._resolve(volume, store, first, count, stamp, leave)
+            self._resolve(volume, store, [(first, count)], stamp, leave, self._helpers)
         except (CorruptObject, NotFound) as error:
             if count == 1:
                 self._damaged(volume, store, first, stamp, error)
                 return
             for block in range(first, first + count):
                 self.resolve(volume, store, block, 1, stamp, leave=leave)
+
+    def resolve_runs(
+        self, volume: Readable, store: ObjectStore, runs: Runs, stamp: int, helpers: Executor
+    ) -> None:
+        """The same for several runs of blocks, whose requests ``helpers`` make.
+
+        Raises CorruptObject and NotFound instead of an answer: a guest did not ask.
+        """
+        self._resolve(volume, store, runs, stamp, -1, helpers)
 
     def _damaged(
         self, volume: Readable, store: ObjectStore, block: int, stamp: int, error: GlideError
@@ -94,13 +105,23 @@ class Reader:
         volume.core.install(stamp, [install_error(block, 1, errno.EIO)])
 
     def _resolve(
-        self, volume: Readable, store: ObjectStore, first: int, count: int, stamp: int, leave: int
+        self,
+        volume: Readable,
+        store: ObjectStore,
+        runs: Runs,
+        stamp: int,
+        leave: int,
+        helpers: Executor | None,
     ) -> None:
         manifest = volume.manifest(store)
-        zeros, plans = plan_run(manifest, first, count, self._helpers)
+        zeros: list[Install] = []
+        plans: list[BlockPlan] = []
+        for first, count in runs:
+            plan_run(manifest, first, count, helpers, zeros, plans)
         if zeros:
             volume.core.install(stamp, zeros)
-        run = _Run(volume.core, stamp, leave, {p.block: self._key(p, volume.prefix) for p in plans})
+        keys = {p.block: self._key(p, volume.prefix) for p in plans}
+        run = _Run(volume.core, stamp, leave, keys, helpers)
         while plans:
             plans = self._answer_cached(run, plans)
             mine, others = self._flights.claim(run.keys[plan.block] for plan in plans)
@@ -159,7 +180,7 @@ class Reader:
         wanted = [part for plan in plans for part in plan.payloads()]
         ranges = plan_ranges(wanted, self._settings.coalesce_gap, self._settings.fetch_bytes)
         with self._buffers.lend(ranges) as room:
-            return self._land(run, plans, fetch(store, ranges, self._helpers, room))
+            return self._land(run, plans, fetch(store, ranges, run.helpers, room))
 
     def _land(self, run: _Run, plans: Sequence[BlockPlan], payloads: Payloads) -> set[int]:
         """Blocks whose payloads are here: verify, put in the cache, answer."""
@@ -186,6 +207,7 @@ class _Run(NamedTuple):
     stamp: int
     leave: int
     keys: dict[int, bytes]
+    helpers: Executor | None
 
 
 def _patiently(insert: Callable[[], T]) -> T:
@@ -203,14 +225,17 @@ def _patiently(insert: Callable[[], T]) -> T:
 
 
 def plan_run(
-    manifest: Manifest, first: int, count: int, helpers: Executor | None = None
-) -> tuple[list[Install], list[BlockPlan]]:
-    """What a run of blocks is made of: answers for zeros, plans for the others.
+    manifest: Manifest,
+    first: int,
+    count: int,
+    helpers: Executor | None,
+    zeros: list[Install],
+    plans: list[BlockPlan],
+) -> None:
+    """Add what a run of blocks is made of: answers to ``zeros``, the other blocks to ``plans``.
 
     The answer for a chunk that the manifest does not have covers the whole chunk.
     """
-    zeros: list[Install] = []
-    plans: list[BlockPlan] = []
     for chunk, start, stop in split_chunks(first, count):
         refs = manifest.packs(chunk)
         if not refs:
@@ -226,7 +251,13 @@ def plan_run(
                 zeros[-1] = install_zero(zeros[-1].block, zeros[-1].count + 1)
             else:
                 zeros.append(install_zero(block, 1))
-    return zeros, plans
+
+
+def block_key(manifest: Manifest, block: int) -> bytes | None:
+    """The key of a block's content in the scope of the host; None for zeros. Raises as a read does."""
+    indices = load_indices(manifest, manifest.packs(block // CHUNK_BLOCKS)[::-1], None)
+    plan = plan_block(block, indices)
+    return plan.key() if plan.mask else None
 
 
 def load_indices(manifest: Manifest, refs: Sequence[PackRef], helpers: Executor | None) -> list[PackIndex]:

@@ -18,6 +18,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     Reading: ``reader_threads`` answer guest faults of at most ``fault_blocks`` blocks each,
     ``fetch_threads`` help with the ranged GETs of one fault, ``prefetch_threads`` read ahead.
     ``coalesce_gap``: bytes between two payloads that are read rather than ending the request;
+    ``hot_volumes`` forks at a time get their hot set, up to ``hot_set_bytes``, with ``hot_threads``.
     ``fetch_bytes``: largest ranged GET of a fault that several requests share. Pack indices are kept
     up to ``index_cache_bytes`` in memory and ``index_disk_bytes`` in the state directory.
 
@@ -36,6 +37,9 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     reader_threads: int = 16
     fetch_threads: int = 16
     prefetch_threads: int = 8
+    hot_volumes: int = 2
+    hot_threads: int = 8
+    hot_set_bytes: int = 1024 * MIB
     fault_blocks: int = 32
     poll_ms: int = 500
     cache_scope: Literal["host", "prefix"] = "host"

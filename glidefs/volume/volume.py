@@ -153,6 +153,11 @@ class Volume:
         return self._closing
 
     @property
+    def profiling(self) -> bool:
+        """Whether its faults are being recorded: then nothing may make blocks resident but they."""
+        return self.on_fault is not None
+
+    @property
     def read_only(self) -> bool:
         """Whether the volume takes no writes, and so owns nothing in the store."""
         return self.record.read_only

@@ -223,13 +223,13 @@ def test_prefetch_of_a_hot_set(rig: Rig) -> None:
     volume.core.pwrite(0, data)
     cold(host, volume)
     blocks = [5, 6, 7, 20, 1, 2]
-    assert host.prefetch(volume, blocks) == 6
+    assert host.prefetcher.run(volume, blocks) == 6
     rig.memory.requests.clear()
     for block in blocks:
         assert volume.core.pread(block * BLOCK, BLOCK) == data[block * BLOCK : (block + 1) * BLOCK]
     assert sum(rig.memory.requests.values()) == 0
-    assert host.prefetch(volume, range(32), max_bytes=8 * BLOCK) == 8
-    assert host.prefetch(volume, range(32), cancelled=lambda: True) == 0
+    assert host.prefetcher.run(volume, range(32), max_bytes=8 * BLOCK) == 8
+    assert host.prefetcher.run(volume, range(32), cancelled=lambda: True) == 0
 
 
 def test_faults_can_be_recorded(rig: Rig) -> None:

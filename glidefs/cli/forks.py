@@ -1,0 +1,138 @@
+"""The commands on snapshots, tags, bases and profiles."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from glidefs.cli import output
+from glidefs.cli.client import export_path
+from glidefs.cli.common import (
+    ConfigOption,
+    Json,
+    Name,
+    Prefix,
+    Timeout,
+    connect,
+    reported,
+    seconds,
+    show_result,
+)
+
+Volume = Annotated[str, typer.Argument(metavar="NAME", help="Name of the volume.", show_default=False)]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Put the commands of this file into the program."""
+    for function in (snapshot, snapshots, promote, tag, profile):
+        app.command()(function)
+
+
+_snapshots = typer.Typer(
+    help="Snapshots of a volume: list, delete.", rich_markup_mode=None, no_args_is_help=True
+)
+
+
+def snapshot(
+    name: Name,
+    tag: Annotated[str | None, typer.Option("--tag", help="Name its manifest, too.")] = None,
+    timeout: Timeout = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Keep the volume as it is now; guests go on."""
+    with reported(as_json):
+        wanted = {"tag": tag, "timeout": seconds(timeout)}
+        result = connect(config).call("POST", export_path(name, "snapshot"), wanted)
+        show_result(result, as_json, result["source"])
+
+
+def snapshots(
+    name: Volume,
+    delete: Annotated[
+        int | None,
+        typer.Option("--delete", metavar="SEQ", min=0, help="Delete this one.", show_default=False),
+    ] = None,
+    prefix: Prefix = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """List the snapshots of a volume, or delete one: what only it needs goes with the next runs of gc."""
+    with reported(as_json):
+        client, query = connect(config), {"prefix": prefix}
+        if delete is not None:
+            result = client.call("DELETE", export_path(name, f"snapshots/{delete}"), query=query)
+            show_result(result, as_json, f"{name}@{delete}: deleted")
+            return
+        found = client.call("GET", export_path(name, "snapshots"), query=query)
+        if as_json:
+            output.emit(found)
+            return
+        rows = [
+            [
+                s["source"],
+                output.size_text(s["size"]),
+                time.strftime("%F %T", time.localtime(s["created_at"])),
+            ]
+            for s in found
+        ]
+        output.table(["SNAPSHOT", "SIZE", "CREATED"], rows, right=(1,))
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    """NAME or NAME@SEQ. Raises ConfigError."""
+    from glidefs.names import parse_source
+
+    source = parse_source(name)
+    return source.name, source.sequence if source.kind == "snapshot" else None
+
+
+def promote(
+    name: Annotated[str, typer.Argument(metavar="NAME[@SEQ]", help="Export, or a snapshot of a volume.")],
+    base: Annotated[str | None, typer.Option("--base", help="Make it a base of this name.")] = None,
+    prefix: Prefix = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Make a read-only export read-write; with --base, make a volume or snapshot a base."""
+    with reported(as_json):
+        volume, sequence = _split(name)
+        wanted = {"base": base, "sequence": sequence, "prefix": prefix}
+        result = connect(config).call("POST", export_path(volume, "promote"), wanted)
+        line = f"base:{base}" if base else f"{result['name']}: {result['transport']} {result['device']}"
+        show_result(result, as_json, line)
+
+
+def tag(
+    name: Annotated[str, typer.Argument(metavar="NAME[@SEQ]", help="Volume, or a snapshot of it.")],
+    tag: Annotated[str, typer.Argument(metavar="TAG", help="May be in use: it then names this.")],
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Give a volume as it is now, or a snapshot, a name to fork from."""
+    with reported(as_json):
+        volume, sequence = _split(name)
+        wanted = {"tag": tag, "sequence": sequence}
+        result = connect(config).call("POST", export_path(volume, "tag"), wanted)
+        show_result(result, as_json, f"tag:{tag}")
+
+
+def profile(
+    name: Name,
+    stop_after: Annotated[
+        str | None, typer.Option("--stop-after", help='End after this time, such as "60s".')
+    ] = None,
+    until_idle: Annotated[
+        bool, typer.Option("--until-idle", help="End once no new block was read for 5 s (the default).")
+    ] = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Record what a boot reads of a fork of a base, as the base's hot set."""
+    with reported(as_json):
+        wanted = {"stop_after": seconds(stop_after), "idle": 5.0 if until_idle else None}
+        result = connect(config).call("POST", export_path(name, "profile"), wanted)
+        line = f"base:{result['base']}: {result['hot_blocks']} blocks of 128 KiB"
+        show_result(result, as_json, line)

@@ -1,0 +1,200 @@
+"""What volumes come from and leave behind: sources of forks, snapshots, tags, and bases made of them.
+
+All of these are copies of a manifest root that name the same packs; nothing here moves data. A copy
+belongs to no host: it has no owner and no log.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from msgspec.structs import replace
+
+from glidefs.bases import BaseLibrary
+from glidefs.errors import GlideError, NotFound, PreconditionFailed, UnknownExport
+from glidefs.export_table import ExportTable
+from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root
+from glidefs.images.bases import base_root, publish_base
+from glidefs.names import (
+    MAX_SEQUENCE,
+    Source,
+    check_name,
+    snapshot_key,
+    snapshots_prefix,
+    tag_key,
+)
+from glidefs.store.base import ObjectStore
+from glidefs.store.resilient import ResilientStore
+from glidefs.volume.volume import Volume
+
+PATIENCE = 30.0
+"""Seconds that the store may take for a request of a verb."""
+COMMIT_PATIENCE = 60.0
+"""Seconds for the upload that precedes a fork of a volume that is served here."""
+
+
+class Origin(NamedTuple):
+    """The root that something is made from, and what to tell about it."""
+
+    source: Source
+    root: Root
+    note: str = ""
+
+
+def kept_copy(root: Root) -> Root:
+    """The root as a snapshot or tag keeps it."""
+    return replace(
+        root,
+        owner_node="",
+        log_id=NO_ID,
+        last_segment=0,
+        epoch=0,
+        read_only=True,
+        created_at=int(time.time()),
+    )
+
+
+class Lineage:
+    """Reads sources, writes copies. Thread-safe; holds no lock."""
+
+    def __init__(self, table: ExportTable, store: ResilientStore, bases: BaseLibrary) -> None:
+        self._table = table
+        self._store = store
+        self._bases = bases
+
+    def _view(self) -> ObjectStore:
+        return self._store.view("upload", PATIENCE)
+
+    # -- sources ---------------------------------------------------------------------------------
+
+    def origin(self, prefix: str, source: Source) -> Origin:
+        """The root to fork. A volume that is served here is committed first.
+
+        Raises UnknownExport, CorruptObject, DrainTimeout, StoreError.
+        """
+        if source.kind == "base":
+            return Origin(source, self._bases.get(prefix, source.name).root)
+        volume = self._served(prefix, source)
+        if volume is not None:
+            volume.drain(COMMIT_PATIENCE)
+            return Origin(source, volume.root)
+        key = source.key(prefix)
+        try:
+            root = decode_root(key, self._store.view("read", PATIENCE).get(key).data)
+        except NotFound:
+            raise UnknownExport(str(source), f"prefix {prefix} has no such {source.kind}") from None
+        if root.removed_at:
+            raise UnknownExport(str(source), "it was removed")
+        owner = root.owner_node if source.kind == "volume" else ""
+        note = (
+            f"as node {owner} committed it last; what that node has not uploaded is not in it"
+            if owner
+            else ""
+        )
+        return Origin(source, root, note)
+
+    def _served(self, prefix: str, source: Source) -> Volume | None:
+        """The volume of a source, if this host may commit to it."""
+        entry = self._table.find(source.name) if source.kind == "volume" else None
+        if entry is None or entry.record is None or entry.record.prefix != prefix:
+            return None
+        if entry.record.is_view or entry.is_fenced():
+            return None  # an export of that name, but not the volume
+        if entry.volume is None:
+            raise GlideError(
+                f"{source.name} is not served now, so it cannot be committed; see 'glidefs show'"
+            )
+        return entry.volume
+
+    # -- copies ----------------------------------------------------------------------------------
+
+    def keep(self, prefix: str, root: Root) -> int:
+        """Put a copy of ``root`` as the volume's next snapshot; returns its sequence number.
+
+        Raises StoreError.
+        """
+        view, copy = self._view(), kept_copy(root)
+        data = encode_root(copy)
+        sequence = max([copy.sequence, *(kept + 1 for kept in self._sequences(view, prefix, root.name))])
+        while True:
+            key = snapshot_key(prefix, root.name, sequence)
+            try:
+                view.put(key, data, if_none_match=True)
+                return sequence
+            except PreconditionFailed:
+                if self._is(view, key, data):
+                    return sequence  # ours, its answer was lost
+                sequence += 1
+
+    @staticmethod
+    def _is(store: ObjectStore, key: str, data: bytes) -> bool:
+        try:
+            return store.get(key).data == data
+        except NotFound:
+            return False
+
+    @staticmethod
+    def _sequences(store: ObjectStore, prefix: str, name: str) -> list[int]:
+        found: list[int] = []
+        for info in store.list(snapshots_prefix(prefix, name)):
+            last = info.key.rsplit("/", 1)[-1]
+            if len(last) == len(str(MAX_SEQUENCE)) and last.isascii() and last.isdigit():
+                found.append(int(last))
+        return sorted(found)
+
+    def tag(self, prefix: str, tag: str, root: Root) -> None:
+        """Put a copy of ``root`` under a tag, over what the tag named before. Raises StoreError."""
+        self._view().put(tag_key(prefix, check_name("tag", tag)), encode_root(kept_copy(root)))
+
+    def snapshots(self, prefix: str, name: str) -> list[dict[str, Any]]:
+        """The snapshots of a volume, oldest first, with the time of each (unix seconds)."""
+        view = self._store.view("read", PATIENCE)
+        found = []
+        for sequence in self._sequences(view, prefix, check_name("volume", name)):
+            key = snapshot_key(prefix, name, sequence)
+            try:
+                root = decode_root(key, view.get(key).data)
+            except NotFound:
+                continue  # deleted meanwhile
+            found.append(
+                {
+                    "name": name,
+                    "sequence": sequence,
+                    "source": f"snapshot:{name}@{sequence}",
+                    "size": root.size,
+                    "created_at": root.created_at,
+                }
+            )
+        return found
+
+    def delete_snapshot(self, prefix: str, name: str, sequence: int) -> None:
+        """Delete one. Raises UnknownExport, StoreError."""
+        view, key = self._view(), snapshot_key(prefix, name, sequence)
+        try:
+            view.head(key)
+        except NotFound:
+            raise UnknownExport(
+                f"{name}@{sequence}", "no such snapshot; 'glidefs snapshots' lists them"
+            ) from None
+        view.delete(key)
+
+    def delete_snapshots(self, prefix: str, name: str) -> int:
+        """Delete all of a volume; returns how many there were. Raises StoreError."""
+        view = self._view()
+        sequences = self._sequences(view, prefix, name)
+        for sequence in sequences:
+            view.delete(snapshot_key(prefix, name, sequence))
+        return len(sequences)
+
+    def make_base(self, prefix: str, source: Source, base: str) -> dict[str, Any]:
+        """Publish what ``source`` is now as a base, without moving its data.
+
+        Raises ExportExists, and as :meth:`origin`.
+        """
+        if source.kind == "base":
+            raise UnknownExport(str(source), "a base already; promote a volume, snapshot or tag")
+        origin = self.origin(prefix, source)
+        root = replace(base_root(origin.root, check_name("base", base)), source=str(source))
+        publish_base(self._view(), prefix, root)
+        return {"base": base, "prefix": prefix, "source": str(source), "size": root.size, "note": origin.note}
