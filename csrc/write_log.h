@@ -38,7 +38,7 @@ struct log_segment {
     bool recycled;     /* made of a spare: all its bytes are charged from the start */
 };
 
-#define LOG_SPARES 64 /* of one log; all go as soon as any writer waits for space */
+#define LOG_SPARES 128 /* of one log; all go as soon as any writer waits for space */
 
 struct write_log {
     struct engine *engine;

@@ -13,12 +13,9 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-import msgspec
-
 from glidefs.errors import GlideError, NotFound, StoreError, UnknownExport
 from glidefs.formats.hot_set import HotSet, decode_hot_set, encode_hot_set
-from glidefs.formats.manifest import Root
-from glidefs.images.bases import read_base
+from glidefs.images.bases import StoredBase, read_base
 from glidefs.manifest_cache import CAPACITY, ManifestCache
 from glidefs.names import base_manifest_key, bases_prefix, check_name, hot_set_key
 from glidefs.store.base import ObjectStore, dir_name
@@ -30,14 +27,6 @@ PATIENCE = 30.0
 """Seconds that the store may take to give a base."""
 WARM_THREADS = 8
 MAX_PAUSE = 3600.0
-
-
-class Base(msgspec.Struct, frozen=True):
-    """A base: its frozen manifest root, the ETag of that object, and the hash of its bytes (32 bytes)."""
-
-    root: Root
-    etag: str
-    hash: bytes
 
 
 class BaseLibrary:
@@ -63,12 +52,12 @@ class BaseLibrary:
         self._lock = threading.Lock()
         self._checked: dict[tuple[str, str], float] = {}
         self._thread: threading.Thread | None = None
-        self.manifests: ManifestCache[Base] = ManifestCache(self._load, capacity)
+        self.manifests: ManifestCache[StoredBase] = ManifestCache(self._load, capacity)
         self.hot_sets: ManifestCache[HotSet] = ManifestCache(self._load_hot_set, capacity)
 
     # -- for forks -------------------------------------------------------------------------------
 
-    def get(self, prefix: str, base: str) -> Base:
+    def get(self, prefix: str, base: str) -> StoredBase:
         """The base to fork from; from memory alone if it was checked lately.
 
         Raises UnknownExport (also of a base that was removed), CorruptObject, StoreError.
@@ -94,11 +83,11 @@ class BaseLibrary:
 
     # -- loads -----------------------------------------------------------------------------------
 
-    def _load(self, prefix: str, base: str) -> Base:
+    def _load(self, prefix: str, base: str) -> StoredBase:
         began = time.monotonic()
-        root, etag, digest = read_base(self._reads, prefix, base)
+        found = read_base(self._reads, prefix, base)
         self._note(prefix, base, began)
-        return Base(root, etag, digest)
+        return found
 
     def _load_hot_set(self, prefix: str, base: str) -> HotSet:
         of = self.manifests.get(prefix, base)
@@ -106,10 +95,10 @@ class BaseLibrary:
         try:
             hot_set = decode_hot_set(key, self._background.get(key).data)
         except NotFound:
-            return HotSet(of.hash)
-        if hot_set.manifest_hash != of.hash:
+            return HotSet(of.manifest_hash)
+        if hot_set.manifest_hash != of.manifest_hash:
             log.warning("base %s: its hot set is of another manifest and is not used", base)
-            return HotSet(of.hash)
+            return HotSet(of.manifest_hash)
         return hot_set
 
     def _note(self, prefix: str, base: str, when: float) -> None:
@@ -120,14 +109,13 @@ class BaseLibrary:
         with self._lock:
             return time.monotonic() - self._checked.get((prefix, base), float("-inf"))
 
-    def _check(self, store: ObjectStore, prefix: str, base: str, known: Base) -> Base:
+    def _check(self, store: ObjectStore, prefix: str, base: str, known: StoredBase) -> StoredBase:
         """Ask whether the base is still the one that is kept. Raises UnknownExport, StoreError."""
         began = time.monotonic()
         try:
             if store.head(base_manifest_key(prefix, base)).etag != known.etag:
-                root, etag, digest = read_base(store, prefix, base)
+                known = read_base(store, prefix, base)
                 self.forget(prefix, base)
-                known = Base(root, etag, digest)
                 self.manifests.put(prefix, base, known)
         except (NotFound, UnknownExport):
             self.forget(prefix, base)

@@ -199,7 +199,7 @@ class ForkVerbs:
             touched = recorder.touched()
         if self._stopping.is_set() or volume.closing:
             raise GlideError(f"{name} was closed while it was profiled; nothing was stored")
-        hot_set = make_hot_set(base.hash, self._from_base(volume, base.root, touched))
+        hot_set = make_hot_set(base.manifest_hash, self._from_base(volume, base.root, touched))
         self._bases.store_hot_set(entry.record.prefix, source.name, hot_set)
         return _described(name, source.name, touched, hot_set)
 

@@ -189,10 +189,10 @@ class ExportRouter:
         self, name: str, wanted: CreateRequest, origin: Origin | None, size: int | None
     ) -> tuple[Root, int]:
         """The root of a new volume, and the volume's size. Raises ConfigError."""
-        node, labels = self._settings.node, {"transport": wanted.transport, "flush": wanted.flush}
+        node, transport, flush = self._settings.node, wanted.transport, wanted.flush
         if origin is None:
             assert size is not None
-            root = lease.empty_root(name, size, node, **labels)
+            root = lease.empty_root(name, size, node, transport=transport, flush=flush)
         else:
             size = normal_size(origin.root.size) if size is None else size
             if size < origin.root.size:
@@ -200,7 +200,9 @@ class ExportRouter:
                     f"{origin.source} has {origin.root.size} bytes, a fork has at least as many; "
                     "leave --size out"
                 )
-            root = lease.fork_root(origin.root, name, size, node, source=str(origin.source), **labels)
+            root = lease.fork_root(
+                origin.root, name, size, node, source=str(origin.source), transport=transport, flush=flush
+            )
         return replace(root, read_only=wanted.read_only), size
 
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:

@@ -5,11 +5,30 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol
+
+from glidefs.core.volume import OPS, CoreVolume
 
 GUEST_QUIET = 0.05
 """Seconds without a guest fault after which background work goes on."""
 GUEST_PATIENCE = 1.0
 """Seconds that guests can hold one piece of background work up, so that it ends some day."""
+
+
+class Writable(Protocol):
+    """What :class:`Burst` needs of a volume."""
+
+    core: CoreVolume
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for the upload."""
+        ...
+
+    @property
+    def closing(self) -> bool:
+        """Whether the volume is being closed."""
+        ...
 
 
 class Pace:
@@ -33,3 +52,60 @@ class Pace:
         while self._quiet_for() < GUEST_QUIET and time.monotonic() < give_up:
             if self._stop.wait(GUEST_QUIET / 5):
                 return
+
+
+BURST_RATE = 128 << 20
+"""Bytes that a guest writes per second from which on its uploads step back..."""
+BURST_SHARE = 8
+"""...to one pack at a time, with pauses of this many times what the last one took."""
+BURST_GAP = 1.0
+"""Seconds without such a rate that end a burst."""
+BURST_LOG = 0.5
+"""Part of the log that may be dirty meanwhile."""
+_SAMPLE = 0.05
+
+
+class Burst:
+    """Is a volume being written so fast that its upload should wait? For the thread that uploads it.
+
+    An upload takes as much CPU time as the writes that it follows, and more of the disk. A burst that
+    the log can take is better served first: its upload comes after it, or when it turns out to be
+    no burst (the log is half full, or a write has waited as long as it may anyway).
+    """
+
+    def __init__(self, volume: Writable, log_limit: int, patience: float) -> None:
+        self._volume = volume
+        self._most = int(log_limit * BURST_LOG)
+        self._patience = patience
+        self._bytes, self._since = self._written(), time.monotonic()
+        self._fast_until: float | None = None
+
+    def _written(self) -> int:
+        return self._volume.core.stats().bytes[OPS.index("write")]
+
+    def lasts(self) -> bool:
+        """Whether the upload should step back now. Raises Closed."""
+        volume = self._volume
+        if volume.awaited or volume.closing or not self._is_fast():
+            return False
+        info = volume.core.info()
+        age = time.time() - info.oldest_dirty_ns / 1e9 if info.oldest_dirty_ns else 0.0
+        return not info.parked and info.dirty_bytes < self._most and age < self._patience
+
+    def _is_fast(self) -> bool:
+        """Whether guests wrote at such a rate in the last second or so."""
+        if self._fast_until is None:
+            time.sleep(_SAMPLE)
+        now = time.monotonic()
+        if self._fast_until is None or now - self._since >= _SAMPLE:
+            written = self._written()
+            fast = written - self._bytes >= BURST_RATE * (now - self._since)
+            self._bytes, self._since = written, now
+            self._fast_until = now + BURST_GAP if fast else self._fast_until or now
+        return now < self._fast_until
+
+    def step_back(self, took: float) -> None:
+        """Wait after a piece of work of ``took`` seconds, while the burst lasts. Raises Closed."""
+        until = time.monotonic() + BURST_SHARE * took
+        while time.monotonic() < until and self.lasts():
+            time.sleep(_SAMPLE)

@@ -20,6 +20,7 @@ from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
 from glidefs.errors import Fenced, GlideError, StoreError
 from glidefs.volume import heap
+from glidefs.volume.pace import Burst
 from glidefs.volume.retire import Retirer
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.uploader import Uploader
@@ -33,6 +34,8 @@ EventHandler = Callable[[Event], None]
 MAX_BACKOFF = 30.0
 _SOON = 0.05
 _LOUD_EVERY = 10.0
+_FEW_SEGMENTS = 4
+"""Of one commit that should end soon."""
 
 
 def lower_priority(nice: int) -> None:
@@ -85,6 +88,11 @@ class Scheduler:
         self._last_loud = 0.0
         self.on_event: list[EventHandler] = []
         self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
+
+    @property
+    def _patience(self) -> float:
+        """Seconds after which a write is uploaded, whatever else goes on."""
+        return min(self._settings.sync_interval, self._settings.max_dirty_age)
 
     @property
     def stopping(self) -> bool:
@@ -250,10 +258,12 @@ class Scheduler:
 
     def _upload(self, volume: Volume, seal: bool, urgent: bool) -> None:
         size = volume.size
+        # Who asks for a seal waits for the upload; what comes by its age must go.
+        burst = None if seal or urgent else Burst(volume, self._engine.config.log_limit, self._patience)
         if not seal:
             info = volume.core.info()
             age = time.time() - info.oldest_dirty_ns / 1e9 if info.oldest_dirty_ns else 0.0
-            seal = age >= min(self._settings.sync_interval, self._settings.max_dirty_age)
+            seal = age >= self._patience
             backlog = info.dirty_bytes - info.active_bytes
             if not (
                 seal or backlog >= self.batch_bytes() or volume.size_dirty or not volume.committer.published
@@ -264,13 +274,14 @@ class Scheduler:
         sealed = volume.core.seal() if seal else volume.core.info().sealed_seq
         # The larger of both: a root may be larger than what its segments say, never smaller.
         size = max(size, volume.size)
-        most = 4 if urgent else self._settings.batch_segments
         while True:
+            few = urgent or (burst is not None and burst.lasts())
+            most = _FEW_SEGMENTS if few else self._settings.batch_segments
             last = min(sealed, volume.done_segment + most)
             # A smaller size goes with the zeroes that a shrink logged first, never before them.
             whole = seal and last >= sealed
             committed = size if whole else max(size, volume.root.size)
-            done = self._uploader.upload(volume, max(last, volume.done_segment), committed)
+            done = self._uploader.upload(volume, max(last, volume.done_segment), committed, burst)
             if urgent:
                 self._retirer.squeeze(volume)
             if done.packs:
@@ -292,7 +303,7 @@ class Scheduler:
         if not info.dirty_bytes:
             return None
         age = max(0.0, time.time() - info.oldest_dirty_ns / 1e9) if info.oldest_dirty_ns else 0.0
-        until_due = min(self._settings.sync_interval, self._settings.max_dirty_age) - age
+        until_due = self._patience - age
         until_poll = self._settings.poll_interval - self._unseen_for(volume)
         return max(_SOON, min(until_due, until_poll))
 

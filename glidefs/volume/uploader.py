@@ -23,6 +23,7 @@ from glidefs.volume import heap
 from glidefs.volume.commit import Superseded
 from glidefs.volume.edit import Append, Change
 from glidefs.volume.meta import MetaCache
+from glidefs.volume.pace import Burst
 from glidefs.volume.packing import BuiltPack, compress_items, put_pack
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.upload_plan import PackJob, plan_upload
@@ -81,19 +82,21 @@ class Uploader:
         self._stopping = stopping
         self.counters = Counters()
 
-    def upload(self, volume: Volume, last: int, size: int) -> Uploaded:
+    def upload(self, volume: Volume, last: int, size: int, burst: Burst | None = None) -> Uploaded:
         """Upload and commit the sealed segments up to ``last``; ``size`` goes into the root.
+
+        With ``burst`` it steps back while that lasts.
 
         Raises Fenced, Closed, CorruptLog, and StoreError (temporary: call again, nothing is lost).
         """
         for _ in range(REPLANS):
             try:
-                return self._upload(volume, last, size)
+                return self._upload(volume, last, size, burst)
             except Superseded as error:
                 log.info("%s; planning again", error)
         raise StoreError("the root keeps changing", key=volume.name, op="commit", temporary=True)
 
-    def _upload(self, volume: Volume, last: int, size: int) -> Uploaded:
+    def _upload(self, volume: Volume, last: int, size: int, burst: Burst | None) -> Uploaded:
         committer = volume.committer
         self._check_first_put(volume)
         committer.publish(self._store)
@@ -114,7 +117,9 @@ class Uploader:
             ) as gather:
                 plan = plan_upload(gather, committer.manifest(self._reads), self._settings.pack_bytes)
                 drops = plan.drops
-                built = self._put_all(volume, gather, plan.jobs)
+                if burst is not None:
+                    burst.step_back(time.monotonic() - started)
+                built = self._put_all(volume, gather, plan.jobs, burst)
         if time.monotonic() - started > self._settings.gc_grace / 2:
             # The collector may take packs that no manifest named in time: make them anew.
             raise StoreError("the upload took too long", key=volume.name, op="commit", temporary=True)
@@ -149,14 +154,18 @@ class Uploader:
         """Find out whether another host took the volume. Raises Fenced, StoreError."""
         volume.committer.poll(self._reads)
 
-    def _put_all(self, volume: Volume, gather: Gather, jobs: list[PackJob]) -> list[BuiltPack]:
+    def _put_all(
+        self, volume: Volume, gather: Gather, jobs: list[PackJob], burst: Burst | None
+    ) -> list[BuiltPack]:
         """Build and put packs, a few at a time. All are finished or given up on return."""
         built: list[BuiltPack] = []
         waiting: deque[Future[BuiltPack]] = deque()
         todo = iter(jobs)
         error: BaseException | None = None
         while True:
-            while error is None and len(waiting) < self._settings.put_threads:
+            began = time.monotonic()
+            most = 1 if burst is not None and burst.lasts() else self._settings.put_threads
+            while error is None and len(waiting) < most:
                 job = next(todo, None)
                 if job is None:
                     break
@@ -165,6 +174,8 @@ class Uploader:
                 break
             try:
                 built.append(waiting.popleft().result())
+                if burst is not None:
+                    burst.step_back(time.monotonic() - began)
             except BaseException as caught:
                 error = error or caught
         if error is not None:

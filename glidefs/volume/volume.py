@@ -66,6 +66,7 @@ class Volume:
     __slots__ = (
         "__weakref__",
         "_ahead",
+        "_awaited",
         "_changed",
         "_closing",
         "_host",
@@ -119,6 +120,7 @@ class Volume:
         self._ahead: ReadAhead | None = None
         self._size_dirty = False
         self._closing = False
+        self._awaited = 0
         # One condition for the host would wake every drain on every commit; this is made on demand.
         self._changed: threading.Condition | None = None
         self.committer = Committer(
@@ -181,18 +183,32 @@ class Volume:
         with self._host.lock_of_conditions:
             if self._changed is None:
                 self._changed = threading.Condition()
-        self._host.scheduler.request(self, seal=True)
         with self._changed:
+            self._awaited += 1
+        try:
+            self._host.scheduler.request(self, seal=True)
+            self._wait_drained(self._changed, target, until)
+        finally:
+            with self._changed:
+                self._awaited -= 1
+
+    def _wait_drained(self, changed: threading.Condition, target: int, until: float | None) -> None:
+        with changed:
             while not self.drained(target):
                 self._check_fenced()
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     why = f": {self.last_error}" if self.last_error else ""
-                    raise DrainTimeout(f"volume {self.name}: not drained within {deadline:g} s{why}")
+                    raise DrainTimeout(f"volume {self.name}: not drained in time{why}")
                 # Woken by commits; the timeout only looks at close and at a lost wake-up.
-                self._changed.wait(1.0 if left is None else min(left, 1.0))
+                changed.wait(1.0 if left is None else min(left, 1.0))
                 if self.core.closed:
                     raise Closed(f"volume {self.name} was closed while it drained")
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a drain waits for the upload."""
+        return self._awaited > 0
 
     def drained(self, segment: int) -> bool:
         """Whether the store has all segments up to ``segment``, the size and the first root."""

@@ -29,8 +29,9 @@ from glidefs.formats.pack import (
     payload_hash,
 )
 from glidefs.images import export
-from glidefs.images.export import export_image, source_key
+from glidefs.images.export import export_image
 from glidefs.images.inspect import inspect, open_source
+from glidefs.names import parse_source
 from glidefs.store.memory import MemoryStore
 
 VOLUME = bytes(range(16))
@@ -169,17 +170,17 @@ def test_targets(tmp_path: Path) -> None:
 
 
 def test_sources() -> None:
-    assert source_key("p", "vol") == "p/volumes/vol/manifest"
-    assert source_key("p", "volume:vol") == "p/volumes/vol/manifest"
-    assert source_key("p", "vol@7").endswith("/00000000000000000007")
-    assert source_key("p", "base:b") == "p/bases/b/manifest"
-    assert source_key("p", "tag:t") == "p/tags/t"
+    assert parse_source("vol").key("p") == "p/volumes/vol/manifest"
+    assert parse_source("volume:vol").key("p") == "p/volumes/vol/manifest"
+    assert parse_source("vol@7").key("p").endswith("/00000000000000000007")
+    assert parse_source("base:b").key("p") == "p/bases/b/manifest"
+    assert parse_source("tag:t").key("p") == "p/tags/t"
     for bad in ("vol@", "vol@x", "vol@-1", "disk:x", "vol@" + "9" * 30):
         with pytest.raises(ConfigError):
-            source_key("p", bad)
+            parse_source(bad).key("p")
     for bad in ("../x", "", "a/b", "base:../x"):
         with pytest.raises(Exception, match="invalid"):
-            source_key("p", bad)
+            parse_source(bad).key("p")
 
 
 def test_inspect_knows_our_objects(tmp_path: Path) -> None:

@@ -108,7 +108,11 @@ class Node:
         }
         options.update(settings)
         self.host = Host(
-            self.engine, self.store, node=home.name, state_dir=home / "state", settings=HostSettings(**options)
+            self.engine,
+            self.store,
+            node=home.name,
+            state_dir=home / "state",
+            settings=HostSettings(**options),
         )
         self.host.start()
         self.bases = BaseLibrary(self.store, grace=grace, stopping=self.stopping)
@@ -119,9 +123,7 @@ class Node:
             logs_dir=home / "logs",
             prefixes=(PREFIX,),
         )
-        self.router = ExportRouter(
-            self.host, self.store, (NoGuests(),), places, self.bases, self.stopping
-        )
+        self.router = ExportRouter(self.host, self.store, (NoGuests(),), places, self.bases, self.stopping)
 
     def close(self) -> None:
         self.router.close()

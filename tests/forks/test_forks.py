@@ -40,7 +40,9 @@ def test_a_fork_of_a_cached_base_makes_no_request(node: Node, memory: CountingSt
     assert (root.source, root.owner_node) == ("base:deb", "a")
 
 
-def test_concurrent_first_forks_share_one_load(node: Node, make_node: MakeNode, memory: CountingStore) -> None:
+def test_concurrent_first_forks_share_one_load(
+    node: Node, make_node: MakeNode, memory: CountingStore
+) -> None:
     node.base("deb", DATA)
     other = make_node("b")
     memory.gets.clear()
@@ -83,7 +85,9 @@ def test_forks_are_isolated_from_each_other_and_the_base(node: Node) -> None:
     assert node.core("clean").pread(0, len(DATA)) == DATA
 
 
-def test_a_fork_survives_a_restart_before_its_root_was_put(make_node: MakeNode, memory: CountingStore) -> None:
+def test_a_fork_survives_a_restart_before_its_root_was_put(
+    make_node: MakeNode, memory: CountingStore
+) -> None:
     node = make_node()
     node.base("deb", DATA)
     node.fork("warm", "base:deb")
@@ -110,12 +114,14 @@ def test_a_fork_that_lost_its_name_is_fenced(node: Node, make_node: MakeNode, me
     wait_for(lambda: other.router.show("taken").state == "failed", "the fence")
     assert "a has it" in other.router.show("taken").reason
     assert node.router.show("taken").state == "serving"
+    other.fork("mine", "base:deb", wait=True)
     with pytest.raises(ExportExists):
-        other.fork("mine", "base:deb", wait=True)
         node.fork("mine", "base:deb", wait=True)
 
 
-def test_a_fork_whose_root_cannot_be_put_in_time_fails_loudly(make_node: MakeNode, memory: CountingStore) -> None:
+def test_a_fork_whose_root_cannot_be_put_in_time_fails_loudly(
+    make_node: MakeNode, memory: CountingStore
+) -> None:
     node = make_node(grace=2.0)
     node.base("deb", DATA)
     node.fork("warm", "base:deb")
@@ -200,7 +206,9 @@ def test_reads_of_the_second_fork_ask_nothing_of_the_store(node: Node, memory: C
     assert memory.total() == before
 
 
-def test_views_own_nothing_and_can_be_promoted(node: Node, make_node: MakeNode, memory: CountingStore) -> None:
+def test_views_own_nothing_and_can_be_promoted(
+    node: Node, make_node: MakeNode, memory: CountingStore
+) -> None:
     node.base("deb", DATA)
     other = make_node("b")
     for each in (node, other):

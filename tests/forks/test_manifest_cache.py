@@ -136,6 +136,6 @@ def test_a_base_that_was_made_again_is_found_out(memory: CountingStore) -> None:
     old = library.get(PREFIX, "base000")
     put_bases(memory, 1)  # another content under the same name, after its removal was collected
     new = library.get(PREFIX, "base000")
-    assert new.hash != old.hash
+    assert new.manifest_hash != old.manifest_hash
     memory.fail_next("head", *[StoreUnavailable("no", key="", op="head")])
     assert library.get(PREFIX, "base000") is not old

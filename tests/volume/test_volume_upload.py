@@ -26,7 +26,7 @@ from glidefs.formats.manifest import PackRef, Page, Root, decode_root, encode_ro
 from glidefs.formats.pack import CHUNK
 from glidefs.names import manifest_key, pack_key
 from glidefs.store.memory import MemoryStore
-from glidefs.volume import lease
+from glidefs.volume import lease, pace
 from glidefs.volume.edit import Change, edit
 from glidefs.volume.meta import Manifest, MetaCache
 from glidefs.volume.volume import DrainTimeout
@@ -457,3 +457,32 @@ def test_a_failed_sync_ends_with_an_early_upload(rig: Rig, caplog: pytest.LogCap
     assert any("fdatasync" in record.message for record in caplog.records)
     volume.retire_committed()
     assert volume.core.pread(0, 4096) == b"a" * 4096
+
+
+def test_an_upload_steps_back_in_a_burst_and_a_drain_does_not_wait(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pace, "BURST_RATE", 1)
+    monkeypatch.setattr(pace, "BURST_SHARE", 1000)
+    host = rig.host(batch_bytes=4 * MIB)
+    volume = rig.create(host)
+    stop = threading.Event()
+
+    def write() -> None:
+        at = 0
+        while not stop.is_set():
+            volume.core.pwrite(at % (128 * MIB), os.urandom(MIB))
+            at += MIB
+            stop.wait(0.02)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        wait_for(lambda: volume.core.info().dirty_bytes > 24 * MIB, "a backlog of several batches")
+        assert len(rig.packs()) <= 2  # the first one, and the pause after it
+        began = time.monotonic()
+        volume.drain(10.0)
+        assert time.monotonic() - began < 10.0
+    finally:
+        stop.set()
+        writer.join()
