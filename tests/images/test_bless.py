@@ -31,6 +31,7 @@ from glidefs.errors import ConfigError, ExportExists, InvalidName, StoreUnavaila
 from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import NO_ID, PAGE_BYTES
 from glidefs.formats.pack import BLOCK, FULL_MASK
+from glidefs.images import pack_writer, pipeline
 from glidefs.images.bases import load_base
 from glidefs.images.bless import bless
 from glidefs.images.export import export_image
@@ -248,6 +249,7 @@ def test_two_at_once(tmp_path: Path, memory: DyingStore, same: bool) -> None:
             bless(memory, PREFIX, "b", tmp_path / "image")
     assert results[0].created
     assert read_back(memory, "b", tmp_path) == (tmp_path / "other").read_bytes()
+    assert list(memory.list(names.blessing_key(PREFIX, "b"))) == []
 
 
 def test_a_lost_answer_to_the_manifest_is_our_own(tmp_path: Path, memory: DyingStore) -> None:
@@ -374,6 +376,24 @@ def test_any_image(blocks: list[str], tail: bytes, pack_bytes: int, piped: bool,
             result = bless(store, PREFIX, "b", fd if piped else path, pack_bytes=pack_bytes, workers=workers)
         assert read_back(store, "b", Path(directory)) == padded(data)
     assert result.data_bytes <= result.size == len(padded(data))
+
+
+def test_a_slow_store_holds_the_reader_up(
+    tmp_path: Path, memory: DyingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packs that wait for the store take no more memory than those few that are being put."""
+    sizes = []
+
+    def buffer(size: int) -> memoryview:
+        sizes.append(size)
+        return memoryview(bytearray(size))
+
+    monkeypatch.setattr(pipeline.heap, "buffer", buffer)
+    memory.latency = 0.02
+    (tmp_path / "image").write_bytes(noise(1, 40 * 5 * BLOCK))
+    assert bless(memory, PREFIX, "b", tmp_path / "image", pack_bytes=5 * BLOCK, workers=2).packs == 40
+    assert sizes.count(5 * BLOCK) == pack_writer.PUTS + 1
+    assert sizes.count(pipeline.BATCH_BLOCKS * BLOCK) == 2 * (2 + pipeline.SPARE)
 
 
 MEASURE = """

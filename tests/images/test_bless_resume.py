@@ -102,7 +102,7 @@ def test_an_interrupted_resume_loses_nothing(tmp_path: Path, memory: DyingStore)
     known = interrupted(memory, tmp_path / "image", 40)
     assert len(known) > 30
     with pytest.raises(KeyboardInterrupt):
-        again(memory, tmp_path / "image", progress=stop_at(10 * PACK))
+        again(memory, tmp_path / "image", progress=stop_at(30 * PACK))
     result, _ = again(memory, tmp_path / "image")
     assert result.reused_packs == len(known)
 
