@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from glidefs import process
+from glidefs import heap, process
 from glidefs.bases import BaseLibrary
 from glidefs.config import Config, config_path, load_config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
@@ -34,7 +34,6 @@ from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import NbdTransport
 from glidefs.transport.nbd import NbdServer
 from glidefs.transport.ublk import UblkTransport
-from glidefs.volume import heap
 from glidefs.volume.host import Host
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume

@@ -64,6 +64,13 @@ class TagRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     sequence: int | None = None
 
 
+class BlessRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /api/bases/{name}. `image`: the absolute path of a raw image on the daemon's host."""
+
+    image: str
+    prefix: str | None = None
+
+
 class PromoteRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Body of POST .../promote.
 

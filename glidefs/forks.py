@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
 from glidefs.bases import BaseLibrary
 from glidefs.errors import ConfigError, GlideError, NotSupported
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.exports import (
+    BlessRequest,
     ExportStatus,
     ProfileRequest,
     PromoteRequest,
@@ -20,6 +23,8 @@ from glidefs.exports import (
 )
 from glidefs.formats.hot_set import HotSet, make_hot_set
 from glidefs.formats.manifest import Root, encode_root
+from glidefs.images.bases import list_bases, remove_base
+from glidefs.images.bless import bless
 from glidefs.images.profile import IDLE, recording, wait
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import Source, check_name, check_prefix, manifest_key, parse_source
@@ -171,6 +176,40 @@ class ForkVerbs:
             view, manifest_key(record.prefix, root.name), encode_root(own), etag, own.log_id
         )
         return result.adopted or own, result.etag
+
+    # -- bases -------------------------------------------------------------------------------------
+
+    def _bases_prefix(self, prefix: str | None) -> str:
+        return check_prefix(prefix or self._opener.places.prefixes[0])
+
+    def list_bases(self, prefix: str | None) -> list[dict[str, Any]]:
+        """The bases of a prefix, removed ones that gc has not deleted yet too."""
+        found = list_bases(self._store.view("read", PATIENCE), self._bases_prefix(prefix))
+        return [msgspec.to_builtins(base) for base in found]
+
+    def bless(self, base: str, wanted: BlessRequest) -> dict[str, Any]:
+        """Make a base of a raw image on this host; see :func:`glidefs.images.bless.bless`."""
+        image = Path(wanted.image)
+        if not image.is_absolute() or "\0" in wanted.image:
+            raise ConfigError("name the image by an absolute path")
+        settings = self._host.settings
+        result = bless(
+            self._store.view("background", PATIENCE),
+            self._bases_prefix(wanted.prefix),
+            check_name("base", base),
+            image,
+            pack_bytes=settings.pack_bytes,
+            level=settings.compression_level,
+            max_age=settings.gc_grace / 2,
+        )
+        return result._asdict()
+
+    def remove_base(self, base: str, prefix: str | None) -> dict[str, Any]:
+        """Leave a tombstone: no new forks; those that exist go on. gc deletes what only it needed."""
+        prefix = self._bases_prefix(prefix)
+        info = remove_base(self._store.view("upload", PATIENCE), prefix, check_name("base", base))
+        self._bases.forget(prefix, base)
+        return {"name": base, "prefix": prefix, "removed_at": info.removed_at}
 
     # -- profiles ----------------------------------------------------------------------------------
 

@@ -80,6 +80,11 @@ def hot_set_key(prefix: str, base: str) -> str:
     return f"{bases_prefix(prefix)}{check_name('base', base)}/hot-set"
 
 
+def blessing_key(prefix: str, base: str) -> str:
+    """Key of the checkpoint of a bless under way: what is in the store already of a base to be."""
+    return f"{bases_prefix(prefix)}{check_name('base', base)}/blessing"
+
+
 def tag_key(prefix: str, tag: str) -> str:
     """Key of the manifest copy named ``tag``."""
     return f"{tags_prefix(prefix)}{check_name('tag', tag)}"

@@ -15,6 +15,7 @@ from glidefs.api.errors import ErrorAnswer, describe
 from glidefs.errors import ConfigError
 from glidefs.exports import (
     AttachRequest,
+    BlessRequest,
     CreateRequest,
     DrainRequest,
     ProfileRequest,
@@ -185,6 +186,23 @@ class Routes:
         name = request.path_params["name"]
         return reply(await self.change(self.control.router.forks.profile, name, wanted))
 
+    async def list_bases(self, request: Request) -> Response:
+        """GET /api/bases."""
+        return reply(
+            await self.slow(self.control.router.forks.list_bases, request.query_params.get("prefix"))
+        )
+
+    async def bless(self, request: Request) -> Response:
+        """POST /api/bases/{name}: 201 when made, 200 when it has this content already."""
+        wanted = await body(request, BlessRequest)
+        result = await self.change(self.control.router.forks.bless, request.path_params["name"], wanted)
+        return reply(result, 201 if result["created"] else 200)
+
+    async def remove_base(self, request: Request) -> Response:
+        """DELETE /api/bases/{name}."""
+        name, prefix = request.path_params["name"], request.query_params.get("prefix")
+        return reply(await self.change(self.control.router.forks.remove_base, name, prefix))
+
     async def manifest(self, request: Request) -> Response:
         """HEAD /api/manifests/{prefix}/{name}: 200 if forks of the base need no request from this host."""
         bases, params = self.control.router.bases, request.path_params
@@ -244,6 +262,9 @@ def build_app(control: Control) -> FastAPI:
         ("POST", f"{export}/tag", routes.tag),
         ("POST", f"{export}/promote", routes.promote),
         ("POST", f"{export}/profile", routes.profile),
+        ("GET", "/api/bases", routes.list_bases),
+        ("POST", "/api/bases/{name}", routes.bless),
+        ("DELETE", "/api/bases/{name}", routes.remove_base),
         ("HEAD", "/api/manifests/{prefix}/{name}", routes.manifest),
         ("GET", "/api/logs", routes.logs),
         ("POST", f"{stored_log}/export", routes.export_log),

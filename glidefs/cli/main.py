@@ -36,6 +36,8 @@ app = typer.Typer(
 logs_app = typer.Typer(help="Write logs on this host: list, export, delete.", rich_markup_mode=None)
 app.add_typer(logs_app, name="logs")
 add_commands(app)
+bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
+app.add_typer(bases_app, name="bases")
 
 
 @app.command()
@@ -331,6 +333,66 @@ def export_image(
 
     with reported(as_json):
         export_command(name, file, prefix, store, force, config, as_json)
+
+
+@app.command()
+def bless(
+    image: Annotated[
+        str, typer.Argument(metavar="IMAGE", help="Raw image: file or block device; - is standard input.")
+    ],
+    name: Annotated[str, typer.Option("--name", "-n", help="Name of the new base.", show_default=False)],
+    prefix: Prefix = None,
+    store: Store = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Make a base of a raw image, to fork volumes from; works without a daemon.
+
+    An interrupted bless goes on when it is started again. A base never changes.
+    """
+    from glidefs.cli.offline import bless_command
+
+    with reported(as_json):
+        bless_command(image, name, prefix, store, config, as_json)
+
+
+@bases_app.callback(invoke_without_command=True)
+def bases(
+    context: typer.Context,
+    prefix: Prefix = None,
+    store: Store = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Bases in the store: list (the default), remove; works without a daemon."""
+    if context.invoked_subcommand is None:
+        bases_list(prefix, store, config, as_json)
+
+
+@bases_app.command("list")
+def bases_list(
+    prefix: Prefix = None, store: Store = None, config: ConfigOption = None, as_json: Json = False
+) -> None:
+    """List the bases of a prefix, removed ones too until gc deletes them."""
+    from glidefs.cli.offline import bases_command
+
+    with reported(as_json):
+        bases_command(prefix, store, config, as_json)
+
+
+@bases_app.command("remove")
+def bases_remove(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the base.", show_default=False)],
+    prefix: Prefix = None,
+    store: Store = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Remove a base: nothing new is forked from it; volumes that were keep their data."""
+    from glidefs.cli.offline import bases_remove_command
+
+    with reported(as_json):
+        bases_remove_command(name, prefix, store, config, as_json)
 
 
 def main() -> None:

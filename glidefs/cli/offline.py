@@ -1,4 +1,4 @@
-"""The commands that need no daemon: doctor, inspect, export-image."""
+"""The commands that need no daemon: doctor, inspect, export-image, bless, bases."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from urllib.parse import urlsplit
 from glidefs.cli import output
 from glidefs.config import Config, config_path, load_config
 from glidefs.errors import ConfigError
+from glidefs.names import check_prefix
 from glidefs.store import ObjectStore, open_store
+from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore
 
 OFFLINE_DEADLINE = 60.0
@@ -112,6 +114,93 @@ def export_command(
     else:
         data = output.size_text(result.data_bytes)
         print(f"{file}: {output.size_text(result.size)}, {data} of it data, sequence {result.sequence}")
+    if result.removed_at:
+        output.say(
+            f"note: {name} was removed at {output.time_text(result.removed_at)}; gc will delete its data"
+        )
+
+
+def bless_command(
+    image: str, base: str, prefix: str | None, store_url: str | None, config: str | None, as_json: bool
+) -> None:
+    """Make a base of an image."""
+    from glidefs import heap
+    from glidefs.images.bless import bless
+
+    heap.keep_large_buffers_apart()
+    chosen = settings(config)
+    prefix = prefix or chosen.store.default_prefix
+    source = 0 if image == "-" else Path(image)
+    with _patient(bare_store(chosen, store_url)) as store, output.progress(f"bless {base}") as update:
+        probe_store(store, check_prefix(prefix))
+        try:
+            result = bless(
+                store,
+                prefix,
+                base,
+                source,
+                pack_bytes=chosen.upload.pack_size,
+                level=chosen.upload.compression_level,
+                progress=update,
+            )
+        except KeyboardInterrupt:
+            why = "interrupted; the same command goes on where this one stopped"
+            output.fail(InterruptedError(None, why), as_json, 130)
+    if as_json:
+        output.emit(result._asdict())
+        return
+    if result.created:
+        data, stored = output.size_text(result.data_bytes), output.size_text(result.stored_bytes)
+        print(f"{base}: {output.size_text(result.size)}, {data} of it data, {stored} in {result.packs} packs")
+        if result.reused_packs:
+            output.say(f"{result.reused_packs} of them from a bless that was interrupted")
+    else:
+        print(f"{base}: there already, with this content")
+    if result.note:
+        output.say(f"note: {result.note}")
+
+
+def bases_command(prefix: str | None, store_url: str | None, config: str | None, as_json: bool) -> None:
+    """List bases."""
+    import msgspec
+
+    from glidefs.images.bases import list_bases
+
+    chosen = settings(config)
+    with _patient(bare_store(chosen, store_url)) as store:
+        found = list_bases(store, prefix or chosen.store.default_prefix)
+    if as_json:
+        output.emit([msgspec.to_builtins(base) for base in found])
+        return
+    rows = [
+        [
+            base.name,
+            output.size_text(base.size),
+            "-" if base.stored_bytes is None else output.size_text(base.stored_bytes),
+            output.time_text(base.created_at),
+            base.source or "-",
+            f"removed {output.time_text(base.removed_at)}" if base.removed_at else "",
+        ]
+        for base in found
+    ]
+    output.table(["NAME", "SIZE", "STORED", "CREATED", "SOURCE", "STATE"], rows, right=(1, 2))
+
+
+def bases_remove_command(
+    base: str, prefix: str | None, store_url: str | None, config: str | None, as_json: bool
+) -> None:
+    """Remove a base."""
+    import msgspec
+
+    from glidefs.images.bases import remove_base
+
+    chosen = settings(config)
+    with _patient(bare_store(chosen, store_url)) as store:
+        found = remove_base(store, prefix or chosen.store.default_prefix, base)
+    if as_json:
+        output.emit(msgspec.to_builtins(found))
+    else:
+        print(f"{base}: removed at {output.time_text(found.removed_at)}; gc will delete its data")
 
 
 def _patient(store: ObjectStore) -> ResilientStore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -13,7 +14,7 @@ from glidefs.errors import GlideError
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 Update = Callable[[float, float], None]
-"""Called with bytes done and bytes in all."""
+"""Called with bytes done and bytes in all, 0 where nobody knows."""
 
 
 def size_text(size: float) -> str:
@@ -114,6 +115,11 @@ def _shown(key: str, value: Any) -> str:
     return str(value)
 
 
+def time_text(when: float) -> str:
+    """1764091565 -> "2025-11-25 17:26:05 UTC"."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(when))
+
+
 @contextmanager
 def progress(title: str) -> Iterator[Update]:
     """A progress bar on stderr if that is a terminal; else nothing."""
@@ -126,7 +132,7 @@ def progress(title: str) -> Iterator[Update]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total: bar.update(task, completed=done, total=total or None)
 
 
 @contextmanager

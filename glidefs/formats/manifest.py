@@ -13,6 +13,8 @@ Everything here is frozen once built and shared between threads and forks; nobod
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -35,6 +37,8 @@ MINOR = 0
 KNOWN_FLAGS = 0
 NO_ID = bytes(ID_SIZE)
 """The log id of what no log belongs to: bases, snapshots of them, volumes never attached."""
+
+CONTENT_HASH_SIZE = 32
 
 ROOT_MAGIC = b"GLMR"
 PAGE_MAGIC = b"GLMP"
@@ -82,7 +86,8 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     one page may carry it as ``inline_page`` instead, and its only page id is then ``b""``.
     ``log_id`` is the fencing token; ``last_segment`` of that log is the last one included (0: none).
     ``owner_node`` and ``epoch`` are labels for people. ``source`` says what it was forked from.
-    ``removed_at`` (unix seconds) makes a base's manifest a tombstone.
+    ``removed_at`` (unix seconds) makes a base's manifest a tombstone. ``content_hash`` (32 bytes, or
+    none) says what a blessed image holds, whatever packs it is in: see :class:`ContentHash`.
     """
 
     volume_id: Id
@@ -104,11 +109,37 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     flush: Literal["local", "store"] = "local"
     created_at: Natural = 0
     removed_at: Natural = 0
+    content_hash: Annotated[bytes, Meta(max_length=CONTENT_HASH_SIZE)] = b""
 
 
+_CONTENT = struct.Struct("<Q16s")
 _encoder = msgspec.msgpack.Encoder()
 _root_decoder = msgspec.msgpack.Decoder(Root)
 _page_decoder = msgspec.msgpack.Decoder(Page)
+
+
+class ContentHash:
+    """The BLAKE3 that two images share exactly if they read the same.
+
+    It is over, for each block that is not all zeros, in ascending order, the block's number (u64) and
+    the BLAKE3-128 of its bytes; then the size of the image in bytes (u64). The last block is padded.
+    """
+
+    def __init__(self) -> None:
+        self._hasher = blake3()
+        self.blocks = 0
+        """Blocks added so far."""
+
+    def add(self, blocks: Sequence[int], hashes: Sequence[bytes]) -> None:
+        """The next blocks and their hashes."""
+        self.blocks += len(blocks)
+        self._hasher.update(b"".join(map(_CONTENT.pack, blocks, hashes)))
+
+    def digest(self, size: int) -> bytes:
+        """The 32 bytes, for an image of ``size`` bytes."""
+        hasher = self._hasher.copy()
+        hasher.update(size.to_bytes(8, "little"))
+        return hasher.digest()
 
 
 def chunk_count(size: int) -> int:
@@ -148,6 +179,8 @@ def _root_fault(root: Root) -> str | None:
         return f"{len(root.page_ids)} pages for a size that has {pages}"
     if any(len(page) not in (0, ID_SIZE) for page in root.page_ids):
         return "page id of a wrong length"
+    if len(root.content_hash) not in (0, CONTENT_HASH_SIZE):
+        return "content hash of a wrong length"
     if root.inline_page is None:
         return None
     if root.page_ids != (b"",):

@@ -47,13 +47,17 @@ Progress = Callable[[int, int], None]
 
 
 class ExportResult(NamedTuple):
-    """What was written: the image's ``size``, and the ``data_bytes`` of it that are not holes."""
+    """What was written: the image's ``size``, and the ``data_bytes`` of it that are not holes.
+
+    ``removed_at`` (unix seconds) is not 0 for a removed base, which can be read until gc deletes it.
+    """
 
     name: str
     key: str
     size: int
     data_bytes: int
     sequence: int
+    removed_at: int = 0
 
 
 class _Piece(NamedTuple):
@@ -101,7 +105,7 @@ def export_image(
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return ExportResult(root.name, key, root.size, data_bytes, root.sequence)
+    return ExportResult(root.name, key, root.size, data_bytes, root.sequence, root.removed_at)
 
 
 def _check_target(target: Path, force: bool) -> None:

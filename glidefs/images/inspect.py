@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from glidefs.errors import ConfigError, CorruptObject
-from glidefs.formats import export_record, hot_set, manifest, pack
+from glidefs.formats import blessing, export_record, hot_set, manifest, pack
 from glidefs.store.base import ObjectStore
 
 SEGMENT_MAGIC = b"GLIDELOG"
@@ -92,6 +92,7 @@ def inspect(source: Source) -> dict[str, Any]:
         manifest.ROOT_MAGIC: _root,
         manifest.PAGE_MAGIC: _page,
         hot_set.HOT_SET_MAGIC: _hot_set,
+        blessing.BLESSING_MAGIC: _blessing,
         pack.PACK_MAGIC: _pack,
     }
     describe = known.get(magic[:4])
@@ -101,7 +102,8 @@ def inspect(source: Source) -> dict[str, Any]:
         describe = _record
     if describe is None:
         raise ConfigError(
-            f"{source.name}: not a manifest, page, pack, hot set, segment or record (begins with {magic!r})"
+            f"{source.name}: not a manifest, page, pack, hot set, checkpoint, segment or record "
+            f"(begins with {magic!r})"
         )
     return {"object": source.name, "bytes": source.size, **describe(source)}
 
@@ -195,6 +197,17 @@ def _hot_set(source: Source) -> dict[str, Any]:
         "manifest_hash": found.manifest_hash.hex(),
         "block_count": found.block_count,
         "runs": [list(msgspec.structs.astuple(run)) for run in found.runs[:LISTED]],
+    }
+
+
+def _blessing(source: Source) -> dict[str, Any]:
+    found = blessing.decode_blessing(source.name, source.whole())
+    return {
+        "kind": "checkpoint of a bless",
+        "started_at": found.started_at,
+        "pack_count": len(found.packs),
+        "pack_bytes": sum(pack.ref.size for pack in found.packs),
+        "packs": [{**_plain(pack.ref), "put_at": pack.put_at} for pack in found.packs[:LISTED]],
     }
 
 

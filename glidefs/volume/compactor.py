@@ -17,6 +17,7 @@ from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError
 from glidefs.formats.manifest import chunk_count
 from glidefs.formats.pack import SECTOR, PackEntry
 from glidefs.store.base import Buffer
+from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.commit import Superseded
 from glidefs.volume.compact_plan import ChunkRun, runs_of
@@ -24,7 +25,6 @@ from glidefs.volume.edit import Change
 from glidefs.volume.merge import Merger
 from glidefs.volume.meta import Manifest, MetaCache
 from glidefs.volume.pace import Pace
-from glidefs.volume.packing import BuiltPack, put_pack
 from glidefs.volume.scheduler import lower_priority
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.uploader import Uploader

@@ -19,10 +19,10 @@ from glidefs.formats.pack import (
     payload_hash,
 )
 from glidefs.store.base import Buffer, ObjectStore
+from glidefs.store.packs import BuiltPack
 from glidefs.volume.compact_plan import ChunkRun, MergedBlock, merge_blocks
 from glidefs.volume.edit import Replace
 from glidefs.volume.fetch import Payloads, Wanted, fetch, plan_ranges
-from glidefs.volume.packing import BuiltPack
 
 WINDOW = 8 << 20
 """Stored bytes of input that are in memory at once."""

@@ -1,50 +1,21 @@
-"""Packs in the making: payloads in, one object in the store out."""
+"""Payloads and entries of a pack of an upload."""
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import msgspec
-
+from glidefs import heap
 from glidefs.core.payloads import compress_payloads
-from glidefs.formats.manifest import PackRef
-from glidefs.formats.pack import (
-    CHUNK_BLOCKS,
-    EMPTY_HASH,
-    HEADER_SIZE,
-    ID_SIZE,
-    SECTOR,
-    TRAILER_SIZE,
-    PackEntry,
-    PackIndex,
-    decode_index,
-    encode_header,
-    encode_index,
-    encode_trailer,
-    pack_id,
-    payload_hash,
-)
-from glidefs.names import pack_key
+from glidefs.formats.pack import EMPTY_HASH, HEADER_SIZE, SECTOR, PackEntry, payload_hash
 from glidefs.store.base import Buffer
-from glidefs.volume import heap
+from glidefs.store.packs import BuiltPack, put_pack
+
+__all__ = ["BuiltPack", "Item", "compress_items", "put_pack", "worth_compressing"]
 
 SAMPLES = 32
 SHRINKS = 0.97
 """A sample that keeps more than this part of its bytes says that a pack is not worth compressing."""
-
-
-class BuiltPack(msgspec.Struct, frozen=True):
-    """A pack that the store has: its reference, the chunks it has blocks of, its index.
-
-    ``tail`` holds its last bytes: the index as it is stored, and the trailer.
-    """
-
-    ref: PackRef
-    chunks: tuple[int, ...]
-    index: PackIndex
-    tail: bytes
 
 
 class Item(NamedTuple):
@@ -90,27 +61,3 @@ def worth_compressing(plain: memoryview, lengths: Sequence[int], level: int) -> 
             sizes.append(min(length, 4 * SECTOR))
         at += length
     return sum(compress_payloads(sample, sizes, bytearray(len(sample)), level)) < SHRINKS * len(sample)
-
-
-def put_pack(
-    put: Callable[[str, list[Buffer]], object],
-    prefix: str,
-    volume_id: bytes,
-    area: Buffer,
-    entries: Sequence[PackEntry],
-    level: int,
-) -> BuiltPack:
-    """Put a pack of these entries, whose payloads are back to back in the bytes ``area``.
-
-    ``level`` is the compaction tier. ``put`` stores an object, with whatever patience it has.
-    """
-    index = encode_index(entries)
-    trailer = encode_trailer(index, len(entries))
-    new = pack_id(index, volume_id, secrets.token_bytes(ID_SIZE))
-    key = pack_key(prefix, new.hex())
-    size = HEADER_SIZE + len(area) + len(index) + TRAILER_SIZE
-    put(key, [encode_header(), area, index, trailer])
-    tail = index + trailer
-    decoded = decode_index(key, tail, size)
-    chunks = tuple(sorted({entry.block // CHUNK_BLOCKS for entry in entries}))
-    return BuiltPack(PackRef(new, size, len(index) + TRAILER_SIZE, level), chunks, decoded, tail)

@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from glidefs import heap
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
 from glidefs.errors import Fenced, GlideError, StoreError
-from glidefs.volume import heap
 from glidefs.volume.pace import Burst
 from glidefs.volume.retire import Retirer
 from glidefs.volume.settings import HostSettings

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, NamedTuple
 
+from glidefs import heap
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.gather import Gather
 from glidefs.errors import Fenced, StoreError
 from glidefs.store.base import Buffer
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume import heap
 from glidefs.volume.commit import Superseded
 from glidefs.volume.edit import Append, Change
 from glidefs.volume.meta import MetaCache

@@ -15,6 +15,7 @@ SECTIONS = {
     "s3": "beside s3backer on the same SeaweedFS: cold reads, random writes until they are in the store",
     "vm": "/dev/ublkbN beside the kernel's loop driver, in a VM",
     "cost": "bytes and PUTs that random writes cost at the store (about 25 minutes, 60 GB of disk)",
+    "bless": "an image of a real file system becomes a base, beside zstd -1 -T2 over the same bytes",
 }
 
 
@@ -26,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
         "medians. Prints tables; writes JSON and plots.",
         epilog="sections: " + "; ".join(f"{name}: {text}" for name, text in SECTIONS.items()),
     )
-    made.add_argument("sections", nargs="*", metavar="SECTION", help="nbd, s3, vm, cost (default: nbd s3 vm)")
+    made.add_argument(
+        "sections", nargs="*", metavar="SECTION", help="nbd, s3, vm, cost, bless (default: nbd s3 vm)"
+    )
     made.add_argument("--short", action="store_true", help="see that it works; the figures mean little")
     made.add_argument("--rounds", type=int, help="pairs per load (default 5; short: 1)")
     made.add_argument("--seconds", type=int, help="of each run (default 5; short: 1)")

@@ -16,7 +16,7 @@ from glidefs.cli.client import socket_path
 from glidefs.config import load_config
 
 Make = Callable[..., Daemon]
-OFFLINE = ("init", "doctor", "inspect", "export-image")
+OFFLINE = ("init", "doctor", "inspect", "export-image", "bless", "bases")
 VERBS = ("create", "list", "show", "resize", "drain", "detach", "attach", "remove", "logs", *OFFLINE)
 
 
@@ -66,6 +66,8 @@ def test_every_command_but_run_has_json(tmp_path: Path) -> None:
         assert "--json" in run(verb, "--help", cwd=tmp_path).stdout, verb
     for verb in ("list", "export", "delete"):
         assert "--json" in run("logs", verb, "--help", cwd=tmp_path).stdout, verb
+    for verb in ("list", "remove"):
+        assert "--json" in run("bases", verb, "--help", cwd=tmp_path).stdout, verb
 
 
 def test_which_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

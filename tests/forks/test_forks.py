@@ -122,14 +122,14 @@ def test_a_fork_that_lost_its_name_is_fenced(node: Node, make_node: MakeNode, me
 def test_a_fork_whose_root_cannot_be_put_in_time_fails_loudly(
     make_node: MakeNode, memory: CountingStore
 ) -> None:
-    node = make_node(grace=2.0)
+    node = make_node(grace=12.0)
     node.base("deb", DATA)
     node.fork("warm", "base:deb")
     wait_for(lambda: node.router.show("warm").published, "the root")
     node.bases.get(PREFIX, "deb")
     memory.set_down(True)
     node.fork("late", "base:deb")
-    threading.Event().wait(1.0)  # more than a quarter of the grace period, in whole seconds
+    threading.Event().wait(4.2)  # more than a quarter of the grace period, in whole seconds
     memory.set_down(False)
     wait_for(lambda: node.router.show("late").state == "failed", "the fence")
     assert "make the fork again" in node.router.show("late").reason

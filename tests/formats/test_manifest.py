@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glidefs.errors import CorruptObject
-from glidefs.formats import envelope, hot_set, manifest
+from glidefs.formats import blessing, envelope, hot_set, manifest
 from glidefs.formats.manifest import NO_ID, PAGE_BYTES, PackRef, Page, Root
 
 KEY = "p/volumes/v/manifest"
@@ -60,6 +60,7 @@ def roots(draw: st.DrawFn) -> Root:
         transport=draw(st.sampled_from(["auto", "nbd", "ublk"])),
         read_only=draw(st.booleans()),
         flush=draw(st.sampled_from(["local", "store"])),
+        content_hash=draw(st.sampled_from([b"", b"c" * 32])),
     )
 
 
@@ -86,10 +87,12 @@ REF = PackRef(id=b"p" * 16, size=1000, index_length=100)
 PAGE = Page(packs=(REF, msgspec.structs.replace(REF, level=1)), chunks={0: (0, 1), 7: (1,)})
 ROOT = Root(volume_id=b"v" * 16, name="vol", size=10 << 30, page_ids=(b"",), inline_page=PAGE)
 HOT = hot_set.make_hot_set(b"m" * 32, [5, 6, 7, 100, 6, 99])
+BLESSING = blessing.Blessing(1000, (blessing.PutPack(REF, 1001),))
 ENCODED = {
     "root": (manifest.encode_root(ROOT), manifest.decode_root, ROOT),
     "page": (manifest.encode_page(PAGE), manifest.decode_page, PAGE),
     "hot set": (hot_set.encode_hot_set(HOT), hot_set.decode_hot_set, HOT),
+    "blessing": (blessing.encode_blessing(BLESSING), blessing.decode_blessing, BLESSING),
 }
 
 
@@ -148,6 +151,8 @@ def root_fields(**changes: Any) -> dict[str, Any]:
         {"block_size": 4096},
         {"format": 2},
         {"flags": 1},
+        {"content_hash": b"short"},
+        {"content_hash": b"c" * 33},
         {"sequence": -1},
         {"inline_page": [[[b"p" * 16, 1000, 100]], {0: [1]}]},
         {"inline_page": [[[b"p" * 16, 1000, 100]], {0: [-1]}]},
@@ -206,6 +211,40 @@ def test_hot_set_keeps_first_touch_order(blocks: list[int]) -> None:
     made = hot_set.make_hot_set(b"m" * 32, blocks)
     assert list(made.blocks()) == list(dict.fromkeys(blocks))
     assert hot_set.decode_hot_set(KEY, hot_set.encode_hot_set(made)) == made
+
+
+def test_a_root_from_before_content_hashes() -> None:
+    """Roots are read by versions on both sides of a field that was added."""
+    old = root_fields()
+    del old["content_hash"]
+    assert manifest.decode_root(KEY, reseal(old, manifest.ROOT_MAGIC)) == ROOT
+    blessed = msgspec.structs.replace(ROOT, content_hash=b"c" * 32)
+    fields = msgspec.msgpack.decode(
+        envelope.unseal(KEY, manifest.encode_root(blessed), manifest.ROOT_MAGIC, 1, 0, 1 << 20)
+    )
+    assert fields.pop("content_hash") == b"c" * 32
+    assert fields == msgspec.msgpack.decode(msgspec.msgpack.encode(old))
+
+
+def test_content_hash() -> None:
+    def digest(pairs: list[tuple[int, bytes]], size: int) -> bytes:
+        content = manifest.ContentHash()
+        for block, payload in pairs:
+            content.add([block], [payload])
+        return content.digest(size)
+
+    pairs = [(0, b"a" * 16), (5, b"b" * 16)]
+    together = manifest.ContentHash()
+    together.add([0, 5], [b"a" * 16, b"b" * 16])
+    assert together.digest(1 << 20) == digest(pairs, 1 << 20)
+    assert together.blocks == 2
+    others = [
+        digest(pairs, 1 << 21),
+        digest(pairs[:1], 1 << 20),
+        digest([(0, b"b" * 16), (5, b"a" * 16)], 1 << 20),
+        digest([(1, b"a" * 16), (5, b"b" * 16)], 1 << 20),
+    ]
+    assert len({*others, together.digest(1 << 20)}) == 5
 
 
 def test_defaults() -> None:

@@ -1,0 +1,55 @@
+"""The checkpoint of a bless under way: the packs that the store has of the image so far.
+
+One MessagePack array in the wrapping of :mod:`glidefs.formats.envelope` (magic ``GLBL``): when the
+bless began (unix seconds), then the packs in the order of the image, each an array of its reference
+and the time before it was put. The packs hold whole blocks, ascending from each pack to the next.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from glidefs.errors import CorruptObject
+from glidefs.formats import envelope
+from glidefs.formats.manifest import PackRef
+
+BLESSING_MAGIC = b"GLBL"
+FORMAT = 1
+MINOR = 0
+KNOWN_FLAGS = 0
+MAX_DOCUMENT = 64 << 20
+
+
+class PutPack(msgspec.Struct, frozen=True, array_like=True):
+    """A pack and when it was put (unix seconds): gc may delete an old one that no manifest names."""
+
+    ref: PackRef
+    put_at: Annotated[int, Meta(ge=0)]
+
+
+class Blessing(msgspec.Struct, frozen=True, array_like=True):
+    """What there is of an image in the store."""
+
+    started_at: Annotated[int, Meta(ge=0)]
+    packs: tuple[PutPack, ...] = ()
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Blessing)
+
+
+def encode_blessing(blessing: Blessing) -> bytes:
+    """The object's bytes."""
+    return envelope.seal(BLESSING_MAGIC, FORMAT, MINOR, 0, _encoder.encode(blessing))
+
+
+def decode_blessing(key: str, data: bytes) -> Blessing:
+    """The checkpoint in an object's bytes. Raises CorruptObject."""
+    raw = envelope.unseal(key, data, BLESSING_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT)
+    try:
+        return _decoder.decode(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptObject(key, envelope.PREFIX_SIZE, f"blessing: {error}") from error
