@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glidefs.errors import GlideError, NotFound, StoreError, UnknownExport
 from glidefs.formats.hot_set import HotSet, decode_hot_set, encode_hot_set
 from glidefs.images.bases import StoredBase, read_base
-from glidefs.manifest_cache import CAPACITY, ManifestCache
+from glidefs.manifest_cache import CAPACITY, CacheStats, ManifestCache
 from glidefs.names import base_manifest_key, bases_prefix, check_name, hot_set_key
 from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.resilient import ResilientStore
@@ -80,6 +80,10 @@ class BaseLibrary:
         """The base was removed."""
         self.manifests.discard(prefix, base)
         self.hot_sets.discard(prefix, base)
+
+    def stats(self) -> dict[str, CacheStats]:
+        """Figures of both caches, for metrics."""
+        return {"manifest": self.manifests.stats(), "hot_set": self.hot_sets.stats()}
 
     # -- loads -----------------------------------------------------------------------------------
 

@@ -298,6 +298,7 @@ class Daemon:
             states=states,
             store=self._store.metrics() if self._store else None,
             started_at=self.started_at,
+            bases=router.bases.stats() if router else {},
         )
 
     # -- stop ----------------------------------------------------------------------------------

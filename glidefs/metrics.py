@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
+from glidefs.manifest_cache import CacheStats
 from glidefs.store.resilient import StoreMetrics
 
 BUCKET_UNIT = 256e-9
@@ -40,6 +41,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     states: Mapping[str, int]
     store: StoreMetrics | None
     started_at: float
+    bases: Mapping[str, CacheStats] = {}
 
 
 class _Figures(Collector):
@@ -53,6 +55,7 @@ class _Figures(Collector):
             yield from _engine(snapshot.engine)
         if snapshot.store is not None:
             yield from _store(snapshot.store)
+        yield from _bases(snapshot.bases)
         yield from _volumes(snapshot.exports)
         yield from _operations(snapshot.exports)
         yield _latency(snapshot.exports)
@@ -125,6 +128,27 @@ def _store(figures: StoreMetrics) -> Iterator[Metric]:
     yield _gauge("store_waiting", "Calls that wait for a place, a retry or the store", figures.waiting)
     yield _gauge("store_up", "0 while the breaker holds requests back", float(figures.breaker == "closed"))
     yield _gauge("store_down_seconds", "For how long the store has not answered", figures.down_seconds)
+
+
+_CACHE_FIGURES: tuple[
+    tuple[str, str, type[GaugeMetricFamily] | type[CounterMetricFamily], Callable[[CacheStats], float]], ...
+] = (
+    ("base_cache_entries", "Bases kept in memory", GaugeMetricFamily, lambda s: s.entries),
+    ("base_cache_capacity", "Bases that can be kept", GaugeMetricFamily, lambda s: s.capacity),
+    ("base_cache_hits", "Look-ups answered from memory", CounterMetricFamily, lambda s: s.hits),
+    ("base_cache_misses", "Look-ups that began a load", CounterMetricFamily, lambda s: s.misses),
+    ("base_cache_evictions", "Bases that made room", CounterMetricFamily, lambda s: s.evictions),
+    ("base_cache_failures", "Loads that failed", CounterMetricFamily, lambda s: s.failures),
+    ("base_cache_load_seconds", "Time that loads took", CounterMetricFamily, lambda s: s.load_seconds),
+)
+
+
+def _bases(caches: Mapping[str, CacheStats]) -> Iterator[Metric]:
+    for name, text, family, read in _CACHE_FIGURES:
+        metric = family(f"glidefs_{name}", text, labels=["cache"])
+        for cache, stats in caches.items():
+            metric.add_metric([cache], read(stats))
+        yield metric
 
 
 _VOLUME_GAUGES: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (
