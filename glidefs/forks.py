@@ -143,7 +143,8 @@ class ForkVerbs:
             except BaseException:
                 self._opener.reopen(entry)
                 raise
-            local.save(self._opener.places.state_dir, root.volume_id, root, encode_root(root), etag, {})
+            if etag is not None:
+                local.save(self._opener.places.state_dir, root.volume_id, root, encode_root(root), etag, {})
             fresh = new_record(root, record.prefix, record.transport, published=etag is not None)
             entry.record = replace(fresh, size=record.size, device_id=record.device_id)
             self._records.save(entry.record)

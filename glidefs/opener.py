@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
-from glidefs.formats.manifest import Root, encode_root, manifest_hash
+from glidefs.formats.manifest import Root, decode_root, encode_root, manifest_hash
 from glidefs.names import volumes_prefix
 from glidefs.roots import delete_root
 from glidefs.store.base import ObjectStore, dir_name
@@ -259,6 +259,8 @@ class Opener:
                 raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
             if root.volume_id == record.volume_id and root.log_id == record.log_id:
                 return root, etag
+        if record.root and manifest_hash(record.root) == record.manifest_hash:
+            return decode_root(record.name, record.root), None
         if not record.root_published:
             raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
         found, etag = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
@@ -271,7 +273,7 @@ class Opener:
         record = entry.record
         if record is None or record.root_published or entry.gone:
             return
-        entry.record = replace(record, root_published=True)
+        entry.record = replace(record, root_published=True, root=b"")
         try:
             self._records.save(entry.record)
         except OSError as error:
@@ -398,12 +400,14 @@ class Opener:
 
 def new_record(root: Root, prefix: str, transport: str, *, published: bool) -> ExportRecord:
     """The record of a volume with this root."""
+    data = encode_root(root)
     return ExportRecord(
         name=root.name,
         volume_id=root.volume_id,
         log_id=root.log_id,
         prefix=prefix,
-        manifest_hash=manifest_hash(encode_root(root)),
+        manifest_hash=manifest_hash(data),
+        root=b"" if published else data,
         size=root.size,
         transport=transport,
         read_only=root.read_only,

@@ -37,7 +37,7 @@ from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
 from glidefs.forks import ForkVerbs
 from glidefs.formats.export_record import ExportRecord
-from glidefs.formats.manifest import Root, encode_root
+from glidefs.formats.manifest import Root
 from glidefs.lineage import Lineage, Origin
 from glidefs.log_verbs import LogVerbs
 from glidefs.names import Source, check_name, check_prefix, parse_source
@@ -45,7 +45,7 @@ from glidefs.opener import Opener, new_record
 from glidefs.roots import delete_root, put_first_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Transport, choose_transport
-from glidefs.volume import lease, local
+from glidefs.volume import lease
 from glidefs.volume.host import Host
 
 log = logging.getLogger(__name__)
@@ -208,7 +208,6 @@ class ExportRouter:
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:
         assert entry.record is not None
         prefix = entry.record.prefix
-        local.save(self._settings.state_dir, root.volume_id, root, encode_root(root), None, {})
         self._records.save(entry.record)
         etag: str | None = None
         if root.source and (entry.record.is_view or not wait):
@@ -216,9 +215,6 @@ class ExportRouter:
         else:
             etag = self._publish(entry, prefix, root, wait)
         try:
-            if etag is not None:
-                entry.record = replace(entry.record, root_published=True)
-                self._records.save(entry.record)
             self._opener.open(entry, root, etag)
         except BaseException:
             if etag is not None:

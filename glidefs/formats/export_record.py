@@ -24,10 +24,12 @@ from glidefs.formats.manifest import MAX_SIZE, Id, Label, Natural
 from glidefs.names import NAME_PATTERN
 
 VERSION = 1
-MAX_RECORD = 1 << 20
+MAX_ROOT = 64 << 20
+"""Bytes of the largest encoded root that a record holds."""
+MAX_RECORD = 2 * MAX_ROOT + (1 << 20)
 """Bytes of the largest record file that is read."""
 
-_BYTES_FIELDS = ("volume_id", "log_id", "manifest_hash")
+_BYTES_FIELDS = ("volume_id", "log_id", "manifest_hash", "root")
 
 
 class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +38,8 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     ``volume_id`` and ``log_id`` 16 bytes, ``manifest_hash`` (32 bytes) of the root that the local
     copies must have, ``size`` in bytes. ``attached``: the export is to be served at start.
     ``device_id``: the ublk device to keep, if any. ``root_published``: the store has had a root of
-    this volume, so one that is missing there fences the export.
+    this volume, so one that is missing there fences the export. Until then ``root`` is that root as it
+    will be put, encoded: so one file makes a new volume durable.
     """
 
     name: Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -52,6 +55,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     attached: bool = True
     device_id: Natural | None = None
     root_published: bool = False
+    root: Annotated[bytes, Meta(max_length=MAX_ROOT)] = b""
     source: Label = ""
     epoch: Natural = 0
     created_at: Natural = 0
@@ -88,7 +92,7 @@ def _parse(body: bytes | msgspec.Raw) -> ExportRecord:
     if version != VERSION:
         raise ValueError(f"version {version!r} is not known here; a newer GlideFS wrote it")
     for field in _BYTES_FIELDS:
-        fields[field] = bytes.fromhex(fields[field])
+        fields[field] = bytes.fromhex(fields.get(field, ""))
     return msgspec.convert(fields, ExportRecord)
 
 

@@ -94,8 +94,14 @@ class Committer:
         return Manifest(root, self._prefix, self._meta, store, local_pages)
 
     def save_local(self) -> None:
-        """Make the local copy durable as it is now; for a volume that is being opened."""
+        """Make the local copy durable as it is now; for a volume that is being opened.
+
+        One that the store does not know yet has its root in its record, and needs no copy before.
+        """
         with self._lock:
+            if self.etag is None and not self._has_local():
+                self.local_segment = self.root.last_segment
+                return
             saved = local.load(self._state_dir, self.root.volume_id) if self._has_local() else None
             if saved is None or saved[:2] != (self.root, self.etag):
                 self._save(self.root, encode_root(self.root), {})
