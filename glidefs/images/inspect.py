@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from glidefs.errors import ConfigError, CorruptObject
-from glidefs.formats import export_record, hot_set, manifest, pack
+from glidefs.formats import export_record, gc_state, hot_set, manifest, pack
 from glidefs.store.base import ObjectStore
 
 SEGMENT_MAGIC = b"GLIDELOG"
@@ -92,6 +92,7 @@ def inspect(source: Source) -> dict[str, Any]:
         manifest.ROOT_MAGIC: _root,
         manifest.PAGE_MAGIC: _page,
         hot_set.HOT_SET_MAGIC: _hot_set,
+        gc_state.STATE_MAGIC: _gc_state,
         pack.PACK_MAGIC: _pack,
     }
     describe = known.get(magic[:4])
@@ -101,7 +102,8 @@ def inspect(source: Source) -> dict[str, Any]:
         describe = _record
     if describe is None:
         raise ConfigError(
-            f"{source.name}: not a manifest, page, pack, hot set, segment or record (begins with {magic!r})"
+            f"{source.name}: not a manifest, page, pack, hot set, gc state, segment or record "
+            f"(begins with {magic!r})"
         )
     return {"object": source.name, "bytes": source.size, **describe(source)}
 
@@ -195,6 +197,25 @@ def _hot_set(source: Source) -> dict[str, Any]:
         "manifest_hash": found.manifest_hash.hex(),
         "block_count": found.block_count,
         "runs": [list(msgspec.structs.astuple(run)) for run in found.runs[:LISTED]],
+    }
+
+
+def _gc_state(source: Source) -> dict[str, Any]:
+    found = gc_state.decode_state(source.name, source.whole())
+    packs, pages = gc_state.first_seen(found)
+    return {
+        "kind": "gc state",
+        "run": found.run.hex(),
+        "unreferenced_packs": len(packs),
+        "unreferenced_pages": len(pages),
+        "sightings": [
+            {
+                "since": sighting.since,
+                "packs": len(sighting.packs) // pack.ID_SIZE,
+                "pages": len(sighting.pages) // pack.ID_SIZE,
+            }
+            for sighting in found.sightings[:LISTED]
+        ],
     }
 
 
