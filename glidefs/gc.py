@@ -21,6 +21,12 @@ It works on the store alone, while hosts write to it. Why nothing that is needed
   the one that gets there later deletes nothing. It still lists what is about to be deleted, so a
   crash in between costs nothing: the next run goes on.
 
+What is left: a store has no transactions, so two chains of events escape that need a fork of a fork.
+A root handed on twice, each time to a fork put behind the listing while its source is removed ahead of
+it, in every look of both runs. And a pack that only forks under way hold at two runs a grace
+apart, which was named in between, but at no run. More runs per grace make both rarer; a host that
+looks at the source once more after it has put a fork's root rules out the second.
+
 The removal of a base leaves a tombstone, a root like any other until it is a grace old. It is then
 deleted, and what it named becomes garbage of later runs. Tombstones of volumes are left to creates,
 which may take them over.

@@ -6,7 +6,8 @@ upload or fork under way may still name; and when nothing happens any more, all 
 
 Two things are left out, because a store without transactions cannot rule them out. More than one
 root handed on (fork put, source removed) within one run. And objects that only a fork under way holds,
-which had been in that position before and were named in between: such a fork is given up here.
+which had been in that position before, and were named in between but not when a run looked: such a
+fork is given up here.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import Any
+from random import Random
+from typing import Any, TypeAlias
 
 import gc_rig as rig
 import msgspec
+import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -27,6 +30,7 @@ from glidefs import gc as gc_module
 from glidefs import names
 from glidefs.formats.manifest import Root, decode_root, encode_root
 
+POOL = gc_module.ThreadPoolExecutor
 FACTOR = {"quick": 1, "long": 20}.get(os.environ.get("GLIDEFS_TEST_LENGTH", ""), 2)
 TICKS = (1.0, GRACE / 8, GRACE / 4, GRACE / 2, GRACE)
 
@@ -63,6 +67,7 @@ class Prefix:
     def __init__(self) -> None:
         rig.restart_ids()
         self.store = ClockStore()
+        self.store.list_limit = 2
         self.packs_of: dict[bytes, list[bytes]] = {}
         self.uploads: list[Upload] = []
         self.forks: list[Fork] = []
@@ -196,6 +201,23 @@ class Prefix:
             root = msgspec.structs.replace(fork.root, name=name, volume_id=rig.new_id(), removed_at=0)
             self.store.put(names.manifest_key(PREFIX, name), encode_root(root))
 
+    def fork_and_remove(self, number: int) -> None:
+        """A fork whose source goes before its own root comes."""
+        keys = self.root_keys("volume", "snapshot", "tag")
+        if keys:
+            key = keys[number % len(keys)]
+            self.forks.append(Fork(self.root(key), self.store.now))
+            self.store.delete(key)
+
+    def hand_on(self, number: int) -> None:
+        """A root whose content never goes: the fork is there before the source is removed."""
+        keys = self.root_keys("volume")
+        if keys:
+            old = keys[number % len(keys)]
+            root = msgspec.structs.replace(self.root(old), name=self.name("h"), volume_id=rig.new_id())
+            self.store.put(names.manifest_key(PREFIX, root.name), encode_root(root))
+            self.store.delete(old)
+
     def step(self, what: str, number: int) -> None:
         getattr(self, what)(number)
         self.give_up_forks()
@@ -221,7 +243,31 @@ class Prefix:
         lost = {id_.hex() for id_ in needed if not self.exists(id_)}
         assert not lost
 
-    def run(self, limit: int, races: list[tuple[int, str, int]]) -> None:
+    def settle(self) -> None:
+        """Nothing happens any more: all that no root names goes."""
+        self.uploads, self.forks = [], []
+        self.store.now += GRACE
+        self.run(1000, [])  # old tombstones go
+        for _ in range(2):
+            self.run(1000, [])
+            self.check()
+            self.store.now += GRACE
+        left = {
+            bytes.fromhex(key[-32:])
+            for place in ("packs", "pages")
+            for key in self.store.key_set(f"{PREFIX}/{place}/")
+        }
+        assert left == set().union(*map(self.ids, self.all_roots()))
+
+    def day(self, quarters: list[Steps], races: Races) -> None:
+        """What happens in a grace, and a run at its end."""
+        for steps in quarters:
+            for what, number in steps:
+                self.step(what, number)
+            self.store.now += GRACE / 4
+        self.run(1000, races)
+
+    def run(self, limit: int, races: Races) -> None:
         requests = 0
         busy = False
 
@@ -242,15 +288,24 @@ class Prefix:
         finally:
             self.store.hook = lambda op, key: None
         self.give_up_forks()
+        if not races:
+            self.was_in_gap -= set().union(*map(self.ids, self.all_roots()))
 
 
 STEPS = (
     *("tick", "create", "upload", "commit", "compact", "keep", "remove", "begin_fork", "end_fork"),
     # What makes and ends roots is worth more.
-    *("commit", "remove", "begin_fork", "end_fork", "tick"),
+    *("upload", "commit", "commit", "remove", "end_fork", "end_fork", "tick", "fork_and_remove"),
 )
-Step = st.tuples(st.sampled_from(STEPS), st.integers(0, 60))
-Race = st.tuples(st.integers(1, 60), st.sampled_from(STEPS), st.integers(0, 60))
+Steps: TypeAlias = list[tuple[str, int]]
+Races: TypeAlias = list[tuple[int, str, int]]
+AT, NUMBER = (1, 60), (0, 60)
+"""Requests of a run at which something else happens, and what a step chooses by."""
+step_lists = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(*NUMBER)), max_size=4)
+race_lists = st.one_of(
+    st.lists(st.tuples(st.integers(*AT), st.sampled_from(STEPS), st.integers(*NUMBER)), max_size=3),
+    st.lists(st.tuples(st.integers(*AT), st.just("hand_on"), st.integers(*NUMBER)), max_size=1),
+)
 
 
 class GcMachine(RuleBasedStateMachine):
@@ -258,22 +313,20 @@ class GcMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         gc_module.ThreadPoolExecutor = InlinePool  # type: ignore[misc]
         self.prefix = Prefix()
-        self.prefix.store.list_limit = 2
         self.prefix.create(0)
 
-    @rule(steps=st.lists(Step, min_size=1, max_size=6))
-    def work(self, steps: list[tuple[str, int]]) -> None:
+    @rule(steps=step_lists)
+    def work(self, steps: Steps) -> None:
         for what, number in steps:
             self.prefix.step(what, number)
 
-    @rule(limit=st.sampled_from([1, 3, 1000]), races=st.lists(Race, max_size=3))
-    def gc(self, limit: int, races: list[tuple[int, str, int]]) -> None:
+    @rule(limit=st.sampled_from([1, 3, 1000]), races=race_lists)
+    def gc(self, limit: int, races: Races) -> None:
         self.prefix.run(limit, races)
 
-    @rule(races=st.lists(Race, max_size=3))
-    def a_grace_later(self, races: list[tuple[int, str, int]]) -> None:
-        self.prefix.step("tick", TICKS.index(GRACE))
-        self.prefix.run(1000, races)
+    @rule(quarters=st.lists(step_lists, min_size=4, max_size=4), races=race_lists)
+    def a_day(self, quarters: list[Steps], races: Races) -> None:
+        self.prefix.day(quarters, races)
 
     @invariant()
     def nothing_is_lost(self) -> None:
@@ -282,25 +335,40 @@ class GcMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         gc_module.ThreadPoolExecutor = POOL  # type: ignore[misc]
-        if not hasattr(self, "prefix"):
-            return
-        prefix = self.prefix
-        prefix.uploads, prefix.forks = [], []
-        prefix.store.now += GRACE
-        prefix.run(1000, [])  # old tombstones go
-        for _ in range(2):
-            prefix.run(1000, [])
-            prefix.check()
-            prefix.store.now += GRACE
-        left = {
-            bytes.fromhex(key[-32:])
-            for place in ("packs", "pages")
-            for key in prefix.store.key_set(f"{PREFIX}/{place}/")
-        }
-        assert left == set().union(*map(prefix.ids, prefix.all_roots()))
+        if hasattr(self, "prefix"):
+            self.prefix.settle()
 
 
-POOL = gc_module.ThreadPoolExecutor
+def random_history(random: Random) -> None:
+    """One history, much faster than Hypothesis makes them, from the same steps."""
+
+    def steps() -> Steps:
+        return [(random.choice(STEPS), random.randint(*NUMBER)) for _ in range(random.randint(0, 4))]
+
+    def races() -> Races:
+        if random.random() < 0.5:
+            return [(random.randint(*AT), "hand_on", random.randint(*NUMBER))]
+        some = range(random.randint(0, 3))
+        return [(random.randint(*AT), random.choice(STEPS), random.randint(*NUMBER)) for _ in some]
+
+    prefix = Prefix()
+    prefix.create(0)
+    for _ in range(random.randint(4, 20)):
+        if random.random() < 0.3:
+            prefix.run(random.choice([1, 3, 1000]), races())
+        else:
+            prefix.day([steps() for _ in range(4)], races())
+        prefix.check()
+    prefix.settle()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_random_histories(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gc_module, "ThreadPoolExecutor", InlinePool)
+    for number in range(30 * FACTOR):
+        random_history(Random(f"{seed}/{number}"))
+
+
 TestGcModel = GcMachine.TestCase
 TestGcModel.settings = settings(
     max_examples=60 * FACTOR,
