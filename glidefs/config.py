@@ -30,6 +30,7 @@ PathText = Annotated[str, Meta(min_length=1, extra={"unit": "path"})]
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 DEFAULT_CONFIG = "/etc/glidefs/glidefs.toml"
 MAX_DURATION = 30 * 86400  # fits the C core's milliseconds in 32 bits
+MIN_GC_GRACE = 60
 MAX_SOCKET_PATH = 107
 DEFAULT_SOCKET = "/run/glidefs/api.sock"
 
@@ -81,6 +82,7 @@ class StoreSettings(Struct, frozen=True, forbid_unknown_fields=True):
     writes: Annotated[int, Meta(ge=1, le=1024)] = 8
     connect_timeout: Duration = 5.0
     read_timeout: Duration = 30.0
+    gc_grace: Duration = 86400.0
 
     @property
     def default_prefix(self) -> str:
@@ -291,6 +293,9 @@ def _check(source: str, config: Config) -> None:
     for key, url in (("url", config.store.url), ("endpoint_url", config.store.endpoint_url)):
         if url and "@" in urlsplit(url).netloc:
             refuse("store", key, "credentials do not belong in an url; they come from the AWS chain")
+    if config.store.gc_grace < MIN_GC_GRACE:
+        # An upload has half of it from its first pack to its commit, a fork a quarter.
+        refuse("store", "gc_grace", "must be at least 1m")
     if config.api.listen and not config.api.token_file:
         refuse("api", "listen", "the control API listens on TCP only with a token; set token_file too")
     for section, listen in (("api", config.api.listen), ("nbd", config.nbd.listen)):

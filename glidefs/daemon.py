@@ -86,6 +86,7 @@ def host_settings(config: Config) -> HostSettings:
         compression_level=upload.compression_level,
         compaction=upload.compaction,
         compact_rate=upload.compact_rate,
+        gc_grace=config.store.gc_grace,
     )
 
 

@@ -178,6 +178,14 @@ class NotSupported(GlideError):
     """This kernel, transport, volume or build cannot do what was asked."""
 
 
+class GcRefused(GlideError):
+    """A run of gc stopped, because it could not be sure that what it was about to delete is garbage."""
+
+    def __init__(self, prefix: str, why: str) -> None:
+        self.prefix = prefix
+        super().__init__(f"gc of prefix {prefix} stopped: {why}")
+
+
 class DeviceError(GlideError):
     """A block device could not be made, recovered or removed."""
 

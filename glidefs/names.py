@@ -90,6 +90,16 @@ def tag_key(prefix: str, tag: str) -> str:
     return f"{tags_prefix(prefix)}{check_name('tag', tag)}"
 
 
+def gc_state_key(prefix: str) -> str:
+    """Key of what one run of gc leaves for the next."""
+    return f"{check_prefix(prefix)}/gc/state"
+
+
+def gc_clock_key(prefix: str) -> str:
+    """Key of the object that gc puts to read the store's clock."""
+    return f"{check_prefix(prefix)}/gc/clock"
+
+
 def packs_prefix(prefix: str) -> str:
     """Where the packs of a prefix are, with the trailing slash that listings want."""
     return f"{check_prefix(prefix)}/packs/"

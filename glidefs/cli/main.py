@@ -395,6 +395,31 @@ def bases_remove(
         bases_remove_command(name, prefix, store, config, as_json)
 
 
+@app.command()
+def gc(
+    prefix: Annotated[
+        str | None, typer.Option("--prefix", help="Store prefix; default: all that are configured.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete and write nothing.")] = False,
+    grace: Annotated[
+        str | None, typer.Option("--grace", help="Delete what nothing has named for so long.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Delete at most so many objects.")] = 10_000,
+    store: Store = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Allow a --grace that is shorter than the configured one.")
+    ] = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Delete packs and pages that no volume, snapshot, tag or base names; works without a daemon."""
+    from glidefs.cli.offline import gc_command
+
+    with reported(as_json):
+        code = gc_command(prefix, dry_run, seconds(grace), limit, store, force, config, as_json)
+    raise SystemExit(code)
+
+
 def main() -> None:
     """Entry point of the `glidefs` program."""
     if hasattr(signal, "SIGPIPE") and sys.argv[1:2] != ["run"]:

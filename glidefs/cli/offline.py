@@ -1,19 +1,24 @@
-"""The commands that need no daemon: doctor, inspect, export-image, bless, bases."""
+"""The commands that need no daemon: doctor, inspect, export-image, bless, bases, gc."""
 
 from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+import msgspec
 
 from glidefs.cli import output
 from glidefs.config import Config, config_path, load_config
-from glidefs.errors import ConfigError
+from glidefs.errors import ConfigError, GlideError
 from glidefs.names import check_prefix
 from glidefs.store import ObjectStore, open_store
 from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore
+
+if TYPE_CHECKING:
+    from glidefs.gc import GcResult, Tally
 
 OFFLINE_DEADLINE = 60.0
 """Seconds that an offline tool waits for a store before it gives up."""
@@ -201,6 +206,83 @@ def bases_remove_command(
         output.emit(msgspec.to_builtins(found))
     else:
         print(f"{base}: removed at {output.time_text(found.removed_at)}; gc will delete its data")
+
+
+def gc_command(
+    prefix: str | None,
+    dry_run: bool,
+    grace: float | None,
+    limit: int,
+    store_url: str | None,
+    force: bool,
+    config: str | None,
+    as_json: bool,
+) -> int:
+    """Collect the garbage of one prefix, or of all that are configured; 1 if one of them failed."""
+    from glidefs.gc import collect
+
+    chosen = settings(config)
+    seconds = checked_grace(grace, chosen.store.gc_grace, force)
+    documents: list[dict[str, Any]] = []
+    with _patient(bare_store(chosen, store_url)) as store:
+        for name in (prefix,) if prefix else chosen.store.prefixes:
+            try:
+                with output.counting(f"gc {name}") as update:
+                    result = collect(
+                        store, name, grace=seconds, limit=limit, dry_run=dry_run, progress=update
+                    )
+            except GlideError as error:
+                # The other prefixes have nothing to do with it.
+                output.say(f"glidefs: {name}: {error}")
+                reason, hint = output.split_reason(error)
+                documents.append({"prefix": name, "error": reason, "hint": hint})
+                continue
+            documents.append(msgspec.to_builtins(result))
+            if not as_json:
+                _print_gc(result)
+    failed = [document for document in documents if "error" in document]
+    if as_json:
+        first = {key: failed[0][key] for key in ("error", "hint")} if failed else {}
+        output.emit({**first, "prefixes": documents})
+    return int(bool(failed))
+
+
+def checked_grace(wanted: float | None, configured: float, force: bool) -> float:
+    """The grace of a run in seconds. Raises ConfigError for one that hosts do not reckon with."""
+    if wanted is None:
+        return configured
+    if wanted < configured and not force:
+        raise ConfigError(
+            f"a grace of {output.age_text(wanted)} is less than the {output.age_text(configured)} that hosts "
+            "reckon with ([store] gc_grace): what they are about to commit could be deleted; "
+            "with no host at work on the prefix, --force allows it"
+        )
+    return wanted
+
+
+def _print_gc(result: GcResult) -> None:
+    def text(tally: Tally) -> str:
+        return f"{tally.objects} objects, {output.size_text(tally.bytes)}"
+
+    lines = {
+        "roots": result.roots,
+        "listed": text(result.listed),
+        "marked": text(result.marked),
+        "unreferenced": text(result.unreferenced),
+        "waiting": f"{text(result.waiting)} (grace {output.age_text(result.grace)})",
+    }
+    if result.dry_run:
+        lines["due"] = f"{text(result.due)} (dry run: nothing was deleted)"
+    else:
+        lines |= {"deleted": text(result.deleted), "left": f"{text(result.left)} (for the next run)"}
+    if result.bases:
+        lines["bases"] = f"{result.bases} removed bases deleted"
+    if result.strays:
+        lines["strays"] = f"{result.strays} objects among packs and pages are not ours; left alone"
+    print(f"{result.prefix}:")
+    output.fields(lines, "  ")
+    if result.note:
+        output.say(f"note: {result.prefix}: {result.note}")
 
 
 def _patient(store: ObjectStore) -> ResilientStore:

@@ -15,6 +15,8 @@ from glidefs.errors import GlideError
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 Update = Callable[[float, float], None]
 """Called with bytes done and bytes in all, 0 where nobody knows."""
+Count = Callable[[str, int, int], None]
+"""Called with what is being done, how many are done, and how many there are (0: not known)."""
 
 
 def size_text(size: float) -> str:
@@ -55,14 +57,15 @@ def printable(text: str) -> str:
 
 def fail(error: Exception, as_json: bool, code: int = 1) -> NoReturn:
     """End the command: one line of reason on stderr, what to do about it, and the JSON document."""
-    reason, hint = _reason(error)
+    reason, hint = split_reason(error)
     if as_json:
         emit({"error": reason, "hint": hint})
     print(f"glidefs: {printable(reason)}" + (f"; {printable(hint)}" if hint else ""), file=sys.stderr)
     raise SystemExit(code)
 
 
-def _reason(error: Exception) -> tuple[str, str]:
+def split_reason(error: Exception) -> tuple[str, str]:
+    """What went wrong, and what to do about it (may be empty)."""
     hint = getattr(error, "hint", "")
     if isinstance(error, GlideError):
         reason = " ".join(str(error).split())
@@ -133,6 +136,25 @@ def progress(title: str) -> Iterator[Update]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total or None)
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Count]:
+    """What is being done and how far, on stderr if that is a terminal; else nothing."""
+    if not sys.stderr.isatty():
+        yield lambda what, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{title}: {what}", completed=done, total=total or None)
+
+        yield update
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from glidefs.errors import ConfigError, CorruptObject
-from glidefs.formats import blessing, export_record, hot_set, manifest, pack
+from glidefs.formats import blessing, export_record, gc_state, hot_set, manifest, pack
 from glidefs.store.base import ObjectStore
 
 SEGMENT_MAGIC = b"GLIDELOG"
@@ -93,6 +93,7 @@ def inspect(source: Source) -> dict[str, Any]:
         manifest.PAGE_MAGIC: _page,
         hot_set.HOT_SET_MAGIC: _hot_set,
         blessing.BLESSING_MAGIC: _blessing,
+        gc_state.STATE_MAGIC: _gc_state,
         pack.PACK_MAGIC: _pack,
     }
     describe = known.get(magic[:4])
@@ -102,7 +103,7 @@ def inspect(source: Source) -> dict[str, Any]:
         describe = _record
     if describe is None:
         raise ConfigError(
-            f"{source.name}: not a manifest, page, pack, hot set, checkpoint, segment or record "
+            f"{source.name}: not a manifest, page, pack, hot set, checkpoint, gc state, segment or record "
             f"(begins with {magic!r})"
         )
     return {"object": source.name, "bytes": source.size, **describe(source)}
@@ -208,6 +209,25 @@ def _blessing(source: Source) -> dict[str, Any]:
         "pack_count": len(found.packs),
         "pack_bytes": sum(pack.ref.size for pack in found.packs),
         "packs": [{**_plain(pack.ref), "put_at": pack.put_at} for pack in found.packs[:LISTED]],
+    }
+
+
+def _gc_state(source: Source) -> dict[str, Any]:
+    found = gc_state.decode_state(source.name, source.whole())
+    packs, pages = gc_state.first_seen(found)
+    return {
+        "kind": "gc state",
+        "run": found.run.hex(),
+        "unreferenced_packs": len(packs),
+        "unreferenced_pages": len(pages),
+        "sightings": [
+            {
+                "since": sighting.since,
+                "packs": len(sighting.packs) // pack.ID_SIZE,
+                "pages": len(sighting.pages) // pack.ID_SIZE,
+            }
+            for sighting in found.sightings[:LISTED]
+        ],
     }
 
 

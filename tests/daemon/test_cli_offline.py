@@ -16,7 +16,7 @@ from glidefs.cli.client import socket_path
 from glidefs.config import load_config
 
 Make = Callable[..., Daemon]
-OFFLINE = ("init", "doctor", "inspect", "export-image", "bless", "bases")
+OFFLINE = ("init", "doctor", "inspect", "export-image", "bless", "bases", "gc")
 VERBS = ("create", "list", "show", "resize", "drain", "detach", "attach", "remove", "logs", *OFFLINE)
 
 

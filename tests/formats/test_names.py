@@ -20,6 +20,8 @@ def test_layout() -> None:
     assert names.base_manifest_key("p", "b") == "p/bases/b/manifest"
     assert names.hot_set_key("p", "b") == "p/bases/b/hot-set"
     assert names.tag_key("p", "t") == "p/tags/t"
+    assert names.gc_state_key("p") == "p/gc/state"
+    assert names.gc_clock_key("p") == "p/gc/clock"
     assert names.volumes_prefix("p") == "p/volumes/"
 
 
@@ -81,6 +83,7 @@ def test_every_error_has_one_line_and_a_temporary_mark() -> None:
         errors.CacheBusy("/c", 1),
         errors.ConfigError("why"),
         errors.NotSupported("why"),
+        errors.GcRefused("p", "why"),
         errors.StoreUnavailable(key="k", op="get"),
         errors.Throttled("why"),
         errors.NotFound(key="k"),

@@ -1,0 +1,303 @@
+"""Garbage collection: delete the packs and pages of a prefix that no root names any more.
+
+It works on the store alone, while hosts write to it. Why nothing that is needed is deleted:
+
+- *The order.* Packs and pages are listed first and roots read after that. Whatever is named by a root
+  that was committed before the listing is seen there; what is put later is not a candidate.
+- *Grace.* A host names only packs that it put less than half the grace before, or that it took from
+  a root it read less than half the grace before (a quarter, and a quarter for a cached base). So an
+  object goes only if it is older than the grace, and if an earlier run, at least a grace ago, saw it
+  without a root, too. An object that a root names again starts anew. One that an upload may still
+  be about to commit, younger than half the grace, does not count as seen: it could be named and
+  dropped again until the next run, with a fork under way that holds it.
+- *Clocks.* Ages count by the store's clock: the time of an object that the run has just put. They end
+  at the start of the run, and a sighting begins at the end of its marking: a run may take long.
+- *Looking again.* A listing takes time. A root that is put where the listing has been already, made from
+  one that is removed before the listing gets there, escapes it. So roots are listed again until
+  a listing shows nothing new (twice at least), and once more before each batch of deletes.
+- *Failing closed.* A root or page that cannot be read, or an object whose kind is not known here,
+  ends the run with nothing deleted.
+- *One at a time.* The state is put under its ETag before the first delete: of two runs that overlap,
+  the one that gets there later deletes nothing. It still lists what is about to be deleted, so a
+  crash in between costs nothing: the next run goes on.
+
+What is left: a store has no transactions, so two chains of events escape that need a fork of a fork.
+A root handed on twice, each time to a fork put behind the listing while its source is removed ahead of
+it, in every look of both runs. And a pack that only forks under way hold at two runs a grace
+apart, which was named in between, but at no run. More runs per grace make both rarer; a host that
+looks at the source once more after it has put a fork's root rules out the second.
+
+The removal of a base leaves a tombstone, a root like any other until it is a grace old. It is then
+deleted, and what it named becomes garbage of later runs. Tombstones of volumes are left to creates,
+which may take them over.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+import msgspec
+
+from glidefs import names
+from glidefs.errors import Conflict, CorruptObject, GcRefused, NotFound, PreconditionFailed
+from glidefs.formats.gc_state import FirstSeen, decode_state, encode_state, first_seen, make_state
+from glidefs.formats.manifest import encode_root
+from glidefs.formats.pack import ID_SIZE
+from glidefs.gc_mark import THREADS, Candidates, Marker, Progress, in_parallel
+from glidefs.store.base import ObjectStore, dir_name
+
+DEFAULT_LIMIT = 10_000
+"""Objects that a run deletes at most."""
+BATCH = 1000
+"""Deletes between two looks at the roots."""
+
+
+class Tally(msgspec.Struct, frozen=True):
+    """So many packs and pages, and their bytes in the store."""
+
+    objects: int = 0
+    bytes: int = 0
+
+
+class GcResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run found and did.
+
+    ``listed`` = ``marked`` + ``unreferenced``, ``unreferenced`` = ``waiting`` (for ``grace`` seconds to
+    pass) + ``due``, ``due`` = ``deleted`` + ``left`` for the next run. A dry run deletes nothing.
+    ``roots`` were read, ``bases`` tombstones deleted. ``strays`` are objects among packs and pages
+    that bear no id; they are left alone. ``note`` says what an operator should know, or is empty.
+    """
+
+    prefix: str
+    dry_run: bool
+    grace: float
+    roots: int = 0
+    listed: Tally = Tally()
+    marked: Tally = Tally()
+    unreferenced: Tally = Tally()
+    waiting: Tally = Tally()
+    due: Tally = Tally()
+    deleted: Tally = Tally()
+    left: Tally = Tally()
+    bases: int = 0
+    strays: int = 0
+    note: str = ""
+
+
+def collect(
+    store: ObjectStore,
+    prefix: str,
+    *,
+    grace: float,
+    limit: int = DEFAULT_LIMIT,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> GcResult:
+    """One run of gc over ``prefix``.
+
+    ``grace`` in seconds, not below that of the hosts ([store] gc_grace). At most ``limit`` objects are
+    deleted. A ``dry_run`` needs read access only; as it cannot ask the store's clock, what it reports
+    goes by the local one.
+
+    Raises CorruptObject where a root or page cannot be decoded or a page is missing, GcRefused where
+    an object is not known or another run was faster, StoreError; ValueError for negative numbers.
+    Until the first delete, any of them means that nothing was deleted.
+    """
+    if not 0 <= grace < float("inf") or limit < 0:
+        raise ValueError(f"grace {grace} or limit {limit} is out of range")
+    with ThreadPoolExecutor(THREADS, "gc") as pool:
+        return _Run(store, names.check_prefix(prefix), grace, limit, dry_run, pool, progress).run()
+
+
+class _Run:
+    """One run: load the state, list, mark, save the state, delete."""
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        prefix: str,
+        grace: float,
+        limit: int,
+        dry_run: bool,
+        pool: Executor,
+        progress: Progress | None,
+    ) -> None:
+        self._store = store
+        self._prefix = prefix
+        self._grace = grace
+        self._limit = limit
+        self._dry_run = dry_run
+        self._pool = pool
+        self._tell: Progress = progress or (lambda what, done, total: None)
+        self._state_etag: str | None = None
+        self._note = ""
+
+    def run(self) -> GcResult:
+        """All of it."""
+        if not self._check_layout():
+            note = "there is nothing under this prefix"
+            return GcResult(prefix=self._prefix, dry_run=self._dry_run, grace=self._grace, note=note)
+        seen_packs, seen_pages = self._load_state()
+        self._packs = Candidates("packs", lambda id_: names.pack_key(self._prefix, id_), seen_packs)
+        self._pages = Candidates("pages", lambda id_: names.page_key(self._prefix, id_), seen_pages)
+        self._kinds = (self._packs, self._pages)
+        self._marker = Marker(self._store, self._prefix, self._pool, self._packs, self._pages, self._tell)
+        self._started = self._now()
+        for kind in self._kinds:
+            infos = self._store.list(f"{self._prefix}/{kind.place}/")
+            for count in kind.fill(infos, self._started, self._grace):
+                self._tell(f"listing {kind.place}", count, 0)
+        self._marker.mark()
+        self._marked = self._now()
+        deleted, bases = Tally(), 0
+        if not self._dry_run:
+            self._save_state()
+            bases = self._delete_bases()
+            deleted = self._delete(self._due()[: max(0, self._limit - 2 * bases)])
+        return self._result(deleted, bases)
+
+    def _check_layout(self) -> bool:
+        """Is there anything of ours? Raises GcRefused where a newer version may keep roots."""
+        known = {"packs", "pages", "volumes", "bases", "tags", "gc"}
+        found = {dir_name(directory) for directory in self._store.list_dirs(f"{self._prefix}/")}
+        for name in sorted(found - known):
+            if not name.startswith("."):
+                raise GcRefused(
+                    self._prefix,
+                    f"what is below {self._prefix}/{name}/ is not known to this version and may name packs; "
+                    "run gc of the newest version in use, or move it away",
+                )
+        return bool(found & known - {"gc"})
+
+    def _now(self) -> float:
+        """The time by the store's clock, in unix seconds."""
+        if self._dry_run:
+            return time.time()
+        key = names.gc_clock_key(self._prefix)
+        self._store.put(key, secrets.token_bytes(ID_SIZE))
+        return self._store.head(key).last_modified
+
+    # -- the state -----------------------------------------------------------------------------
+
+    def _load_state(self) -> tuple[FirstSeen, FirstSeen]:
+        key = names.gc_state_key(self._prefix)
+        try:
+            found = self._store.get(key)
+        except NotFound:
+            return {}, {}
+        self._state_etag = found.etag
+        try:
+            return first_seen(decode_state(key, found.data))
+        except CorruptObject as error:
+            # Without it nothing can be deleted, so it is safe to begin again.
+            self._note = f"{key}: corrupt at byte {error.offset}: {error.why}; every grace begins anew"
+            return {}, {}
+
+    def _sightings(self, kind: Candidates) -> FirstSeen:
+        """What is unreferenced, and since when; a time in the future was of a clock that was wrong."""
+        end = self._marked
+        return {id_: min(kind.seen.get(id_, end), end) for id_ in kind.sizes if id_ not in kind.newborn}
+
+    def _save_state(self) -> None:
+        """Put the state over the one that was loaded. Raises GcRefused if that was replaced."""
+        key = names.gc_state_key(self._prefix)
+        packs, pages = (self._sightings(kind) for kind in self._kinds)
+        data = encode_state(make_state(secrets.token_bytes(ID_SIZE), packs, pages))
+        etag = self._state_etag
+        try:
+            self._state_etag = self._store.put(key, data, if_match=etag, if_none_match=etag is None)
+        except (PreconditionFailed, Conflict) as error:
+            try:
+                found = self._store.get(key)
+            except NotFound:
+                found = None
+            if found is None or found.data != data:  # else it was our own put, whose answer was lost
+                raise GcRefused(
+                    self._prefix, "another run of gc was faster; run it again when that one has ended"
+                ) from error
+            self._state_etag = found.etag
+
+    # -- deleting ------------------------------------------------------------------------------
+
+    def _due(self) -> list[tuple[float, Candidates, bytes]]:
+        """What may be deleted, with when it was first seen; the oldest first."""
+        newest = self._started - self._grace
+        due = [
+            (since, kind, id_)
+            for kind in self._kinds
+            for id_, since in kind.seen.items()
+            if since <= newest and id_ in kind.sizes and id_ not in kind.young
+        ]
+        due.sort(key=lambda item: item[0])
+        return due
+
+    def _delete_bases(self) -> int:
+        """Delete tombstones that are old enough, with the hot sets beside them. Returns how many."""
+        deleted = 0
+        for key, tombstone in self._marker.tombstones.items():
+            if tombstone.last_modified > self._started - self._grace or 2 * (deleted + 1) > self._limit:
+                continue
+            # A store has no conditional delete. So the tombstone is replaced under its ETag first: the
+            # name may have been freed and blessed again, and another run must wait for the grace now.
+            claimed = msgspec.structs.replace(tombstone.root, sequence=tombstone.root.sequence + 1)
+            try:
+                self._store.put(key, encode_root(claimed), if_match=tombstone.etag)
+            except (PreconditionFailed, Conflict):
+                continue
+            self._store.delete(key.removesuffix("manifest") + "hot-set")
+            self._store.delete(key)
+            deleted += 1
+        return deleted
+
+    def _delete(self, todo: list[tuple[float, Candidates, bytes]]) -> Tally:
+        """Delete, a batch at a time, what still no root names."""
+        objects = nbytes = 0
+        for start in range(0, len(todo), BATCH):
+            unnamed = sum(len(kind.sizes) for kind in self._kinds)
+            self._marker.look()
+            if sum(len(kind.sizes) for kind in self._kinds) != unnamed:
+                # What a root names after all must wait for a whole grace when that goes.
+                self._save_state()
+            batch = [(kind, id_) for _, kind, id_ in todo[start : start + BATCH] if id_ in kind.sizes]
+            for _ in in_parallel(self._pool, self._delete_one, batch):
+                objects += 1
+                self._tell("deleting", objects, len(todo))
+            nbytes += sum(kind.sizes[id_] for kind, id_ in batch)
+        return Tally(objects, nbytes)
+
+    def _delete_one(self, item: tuple[Candidates, bytes]) -> None:
+        kind, id_ = item
+        self._store.delete(kind.key(id_.hex()))
+
+    # -- the result ----------------------------------------------------------------------------
+
+    def _result(self, deleted: Tally, bases: int) -> GcResult:
+        kinds = self._kinds
+        listed = Tally(sum(kind.listed for kind in kinds), sum(kind.listed_bytes for kind in kinds))
+        unreferenced = Tally(
+            sum(len(kind.sizes) for kind in kinds), sum(sum(kind.sizes.values()) for kind in kinds)
+        )
+        found = self._due()
+        due = Tally(len(found), sum(kind.sizes[id_] for _, kind, id_ in found))
+        return GcResult(
+            prefix=self._prefix,
+            dry_run=self._dry_run,
+            grace=self._grace,
+            roots=self._marker.roots,
+            listed=listed,
+            marked=_less(listed, unreferenced),
+            unreferenced=unreferenced,
+            waiting=_less(unreferenced, due),
+            due=due,
+            deleted=deleted,
+            left=_less(due, deleted),
+            bases=bases,
+            strays=sum(kind.strays for kind in kinds),
+            note=self._note,
+        )
+
+
+def _less(all_: Tally, some: Tally) -> Tally:
+    return Tally(all_.objects - some.objects, all_.bytes - some.bytes)
