@@ -102,6 +102,7 @@ class Daemon:
         self._undo = contextlib.ExitStack()
         self._engine: Engine | None = None
         self._store: ResilientStore | None = None
+        self._host: Host | None = None
         self._router: ExportRouter | None = None
         self._metrics = Metrics(self._snapshot)
 
@@ -130,7 +131,7 @@ class Daemon:
         files = process.raise_file_limit()
         engine = self._engine = self._undo.enter_context(Engine(engine_config(config)))
         store = self._store = self._open_store()
-        host = Host(
+        host = self._host = Host(
             engine,
             store,
             node=config.daemon.node_name,
@@ -300,6 +301,7 @@ class Daemon:
             store=self._store.metrics() if self._store else None,
             started_at=self.started_at,
             bases=router.bases.stats() if router else {},
+            fault_fetches=self._host.faults.fetches if self._host else 0,
         )
 
     # -- stop ----------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     store: StoreMetrics | None
     started_at: float
     bases: Mapping[str, CacheStats] = {}
+    fault_fetches: int = 0
 
 
 class _Figures(Collector):
@@ -56,6 +57,7 @@ class _Figures(Collector):
         if snapshot.store is not None:
             yield from _store(snapshot.store)
         yield from _bases(snapshot.bases)
+        yield _counter("fault_fetches", "Guest faults that the store was asked for", snapshot.fault_fetches)
         yield from _volumes(snapshot.exports)
         yield from _operations(snapshot.exports)
         yield _latency(snapshot.exports)

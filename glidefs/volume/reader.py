@@ -70,21 +70,23 @@ class Reader:
         stamp: int,
         *,
         leave: int = -1,
-    ) -> None:
-        """Make blocks ``first`` up to ``first + count`` resident.
+    ) -> int:
+        """Make blocks ``first`` up to ``first + count`` resident; returns how many the store was asked for.
 
         ``leave`` is a block that is put in the cache but not mapped: the marker of read-ahead.
         Blocks whose packs are damaged are answered with EIO. Raises StoreError when the store fails
         and Closed when the volume closes; what was answered until then stays answered.
         """
         try:
-            self._resolve(volume, store, [(first, count)], stamp, leave, self._helpers)
+            return self._resolve(volume, store, [(first, count)], stamp, leave, self._helpers)
         except (CorruptObject, NotFound) as error:
             if count == 1:
                 self._damaged(volume, store, first, stamp, error)
-                return
-            for block in range(first, first + count):
+                return 0
+            return sum(
                 self.resolve(volume, store, block, 1, stamp, leave=leave)
+                for block in range(first, first + count)
+            )
 
     def resolve_runs(
         self, volume: Readable, store: ObjectStore, runs: Runs, stamp: int, helpers: Executor
@@ -112,7 +114,7 @@ class Reader:
         stamp: int,
         leave: int,
         helpers: Executor | None,
-    ) -> None:
+    ) -> int:
         manifest = volume.manifest(store)
         zeros: list[Install] = []
         plans: list[BlockPlan] = []
@@ -122,10 +124,12 @@ class Reader:
             volume.core.install(stamp, zeros)
         keys = {p.block: self._key(p, volume.prefix) for p in plans}
         run = _Run(volume.core, stamp, leave, keys, helpers)
+        asked = 0
         while plans:
             plans = self._answer_cached(run, plans)
             mine, others = self._flights.claim(run.keys[plan.block] for plan in plans)
             try:
+                asked += len(mine)
                 done = self._fetch(run, store, [plan for plan in plans if run.keys[plan.block] in mine])
             finally:
                 self._flights.land(mine)
@@ -133,6 +137,7 @@ class Reader:
             plans = [plan for plan in plans if plan.block not in done]
             for event in others:
                 event.wait()
+        return asked
 
     def _key(self, plan: BlockPlan, prefix: str) -> bytes:
         key = plan.key()

@@ -64,7 +64,9 @@ class FaultService:
         self._helpers = ThreadPoolExecutor(settings.fetch_threads, "glide-fetch")
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue(PREFETCH_QUEUE)
         self.reader = Reader(engine.cache, settings, self._helpers)
-        self._lock = threading.Lock()  # guards the two numbers below
+        self._lock = threading.Lock()  # guards the numbers below
+        self.fetches = 0
+        """Guest faults that the store was asked for."""
         self.busy = 0
         self.last_fault = 0.0
         self._last_loud = -_LOUD_EVERY
@@ -124,7 +126,9 @@ class FaultService:
             return  # closed meanwhile: the core has answered its requests
         try:
             self._read_ahead(volume, fault)
-            self.reader.resolve(volume, self._reads, fault.block, fault.count, fault.stamp)
+            if self.reader.resolve(volume, self._reads, fault.block, fault.count, fault.stamp):
+                with self._lock:
+                    self.fetches += 1
         except Closed:
             return
         except StoreError as error:
