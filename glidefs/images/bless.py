@@ -52,7 +52,8 @@ class BlessResult(NamedTuple):
 
     Of the image: its ``size``, and the ``data_bytes`` of it that are not blocks of zeros. Of the base:
     ``packs`` and their ``stored_bytes``, of which ``reused_packs`` come from an earlier, interrupted bless.
-    Hashes are hex. ``note`` says what is worth knowing, if anything.
+    Of a base that was there already they are counted only if its root lists them, as up to 128 GiB. Hashes
+    are hex. ``note`` says what is worth knowing, if anything.
     """
 
     name: str
@@ -165,20 +166,19 @@ def _is_same(
         raise name_taken(prefix, root)
     if options.hot_set is not None:
         _put_hot_set(store, prefix, root.name, found.manifest_hash, options.hot_set)
-    note = _note(image)
     refs = () if root.inline_page is None else root.inline_page.packs
     return BlessResult(
-        root.name,
-        prefix,
-        False,
-        root.size,
-        min(content.blocks * BLOCK, content.size),
-        len(refs),
-        0,
-        sum(ref.size for ref in refs),
-        found.manifest_hash.hex(),
-        root.content_hash.hex(),
-        note,
+        name=root.name,
+        prefix=prefix,
+        created=False,
+        size=root.size,
+        data_bytes=min(content.blocks * BLOCK, content.size),
+        packs=len(refs),
+        reused_packs=0,
+        stored_bytes=sum(ref.size for ref in refs),
+        manifest_hash=found.manifest_hash.hex(),
+        content_hash=root.content_hash.hex(),
+        note=_note(image),
     )
 
 
@@ -275,17 +275,17 @@ class _Run:
             return _is_same(self._store, self._prefix, found, content, self._image, self._options)
         checkpoints.forget(self._store, self._prefix, self._base)
         return BlessResult(
-            self._base,
-            self._prefix,
-            True,
-            content.size,
-            min(content.blocks * BLOCK, content.size),
-            len(packs),
-            len(self._matcher.reused),
-            sum(pack.ref.size for pack in packs),
-            manifest_hash(data).hex(),
-            content.digest.hex(),
-            _note(self._image),
+            name=self._base,
+            prefix=self._prefix,
+            created=True,
+            size=content.size,
+            data_bytes=min(content.blocks * BLOCK, content.size),
+            packs=len(packs),
+            reused_packs=len(self._matcher.reused),
+            stored_bytes=sum(pack.ref.size for pack in packs),
+            manifest_hash=manifest_hash(data).hex(),
+            content_hash=content.digest.hex(),
+            note=_note(self._image),
         )
 
     def _fresh(self, pack: DonePack) -> DonePack:

@@ -68,12 +68,13 @@ class Killed(Exception):
 
 
 class DyingStore(MemoryStore):
-    """Notes what is put, and can refuse every put after a number of packs."""
+    """Notes what is put; can refuse every put after a number of packs, or the manifest."""
 
     def __init__(self) -> None:
         super().__init__()
         self.keys: list[str] = []
         self.packs_to_live: int | None = None
+        self.no_manifest = False
         self.before_put: Callable[[str], None] = lambda key: None
 
     @property
@@ -82,6 +83,8 @@ class DyingStore(MemoryStore):
 
     def put(self, key: str, data: Body, *, if_match: str | None = None, if_none_match: bool = False) -> str:
         if self.packs_to_live is not None and self.pack_puts >= self.packs_to_live:
+            raise Killed
+        if self.no_manifest and key.endswith("/manifest"):
             raise Killed
         self.keys.append(key)
         self.before_put(key)

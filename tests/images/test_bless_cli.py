@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,17 @@ def test_inspect_a_checkpoint(cli: Cli, tmp_path: Path) -> None:
         "level": 0,
         "put_at": 7,
     }
+
+
+def test_interrupted(cli: Cli, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLIDEFS_CONFIG": str(cli.config)}
+    command = [sys.executable, "-m", "glidefs.cli.main", "bless", str(tmp_path / "fifo"), "-n", "b"]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "fifo").open("wb") as fifo:  # returns once the child has opened it
+        fifo.write(noise(1, 1000))
+        fifo.flush()
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert errors == "glidefs: interrupted; the same command goes on where this one stopped\n"
