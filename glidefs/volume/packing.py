@@ -9,9 +9,6 @@ from glidefs import heap
 from glidefs.core.payloads import compress_payloads
 from glidefs.formats.pack import EMPTY_HASH, HEADER_SIZE, SECTOR, PackEntry, payload_hash
 from glidefs.store.base import Buffer
-from glidefs.store.packs import BuiltPack, put_pack
-
-__all__ = ["BuiltPack", "Item", "compress_items", "put_pack", "worth_compressing"]
 
 SAMPLES = 32
 SHRINKS = 0.97

@@ -19,12 +19,13 @@ from glidefs.core.check import Closed, CoreError
 from glidefs.core.gather import Gather
 from glidefs.errors import Fenced, StoreError
 from glidefs.store.base import Buffer
+from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.commit import Superseded
 from glidefs.volume.edit import Append, Change
 from glidefs.volume.meta import MetaCache
 from glidefs.volume.pace import Burst
-from glidefs.volume.packing import BuiltPack, compress_items, put_pack
+from glidefs.volume.packing import compress_items
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.upload_plan import PackJob, plan_upload
 
