@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from glidefs import clock
 from glidefs.errors import GlideError, NotFound, StoreError, UnknownExport
 from glidefs.formats.hot_set import HotSet, decode_hot_set, encode_hot_set
 from glidefs.images.bases import StoredBase, read_base
@@ -88,7 +88,7 @@ class BaseLibrary:
     # -- loads -----------------------------------------------------------------------------------
 
     def _load(self, prefix: str, base: str) -> StoredBase:
-        began = time.monotonic()
+        began = clock.elapsed()
         found = read_base(self._reads, prefix, base)
         self._note(prefix, base, began)
         return found
@@ -111,11 +111,11 @@ class BaseLibrary:
 
     def _age(self, prefix: str, base: str) -> float:
         with self._lock:
-            return time.monotonic() - self._checked.get((prefix, base), float("-inf"))
+            return clock.elapsed() - self._checked.get((prefix, base), float("-inf"))
 
     def _check(self, store: ObjectStore, prefix: str, base: str, known: StoredBase) -> StoredBase:
         """Ask whether the base is still the one that is kept. Raises UnknownExport, StoreError."""
-        began = time.monotonic()
+        began = clock.elapsed()
         try:
             if store.head(base_manifest_key(prefix, base)).etag != known.etag:
                 known = read_base(store, prefix, base)

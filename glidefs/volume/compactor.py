@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from glidefs import clock
 from glidefs.core.check import Closed
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError
 from glidefs.formats.manifest import chunk_count
@@ -234,7 +235,7 @@ class Compactor:
             raise Closed(f"volume {volume.name} closes")
 
     def _merge(self, volume: Volume, runs: list[ChunkRun]) -> int:
-        started = time.monotonic()
+        started = clock.elapsed()
         level = min(MAX_LEVEL, 1 + max(ref.level for run in runs for ref in run.refs))
 
         def put(area: bytearray, entries: list[PackEntry]) -> BuiltPack:
@@ -264,7 +265,7 @@ class Compactor:
         except CorruptObject as error:
             log.error("volume %s: %d chunks are not compacted: %s", volume.name, len(runs), error)
             return 0
-        if time.monotonic() - started > self._settings.gc_grace / 2:
+        if clock.elapsed() - started > self._settings.gc_grace / 2:
             raise StoreError("compaction took too long", key=volume.name, op="commit", temporary=True)
         for pack in merged.packs:
             self._meta.add_index(pack.ref, pack.index, pack.tail)
@@ -277,4 +278,4 @@ class Compactor:
         return merged.nbytes
 
     def _put(self, volume: Volume, key: str, body: list[Buffer]) -> None:
-        self._uploader.retry(volume, lambda: self._puts.put(key, body), time.monotonic())
+        self._uploader.retry(volume, lambda: self._puts.put(key, body), clock.elapsed())

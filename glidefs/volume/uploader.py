@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, NamedTuple
 
-from glidefs import heap
+from glidefs import clock, heap
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.gather import Gather
 from glidefs.errors import Fenced, StoreError
@@ -103,7 +103,7 @@ class Uploader:
         committer.publish(self._store)
         if volume.done_segment >= last and not volume.size_dirty:
             return Uploaded(volume.done_segment, 0, 0)
-        started = time.monotonic()
+        started = clock.elapsed()
         adoptions = committer.adoptions
         built: list[BuiltPack] = []
         drops: frozenset[int] = frozenset()
@@ -119,9 +119,9 @@ class Uploader:
                 plan = plan_upload(gather, committer.manifest(self._reads), self._settings.pack_bytes)
                 drops = plan.drops
                 if burst is not None:
-                    burst.step_back(time.monotonic() - started)
+                    burst.step_back(clock.elapsed() - started)
                 built = self._put_all(volume, gather, plan.jobs, burst)
-        if time.monotonic() - started > self._settings.gc_grace / 2:
+        if clock.elapsed() - started > self._settings.gc_grace / 2:
             # The collector may take packs that no manifest named in time: make them anew.
             raise StoreError("the upload took too long", key=volume.name, op="commit", temporary=True)
         for pack in built:
@@ -203,7 +203,7 @@ class Uploader:
 
     def put(self, volume: Volume, key: str, body: list[Buffer]) -> None:
         """Put a pack, through outages, until the volume closes or is fenced."""
-        self.retry(volume, lambda: self._store.put(key, body), time.monotonic())
+        self.retry(volume, lambda: self._store.put(key, body), clock.elapsed())
 
     def retry(self, volume: Volume, action: Callable[[], object], since: float) -> None:
         """Run ``action`` again after temporary store errors, for at most half the grace from ``since``."""
@@ -220,6 +220,6 @@ class Uploader:
                     raise Fenced(volume.name, volume.fenced) from error
                 if volume.closing or self._stopping():
                     raise Closed(f"volume {volume.name} closes") from error
-                if time.monotonic() - since > self._settings.gc_grace / 2:
+                if clock.elapsed() - since > self._settings.gc_grace / 2:
                     raise
             time.sleep(0.05)  # the store's own wrapper did the waiting
