@@ -86,8 +86,7 @@ class ForkVerbs:
         _, volume = self._volume(name)
         if volume.read_only:
             raise NotSupported(f"{name} is read-only; fork or tag what it shows instead")
-        volume.drain(wanted.timeout)
-        root = volume.root
+        root = self._lineage.committed(volume, wanted.timeout)
         sequence = self._lineage.keep(volume.prefix, root)
         if wanted.tag is not None:
             self._lineage.tag(volume.prefix, wanted.tag, root)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from glidefs.bases import BaseLibrary
-from glidefs.errors import GlideError, NotFound, PreconditionFailed, UnknownExport
+from glidefs.errors import Fenced, GlideError, NotFound, PreconditionFailed, UnknownExport
 from glidefs.export_table import ExportTable
 from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root
 from glidefs.images.bases import base_root, publish_base
@@ -77,8 +77,7 @@ class Lineage:
             return Origin(source, self._bases.get(prefix, source.name).root)
         volume = self._served(prefix, source)
         if volume is not None:
-            volume.drain(COMMIT_PATIENCE)
-            return Origin(source, volume.root)
+            return Origin(source, self.committed(volume, COMMIT_PATIENCE))
         key = source.key(prefix)
         try:
             root = decode_root(key, self._store.view("read", PATIENCE).get(key).data)
@@ -106,6 +105,20 @@ class Lineage:
                 f"{source.name} is not served now, so it cannot be committed; see 'glidefs show'"
             )
         return entry.volume
+
+    def committed(self, volume: Volume, timeout: float | None) -> Root:
+        """The root of a volume that is served here, with all that was acknowledged before the call.
+
+        One with nothing to upload does not learn by itself that another host took it, and its root may
+        name what gc has deleted since: so the store is asked. Raises DrainTimeout, Fenced, StoreError.
+        """
+        volume.drain(timeout)
+        try:
+            volume.committer.poll(self._view())
+        except Fenced as error:
+            volume.fence(error.why)
+            raise
+        return volume.root
 
     # -- copies ----------------------------------------------------------------------------------
 

@@ -87,7 +87,7 @@ class Node:
             EngineConfig(
                 cache_dir=home / "blocks",
                 workers=2,
-                segment_bytes=4 * MIB,
+                segment_bytes=settings.pop("segment_bytes", 4 * MIB),
                 log_limit=512 * MIB,
                 map_budget=64 * MIB,
                 cache_bytes=settings.pop("cache_bytes", 64 * MIB),

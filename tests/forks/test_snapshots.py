@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node
 
-from glidefs.errors import GlideError, NotSupported, UnknownExport
-from glidefs.exports import PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.errors import Fenced, GlideError, NotSupported, UnknownExport
+from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.images.export import export_image
 from glidefs.names import snapshots_prefix
 
@@ -160,3 +160,27 @@ def test_a_snapshot_can_be_read_without_a_daemon(node: Node, memory: CountingSto
     image = node.home / "image"
     export_image(memory, PREFIX, source, image)
     assert image.read_bytes() == bytes(4096) + data + bytes(MIB - 4096)
+
+
+VERBS: dict[str, Callable[[Node], object]] = {
+    "fork": lambda node: node.fork("f", "volume:v"),
+    "snapshot": lambda node: node.router.forks.snapshot("v", SnapshotRequest()),
+    "tag": lambda node: node.router.forks.tag("v", TagRequest(tag="t")),
+    "base": lambda node: node.router.forks.make_base("v", PromoteRequest(base="b")),
+}
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_who_lost_a_volume_makes_no_copies_of_its_old_root(
+    make_node: MakeNode, memory: CountingStore, verb: str
+) -> None:
+    """With nothing to upload it did not know of the loss, and gc may have deleted what that root names."""
+    node, other = make_node("a"), make_node("b")
+    node.create("v", 64 * MIB, wait=True)
+    node.core("v").pwrite(0, b"x" * BLOCK)
+    node.router.drain("v")
+    other.router.attach("v", AttachRequest(transport="nbd", take_over=True))
+    with pytest.raises(Fenced):
+        VERBS[verb](node)
+    assert node.router.show("v").state == "failed"
+    assert [key for key in memory._objects if "/packs/" not in key] == [f"{PREFIX}/volumes/v/manifest"]

@@ -1,4 +1,4 @@
-"""Shared set-up of the model tests: the rigs of the core and volume tests, and the Hypothesis profile.
+"""Shared set-up of the model tests: the rigs of other tests, and the Hypothesis profile.
 
 By default examples are the same in every run, and nothing is kept between runs. ``GLIDEFS_TEST_LENGTH``
 (quick, normal, long) or ``GLIDEFS_MODEL_EXAMPLES`` say how many; long runs and counts of one's own are
@@ -13,7 +13,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, settings
 
 TESTS = Path(__file__).parents[1]
-for directory in ("core", "volume"):
+for directory in ("core", "volume", "forks", "gc"):
     sys.path.insert(0, str(TESTS / directory))
 
 from model_length import RANDOM  # noqa: E402
