@@ -22,7 +22,7 @@ from fork_rig import PREFIX, Node, wait_for
 from gc_rig import START, ClockStore
 from history import SECTOR
 
-import glidefs.bases
+import glidefs.clock
 import glidefs.images.bases
 import glidefs.lineage
 import glidefs.roots
@@ -49,7 +49,6 @@ GRACE = 1000.0
 SECTORS = BLOCK // SECTOR
 NODES = ("a", "b")
 CLOCKED: tuple[Any, ...] = (
-    glidefs.bases,
     glidefs.images.bases,
     glidefs.lineage,
     glidefs.roots,
@@ -160,17 +159,18 @@ class World:
     @contextlib.contextmanager
     def clocked(self) -> Iterator[None]:
         """All that counts against the grace goes by the store's clock."""
-        sample = glidefs.volume.pace._SAMPLE
+        sample, elapsed = glidefs.volume.pace._SAMPLE, glidefs.clock.elapsed
         level = LOG.level
         LOG.setLevel(logging.CRITICAL)  # fences by the hundred
         for module in CLOCKED:
             module.time = self.clock
+        glidefs.clock.elapsed = self.clock.monotonic
         glidefs.volume.pace._SAMPLE = 0.0002
         try:
             yield
         finally:
             LOG.setLevel(level)
-            glidefs.volume.pace._SAMPLE = sample
+            glidefs.volume.pace._SAMPLE, glidefs.clock.elapsed = sample, elapsed
             for module in CLOCKED:
                 module.time = time
 
