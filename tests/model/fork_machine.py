@@ -30,6 +30,9 @@ node_names = st.sampled_from(NODES)
 waits = st.lists(st.tuples(st.sampled_from(STEPS), st.booleans()), max_size=3)
 OUTLAST = [(GRACE * 0.6, True), (GRACE + 1.0, True)]
 """After this gc has deleted what was put before it and not named."""
+three_waits = st.tuples(waits, waits, waits)
+LONGEST = ([(1.0, True)], [(GRACE * 0.6, False), (GRACE / 4, False)], [(GRACE / 4, True)])
+"""A run after a base was removed, and the next while a fork of its fork is under way."""
 Span: TypeAlias = tuple[int, int, int]
 """Area, first sector in it, length."""
 spans = st.tuples(st.sampled_from(range(len(AREAS))), st.integers(0, 39), st.integers(1, 24))
@@ -286,11 +289,10 @@ class ForkMachine(ForkModel):
         if names and bases:
             self.fork_from_cache(node, pick(names, number), pick(bases, which))
 
-    @rule(node=node_names, number=choices, span=spans, steps=waits, more=waits, last=waits)
-    def base_that_goes(
-        self, node: str, number: int, span: Span, steps: Steps, more: Steps, last: Steps
-    ) -> None:
+    @rule(node=node_names, number=choices, span=spans, times=st.one_of(st.just(LONGEST), three_waits))
+    def base_that_goes(self, node: str, number: int, span: Span, times: tuple[Steps, Steps, Steps]) -> None:
         """! A base that nothing else names is removed by one node; the other forks it, and forks that."""
+        steps, more, last = times
         other = NODES[NODES.index(node) - 1]
         self.lone_copy(node, number, span, "base")
         bases = [source for source in sorted(self.kept) if source.startswith("base:")]
@@ -298,6 +300,7 @@ class ForkMachine(ForkModel):
             return
         source = pick(bases, number)
         base = source.removeprefix("base:")
+        self.pass_time([(GRACE * 0.6, False)])  # old enough for gc to take note of at once
         self.node(other).bases.get(PREFIX, base)
         self.drop(node, source)
         self.pass_time(steps)
