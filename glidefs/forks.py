@@ -128,7 +128,8 @@ class ForkVerbs:
     def promote(self, name: str) -> ExportStatus:
         """A read-only export becomes read-write; guests must connect again.
 
-        What shows a base or a snapshot becomes a fork of it. Raises StoreError, Fenced.
+        What shows a base or a snapshot becomes a fork of it. Raises UnknownExport where that is gone,
+        NotSupported where it was replaced, StoreError, Fenced.
         """
         with self._table.locked(name) as entry:
             record, volume = entry.record, entry.volume
@@ -157,9 +158,7 @@ class ForkVerbs:
         assert entry.record is not None
         record = entry.record
         if record.is_view:
-            source = parse_source(record.source)
-            if source.kind == "base":
-                self._bases.get(record.prefix, source.name)  # it must still be there to fork from
+            self._lineage.check_shown(record.prefix, parse_source(record.source), root)
             fork = lease.fork_root(
                 root,
                 root.name,

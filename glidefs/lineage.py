@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from msgspec.structs import replace
 
 from glidefs.bases import BaseLibrary
-from glidefs.errors import Fenced, GlideError, NotFound, PreconditionFailed, UnknownExport
+from glidefs.errors import Fenced, GlideError, NotFound, NotSupported, PreconditionFailed, UnknownExport
 from glidefs.export_table import ExportTable
 from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root
 from glidefs.images.bases import base_root, publish_base
@@ -55,6 +55,10 @@ def kept_copy(root: Root) -> Root:
     )
 
 
+def _inline_packs(root: Root) -> set[bytes]:
+    return set() if root.inline_page is None else {ref.id for ref in root.inline_page.packs}
+
+
 class Lineage:
     """Reads sources, writes copies. Thread-safe; holds no lock."""
 
@@ -78,13 +82,7 @@ class Lineage:
         volume = self._served(prefix, source)
         if volume is not None:
             return Origin(source, self.committed(volume, COMMIT_PATIENCE))
-        key = source.key(prefix)
-        try:
-            root = decode_root(key, self._store.view("read", PATIENCE).get(key).data)
-        except NotFound:
-            raise UnknownExport(str(source), f"prefix {prefix} has no such {source.kind}") from None
-        if root.removed_at:
-            raise UnknownExport(str(source), "it was removed")
+        root = self._stored(prefix, source)
         owner = root.owner_node if source.kind == "volume" else ""
         note = (
             f"as node {owner} committed it last; what that node has not uploaded is not in it"
@@ -92,6 +90,29 @@ class Lineage:
             else ""
         )
         return Origin(source, root, note)
+
+    def _stored(self, prefix: str, source: Source) -> Root:
+        key = source.key(prefix)
+        try:
+            root = decode_root(key, self._store.view("read", PATIENCE).get(key).data)
+        except NotFound:
+            raise UnknownExport(str(source), f"prefix {prefix} has no such {source.kind}") from None
+        if root.removed_at:
+            raise UnknownExport(str(source), "it was removed")
+        return root
+
+    def check_shown(self, prefix: str, source: Source, shown: Root) -> None:
+        """Make sure that ``source`` still names all that ``shown``, read from it long ago, is made of.
+
+        What it does not name gc may have deleted. Raises UnknownExport, NotSupported, StoreError.
+        """
+        if source.kind == "base":
+            now = self._bases.get(prefix, source.name).root
+        else:
+            now = self._stored(prefix, source)
+        pages = {page_id for page_id in shown.page_ids if page_id}
+        if not (pages <= set(now.page_ids) and _inline_packs(shown) <= _inline_packs(now)):
+            raise NotSupported(f"{source} has changed since; make a new fork of it")
 
     def _served(self, prefix: str, source: Source) -> Volume | None:
         """The volume of a source, if this host may commit to it."""

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed, wait_for
 
-from glidefs.errors import ConfigError, ExportExists, GlideError, StoreError, UnknownExport
-from glidefs.exports import PromoteRequest
+from glidefs.errors import ConfigError, ExportExists, GlideError, NotSupported, StoreError, UnknownExport
+from glidefs.exports import PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.formats.manifest import decode_root
 from glidefs.images.export import export_image
-from glidefs.names import manifest_key
+from glidefs.names import manifest_key, parse_source
 from glidefs.volume import lease
 
 MakeNode = Callable[..., Node]
@@ -229,6 +229,34 @@ def test_views_own_nothing_and_can_be_promoted(
     other.fork("view2", "base:deb", read_only=True)
     assert other.router.remove("view2")["removed"]
     assert lease.read_root(memory, PREFIX, "view")[0].owner_node == "a"  # not that of the view's name
+
+
+@pytest.mark.parametrize("source", ["base:deb", "snapshot:v@2", "tag:t"])
+def test_a_view_is_promoted_only_while_its_source_has_what_it_shows(
+    node: Node, memory: CountingStore, source: str
+) -> None:
+    """What nothing names any more, gc may have deleted."""
+    node.create("v", 64 * MIB, wait=True)
+    node.core("v").pwrite(0, DATA)
+    made = node.router.forks.snapshot("v", SnapshotRequest(tag="t"))["sequence"]
+    node.router.forks.make_base("v", PromoteRequest(base="deb"))
+    source = source.replace("@2", f"@{made}")
+    node.fork("view", source, read_only=True)
+    key = parse_source(source).key(PREFIX)
+    memory.delete(key)
+    node.bases.forget(PREFIX, "deb")
+    with pytest.raises(UnknownExport):
+        node.router.forks.promote("view")
+    node.create("other", 64 * MIB)
+    if source == "base:deb":
+        node.router.forks.make_base("other", PromoteRequest(base="deb"))
+    elif source == "tag:t":
+        node.router.forks.tag("other", TagRequest(tag="t"))
+    else:
+        return
+    with pytest.raises(NotSupported, match="changed"):
+        node.router.forks.promote("view")
+    assert node.router.show("view").state == "serving"
 
 
 def test_a_read_only_volume_of_its_own_can_be_promoted(node: Node, memory: CountingStore) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import msgspec
 
@@ -73,6 +75,21 @@ class ClockStore(MemoryStore):
         """Every key with its ETag."""
         with self._lock:
             return {key: info.etag for key, (_, info) in self._objects.items()}
+
+
+class InlinePool(Executor):
+    """Does the work at once, so that requests come in one order."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
 
 
 _count = itertools.count()

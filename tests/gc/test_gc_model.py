@@ -13,15 +13,13 @@ fork is given up here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from random import Random
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import gc_rig as rig
 import msgspec
 import pytest
-from gc_rig import GRACE, PREFIX, ClockStore
+from gc_rig import GRACE, PREFIX, ClockStore, InlinePool
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -33,21 +31,6 @@ from glidefs.formats.manifest import Root, decode_root, encode_root
 POOL = gc_module.ThreadPoolExecutor
 FACTOR = {"quick": 1, "long": 20}.get(os.environ.get("GLIDEFS_TEST_LENGTH", ""), 2)
 TICKS = (1.0, GRACE / 8, GRACE / 4, GRACE / 2, GRACE)
-
-
-class InlinePool(Executor):
-    """Does the work at once, so that requests come in one order."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except BaseException as error:
-            future.set_exception(error)
-        return future
 
 
 class Upload(msgspec.Struct):

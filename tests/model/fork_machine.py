@@ -7,17 +7,18 @@ Two nodes with real routers, uploaders and compactors (`fork_world.py`), and wha
 from __future__ import annotations
 
 import contextlib
+import sys
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import pytest
-from fork_model import AREAS, BASES, LARGE, SMALL, TAGS, ForkModel, Kept, View, Vol, pick
+from fork_model import AREAS, BASES, LARGE, SMALL, TAGS, ForkModel, Kept, Steps, View, Vol, pick
 from fork_rig import PREFIX
 from fork_world import GRACE, NODES, tagged
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from glidefs.errors import ExportExists, GlideError, OwnedElsewhere, StoreError, UnknownExport
+from glidefs.errors import ExportExists, GlideError, OwnedElsewhere, StoreError
 from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.names import parse_source
 
@@ -27,9 +28,13 @@ STEPS = (*SHORT, GRACE / 2, GRACE * 0.6, GRACE + 1.0)
 choices = st.integers(0, 59)
 node_names = st.sampled_from(NODES)
 waits = st.lists(st.tuples(st.sampled_from(STEPS), st.booleans()), max_size=3)
-"""Steps of the clock, each with a run of gc after it or not."""
 OUTLAST = [(GRACE * 0.6, True), (GRACE + 1.0, True)]
 """After this gc has deleted what was put before it and not named."""
+three_waits = st.tuples(waits, waits, waits)
+LONGEST = ([(1.0, True)], [(GRACE * 0.6, False), (GRACE / 4, False)], [(GRACE / 4, True)])
+"""A run after a base was removed, and the next while a fork of its fork is under way."""
+Span: TypeAlias = tuple[int, int, int]
+"""Area, first sector in it, length."""
 spans = st.tuples(st.sampled_from(range(len(AREAS))), st.integers(0, 39), st.integers(1, 24))
 
 
@@ -43,7 +48,8 @@ class ForkMachine(ForkModel):
 
     def teardown(self) -> None:
         try:
-            self.settle()
+            if sys.exc_info()[0] is None:  # else the first failure is what counts
+                self.settle()
         finally:
             self.scope.close()
 
@@ -63,19 +69,19 @@ class ForkMachine(ForkModel):
         self.volumes[name] = Vol(node, size, {})
 
     @rule(number=choices, span=spans)
-    def write(self, number: int, span: tuple[int, int, int]) -> None:
+    def write(self, number: int, span: Span) -> None:
         if self.own():
             self.write_at(*pick(self.own(), number), span)
 
     @rule(number=choices, span=spans, other=spans)
-    def write_and_drain(self, number: int, span: tuple[int, int, int], other: tuple[int, int, int]) -> None:
+    def write_and_drain(self, number: int, span: Span, other: Span) -> None:
         if self.own():
             self.write_at(*pick(self.own(), number), span)
             self.drain(number)
             self.write_at(*pick(self.own(), number), other)
 
     @rule(number=choices, span=spans)
-    def zero(self, number: int, span: tuple[int, int, int]) -> None:
+    def zero(self, number: int, span: Span) -> None:
         if self.own():
             self.write_at(*pick(self.own(), number), span, zero=True)
 
@@ -205,6 +211,28 @@ class ForkMachine(ForkModel):
         if tag:
             self.kept[f"tag:{tag}"] = Kept(vol.size, dict(vol.now))
 
+    @rule(node=node_names, number=choices, span=spans, kind=st.sampled_from(["snapshot", "tag", "base"]))
+    def lone_copy(self, node: str, number: int, span: Span, kind: str) -> None:
+        """Something that nothing else has any more."""
+        names = [name for name in self.free(node) if name not in self.volumes]
+        bases = [base for base in BASES if f"base:{base}" not in self.kept and base not in self.removed]
+        if not names or (kind == "base" and not bases):
+            return
+        name, forks = pick(names, number), self.node(node).router.forks
+        self.known_id(self.node(node).create(name, SMALL).volume_id)
+        vol = self.volumes[name] = Vol(node, SMALL, {})
+        self.write_at(node, name, span)
+        if kind == "base":
+            source = f"base:{pick(bases, number)}"
+            forks.make_base(name, PromoteRequest(base=source[5:]))
+        elif kind == "tag":
+            source = f"tag:{pick(list(TAGS), number)}"
+            forks.tag(name, TagRequest(tag=source[4:]))
+        else:
+            source = forks.snapshot(name, SnapshotRequest(timeout=60.0))["source"]
+        self.kept[source] = Kept(vol.size, dict(vol.now))
+        self.drop(node, f"volume:{name}")
+
     @rule(node=node_names, number=choices, tag=st.sampled_from(TAGS))
     def tag(self, node: str, number: int, tag: str) -> None:
         found = self.copied(node, number)
@@ -247,42 +275,44 @@ class ForkMachine(ForkModel):
         self.forked(node, name, size, kept.content, late=False)
 
     @rule(node=node_names, number=choices, which=choices, steps=waits, drop=st.booleans())
-    def fork_late(self, node: str, number: int, which: int, steps: Any, drop: bool) -> None:
+    def fork_late(self, node: str, number: int, which: int, steps: Steps, drop: bool) -> None:
         """! The root of a fork is put within a quarter of the grace, or not at all."""
         names, sources = self.free(node), [s for s in self.sources() if self.usable(node, s)]
-        if not names or not sources:
-            return
-        name, source = pick(names, number), pick(sources, which)
-        kept = self.of_source(node, source)
-        if source.startswith("volume:") and self.volumes[source[7:]].owner == node:
-            self.node(node).router.drain(source[7:], 60.0)
-        with self.held(node):
-            status = self.node(node).fork(name, source, prefetch=False)
-            self.known_id(status.volume_id)
-            if drop and source in self.kept:
-                self.drop(pick(list(NODES), which), source)
-            took = self.pass_time(steps)
-        self.forked(node, name, kept.size, kept.content, late=took > GRACE / 4)
-        # Else it could be in the gap that gc.py leaves to forks of forks.
-        self.collect()
+        if names and sources:
+            self.fork_slowly(node, pick(names, number), pick(sources, which), steps, drop)
 
     @precondition(lambda self: self.removed)
     @rule(node=node_names, number=choices, which=choices)
     def fork_of_removed_base(self, node: str, number: int, which: int) -> None:
-        """From a cache that was checked lately, or not at all."""
-        if not self.free(node):
+        names = self.free(node)
+        bases = [base for base in sorted(self.removed) if f"base:{base}" not in self.kept]
+        if names and bases:
+            self.fork_from_cache(node, pick(names, number), pick(bases, which))
+
+    @rule(node=node_names, number=choices, span=spans, times=st.one_of(st.just(LONGEST), three_waits))
+    def base_that_goes(self, node: str, number: int, span: Span, times: tuple[Steps, Steps, Steps]) -> None:
+        """! A base that nothing else names is removed by one node; the other forks it, and forks that."""
+        steps, more, last = times
+        other = NODES[NODES.index(node) - 1]
+        self.lone_copy(node, number, span, "base")
+        bases = [source for source in sorted(self.kept) if source.startswith("base:")]
+        if not bases:
             return
-        base, name = pick(sorted(self.removed), which), pick(self.free(node), number)
-        kept, when = self.removed[base]
-        if f"base:{base}" in self.kept:
+        source = pick(bases, number)
+        base = source.removeprefix("base:")
+        self.pass_time([(GRACE * 0.6, False)])  # old enough for gc to take note of at once
+        self.node(other).bases.get(PREFIX, base)
+        self.drop(node, source)
+        self.pass_time(steps)
+        names = self.free(other)
+        if not names or base not in self.removed:
             return
-        try:
-            status = self.node(node).fork(name, f"base:{base}", prefetch=False)
-        except UnknownExport:
+        name = pick(names, number)
+        if not self.fork_from_cache(other, name, base) or (other, name) in self.stale:
             return
-        assert self.store.now - when <= GRACE / 4, "a fork of a base that was removed long ago"
-        self.known_id(status.volume_id)
-        self.forked(node, name, kept.size, kept.content, late=False)
+        self.pass_time(more)
+        if len(names) > 1 and name in self.volumes:
+            self.fork_slowly(other, pick(names, number + 1), f"volume:{name}", last, True)
 
     # -- views ---------------------------------------------------------------------------------------
 
@@ -296,6 +326,18 @@ class ForkMachine(ForkModel):
         self.known_id(self.node(node).fork(name, source, read_only=True, prefetch=False).volume_id)
         etag = self.store.etag_of(parse_source(source).key(PREFIX))
         self.views[node, name] = View(kept.size, kept.content, source, etag)
+
+    @precondition(lambda self: self.views)
+    @rule(number=choices, steps=st.one_of(waits, st.just(OUTLAST)))
+    def promote_late(self, number: int, steps: Steps) -> None:
+        """! What a view shows may be gone with its source."""
+        node, name = pick(sorted(self.views), number)
+        view = self.views[node, name]
+        dropper = self.who_drops(view.source) if self.is_kept(node, name) else None
+        if dropper is not None:
+            self.drop(dropper, view.source)
+        self.pass_time(steps)
+        self.promote(node, name, view)
 
     @precondition(lambda self: self.views)
     @rule(number=choices, verb=st.sampled_from(["read", "promote", "detach", "remove"]))
@@ -314,7 +356,7 @@ class ForkMachine(ForkModel):
     # -- time and gc ---------------------------------------------------------------------------------
 
     @rule(steps=waits)
-    def advance(self, steps: list[tuple[float, bool]]) -> None:
+    def advance(self, steps: Steps) -> None:
         self.pass_time(steps)
 
     @rule()
@@ -322,7 +364,7 @@ class ForkMachine(ForkModel):
         self.collect()
 
     @rule(number=choices, span=spans, steps=st.one_of(waits, st.just(OUTLAST)))
-    def drain_late(self, number: int, span: tuple[int, int, int], steps: list[tuple[float, bool]]) -> None:
+    def drain_late(self, number: int, span: Span, steps: Steps) -> None:
         """! Packs that are put long before their commit are made anew."""
         if self.own():
             self.write_at(*pick(self.own(), number), span)
@@ -332,7 +374,7 @@ class ForkMachine(ForkModel):
             self.world.check_named()
 
     @rule(number=choices, steps=st.one_of(waits, st.just(OUTLAST)))
-    def compact_late(self, number: int, steps: list[tuple[float, bool]]) -> None:
+    def compact_late(self, number: int, steps: Steps) -> None:
         """! The same of packs that compaction makes; it gives up."""
         if self.own():
             self.store.after_pack = partial(self.pass_time, steps)

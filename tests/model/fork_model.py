@@ -10,16 +10,16 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import pytest
 from fork_rig import PREFIX, Node, wait_for
-from fork_world import GRACE, Content, shared_world, show, tagged, want
+from fork_world import GRACE, NODES, Content, shared_world, show, tagged, want
 from history import SECTOR
 from hypothesis.stateful import RuleBasedStateMachine
 
 from glidefs.core.volume import CoreVolume
-from glidefs.errors import GlideError
+from glidefs.errors import GlideError, UnknownExport
 from glidefs.exports import PromoteRequest, TagRequest
 from glidefs.names import Source, manifest_key, parse_source
 from glidefs.volume.volume import Volume
@@ -32,6 +32,8 @@ AREAS = ((0, 40), (1023 * 32 + 24, 16), ((128 * GIB) // SECTOR - 8, 16))
 VOLUMES, BASES, TAGS = ("v0", "v1", "v2", "v3", "v4"), ("b0", "b1", "b2"), ("t0", "t1")
 
 T = TypeVar("T")
+Steps: TypeAlias = list[tuple[float, bool]]
+"""Steps of the clock, in seconds, each with a run of gc after it or not."""
 
 
 class Vol:
@@ -131,7 +133,7 @@ class ForkModel(RuleBasedStateMachine):
         parsed = parse_source(source)
         return parsed.kind != "volume" or (node, parsed.name) not in self.stale
 
-    def pass_time(self, steps: list[tuple[float, bool]]) -> float:
+    def pass_time(self, steps: Steps) -> float:
         before = self.store.now
         for seconds, gc in steps:
             self.store.now += seconds
@@ -212,8 +214,12 @@ class ForkModel(RuleBasedStateMachine):
         return parsed.name, sequence, self.of_source(node, source)
 
     def drop(self, node: str, source: str) -> None:
-        """Delete a snapshot, tag or base."""
+        """Delete a volume that is owned by the node or nobody, a snapshot, tag or base."""
         parsed, forks = parse_source(source), self.node(node).router.forks
+        if parsed.kind == "volume":
+            self.node(node).router.remove(parsed.name)
+            del self.volumes[parsed.name]
+            return
         kept = self.kept.pop(source)
         if parsed.kind == "snapshot":
             forks.delete_snapshot(parsed.name, parsed.sequence, PREFIX)
@@ -222,6 +228,43 @@ class ForkModel(RuleBasedStateMachine):
         else:
             forks.remove_base(parsed.name, PREFIX)
             self.removed[parsed.name] = Removed(kept, self.store.now)
+
+    def who_drops(self, source: str) -> str | None:
+        """A node that may delete it."""
+        parsed = parse_source(source)
+        if parsed.kind != "volume":
+            return NODES[len(self.ids) % 2] if source in self.kept else None
+        vol = self.volumes.get(parsed.name)
+        if vol is None or vol.owner is None:
+            return None
+        return vol.owner
+
+    def fork_slowly(self, node: str, name: str, source: str, steps: Steps, drop: bool) -> None:
+        """The root of a fork is put after some time, in which its source may go."""
+        kept = self.of_source(node, source)
+        if source.startswith("volume:") and self.volumes[source[7:]].owner == node:
+            self.node(node).router.drain(source[7:], 60.0)
+        with self.held(node):
+            self.known_id(self.node(node).fork(name, source, prefetch=False).volume_id)
+            dropper = self.who_drops(source) if drop else None
+            if dropper is not None:
+                self.drop(dropper, source)
+            took = self.pass_time(steps)
+        self.forked(node, name, kept.size, kept.content, late=took > GRACE / 4)
+        # Else it could be in the gap that gc.py leaves to forks of forks.
+        self.collect()
+
+    def fork_from_cache(self, node: str, name: str, base: str) -> bool:
+        """Fork a base that was removed: from a cache that was checked lately, or not at all."""
+        kept, when = self.removed[base]
+        try:
+            status = self.node(node).fork(name, f"base:{base}", prefetch=False)
+        except UnknownExport:
+            return False
+        assert self.store.now - when <= GRACE / 4, "a fork of a base that was removed long ago"
+        self.known_id(status.volume_id)
+        self.forked(node, name, kept.size, kept.content, late=False)
+        return True
 
     @contextlib.contextmanager
     def held(self, node: str) -> Iterator[None]:

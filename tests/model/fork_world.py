@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from fork_rig import PREFIX, Node, wait_for
-from gc_rig import START, ClockStore
+from gc_rig import START, ClockStore, InlinePool
 from history import SECTOR
 
 import glidefs.clock
+import glidefs.gc
 import glidefs.images.bases
 import glidefs.lineage
 import glidefs.roots
@@ -42,7 +43,6 @@ from glidefs.formats.manifest import (
     decode_root,
 )
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, PackEntry, PackIndex, decode_index, decode_payload
-from glidefs.gc import GcResult, collect
 from glidefs.store.base import Body
 
 GRACE = 1000.0
@@ -166,10 +166,12 @@ class World:
             module.time = self.clock
         glidefs.clock.elapsed = self.clock.monotonic
         glidefs.volume.pace._SAMPLE = 0.0002
+        pool, glidefs.gc.ThreadPoolExecutor = glidefs.gc.ThreadPoolExecutor, InlinePool  # type: ignore[misc]
         try:
             yield
         finally:
             LOG.setLevel(level)
+            glidefs.gc.ThreadPoolExecutor = pool  # type: ignore[misc]
             glidefs.volume.pace._SAMPLE, glidefs.clock.elapsed = sample, elapsed
             for module in CLOCKED:
                 module.time = time
@@ -214,8 +216,8 @@ class World:
 
         wait_for(at_rest, "rest")
 
-    def gc(self) -> GcResult:
-        result = collect(self.store, PREFIX, grace=GRACE)
+    def gc(self) -> glidefs.gc.GcResult:
+        result = glidefs.gc.collect(self.store, PREFIX, grace=GRACE)
         self.check_named()
         return result
 
