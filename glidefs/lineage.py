@@ -134,12 +134,16 @@ class Lineage:
         name what gc has deleted since: so the store is asked. Raises DrainTimeout, Fenced, StoreError.
         """
         volume.drain(timeout)
+        self.confirm(volume)
+        return volume.root
+
+    def confirm(self, volume: Volume) -> None:
+        """Ask the store whether the volume is still this host's; one that is not is fenced. Raises Fenced."""
         try:
             volume.committer.poll(self._view())
         except Fenced as error:
             volume.fence(error.why)
             raise
-        return volume.root
 
     # -- copies ----------------------------------------------------------------------------------
 

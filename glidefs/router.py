@@ -14,6 +14,7 @@ A crash between two steps leaves a state from which the next start, or the same 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from glidefs.bases import BaseLibrary
 from glidefs.errors import (
     ConfigError,
     ExportExists,
+    Fenced,
     GlideError,
     NotSupported,
     OwnedElsewhere,
@@ -296,6 +298,9 @@ class ExportRouter:
         with entry.lock:
             if entry.gone:
                 raise UnknownExport(entry.name)
+            if wanted.take_over and entry.volume is not None and entry.serves():
+                with contextlib.suppress(Fenced):  # the caller may know what this host has not heard yet
+                    self._lineage.confirm(entry.volume)
             if entry.serves():
                 return entry.status()
             record = entry.record

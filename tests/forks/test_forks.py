@@ -9,8 +9,16 @@ from collections.abc import Callable
 import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed, wait_for
 
-from glidefs.errors import ConfigError, ExportExists, GlideError, NotSupported, StoreError, UnknownExport
-from glidefs.exports import PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.errors import (
+    ConfigError,
+    ExportExists,
+    Fenced,
+    GlideError,
+    NotSupported,
+    StoreError,
+    UnknownExport,
+)
+from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.formats.manifest import decode_root
 from glidefs.images.export import export_image
 from glidefs.names import manifest_key, parse_source
@@ -308,3 +316,21 @@ def test_no_forks_of_a_base_that_cannot_be_checked(make_node: MakeNode, memory: 
     with pytest.raises(UnknownExport, match="removed"):
         node.fork("f", "base:deb")
     assert node.bases.manifests.peek(PREFIX, "deb") is None
+
+
+def test_a_take_over_by_a_host_that_does_not_know_of_its_fence(node: Node, make_node: MakeNode) -> None:
+    node.create("v", 64 * MIB)
+    node.core("v").pwrite(0, DATA)
+    node.router.drain("v")
+    assert node.router.attach("v", AttachRequest(take_over=True)).state == "serving"  # it is ours: nothing
+    other = make_node("b")
+    other.router.attach("v", AttachRequest(take_over=True, transport="nbd"))
+    other.core("v").pwrite(0, b"n" * 4096)
+    other.router.drain("v")
+    assert node.router.attach("v", AttachRequest(take_over=True, transport="nbd")).state == "serving"
+    assert node.core("v").pread(0, 4096) == b"n" * 4096
+    node.core("v").pwrite(4096, b"m" * 4096)
+    node.router.drain("v")
+    other.core("v").pwrite(0, bytes(4096))  # it has not heard of it yet
+    with pytest.raises(Fenced):
+        other.router.drain("v")
