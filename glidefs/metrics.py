@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -156,7 +155,7 @@ def _bases(caches: Mapping[str, CacheStats]) -> Iterator[Metric]:
 _VOLUME_GAUGES: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (
     ("size_bytes", "Size of the volume", lambda e: e.info.size),
     ("dirty_bytes", "Log bytes that are not in the store", lambda e: e.info.dirty_bytes),
-    ("oldest_dirty_seconds", "Age of the oldest write that is not in the store", lambda e: dirty_age(e.info)),
+    ("oldest_dirty_seconds", "Age of the oldest write that is not in the store", lambda e: e.info.dirty_age),
     ("export_log_bytes", "Bytes that the export's write log allocates", lambda e: e.info.log_bytes),
     ("export_map_bytes", "Memory of the export's maps", lambda e: e.info.map_bytes),
     ("parked_requests", "Requests that wait for space, blocks or the store", lambda e: e.info.parked),
@@ -174,11 +173,6 @@ _VOLUME_COUNTERS: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] 
     ("log_full_waits", "Writes that waited for log space", lambda e: e.stats.log_full_waits),
     ("map_full_waits", "Writes that waited for map memory", lambda e: e.stats.map_full_waits),
 )
-
-
-def dirty_age(info: VolumeInfo) -> float:
-    """Seconds since the oldest write that is not in the store; 0 when clean."""
-    return max(0.0, time.time() - info.oldest_dirty_ns / 1e9) if info.oldest_dirty_ns else 0.0
 
 
 def _volumes(exports: list[ExportFigures]) -> Iterator[Metric]:

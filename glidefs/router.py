@@ -212,9 +212,8 @@ class ExportRouter:
         prefix = entry.record.prefix
         self._records.save(entry.record)
         etag: str | None = None
-        if root.source and (entry.record.is_view or not wait):
-            pass  # nobody else can know the fork yet: served first, put in the background
-        else:
+        # Nobody else can know a fork yet: it is served first and put in the background. A view never is.
+        if not root.source or (wait and not entry.record.is_view):
             etag = self._publish(entry, prefix, root, wait)
         try:
             self._opener.open(entry, root, etag)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -67,6 +68,11 @@ class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):
     parked: int
     connections: int
     failed: int
+
+    @property
+    def dirty_age(self) -> float:
+        """Seconds since the oldest write that is not in the store; 0 when clean."""
+        return max(0.0, time.time() - self.oldest_dirty_ns / 1e9) if self.oldest_dirty_ns else 0.0
 
 
 class VolumeStats(msgspec.Struct, frozen=True, kw_only=True):

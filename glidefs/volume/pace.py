@@ -89,8 +89,7 @@ class Burst:
         if volume.awaited or volume.closing or not self._is_fast():
             return False
         info = volume.core.info()
-        age = time.time() - info.oldest_dirty_ns / 1e9 if info.oldest_dirty_ns else 0.0
-        return not info.parked and info.dirty_bytes < self._most and age < self._patience
+        return not info.parked and info.dirty_bytes < self._most and info.dirty_age < self._patience
 
     def _is_fast(self) -> bool:
         """Whether guests wrote at such a rate in the last second or so."""

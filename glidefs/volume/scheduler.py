@@ -262,8 +262,7 @@ class Scheduler:
         burst = None if seal or urgent else Burst(volume, self._engine.config.log_limit, self._patience)
         if not seal:
             info = volume.core.info()
-            age = time.time() - info.oldest_dirty_ns / 1e9 if info.oldest_dirty_ns else 0.0
-            seal = age >= self._patience
+            seal = info.dirty_age >= self._patience
             backlog = info.dirty_bytes - info.active_bytes
             if not (
                 seal or backlog >= self.batch_bytes() or volume.size_dirty or not volume.committer.published
@@ -302,8 +301,7 @@ class Scheduler:
         info = volume.core.info()
         if not info.dirty_bytes:
             return None
-        age = max(0.0, time.time() - info.oldest_dirty_ns / 1e9) if info.oldest_dirty_ns else 0.0
-        until_due = self._patience - age
+        until_due = self._patience - info.dirty_age
         until_poll = self._settings.poll_interval - self._unseen_for(volume)
         return max(_SOON, min(until_due, until_poll))
 

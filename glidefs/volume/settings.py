@@ -18,9 +18,9 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     Reading: ``reader_threads`` answer guest faults of at most ``fault_blocks`` blocks each,
     ``fetch_threads`` help with the ranged GETs of one fault, ``prefetch_threads`` read ahead.
     ``coalesce_gap``: bytes between two payloads that are read rather than ending the request;
-    ``hot_volumes`` forks at a time get their hot set, up to ``hot_set_bytes``, with ``hot_threads``.
     ``fetch_bytes``: largest ranged GET of a fault that several requests share. Pack indices are kept
     up to ``index_cache_bytes`` in memory and ``index_disk_bytes`` in the state directory.
+    ``hot_volumes`` forks at a time get their hot set, up to ``hot_set_bytes``, with ``hot_threads``.
 
     Uploading: ``uploaders`` volumes at once, ``put_threads`` packs in the making (each holds up to
     twice ``pack_bytes``). ``batch_bytes`` of sealed log make a volume due before its age does;

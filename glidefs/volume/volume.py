@@ -179,7 +179,6 @@ class Volume:
             return
         self._check_fenced()
         target = self.core.seal()
-        until = None if deadline is None else time.monotonic() + deadline
         with self._host.lock_of_conditions:
             if self._changed is None:
                 self._changed = threading.Condition()
@@ -187,19 +186,20 @@ class Volume:
             self._awaited += 1
         try:
             self._host.scheduler.request(self, seal=True)
-            self._wait_drained(self._changed, target, until)
+            self._wait_drained(self._changed, target, deadline)
         finally:
             with self._changed:
                 self._awaited -= 1
 
-    def _wait_drained(self, changed: threading.Condition, target: int, until: float | None) -> None:
+    def _wait_drained(self, changed: threading.Condition, target: int, deadline: float | None) -> None:
+        until = None if deadline is None else time.monotonic() + deadline
         with changed:
             while not self.drained(target):
                 self._check_fenced()
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     why = f": {self.last_error}" if self.last_error else ""
-                    raise DrainTimeout(f"volume {self.name}: not drained in time{why}")
+                    raise DrainTimeout(f"volume {self.name}: not drained within {deadline:g} s{why}")
                 # Woken by commits; the timeout only looks at close and at a lost wake-up.
                 changed.wait(1.0 if left is None else min(left, 1.0))
                 if self.core.closed:
@@ -246,12 +246,11 @@ class Volume:
     def status(self) -> VolumeStatus:
         """State for people and metrics. Raises Closed."""
         info = self.core.info()
-        oldest = max(0.0, time.time() - info.oldest_dirty_ns / 1e9) if info.oldest_dirty_ns else 0.0
         return VolumeStatus(
             name=self.name,
             size=info.size,
             dirty_bytes=info.dirty_bytes,
-            oldest_dirty_seconds=oldest,
+            oldest_dirty_seconds=info.dirty_age,
             log_bytes=info.log_bytes,
             map_bytes=info.map_bytes,
             committed_segment=info.committed_seq,
