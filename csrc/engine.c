@@ -61,7 +61,7 @@ int glide_engine_open(const struct glide_engine_config *config, glide_engine **o
     error_text[0] = 0;
     e->config = *config;
     e->config.cache_dir = NULL; /* the caller's memory */
-    err = cache_open(&e->cache, config->cache_dir, config->cache_bytes);
+    err = cache_open(&e->cache, config->cache_dir, config->cache_bytes, config->standby);
     if (err) {
         free(e);
         return err;
@@ -89,6 +89,7 @@ void glide_engine_shutdown(glide_engine *e)
 {
     outbox_close(&e->faults);
     outbox_close(&e->events);
+    cache_shutdown(&e->cache);
 }
 
 void glide_engine_close(glide_engine *e)
@@ -137,6 +138,8 @@ static void look_around(struct task *task, struct worker *w)
 
     list_each(at, &w->volumes) {
         struct volume *v = container_of(at, struct volume, link);
+        if (v->frozen)
+            continue;
         if (t->wanted)
             freed |= log_drop_spares(&v->log);
         else if (v->blocked)

@@ -208,6 +208,10 @@ void fault_resolve(struct volume *v, uint64_t block, int err)
 
     if (!entry)
         return;
+    if (v->frozen && !v->failed && !v->closing) { /* who looks again would begin a read */
+        v->answers_missed = true;
+        return;
+    }
     struct waiting *waiting = (struct waiting *)(uintptr_t)*entry;
     table_remove(&v->faults, block); /* first: a waiter that looks again may wait again */
     struct waiter *next;

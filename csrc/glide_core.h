@@ -36,6 +36,7 @@ struct glide_engine_config {
     uint32_t log_full_timeout_ms; /* 0 = writers wait for ever */
     uint32_t read_timeout_ms;     /* 0 = readers of absent blocks wait for ever */
     uint32_t busy_poll_us;        /* how long a worker whose last wait was short polls before it sleeps; 0 = never */
+    uint32_t standby;             /* the block cache's files are another process's until glide_cache_take */
 };
 
 int glide_engine_open(const struct glide_engine_config *config, glide_engine **out);
@@ -102,7 +103,7 @@ struct glide_volume_config {
     uint8_t read_only;
     uint8_t flush_store;   /* FLUSH and FUA wait for the commit */
     uint8_t always_verify; /* check data hashes even if the boot id is the one of the writer */
-    uint8_t no_trim;       /* reserved, 0 */
+    uint8_t standby;       /* another process serves the log: change nothing of it; see "handoff" below */
 };
 struct glide_recovery {
     uint64_t segments, records, bytes; /* replayed */
@@ -265,6 +266,45 @@ void glide_cache_drop(glide_engine *engine, const struct glide_slot *slot);
 void glide_cache_unpin(glide_engine *engine, const struct glide_slot *slot);
 /* Evict everything that is not pinned (tests, `doctor`). Returns the number evicted. */
 uint64_t glide_cache_evict_all(glide_engine *engine);
+
+/* ---- handoff: another process goes on with what this one serves ---------------- */
+
+/*
+ * A volume is frozen in its old process and opened in `standby`, which is frozen too, in the new one. A frozen
+ * volume begins nothing: no request, no append, no reply. What guests asked for stays parked, and what the core still
+ * does of its own ends.
+ */
+struct glide_cutover {
+    uint64_t first_seq, last_seq; /* live segments of the log, 0,0 = none */
+    uint64_t last_end;            /* records of the last one */
+};
+/* Append and acknowledge what can be, seal, and freeze; waits for reads of local files under way. */
+int glide_volume_freeze(glide_volume *volume, struct glide_cutover *out);
+/* Go on, in the old process after a handoff that failed or in the new one after glide_volume_activate. */
+int glide_volume_unfreeze(glide_volume *volume);
+/* Replay what was appended since the open in standby. -ESTALE: the log is not what `expected` says. */
+int glide_volume_activate(glide_volume *volume, const struct glide_cutover *expected, struct glide_recovery *recovery);
+/* From the return on this process does not write the block cache's files: fills wait for glide_cache_take. */
+int glide_cache_give(glide_engine *engine);
+/* The files are this process's: look at the index again. */
+int glide_cache_take(glide_engine *engine);
+
+/* A connection of a frozen volume, as another process can go on with it. */
+struct glide_nbd_state {
+    uint64_t conn_id;
+    uint64_t in_bytes;  /* to be received again: requests without an answer, then what came behind them */
+    uint64_t out_bytes; /* replies not sent yet */
+    uint64_t skip;      /* after in_bytes: bytes of the stream to throw away */
+    int32_t fd;         /* stays the core's */
+    uint32_t read_only;
+};
+/* Fills in up to `max`; returns how many there are. */
+int glide_nbd_frozen(glide_volume *volume, struct glide_nbd_state *out, uint32_t max);
+/* Copy the bytes of a connection. -EAGAIN: it is not as glide_nbd_frozen told any more, because something that was
+ * under way has ended; ask again. */
+int glide_nbd_export(glide_volume *volume, const struct glide_nbd_state *state, void *in, void *out);
+/* Go on with such a connection once the volume is unfrozen. C owns fd from here (also on error). */
+int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *state, const void *in, const void *out);
 
 /* ---- NBD transmission ----------------------------------------------------------- */
 

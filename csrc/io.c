@@ -217,6 +217,12 @@ static bool append_some(struct volume *v)
     return true;
 }
 
+bool io_logged(const struct io_req *req)
+{
+    return (req->op == GLIDE_WRITE || req->op == GLIDE_ZERO) && req->length &&
+           req->progress / SECTOR >= sectors_of(req);
+}
+
 static void own_what_waits(struct volume *v)
 {
     for (struct list *at = v->batch.next, *next; at != &v->batch; at = next) {
@@ -231,6 +237,10 @@ void io_flush(struct volume *v)
     int dead = v->failed ? v->failed : v->closing ? ESHUTDOWN : 0;
 
     list_remove(&v->batch_link);
+    if (v->frozen && !dead) {
+        own_what_waits(v);
+        return;
+    }
     while (going && !dead && !list_empty(&v->batch)) {
         struct io_req *head = container_of(v->batch.next, struct io_req, link);
         if (head->op == GLIDE_WRITE && io_unaligned(head) && !io_merge(head))

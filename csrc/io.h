@@ -56,6 +56,9 @@ void io_flush(struct volume *v);
 /* Fail, with a positive errno, the requests with this tag that wait for space, for the store or for a commit. */
 void io_cancel(struct volume *v, const void *tag, int err);
 
+/* All of a WRITE or ZERO is in the log: it waits for a sync or a commit only. */
+bool io_logged(const struct io_req *req);
+
 /* ---- between the parts of the request code ---- */
 
 void io_finish(struct io_req *req, int err);

@@ -61,9 +61,11 @@ static void on_read(struct ring_op *op, int res, uint32_t flags)
         return;
     }
     struct io_req *req = x->req;
-    unpin(req->volume, x->segment, x->slot);
+    struct volume *v = req->volume;
+    unpin(v, x->segment, x->slot);
     free(x);
     io_piece_done(req, res > 0 ? 0 : EIO);
+    volume_read_done(v);
 }
 
 static void submit_read(struct read_op *x)
@@ -97,6 +99,7 @@ static int read_file(struct io_req *req, struct log_segment *segment, uint32_t s
     uint64_t got = n > 0 ? (uint64_t)n : 0;
     *x = (struct read_op){{on_read}, req, segment, slot, fd, buf + got, offset + got, length - got};
     req->pending++;
+    v->reading++;
     submit_read(x);
     return 0;
 }

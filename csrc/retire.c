@@ -40,6 +40,8 @@ static int pick(struct worker *w, void *arg)
 
     (void)w;
     r->seq = 0;
+    if (r->v->frozen)
+        return fail(-EBUSY, "the volume is being handed over");
     if (!s || s == log->active || s->seq > r->limit)
         return 0;
     if (s->seq > r->v->committed_seq)

@@ -63,6 +63,8 @@ bool volume_tick(struct volume *v)
 {
     uint64_t now = now_ns(), limit = (uint64_t)v->engine->config.read_timeout_ms * 1000000u;
 
+    if (v->frozen)
+        return v->blocked || v->waiting;
     if (v->blocked) {
         expire_writers(v, now);
         volume_want_flush(v);
@@ -111,7 +113,7 @@ static void volume_free(struct volume *v)
     block_map_destroy(&v->base);
     fault_table_destroy(v);
     volume_count_memory(v);
-    log_close(&v->log);
+    log_close(&v->log, !v->frozen);
     pthread_mutex_destroy(&v->retire_lock);
     free(v);
 }
@@ -127,10 +129,11 @@ static struct volume *volume_new(struct engine *e, const struct glide_volume_con
     v->read_only = c->read_only;
     v->flush_store = c->flush_store;
     v->committed_seq = c->committed_seq;
+    v->frozen = c->standby;
     atomic_init(&v->size, c->size);
     atomic_init(&v->stamp, 1);
-    struct list *lists[] = {&v->link,       &v->batch_link, &v->batch,        &v->conns,
-                            &v->idle_calls, &v->sync.next,  &v->sync.current, &v->sync.store};
+    struct list *lists[] = {&v->link,      &v->batch_link,   &v->batch,      &v->conns,       &v->idle_calls,
+                            &v->sync.next, &v->sync.current, &v->sync.store, &v->freeze_calls};
     for (size_t i = 0; i < ARRAY_LEN(lists); i++)
         list_init(lists[i]);
     pthread_mutex_init(&v->retire_lock, NULL);
@@ -205,6 +208,8 @@ static int do_seal(struct worker *w, void *arg)
     struct volume_call *c = arg;
 
     (void)w;
+    if (c->v->frozen)
+        return fail(-EBUSY, "the volume is being handed over");
     log_seal(&c->v->log);
     c->value = log_sealed_seq(&c->v->log);
     return 0;

@@ -36,7 +36,8 @@ struct volume {
     _Atomic uint64_t size;  /* bytes */
     _Atomic uint64_t stamp; /* bumped by retire: installs resolved before it do not land */
     bool read_only, flush_store, closing;
-    int failed; /* positive errno: all I/O fails with it */
+    bool frozen; /* freeze.c: nothing begins */
+    int failed;  /* positive errno: all I/O fails with it */
 
     struct write_log log;
     uint64_t committed_seq;
@@ -51,12 +52,15 @@ struct volume {
     struct sync_state sync;
     struct table faults; /* block -> struct waiting (fault.c) */
     uint64_t waiting;    /* pieces of requests in it */
+    bool answers_missed; /* some came while the volume was frozen: all waiters look again */
 
     struct list conns; /* struct nbd_conn */
     uint32_t conn_count;
     struct ublk_device *ublk;
     uint64_t inflight;           /* requests submitted and not done */
     struct list idle_calls;      /* struct call: wait until inflight is 0 */
+    uint64_t reading;            /* reads of files in flight */
+    struct list freeze_calls;    /* struct call: wait until that is 0 */
     pthread_mutex_t retire_lock; /* held by the one thread that retires; taken before no other */
     struct stats stats;
 };
@@ -72,7 +76,12 @@ void volume_idle_check(struct volume *v);
 /* A request ended; wakes who waits for none in flight. */
 void volume_request_done(struct volume *v);
 
-/* recover.c: replay the log directory. */
+/* A read of a file ended; wakes who waits for none in flight. */
+void volume_read_done(struct volume *v);
+
+/* recover.c: replay the log directory. In standby nothing of it is changed, and what the store has is replayed too. */
 int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify, struct glide_recovery *out);
+/* Replay what the log got since then. */
+int volume_recover_tail(struct volume *v, struct glide_recovery *out);
 
 #endif

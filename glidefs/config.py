@@ -120,7 +120,7 @@ class UploadSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_dirty_age: Duration = 300.0
     pack_size: Size = 32 * MIB
     compression_level: Annotated[int, Meta(ge=-7, le=19)] = 1
-    volumes: Annotated[int, Meta(ge=1, le=256)] = 2
+    volumes: Annotated[int, Meta(ge=1, le=256)] = 8
     workers: Annotated[int, Meta(ge=1, le=256)] = 3
     compaction: bool = True
     compact_rate: Size = 64 * MIB

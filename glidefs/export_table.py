@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, UnknownExport
+from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, Refused, UnknownExport
 from glidefs.exports import ExportStatus
 from glidefs.formats import export_record
 from glidefs.formats.atomic import fsync_dir, write_file_atomic
@@ -174,6 +175,44 @@ class ExportTable:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
+        self._shut = ""
+
+    @contextmanager
+    def shut(self, why: str, patience: float) -> Iterator[list[Entry]]:
+        """All entries with their locks held: no verb runs inside, and those that come are refused.
+
+        Raises GlideError naming an export whose verb has not ended after `patience` seconds.
+        """
+        until = time.monotonic() + patience
+        held: list[Entry] = []
+        self._shut = why
+        try:
+            while missing := [entry for entry in self.all() if entry not in held]:
+                for entry in missing:
+                    if not entry.lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                        raise GlideError(f"a verb on {entry.name} has not ended in {patience:g} s; try again")
+                    held.append(entry)
+            yield sorted((entry for entry in held if not entry.gone), key=lambda entry: entry.name)
+        except BaseException:
+            self._shut = ""
+            raise
+        finally:
+            for entry in held:
+                entry.lock.release()
+
+    def reopen(self) -> None:
+        """Verbs run again."""
+        self._shut = ""
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether verbs are refused."""
+        return bool(self._shut)
+
+    def check_open(self) -> None:
+        """Raises GlideError while, and after, the exports are handed to another process."""
+        if self._shut:
+            raise Refused(self._shut)
 
     def all(self) -> list[Entry]:
         """Every entry, by name."""
@@ -197,6 +236,7 @@ class ExportTable:
         """The entry with its lock held. Raises UnknownExport, also when it went while we waited."""
         entry = self.get(name)
         with entry.lock:
+            self.check_open()
             if entry.gone:
                 raise UnknownExport(name)
             yield entry
@@ -207,6 +247,7 @@ class ExportTable:
         entry = Entry(check_name("export", name))
         with entry.lock:
             with self._lock:
+                self.check_open()
                 if name in self._entries:
                     raise ExportExists(name)
                 self._entries[name] = entry

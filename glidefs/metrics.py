@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from msgspec import Struct
@@ -13,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
+from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
 from glidefs.manifest_cache import CacheStats
 from glidefs.store.resilient import StoreMetrics
 
@@ -42,6 +44,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     started_at: float
     bases: Mapping[str, CacheStats] = {}
     fault_fetches: int = 0
+    handoffs: Totals = Totals()
 
 
 class _Figures(Collector):
@@ -56,6 +59,7 @@ class _Figures(Collector):
         if snapshot.store is not None:
             yield from _store(snapshot.store)
         yield from _bases(snapshot.bases)
+        yield from _handoffs(snapshot.handoffs)
         yield _counter("fault_fetches", "Guest faults that the store was asked for", snapshot.fault_fetches)
         yield from _volumes(snapshot.exports)
         yield from _operations(snapshot.exports)
@@ -129,6 +133,20 @@ def _store(figures: StoreMetrics) -> Iterator[Metric]:
     yield _gauge("store_waiting", "Calls that wait for a place, a retry or the store", figures.waiting)
     yield _gauge("store_up", "0 while the breaker holds requests back", float(figures.breaker == "closed"))
     yield _gauge("store_down_seconds", "For how long the store has not answered", figures.down_seconds)
+
+
+def _handoffs(totals: Totals) -> Iterator[Metric]:
+    """Counts go on from process to process."""
+    counter = CounterMetricFamily("glidefs_handoffs", "Handoffs by outcome", labels=["outcome"])
+    for outcome, count in zip(OUTCOMES, totals.outcomes, strict=True):
+        counter.add_metric([outcome], count)
+    yield counter
+    stalls = HistogramMetricFamily("glidefs_handoff_stall_seconds", "How long guests waited in a handoff")
+    bounds = [*(repr(bound) for bound in BOUNDS), "+Inf"]
+    stalls.add_metric(
+        [], list(zip(bounds, accumulate(totals.buckets), strict=True)), sum_value=totals.stall_seconds
+    )
+    yield stalls
 
 
 _CACHE_FIGURES: tuple[

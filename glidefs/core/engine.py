@@ -29,6 +29,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_full_timeout_ms: int = 0
     read_timeout_ms: int = 0
     busy_poll_us: int = 0
+    standby: bool = False
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -104,6 +105,7 @@ class Engine(Handle):
         raw.log_full_timeout_ms = config.log_full_timeout_ms
         raw.read_timeout_ms = config.read_timeout_ms
         raw.busy_poll_us = config.busy_poll_us
+        raw.standby = config.standby
         out = ffi.new("glide_engine **")
         check(lib.glide_engine_open(raw, out), f"open the engine in {config.cache_dir}")
         super().__init__(out[0])
@@ -112,6 +114,11 @@ class Engine(Handle):
 
     def _free(self, pointer: Any) -> None:
         lib.glide_engine_close(pointer)
+
+    def shutdown(self) -> None:
+        """Threads that wait for faults, events or the block cache get Closed or an error, now and later."""
+        with self._use() as engine:
+            lib.glide_engine_shutdown(engine)
 
     def open_volume(self, config: VolumeConfig) -> tuple[CoreVolume, Recovery]:
         """Replay the log of a volume and serve it. Raises CorruptLog, CoreError."""

@@ -28,7 +28,8 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the core must know of a volume. ``cookie`` names it in faults and events.
 
     ``log_dir`` holds the segments of this log id; segments up to ``committed_seq`` are in the store
-    and are not replayed. ``size`` in bytes, a multiple of 4096.
+    and are not replayed. ``size`` in bytes, a multiple of 4096. ``standby``: another process serves the log
+    until :func:`glidefs.core.handoff.activate`.
     """
 
     cookie: int
@@ -40,6 +41,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     flush_store: bool = False
     always_verify: bool = False
+    standby: bool = False
 
 
 class Recovery(NamedTuple):
@@ -307,6 +309,7 @@ def open_volume(engine: Engine, config: VolumeConfig) -> tuple[CoreVolume, Recov
     raw.read_only = config.read_only
     raw.flush_store = config.flush_store
     raw.always_verify = config.always_verify
+    raw.standby = config.standby
     out, recovery = ffi.new("glide_volume **"), ffi.new("struct glide_recovery *")
     with engine._use() as pointer:
         check(lib.glide_volume_open(pointer, raw, out, recovery), "open volume", path=str(config.log_dir))

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from glidefs.core import handoff
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
+from glidefs.core.handoff import Position
 from glidefs.core.volume import Recovery, VolumeConfig
 from glidefs.errors import GlideError
 from glidefs.formats.export_record import ExportRecord
@@ -59,7 +61,7 @@ class Host:
             settings.put_threads, "glide-put", initializer=partial(lower_priority, settings.nice)
         )
         self._retirer = Retirer(engine, settings)
-        self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler.stopping)
+        self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
         self.faults = FaultService(engine, store, settings, self.find)
         self.prefetcher = Prefetcher(self.faults, settings)
@@ -102,8 +104,8 @@ class Host:
 
     # -- volumes ---------------------------------------------------------------------------------
 
-    def open(self, record: ExportRecord, root: Root, etag: str | None) -> Volume:
-        """Replay the log of a volume and serve it.
+    def open(self, record: ExportRecord, root: Root, etag: str | None, *, standby: bool = False) -> Volume:
+        """Replay the log of a volume and serve it; with ``standby`` only once :meth:`activate` was called.
 
         ``root`` is the newest known of the record's log id (or of a read-only export's manifest),
         ``etag`` that of the store, None where its first put is still to come, which then happens
@@ -112,7 +114,7 @@ class Host:
         if not record.read_only and root.log_id != record.log_id:
             raise GlideError(f"volume {record.name}: its root names another log; attach it first")
         volume = Volume(self, record, root, etag, next(self._cookies), self.meta, self.state_dir)
-        if not record.read_only:
+        if not record.read_only and not standby:
             # The core unlinks what the root includes: that root must be durable here first.
             volume.committer.save_local()
         config = VolumeConfig(
@@ -124,6 +126,7 @@ class Host:
             committed_seq=0 if record.read_only else root.last_segment,
             read_only=record.read_only,
             flush_store=record.flush == "store",
+            standby=standby,
         )
         with self._lock:
             if self._closed:
@@ -135,11 +138,25 @@ class Host:
             with self._lock:
                 del self._volumes[volume.cookie]
             raise
-        volume.committer.known_segment = max(recovery.last_seq, root.last_segment)
-        self._opened(volume, recovery)
+        if not standby:
+            self._opened(volume, recovery)
         return volume
 
+    def activate(self, volume: Volume, position: Position) -> None:
+        """The process that served the volume has stopped where ``position`` says. It stays frozen.
+
+        Raises CoreError (ESTALE) if its log ends elsewhere, CorruptLog.
+        """
+        self._opened(volume, handoff.activate(volume.core, position))
+
+    def save_roots(self) -> None:
+        """Make the local copies of all roots durable: until then nothing that was taken over is retired."""
+        for volume in self.volumes():
+            if not volume.read_only:
+                volume.committer.save_local()
+
     def _opened(self, volume: Volume, recovery: Recovery) -> None:
+        volume.committer.known_segment = max(recovery.last_seq, volume.root.last_segment)
         if recovery.segments:
             log.info(
                 "volume %s: replayed %d records of %d segments, %d torn ones dropped",

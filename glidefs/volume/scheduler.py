@@ -46,6 +46,12 @@ def lower_priority(nice: int) -> None:
         log.debug("cannot lower the priority of %s: %s", threading.current_thread().name, error)
 
 
+class Paused(GlideError):
+    """What is left of a job waits for :meth:`Scheduler.resume`."""
+
+    temporary = True
+
+
 class _Job:
     """A volume that has something to do. Guarded by the scheduler's condition."""
 
@@ -98,6 +104,11 @@ class Scheduler:
     def stopping(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._stop
+
+    @property
+    def pausing(self) -> bool:
+        """Whether what waits for the store should end for now."""
+        return self._paused > 0
 
     def start(self) -> None:
         """Start the threads."""
@@ -247,9 +258,11 @@ class Scheduler:
         except Closed:
             return None
         except GlideError as error:
-            job.failures += 1
             job.seal |= seal  # what was asked for is still due
             job.urgent |= urgent
+            if isinstance(error, Paused):
+                return 0.0
+            job.failures += 1
             volume.last_error = str(error)
             self._say(volume, error)
             if isinstance(error, StoreError) and error.temporary:
@@ -287,6 +300,8 @@ class Scheduler:
                 self.on_commit(volume, done.chunks)
             if volume.done_segment >= sealed:
                 return
+            if self._paused:
+                raise Paused(f"volume {volume.name}: uploads pause")
 
     def batch_bytes(self) -> int:
         """Sealed log that makes a volume due: enough for full packs, a part of what the log may take."""

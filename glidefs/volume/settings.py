@@ -50,7 +50,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     index_disk_bytes: int = 128 * MIB
     page_cache_pages: int = 32
     store_patience: float = 5.0
-    uploaders: int = 2
+    uploaders: int = 8
     put_threads: int = 3
     sync_interval: float = 30.0
     max_dirty_age: float = 300.0

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from glidefs import clock, heap
 from glidefs.core.check import Closed, CoreError
@@ -61,6 +61,20 @@ class Counters:
         self.compacted_bytes = 0
 
 
+class Life(Protocol):
+    """Whether the host goes on; what is used of the scheduler."""
+
+    @property
+    def stopping(self) -> bool:
+        """It ends: give up what waits for the store."""
+        ...
+
+    @property
+    def pausing(self) -> bool:
+        """Give up what waits for the store, it is done again later."""
+        ...
+
+
 class Uploader:
     """Uploads volumes; the scheduler says which and when, one job per volume at a time.
 
@@ -73,14 +87,14 @@ class Uploader:
         meta: MetaCache,
         settings: HostSettings,
         puts: Executor,
-        stopping: Callable[[], bool],
+        life: Callable[[], Life],
     ) -> None:
         self._store = store.view("upload", settings.store_patience)
         self._reads = store.view("read", settings.store_patience)
         self._meta = meta
         self._settings = settings
         self._puts = puts
-        self._stopping = stopping
+        self._life = life
         self.counters = Counters()
 
     def upload(self, volume: Volume, last: int, size: int, burst: Burst | None = None) -> Uploaded:
@@ -218,8 +232,8 @@ class Uploader:
                 volume.last_error = str(error)
                 if volume.fenced:
                     raise Fenced(volume.name, volume.fenced) from error
-                if volume.closing or self._stopping():
+                if volume.closing or self._life().stopping:
                     raise Closed(f"volume {volume.name} closes") from error
-                if clock.elapsed() - since > self._settings.gc_grace / 2:
+                if self._life().pausing or clock.elapsed() - since > self._settings.gc_grace / 2:
                     raise
             time.sleep(0.05)  # the store's own wrapper did the waiting

@@ -125,6 +125,10 @@ class Vol:
         self.cookie = cookie
         return self
 
+    def config_without_size(self) -> dict[str, Any]:
+        """What another :class:`Vol` of the same log is made with."""
+        return {key: value for key, value in self.config.items() if key != "size"}
+
     def close(self) -> None:
         self.core.close()
         self.rig.vols.pop(self.cookie, None)
@@ -256,7 +260,13 @@ class CoreRig:
             if self.before_answer is not None:
                 self.before_answer(vol, fault)
             with contextlib.suppress(Closed):
-                vol.core.install(fault.stamp, vol.answers(fault))
+                try:
+                    answers = vol.answers(fault)
+                except CoreError:
+                    if self._stop:
+                        return
+                    raise
+                vol.core.install(fault.stamp, answers)
 
     def events(self, kind: int, deadline: float = 10.0) -> list[Any]:
         """Wait for events of ``kind``; others are thrown away."""
@@ -270,6 +280,7 @@ class CoreRig:
     def close(self) -> None:
         self._stop = True
         self._go.set()
+        self.engine.shutdown()
         for vol in list(self.vols.values()):
             vol.close()
         for thread in self._threads:
