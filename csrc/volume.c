@@ -88,13 +88,12 @@ static struct worker *least_loaded(struct engine *e)
     return best;
 }
 
-static int enter(struct worker *w, void *arg)
+static void enter(struct task *task, struct worker *w)
 {
-    struct volume *v = arg;
+    struct volume *v = container_of(task, struct volume, enter_task);
 
     list_append(&w->volumes, &v->link);
     volume_count_memory(v);
-    return 0;
 }
 
 static int leave(struct worker *w, void *arg)
@@ -162,7 +161,8 @@ int glide_volume_open(glide_engine *engine, const struct glide_volume_config *co
     }
     v->event_dirty = v->log.count > 0;
     v->worker = least_loaded(engine);
-    worker_call(v->worker, enter, v);
+    v->enter_task.run = enter;
+    worker_post(v->worker, &v->enter_task); /* nobody waits: whatever comes later is behind it */
     *out = v;
     return 0;
 }

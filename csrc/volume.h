@@ -31,6 +31,7 @@ struct volume {
     struct engine *engine;
     struct worker *worker;
     struct list link;       /* worker->volumes */
+    struct task enter_task;
     struct list batch_link; /* worker->batches, when something is to be done at the end of the round */
     uint64_t cookie;
     _Atomic uint64_t size;  /* bytes */

@@ -8,6 +8,7 @@ start can serve, or nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -26,6 +27,8 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.names import check_name
 from glidefs.transport.base import Endpoint, Transport
 from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".json"
 INTENT = ".intent"
@@ -48,6 +51,10 @@ class RecordDirectory:
             if path.name.startswith("."):
                 continue
             try:
+                if path.stat().st_size == 0:
+                    log.warning("%s: its creation was cut short by a crash; nothing of it is left", name)
+                    path.unlink()
+                    continue
                 record = export_record.load(path)
                 if record.name != name:
                     raise CorruptObject(str(path), 0, f"it is the record of {record.name}")
@@ -56,9 +63,9 @@ class RecordDirectory:
                 damaged[name] = str(error)
         return records, damaged
 
-    def save(self, record: ExportRecord) -> None:
-        """Durable on return. Raises OSError."""
-        export_record.save(self._file(record.name), record)
+    def save(self, record: ExportRecord, *, fresh: bool = False) -> None:
+        """Durable on return; `fresh`: the name has no record yet. Raises OSError."""
+        export_record.save(self._file(record.name), record, fresh=fresh)
 
     def delete(self, name: str) -> None:
         """Durable on return; a record that is not there is no error."""
@@ -134,19 +141,19 @@ class Entry:
         """Whether another host has the volume."""
         return self.fenced or (self.volume is not None and bool(self.volume.fenced))
 
-    def status(self, *, created: bool | None = None, note: str = "") -> ExportStatus:
-        """What `show` prints. Blocks on nothing."""
-        record, volume, endpoint = self.record, self.volume, self.endpoint
-        figures: dict[str, Any] | None = None
+    def status(self, *, created: bool | None = None, note: str = "", figures: bool = True) -> ExportStatus:
+        """What `show` prints, without the volume's figures if they are not asked for. Blocks on nothing."""
+        record, volume, endpoint = self.record, self.volume if figures else None, self.endpoint
+        numbers: dict[str, Any] | None = None
         state, reason = self.state, self.reason
         if volume is not None:
             try:
-                figures = msgspec.to_builtins(volume.status())
+                numbers = msgspec.to_builtins(volume.status())
             except GlideError as error:
                 state, reason = "failed", str(error)
-        if figures is not None and (figures["fenced"] or figures["failed"]):
+        if numbers is not None and (numbers["fenced"] or numbers["failed"]):
             state = "failed"
-            reason = figures["fenced"] or f"all I/O fails: {os.strerror(figures['failed'])}"
+            reason = numbers["fenced"] or f"all I/O fails: {os.strerror(numbers['failed'])}"
         kind = self.transport.kind if self.transport is not None else ""
         return ExportStatus(
             name=self.name,
@@ -165,7 +172,7 @@ class Entry:
             published=record.root_published if record else True,
             created=created,
             note=note,
-            volume=figures,
+            volume=numbers,
         )
 
 

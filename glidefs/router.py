@@ -219,7 +219,7 @@ class ExportRouter:
                 self._opener.forget(entry)
                 raise
             self._prefetch(entry, wanted, source)
-            return entry.status(created=True, note=origin.note if origin else "")
+            return entry.status(created=True, note=origin.note if origin else "", figures=False)
 
     def _first_root(
         self, name: str, wanted: CreateRequest, origin: Origin | None, size: int | None
@@ -244,7 +244,7 @@ class ExportRouter:
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:
         assert entry.record is not None
         prefix = entry.record.prefix
-        self._records.save(entry.record)
+        self._records.save(entry.record, fresh=True)
         etag: str | None = None
         # Nobody else can know a fork yet: it is served first and put in the background. A view never is.
         if not root.source or (wait and not entry.record.is_view):

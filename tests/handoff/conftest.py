@@ -19,8 +19,8 @@ def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Generations]]:
     """Daemons, each with a store of its own; whatever of them is left at the end is killed."""
     made: list[Generations] = []
 
-    def make(die: str = "") -> Generations:
-        made.append(Generations(tmp_path / f"n{len(made)}", settings=SETTINGS))
+    def make(die: str = "", endpoint: str = "") -> Generations:
+        made.append(Generations(tmp_path / f"n{len(made)}", endpoint=endpoint, settings=SETTINGS))
         made[-1].die = die
         return made[-1]
 

