@@ -439,9 +439,15 @@ static int do_attach(struct worker *w, void *arg)
 {
     struct attach *a = arg;
     struct nbd_conn *c = a->conn;
-    int err = c->volume->frozen ? -EBUSY : nbd_enter(w, c);
-
-    if (err)
+    bool frozen = c->volume->frozen; /* then nbd_unfreeze() begins */
+    if (frozen && a->early_length) {
+        if (!(c->rest = malloc(a->early_length)))
+            return -ENOMEM;
+        memcpy(c->rest, a->early, a->early_length);
+        c->rest_length = a->early_length;
+    }
+    int err = nbd_enter(w, c);
+    if (err || frozen)
         return err;
     arm_poll(c);
     if (a->early_length) {
@@ -466,6 +472,7 @@ int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_on
     int err = worker_call(volume->worker, do_attach, &a);
     if (err) {
         close(fd);
+        free(c->rest);
         free(c);
         return fail(err, "the export does not take connections: %s", strerror(-err));
     }

@@ -436,7 +436,13 @@ class Daemon:
     # -- stop ----------------------------------------------------------------------------------
 
     def stop(self, hurry: threading.Event) -> None:
-        """Upload within the deadline (unless `hurry`), let guests go, sync the logs, close everything."""
+        """Upload within the deadline (unless `hurry`), let guests go, sync the logs, close everything.
+
+        A handoff that is under way ends first; if it succeeds there is nothing to stop any more.
+        """
+        self._handoff.acquire()
+        if self.handed_over.is_set():
+            self.leave()
         deadline = self.config.daemon.drain_deadline
         process.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((deadline + FORCED_EXIT) * 1e6)}")
         self._ready = False

@@ -236,6 +236,28 @@ static void enter(struct volume_state *s)
     pthread_rwlock_rdlock(&s->open);
 }
 
+/* A handoff that is called off. */
+static void stand_still(struct volume_state *s)
+{
+    struct glide_nbd_state conns[4];
+    struct glide_cutover position;
+
+    MUST(glide_volume_freeze(s->volume, &position));
+    MUST(glide_cache_give(engine));
+    int n = glide_nbd_frozen(s->volume, conns, 4);
+    for (int i = 0; i < n && i < 4; i++) {
+        void *in = malloc(conns[i].in_bytes + 1), *out = malloc(conns[i].out_bytes + 1);
+        int err = glide_nbd_export(s->volume, &conns[i], in, out);
+        if (err != -EAGAIN && err != -ENOENT)
+            MUST(err);
+        free(in);
+        free(out);
+    }
+    usleep(500);
+    MUST(glide_cache_take(engine));
+    MUST(glide_volume_unfreeze(s->volume));
+}
+
 static void *upload_thread(void *arg)
 {
     struct volume_state *s = arg;
@@ -248,6 +270,8 @@ static void *upload_thread(void *arg)
         usleep(next_random(&seed) % 20000);
         pthread_rwlock_rdlock(&s->open);
         upload(s);
+        if (next_random(&seed) % 8 == 0)
+            stand_still(s);
         MUST(glide_volume_info_get(s->volume, &info));
         MUST(glide_volume_stats_get(s->volume, &stats));
         glide_engine_stats_get(engine, &all);
@@ -372,7 +396,7 @@ static void nbd_session(struct volume_state *s, uint64_t id, uint64_t *seed)
 static void *nbd_thread(void *arg)
 {
     struct volume_state *s = arg;
-    uint64_t seed = 99 + s->cookie, id = 1;
+    uint64_t seed = 99 + s->id[0], id = 1; /* the cookie changes */
 
     while (!atomic_load(&stop)) {
         enter(s);

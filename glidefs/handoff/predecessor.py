@@ -58,7 +58,7 @@ PARENT_VARIABLE = "GLIDEFS_HANDOFF_PARENT"
 """Its predecessor's process id."""
 VERBS = 10.0
 """Seconds that running verbs get to end."""
-UPLOADS = 30.0
+UPLOADS = 60.0
 """Seconds that uploads under way get to end."""
 HELLO = 60.0
 READY = 300.0

@@ -23,7 +23,7 @@ from glidefs.errors import Fenced, GlideError, StoreError
 from glidefs.volume.pace import Burst
 from glidefs.volume.retire import Retirer
 from glidefs.volume.settings import HostSettings
-from glidefs.volume.uploader import Uploader
+from glidefs.volume.uploader import Paused, Uploader
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
@@ -44,12 +44,6 @@ def lower_priority(nice: int) -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
     except OSError as error:
         log.debug("cannot lower the priority of %s: %s", threading.current_thread().name, error)
-
-
-class Paused(GlideError):
-    """What is left of a job waits for :meth:`Scheduler.resume`."""
-
-    temporary = True
 
 
 class _Job:
@@ -91,6 +85,7 @@ class Scheduler:
         self._threads: list[threading.Thread] = []
         self._stop = False
         self._paused = 0
+        self._give_up_at = 0.0
         self._last_loud = 0.0
         self.on_event: list[EventHandler] = []
         self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
@@ -107,8 +102,13 @@ class Scheduler:
 
     @property
     def pausing(self) -> bool:
-        """Whether what waits for the store should end for now."""
+        """Whether somebody waits for uploads to end: what waits should not."""
         return self._paused > 0
+
+    @property
+    def giving_up(self) -> bool:
+        """The same, and it has taken too long: what is begun is done again later."""
+        return self._paused > 0 and time.monotonic() >= self._give_up_at
 
     def start(self) -> None:
         """Start the threads."""
@@ -172,6 +172,7 @@ class Scheduler:
         """
         with self._wake:
             self._paused += 1
+            self._give_up_at = time.monotonic() + (deadline - time.monotonic()) / 2
             while any(job.busy for job in self._jobs.values()):
                 if time.monotonic() >= deadline:
                     return False
@@ -272,7 +273,11 @@ class Scheduler:
     def _upload(self, volume: Volume, seal: bool, urgent: bool) -> None:
         size = volume.size
         # Who asks for a seal waits for the upload; what comes by its age must go.
-        burst = None if seal or urgent else Burst(volume, self._engine.config.log_limit, self._patience)
+        burst = (
+            None
+            if seal or urgent
+            else Burst(volume, self._engine.config.log_limit, self._patience, lambda: self.pausing)
+        )
         if not seal:
             info = volume.core.info()
             seal = info.dirty_age >= self._patience

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from glidefs import clock, heap
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.gather import Gather
-from glidefs.errors import Fenced, StoreError
+from glidefs.errors import Fenced, GlideError, StoreError
 from glidefs.store.base import Buffer
 from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
@@ -73,6 +73,17 @@ class Life(Protocol):
     def pausing(self) -> bool:
         """Give up what waits for the store, it is done again later."""
         ...
+
+    @property
+    def giving_up(self) -> bool:
+        """Give up what is under way, it is done again later."""
+        ...
+
+
+class Paused(GlideError):
+    """What is left of an upload waits until the host goes on."""
+
+    temporary = True
 
 
 class Uploader:
@@ -180,6 +191,8 @@ class Uploader:
         while True:
             began = time.monotonic()
             most = 1 if burst is not None and burst.lasts() else self._settings.put_threads
+            if error is None and self._life().giving_up:
+                error = Paused(f"volume {volume.name}: uploads pause")
             while error is None and len(waiting) < most:
                 job = next(todo, None)
                 if job is None:
