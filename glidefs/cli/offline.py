@@ -147,6 +147,7 @@ def bless_command(
                 pack_bytes=chosen.upload.pack_size,
                 level=chosen.upload.compression_level,
                 progress=update,
+                max_age=chosen.store.gc_grace / 2,
             )
         except KeyboardInterrupt:
             why = "interrupted; the same command goes on where this one stopped"
