@@ -42,6 +42,10 @@ class CorruptObject(GlideError):
         )
 
 
+class NewerFormat(CorruptObject):
+    """The object is whole, but of a version or with flags that are not known here."""
+
+
 class CorruptLog(GlideError):
     """A write log on this host has damage below a position that was known to be durable."""
 

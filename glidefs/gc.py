@@ -15,6 +15,15 @@ It works on the store alone, while hosts write to it. Why nothing that is needed
 - *Looking again.* A listing takes time. A root that is put where the listing has been already, made from
   one that is removed before the listing gets there, escapes it. So roots are listed again until
   a listing shows nothing new (twice at least), and once more before each batch of deletes.
+- *Checkpoints.* What the checkpoint of an interrupted bless names is kept until the checkpoint goes: when
+  its base is there, or when it is older than the grace and an earlier run, at least a grace ago, saw
+  this version of it. What it named then begins to wait. A bless that goes on puts it anew, under its ETag,
+  before it uses a pack; a run replaces it under its ETag before it deletes it: one of them is
+  too late, and knows. The bless takes packs younger than half the grace by the store's clock only, and
+  what gets older than that before it is published is copied. So what a bless names was put less than half the
+  grace before, as with an upload; the checkpoint holds what a *later* bless may take, and one that it
+  could take something of is not removed. The delete may hit a checkpoint that was put after the
+  replacement: the bless that put it goes on all the same.
 - *Failing closed.* A root or page that cannot be read, or an object whose kind is not known here,
   ends the run with nothing deleted.
 - *One at a time.* The state is put under its ETag before the first delete: of two runs that overlap,
@@ -26,6 +35,8 @@ A root handed on twice, each time to a fork put behind the listing while its sou
 it, in every look of both runs. And a pack that only forks under way hold at two runs a grace
 apart, which was named in between, but at no run. More runs per grace make both rarer; a host that
 looks at the source once more after it has put a fork's root rules out the second.
+
+A checkpoint that is damaged names nothing, for a bless too, and goes like the others.
 
 The removal of a base leaves a tombstone, a root like any other until it is a grace old. It is then
 deleted, and what it named becomes garbage of later runs. Tombstones of volumes are left to creates,
@@ -42,11 +53,20 @@ import msgspec
 
 from glidefs import names
 from glidefs.errors import Conflict, CorruptObject, GcRefused, NotFound, PreconditionFailed
-from glidefs.formats.gc_state import FirstSeen, decode_state, encode_state, first_seen, make_state
+from glidefs.formats.blessing import encode_blessing, make_blessing
+from glidefs.formats.gc_state import (
+    FirstSeen,
+    SeenCheckpoint,
+    decode_state,
+    encode_state,
+    first_seen,
+    make_state,
+)
 from glidefs.formats.manifest import encode_root
 from glidefs.formats.pack import ID_SIZE
-from glidefs.gc_mark import THREADS, Candidates, Marker, Progress, in_parallel
+from glidefs.gc_mark import THREADS, Candidates, Checkpoint, Marker, Progress, in_parallel
 from glidefs.store.base import ObjectStore, dir_name
+from glidefs.store.clock import store_time
 
 DEFAULT_LIMIT = 10_000
 """Objects that a run deletes at most."""
@@ -66,8 +86,9 @@ class GcResult(msgspec.Struct, frozen=True, kw_only=True):
 
     ``listed`` = ``marked`` + ``unreferenced``, ``unreferenced`` = ``waiting`` (for ``grace`` seconds to
     pass) + ``due``, ``due`` = ``deleted`` + ``left`` for the next run. A dry run deletes nothing.
-    ``roots`` were read, ``bases`` tombstones deleted. ``strays`` are objects among packs and pages
-    that bear no id; they are left alone. ``note`` says what an operator should know, or is empty.
+    ``roots`` were read, ``bases`` tombstones and ``checkpoints`` of blesses deleted. ``strays`` are objects
+    among packs and pages that bear no id; they are left alone. ``note`` says what an operator should know,
+    or is empty.
     """
 
     prefix: str
@@ -82,6 +103,7 @@ class GcResult(msgspec.Struct, frozen=True, kw_only=True):
     deleted: Tally = Tally()
     left: Tally = Tally()
     bases: int = 0
+    checkpoints: int = 0
     strays: int = 0
     note: str = ""
 
@@ -133,6 +155,8 @@ class _Run:
         self._tell: Progress = progress or (lambda what, done, total: None)
         self._state_etag: str | None = None
         self._note = ""
+        self._seen_checkpoints: dict[tuple[str, str], float] = {}
+        """When earlier runs first saw a version of one: by base and ETag."""
 
     def run(self) -> GcResult:
         """All of it."""
@@ -151,12 +175,16 @@ class _Run:
                 self._tell(f"listing {kind.place}", count, 0)
         self._marker.mark()
         self._marked = self._now()
-        deleted, bases = Tally(), 0
+        if self._marker.damaged:
+            some = ", ".join(sorted(self._marker.damaged)[:3])
+            self._note = self._note or f"checkpoints of blesses that are damaged, and so keep nothing: {some}"
+        deleted, bases, checkpoints = Tally(), 0, 0
         if not self._dry_run:
             self._save_state()
             bases = self._delete_bases()
-            deleted = self._delete(self._due()[: max(0, self._limit - 2 * bases)])
-        return self._result(deleted, bases)
+            checkpoints = self._delete_checkpoints(self._limit - 2 * bases)
+            deleted = self._delete(self._due()[: max(0, self._limit - 2 * bases - checkpoints)])
+        return self._result(deleted, bases, checkpoints)
 
     def _check_layout(self) -> bool:
         """Is there anything of ours? Raises GcRefused where a newer version may keep roots."""
@@ -175,9 +203,7 @@ class _Run:
         """The time by the store's clock, in unix seconds."""
         if self._dry_run:
             return time.time()
-        key = names.gc_clock_key(self._prefix)
-        self._store.put(key, secrets.token_bytes(ID_SIZE))
-        return self._store.head(key).last_modified
+        return store_time(self._store, self._prefix)
 
     # -- the state -----------------------------------------------------------------------------
 
@@ -189,22 +215,30 @@ class _Run:
             return {}, {}
         self._state_etag = found.etag
         try:
-            return first_seen(decode_state(key, found.data))
+            state = decode_state(key, found.data)
         except CorruptObject as error:
             # Without it nothing can be deleted, so it is safe to begin again.
             self._note = f"{key}: corrupt at byte {error.offset}: {error.why}; every grace begins anew"
             return {}, {}
+        self._seen_checkpoints = {(seen.base, seen.etag): seen.since for seen in state.checkpoints}
+        return first_seen(state)
 
     def _sightings(self, kind: Candidates) -> FirstSeen:
         """What is unreferenced, and since when; a time in the future was of a clock that was wrong."""
         end = self._marked
         return {id_: min(kind.seen.get(id_, end), end) for id_ in kind.sizes if id_ not in kind.newborn}
 
+    def _checkpoint_sightings(self) -> list[SeenCheckpoint]:
+        end = self._marked
+        found = ((checkpoint.base, checkpoint.info.etag) for checkpoint in self._marker.checkpoints)
+        return [SeenCheckpoint(min(self._seen_checkpoints.get(key, end), end), *key) for key in found]
+
     def _save_state(self) -> None:
         """Put the state over the one that was loaded. Raises GcRefused if that was replaced."""
         key = names.gc_state_key(self._prefix)
         packs, pages = (self._sightings(kind) for kind in self._kinds)
-        data = encode_state(make_state(secrets.token_bytes(ID_SIZE), packs, pages))
+        state = make_state(secrets.token_bytes(ID_SIZE), packs, pages, self._checkpoint_sightings())
+        data = encode_state(state)
         etag = self._state_etag
         try:
             self._state_etag = self._store.put(key, data, if_match=etag, if_none_match=etag is None)
@@ -251,6 +285,28 @@ class _Run:
             deleted += 1
         return deleted
 
+    def _is_stale(self, checkpoint: Checkpoint) -> bool:
+        newest = self._started - self._grace
+        info = checkpoint.info
+        since = self._seen_checkpoints.get((checkpoint.base, info.etag), self._marked)
+        return checkpoint.is_done or max(since, info.last_modified) <= newest
+
+    def _delete_checkpoints(self, limit: int) -> int:
+        """Delete checkpoints that no bless will go on with, at most ``limit``. Returns how many."""
+        deleted = 0
+        for checkpoint in filter(self._is_stale, self._marker.checkpoints):
+            if deleted >= limit:
+                break
+            key = checkpoint.info.key
+            empty = encode_blessing(make_blessing(0, (), 0))
+            try:
+                self._store.put(key, empty, if_match=checkpoint.info.etag)
+            except (PreconditionFailed, Conflict):
+                continue  # a bless goes on with it
+            self._store.delete(key)
+            deleted += 1
+        return deleted
+
     def _delete(self, todo: list[tuple[float, Candidates, bytes]]) -> Tally:
         """Delete, a batch at a time, what still no root names."""
         objects = nbytes = 0
@@ -273,7 +329,7 @@ class _Run:
 
     # -- the result ----------------------------------------------------------------------------
 
-    def _result(self, deleted: Tally, bases: int) -> GcResult:
+    def _result(self, deleted: Tally, bases: int, checkpoints: int) -> GcResult:
         kinds = self._kinds
         listed = Tally(sum(kind.listed for kind in kinds), sum(kind.listed_bytes for kind in kinds))
         unreferenced = Tally(
@@ -294,6 +350,7 @@ class _Run:
             deleted=deleted,
             left=_less(due, deleted),
             bases=bases,
+            checkpoints=checkpoints,
             strays=sum(kind.strays for kind in kinds),
             note=self._note,
         )

@@ -1,4 +1,4 @@
-"""The marking of gc: what was listed, less what the roots of the prefix name.
+"""The marking of gc: what was listed, less what the roots and the checkpoints of the prefix name.
 
 Memory: ids as 16 bytes, in one dictionary per kind. There is no set of what is named: an id that a root
 names leaves the dictionary of candidates.
@@ -12,7 +12,8 @@ from concurrent.futures import Executor, Future
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from glidefs import names
-from glidefs.errors import CorruptObject, GcRefused, InvalidName, NotFound
+from glidefs.errors import CorruptObject, GcRefused, InvalidName, NewerFormat, NotFound
+from glidefs.formats.blessing import decode_blessing
 from glidefs.formats.gc_state import FirstSeen
 from glidefs.formats.manifest import Page, Root, decode_page, decode_root
 from glidefs.formats.pack import ID_SIZE
@@ -91,11 +92,11 @@ class Candidates:
 
 
 class Named(NamedTuple):
-    """What a version of a root names, without the packs of pages that were read before."""
+    """What a version of a root or checkpoint names, without the packs of pages that were read before."""
 
     info: ObjectInfo
     etag: str
-    root: Root
+    root: Root | None
     packs: set[bytes]
     pages: set[bytes]
 
@@ -108,13 +109,21 @@ class Tombstone(NamedTuple):
     last_modified: float
 
 
+class Checkpoint(NamedTuple):
+    """The checkpoint of a bless as the last listing had it. ``is_done``: the base is there."""
+
+    base: str
+    info: ObjectInfo
+    is_done: bool
+
+
 class _PageGone(Exception):
     def __init__(self, key: str) -> None:
         self.key = key
 
 
 class Marker:
-    """Reads the roots of a prefix and takes what they name out of the candidates."""
+    """Reads the roots and checkpoints of a prefix and takes what they name out of the candidates."""
 
     def __init__(
         self,
@@ -138,6 +147,10 @@ class Marker:
         """Roots of the last listing."""
         self.tombstones: dict[str, Tombstone] = {}
         """Removed bases by the key of their manifest."""
+        self.checkpoints: list[Checkpoint] = []
+        """Those of the last listing."""
+        self.damaged: set[str] = set()
+        """Keys of checkpoints that cannot be decoded. A bless begins anew there, so they name nothing."""
 
     def mark(self) -> None:
         """Look at the roots until a listing shows nothing new."""
@@ -148,9 +161,14 @@ class Marker:
 
     def look(self) -> int:
         """List all roots and mark from those that are new or have changed. Returns how many had."""
-        listed = [info for info in self._list() if self._is_root(info.key)]
-        self.roots = len(listed)
-        fresh = [info for info in listed if self._read_etags.get(info.key) != info.etag]
+        listed = {info.key: info for info in self._list() if self._names_packs(info.key)}
+        self.checkpoints = [
+            Checkpoint(key.split("/")[-2], info, _manifest_beside(key) in listed)
+            for key, info in listed.items()
+            if _is_checkpoint(key)
+        ]
+        self.roots = len(listed) - len(self.checkpoints)
+        fresh = [info for info in listed.values() if self._read_etags.get(info.key) != info.etag]
         for done, named in enumerate(in_parallel(self._pool, self._read, fresh), 1):
             self._tell("reading roots", done, len(fresh))
             if named is not None:
@@ -161,14 +179,13 @@ class Marker:
         for place in (names.volumes_prefix, names.bases_prefix, names.tags_prefix):
             yield from self._store.list(place(self._prefix))
 
-    def _is_root(self, key: str) -> bool:
+    def _names_packs(self, key: str) -> bool:
         match key.removeprefix(f"{self._prefix}/").split("/"):
             case ["volumes", _, "manifest"] | ["volumes", _, "snapshots", _]:
                 return True
-            case ["bases", _, "manifest"] | ["tags", _]:
+            case ["bases", _, "manifest" | "blessing"] | ["tags", _]:
                 return True
-            case ["bases", _, "hot-set" | "blessing"]:
-                # A hot set names no pack, and a bless under way may rely on young ones only.
+            case ["bases", _, "hot-set"]:
                 return False
         raise GcRefused(
             self._prefix,
@@ -177,13 +194,15 @@ class Marker:
         )
 
     def _read(self, info: ObjectInfo) -> Named | None:
-        """What a root names now; None if it is gone, which a root may be at any time."""
+        """What a root or checkpoint names now; None if it is gone, which it may be at any time."""
         missing: set[str] = set()
         while True:
             try:
                 found = self._store.get(info.key)
             except NotFound:
                 return None
+            if _is_checkpoint(info.key):
+                return Named(info, found.etag, None, self._of_checkpoint(info.key, found.data), set())
             root = decode_root(info.key, found.data)
             try:
                 packs, pages = self._contents(root)
@@ -195,6 +214,15 @@ class Marker:
                 missing.add(gone.key)
                 continue
             return Named(info, found.etag, root, packs, pages)
+
+    def _of_checkpoint(self, key: str, data: bytes) -> set[bytes]:
+        try:
+            return {pack.ref.id for pack in decode_blessing(key, data).packs}
+        except NewerFormat:
+            raise
+        except CorruptObject:
+            self.damaged.add(key)
+            return set()
 
     def _contents(self, root: Root) -> tuple[set[bytes], set[bytes]]:
         packs: set[bytes] = set()
@@ -223,8 +251,18 @@ class Marker:
         self.tombstones.pop(key, None)
         # Another ETag than the listing's: the time of this version is not known.
         if (
-            named.root.removed_at
+            named.root is not None
+            and named.root.removed_at
             and key.startswith(f"{self._prefix}/bases/")
             and named.etag == named.info.etag
         ):
             self.tombstones[key] = Tombstone(named.root, named.etag, named.info.last_modified)
+
+
+def _is_checkpoint(key: str) -> bool:
+    """Of a key that names packs: is it that of a checkpoint? (A volume or tag may bear that name.)"""
+    return key.split("/")[1] == "bases" and key.endswith("/blessing")
+
+
+def _manifest_beside(key: str) -> str:
+    return key.removesuffix("blessing") + "manifest"

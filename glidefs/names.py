@@ -96,7 +96,7 @@ def gc_state_key(prefix: str) -> str:
 
 
 def gc_clock_key(prefix: str) -> str:
-    """Key of the object that gc puts to read the store's clock."""
+    """Key of the object that is put to read the store's clock."""
     return f"{check_prefix(prefix)}/gc/clock"
 
 

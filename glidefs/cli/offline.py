@@ -147,6 +147,7 @@ def bless_command(
                 pack_bytes=chosen.upload.pack_size,
                 level=chosen.upload.compression_level,
                 progress=update,
+                max_age=chosen.store.gc_grace / 2,
             )
         except KeyboardInterrupt:
             why = "interrupted; the same command goes on where this one stopped"
@@ -277,6 +278,8 @@ def _print_gc(result: GcResult) -> None:
         lines |= {"deleted": text(result.deleted), "left": f"{text(result.left)} (for the next run)"}
     if result.bases:
         lines["bases"] = f"{result.bases} removed bases deleted"
+    if result.checkpoints:
+        lines["checkpoints"] = f"{result.checkpoints} of interrupted blesses deleted"
     if result.strays:
         lines["strays"] = f"{result.strays} objects among packs and pages are not ours; left alone"
     print(f"{result.prefix}:")

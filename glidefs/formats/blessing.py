@@ -2,11 +2,14 @@
 
 One MessagePack array in the wrapping of :mod:`glidefs.formats.envelope` (magic ``GLBL``): when the
 bless began (unix seconds), then the packs in the order of the image, each an array of its reference
-and the time before it was put. The packs hold whole blocks, ascending from each pack to the next.
+and the time before it was put; when this was written, by the same clock; and 16 random bytes, so that
+no two checkpoints are equal bytes. The packs hold whole blocks, ascending from each pack to the next.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Iterable
 from typing import Annotated
 
 import msgspec
@@ -15,10 +18,11 @@ from msgspec import Meta
 from glidefs.errors import CorruptObject
 from glidefs.formats import envelope
 from glidefs.formats.manifest import PackRef
+from glidefs.formats.pack import ID_SIZE
 
 BLESSING_MAGIC = b"GLBL"
 FORMAT = 1
-MINOR = 0
+MINOR = 1
 KNOWN_FLAGS = 0
 MAX_DOCUMENT = 64 << 20
 
@@ -35,10 +39,17 @@ class Blessing(msgspec.Struct, frozen=True, array_like=True):
 
     started_at: Annotated[int, Meta(ge=0)]
     packs: tuple[PutPack, ...] = ()
+    saved_at: Annotated[int, Meta(ge=0)] = 0
+    nonce: Annotated[bytes, Meta(max_length=ID_SIZE)] = b""
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Blessing)
+
+
+def make_blessing(started_at: int, packs: Iterable[PutPack], saved_at: int) -> Blessing:
+    """A checkpoint that is unlike any other. Times in unix seconds, by one clock."""
+    return Blessing(started_at, tuple(packs), saved_at, secrets.token_bytes(ID_SIZE))
 
 
 def encode_blessing(blessing: Blessing) -> bytes:

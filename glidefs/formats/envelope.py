@@ -18,7 +18,7 @@ import struct
 
 from blake3 import blake3
 
-from glidefs.errors import CorruptObject
+from glidefs.errors import CorruptObject, NewerFormat
 from glidefs.formats import compression
 
 _PREFIX = struct.Struct("<4sHHII")
@@ -34,7 +34,10 @@ def seal(magic: bytes, major: int, minor: int, flags: int, plain: bytes) -> byte
 
 
 def unseal(key: str, data: bytes, magic: bytes, major: int, known_flags: int, limit: int) -> bytes:
-    """The document in ``data``, of at most ``limit`` bytes. Raises CorruptObject."""
+    """The document in ``data``, of at most ``limit`` bytes.
+
+    Raises CorruptObject; of these NewerFormat where only the version or a flag is not known.
+    """
     if len(data) < PREFIX_SIZE + DIGEST_SIZE:
         raise CorruptObject(key, len(data), "truncated")
     found, found_major, _minor, flags, length = _PREFIX.unpack_from(data)
@@ -45,9 +48,9 @@ def unseal(key: str, data: bytes, magic: bytes, major: int, known_flags: int, li
     if blake3(view[:end]).digest() != view[end:]:
         raise CorruptObject(key, end, "checksum does not match")
     if found_major != major:
-        raise CorruptObject(key, 4, f"format {found_major} is not known here; a newer GlideFS wrote it")
+        raise NewerFormat(key, 4, f"format {found_major} is not known here; a newer GlideFS wrote it")
     if flags & ~known_flags:
-        raise CorruptObject(key, 8, f"flags {flags:#x} are not known here; a newer GlideFS wrote it")
+        raise NewerFormat(key, 8, f"flags {flags:#x} are not known here; a newer GlideFS wrote it")
     if length > limit:
         raise CorruptObject(key, 12, f"document of {length} bytes, at most {limit}")
     try:

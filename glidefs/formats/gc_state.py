@@ -1,15 +1,16 @@
-"""What a run of gc leaves for the next one: which objects no root named, and since when.
+"""What a run of gc leaves for the next one: what no root named, and since when; checkpoints of blesses.
 
 One MessagePack array in the wrapping of :mod:`glidefs.formats.envelope` (magic ``GLGC``): the id of
 the run that wrote it, then the sightings, each an array of a time by the store's clock (unix
 seconds), the ids of packs and the ids of pages that were first seen without a root at that time. The
-ids of a sighting are one string, 16 bytes each.
+ids of a sighting are one string, 16 bytes each. Then the checkpoints of blesses, each an array of the
+time when this version of it was first seen, the base's name, and the ETag.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -21,10 +22,12 @@ from glidefs.formats.pack import ID_SIZE
 
 STATE_MAGIC = b"GLGC"
 FORMAT = 1
-MINOR = 0
+MINOR = 1
 KNOWN_FLAGS = 0
 MAX_IDS = 4 << 20
 """Ids in a state. What does not fit is left out, which only starts its grace later."""
+MAX_CHECKPOINTS = 10_000
+"""The same of checkpoints."""
 MAX_DOCUMENT = 128 << 20
 
 FirstSeen: TypeAlias = dict[bytes, float]
@@ -39,19 +42,30 @@ class Sighting(msgspec.Struct, frozen=True, array_like=True):
     pages: bytes = b""
 
 
+class SeenCheckpoint(msgspec.Struct, frozen=True, array_like=True):
+    """The checkpoint of ``base`` was there, in the version ``etag``, at ``since`` (unix seconds)."""
+
+    since: Annotated[float, Meta(ge=0)]
+    base: str
+    etag: str
+
+
 class GcState(msgspec.Struct, frozen=True, array_like=True):
     """``run``: 16 random bytes of the run that wrote it, so that no two states are equal bytes."""
 
     run: Annotated[bytes, Meta(min_length=ID_SIZE, max_length=ID_SIZE)]
     sightings: tuple[Sighting, ...] = ()
+    checkpoints: tuple[SeenCheckpoint, ...] = ()
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(GcState)
 
 
-def make_state(run: bytes, packs: FirstSeen, pages: FirstSeen) -> GcState:
-    """The state of a run. Beyond MAX_IDS the ids that were seen last are left out."""
+def make_state(
+    run: bytes, packs: FirstSeen, pages: FirstSeen, checkpoints: Iterable[SeenCheckpoint] = ()
+) -> GcState:
+    """The state of a run. Beyond MAX_IDS and MAX_CHECKPOINTS what was seen last is left out."""
     groups: dict[float, tuple[list[bytes], list[bytes]]] = {}
     for kind, first_seen in enumerate((packs, pages)):
         for id_, since in first_seen.items():
@@ -66,7 +80,8 @@ def make_state(run: bytes, packs: FirstSeen, pages: FirstSeen) -> GcState:
         sightings.append(Sighting(since, b"".join(some_packs), b"".join(some_pages)))
         if not room:
             break
-    return GcState(run, tuple(sightings))
+    oldest = sorted(checkpoints, key=lambda seen: seen.since)[:MAX_CHECKPOINTS]
+    return GcState(run, tuple(sightings), tuple(oldest))
 
 
 def first_seen(state: GcState) -> tuple[FirstSeen, FirstSeen]:
@@ -85,9 +100,10 @@ def _ids(joined: bytes) -> Iterator[bytes]:
 
 def _parse(raw: bytes) -> GcState:
     state = _decoder.decode(raw)
+    times = [*(sighting.since for sighting in state.sightings), *(seen.since for seen in state.checkpoints)]
+    if not all(map(math.isfinite, times)):
+        raise ValueError("a time that is not a number")
     for sighting in state.sightings:
-        if not math.isfinite(sighting.since):
-            raise ValueError("a time that is not a number")
         if len(sighting.packs) % ID_SIZE or len(sighting.pages) % ID_SIZE:
             raise ValueError(f"ids that are not {ID_SIZE} bytes each")
     return state

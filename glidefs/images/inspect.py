@@ -206,6 +206,7 @@ def _blessing(source: Source) -> dict[str, Any]:
     return {
         "kind": "checkpoint of a bless",
         "started_at": found.started_at,
+        "saved_at": found.saved_at,
         "pack_count": len(found.packs),
         "pack_bytes": sum(pack.ref.size for pack in found.packs),
         "packs": [{**_plain(pack.ref), "put_at": pack.put_at} for pack in found.packs[:LISTED]],
@@ -220,6 +221,7 @@ def _gc_state(source: Source) -> dict[str, Any]:
         "run": found.run.hex(),
         "unreferenced_packs": len(packs),
         "unreferenced_pages": len(pages),
+        "checkpoints": [_plain(seen) for seen in found.checkpoints[:LISTED]],
         "sightings": [
             {
                 "since": sighting.since,

@@ -3,17 +3,22 @@
 A later bless reads the image anew. As long as the blocks are those of the checkpoint's packs, in their
 order, they are only hashed; from the first difference on new packs are made. So it does not matter
 whether the image is the same one: what is published is always what was read.
+
+gc keeps what a checkpoint names until it removes that. Who goes on puts it anew under its ETag first,
+gc replaces it under its ETag before it deletes it: so only one of them has it (see :mod:`glidefs.gc`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from glidefs import names
-from glidefs.errors import CorruptObject, NotFound, StoreError
-from glidefs.formats.blessing import Blessing, PutPack, decode_blessing, encode_blessing
+from glidefs.errors import Conflict, CorruptObject, NotFound, PreconditionFailed, StoreError
+from glidefs.formats.blessing import PutPack, decode_blessing, encode_blessing, make_blessing
 from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import (
     CHUNK_BLOCKS,
@@ -24,6 +29,7 @@ from glidefs.formats.pack import (
     decode_payload,
 )
 from glidefs.store.base import Buffer, ObjectStore
+from glidefs.store.clock import store_time
 
 log = logging.getLogger(__name__)
 
@@ -39,35 +45,59 @@ class DonePack(NamedTuple):
 def load(store: ObjectStore, prefix: str, base: str, now: int, max_age: float) -> list[PutPack]:
     """The packs of the checkpoint, up to the first that is older than ``max_age`` seconds.
 
-    A checkpoint that cannot be read is as good as none. Raises StoreError.
+    Their ages are those by the store's clock: since the checkpoint was put, and before that by the
+    clock of who put it. The result says when they were put by the clock here, which shows ``now``
+    (unix seconds). The checkpoint is put anew with just these packs. One that cannot be read, or that
+    somebody else takes at the same time, is as good as none. Raises StoreError.
     """
     key = names.blessing_key(prefix, base)
     try:
-        blessing = decode_blessing(key, store.get(key).data)
+        found, info = store.get(key), store.head(key)
+        blessing = decode_blessing(key, found.data)
     except NotFound:
         return []
     except CorruptObject as error:
         log.warning("%s; beginning anew", error)
         return []
+    age = store_time(store, prefix) - info.last_modified
     usable: list[PutPack] = []
     for pack in blessing.packs:
-        if not 0 <= now - pack.put_at <= max_age:
+        pack_age = age + blessing.saved_at - pack.put_at
+        if not 0 <= pack_age <= max_age:
             break
-        usable.append(pack)
+        usable.append(PutPack(pack.ref, max(0, now - math.ceil(pack_age))))
+    if usable:
+        claim = encode_blessing(make_blessing(blessing.started_at, usable, now))
+        if found.etag != info.etag or not _replace(store, key, claim, found.etag):
+            log.warning("the checkpoint of base %s is being used or removed; beginning anew", base)
+            return []
     return usable
+
+
+def _replace(store: ObjectStore, key: str, data: bytes, etag: str) -> bool:
+    """Put an object over the version with this ETag; False if it is another one by now."""
+    try:
+        store.put(key, data, if_match=etag)
+    except (PreconditionFailed, Conflict):
+        try:
+            return store.get(key).data == data  # our own, whose answer was lost
+        except NotFound:
+            return False
+    return True
 
 
 def save(store: ObjectStore, prefix: str, base: str, started_at: int, packs: Sequence[DonePack]) -> None:
     """Write the checkpoint. Best effort: without it there is only more to do again."""
     put = tuple(PutPack(pack.ref, pack.put_at) for pack in packs)
     try:
-        store.put(names.blessing_key(prefix, base), encode_blessing(Blessing(started_at, put)))
+        data = encode_blessing(make_blessing(started_at, put, int(time.time())))
+        store.put(names.blessing_key(prefix, base), data)
     except StoreError as error:
         log.warning("no checkpoint of base %s: %s", base, error)
 
 
 def forget(store: ObjectStore, prefix: str, base: str) -> None:
-    """Delete the checkpoint. Best effort: a later bless would find it too old, or of use."""
+    """Delete the checkpoint. Best effort: gc does it too, once the base is there."""
     try:
         store.delete(names.blessing_key(prefix, base))
     except StoreError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed, wait_for
@@ -20,6 +21,7 @@ from glidefs.errors import (
 )
 from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.formats.manifest import decode_root
+from glidefs.images.bless import bless
 from glidefs.images.export import export_image
 from glidefs.names import manifest_key, parse_source
 from glidefs.volume import lease
@@ -211,6 +213,33 @@ def test_reads_of_the_second_fork_ask_nothing_of_the_store(node: Node, memory: C
     assert node.core("one").pread(0, len(data)) == data
     before = memory.total()
     assert node.core("two").pread(0, len(data)) == data
+    assert memory.total() == before
+
+
+def test_a_thousand_blocks_that_another_fork_has_read(
+    make_node: MakeNode, memory: CountingStore, tmp_path: Path
+) -> None:
+    """Each of other content, over four chunks; the new fork's first reads of them."""
+    node = make_node(cache_bytes=192 * MIB)
+    want = {place: os.urandom(4096) * (BLOCK // 4096) for place in range(0, 4000, 4)}
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(4096 * BLOCK)
+        for place, data in want.items():
+            os.pwrite(file.fileno(), data, place * BLOCK)
+    assert bless(memory, PREFIX, "deb", image).data_bytes == 1000 * BLOCK
+    for name in ("one", "two"):
+        node.fork(name, "base:deb", wait=True)
+
+    def read(name: str) -> None:
+        for place, data in want.items():
+            assert node.core(name).pread(place * BLOCK, BLOCK) == data, place
+
+    before = memory.total()
+    read("one")
+    assert memory.total() - before >= len(want) / 2
+    before = memory.total()
+    read("two")
     assert memory.total() == before
 
 

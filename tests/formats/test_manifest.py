@@ -87,7 +87,7 @@ REF = PackRef(id=b"p" * 16, size=1000, index_length=100)
 PAGE = Page(packs=(REF, msgspec.structs.replace(REF, level=1)), chunks={0: (0, 1), 7: (1,)})
 ROOT = Root(volume_id=b"v" * 16, name="vol", size=10 << 30, page_ids=(b"",), inline_page=PAGE)
 HOT = hot_set.make_hot_set(b"m" * 32, [5, 6, 7, 100, 6, 99])
-BLESSING = blessing.Blessing(1000, (blessing.PutPack(REF, 1001),))
+BLESSING = blessing.make_blessing(1000, [blessing.PutPack(REF, 1001)], 1002)
 ENCODED = {
     "root": (manifest.encode_root(ROOT), manifest.decode_root, ROOT),
     "page": (manifest.encode_page(PAGE), manifest.decode_page, PAGE),

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from glidefs import names
+from glidefs.formats.blessing import PutPack, encode_blessing, make_blessing
 from glidefs.formats.manifest import (
     PAGE_BYTES,
     PackRef,
@@ -153,6 +154,15 @@ def remove_base(store: ClockStore, name: str) -> None:
     key = names.base_manifest_key(PREFIX, name)
     root = decode_root(key, store.data(key))
     store.put(key, encode_root(msgspec.structs.replace(root, removed_at=int(store.now))))
+
+
+def put_checkpoint(store: ClockStore, base: str, packs: Iterable[bytes]) -> str:
+    """A checkpoint of packs that were just put; its key."""
+    now = int(store.now)
+    key = names.blessing_key(PREFIX, base)
+    put = [PutPack(PackRef(id_, 100, 40), now) for id_ in packs]
+    store.put(key, encode_blessing(make_blessing(now, put, now)))
+    return key
 
 
 def has_pack(store: ClockStore, id_: bytes) -> bool:

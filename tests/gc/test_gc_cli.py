@@ -116,4 +116,4 @@ def test_inspect_prints_a_state(filled: Path) -> None:
     gc(filled)
     with open_store(f"file://{filled}/store") as store:
         found = describe(open_source(store, names.gc_state_key("p")))
-    assert (found["kind"], found["unreferenced_packs"]) == ("gc state", 1)
+    assert (found["kind"], found["unreferenced_packs"], found["checkpoints"]) == ("gc state", 1, [])

@@ -2,7 +2,8 @@
 
 Hosts keep the rules that gc relies on: packs are committed within half the grace of their put, a fork's
 root is put within a quarter of reading its source. Then no run may take what a root names, or what an
-upload or fork under way may still name; and when nothing happens any more, all else goes.
+upload, fork or bless under way may still name; and when nothing happens any more, all else goes.
+A bless that goes on from a checkpoint finds all its packs, whatever the clocks of the hosts say.
 
 Two things are left out, because a store without transactions cannot rule them out. More than one
 root handed on (fork put, source removed) within one run. And objects that only a fork under way holds,
@@ -26,7 +27,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from glidefs import gc as gc_module
 from glidefs import names
-from glidefs.formats.manifest import Root, decode_root, encode_root
+from glidefs.formats.blessing import PutPack, encode_blessing, make_blessing
+from glidefs.formats.manifest import PackRef, Root, decode_root, encode_root
+from glidefs.images import resume
 
 POOL = gc_module.ThreadPoolExecutor
 FACTOR = {"quick": 1, "long": 20}.get(os.environ.get("GLIDEFS_TEST_LENGTH", ""), 2)
@@ -44,6 +47,14 @@ class Fork(msgspec.Struct):
     read_at: float
 
 
+class Bless(msgspec.Struct):
+    """A bless under way, and its packs with when they were put by the host's clock."""
+
+    base: str
+    skew: float
+    packs: list[PutPack]
+
+
 class Prefix:
     """The hosts of a prefix. Each method does one step; ``number`` chooses on what."""
 
@@ -54,6 +65,7 @@ class Prefix:
         self.packs_of: dict[bytes, list[bytes]] = {}
         self.uploads: list[Upload] = []
         self.forks: list[Fork] = []
+        self.blesses: list[Bless] = []
         self.counter = 0
         self.in_gap: set[bytes] = set()
         self.was_in_gap: set[bytes] = set()
@@ -201,6 +213,45 @@ class Prefix:
             self.store.put(names.manifest_key(PREFIX, root.name), encode_root(root))
             self.store.delete(old)
 
+    def bless(self, number: int) -> None:
+        """Begin or go on with the bless of a name, on a host with some clock."""
+        base, skew = f"{number % 3}image", (number % 5 - 2) * GRACE
+        packs = resume.load(self.store, PREFIX, base, int(self.store.now + skew), GRACE / 2)
+        assert all(self.exists(pack.ref.id) for pack in packs)
+        self.blesses.append(Bless(base, skew, packs))
+
+    def bless_more(self, number: int) -> None:
+        """Another pack of a bless, and maybe its checkpoint."""
+        if not self.blesses:
+            return
+        bless = self.blesses[number % len(self.blesses)]
+        now = int(self.store.now + bless.skew)
+        bless.packs.append(PutPack(PackRef(rig.put_pack(self.store), 100, 40), now))
+        if number % 4:
+            data = encode_blessing(make_blessing(now, bless.packs, now))
+            self.store.put(names.blessing_key(PREFIX, bless.base), data)
+
+    def bless_dies(self, number: int) -> None:
+        if self.blesses:
+            self.blesses.pop(number % len(self.blesses))
+
+    def publish(self, number: int) -> None:
+        """The end of a bless. What grew too old is copied, if it is there; else the bless fails."""
+        if not self.blesses:
+            return
+        bless = self.blesses.pop(number % len(self.blesses))
+        ids = [pack.ref.id for pack in bless.packs]
+        for at, pack in enumerate(bless.packs):
+            if self.store.now + bless.skew - pack.put_at > GRACE / 2:
+                if not self.exists(ids[at]):
+                    return
+                ids[at] = rig.put_pack(self.store)
+        key = names.base_manifest_key(PREFIX, bless.base)
+        if key not in self.store.key_set():
+            self.store.put(key, encode_root(self.new_root(bless.base, ids, number % 2 == 0)))
+            if number % 3:  # else it dies here
+                self.store.delete(names.blessing_key(PREFIX, bless.base))
+
     def step(self, what: str, number: int) -> None:
         getattr(self, what)(number)
         self.give_up_forks()
@@ -223,14 +274,18 @@ class Prefix:
         for upload in self.uploads:
             if self.store.now - upload.put_at <= GRACE / 2:
                 needed |= set(upload.packs)
+        for bless in self.blesses:
+            now = self.store.now + bless.skew
+            needed |= {pack.ref.id for pack in bless.packs if now - pack.put_at <= GRACE / 2}
         lost = {id_.hex() for id_ in needed if not self.exists(id_)}
         assert not lost
 
     def settle(self) -> None:
         """Nothing happens any more: all that no root names goes."""
-        self.uploads, self.forks = [], []
-        self.store.now += GRACE
-        self.run(1000, [])  # old tombstones go
+        self.uploads, self.forks, self.blesses = [], [], []
+        for _ in range(2):
+            self.store.now += GRACE
+            self.run(1000, [])  # old tombstones and checkpoints go
         for _ in range(2):
             self.run(1000, [])
             self.check()
@@ -241,6 +296,7 @@ class Prefix:
             for key in self.store.key_set(f"{PREFIX}/{place}/")
         }
         assert left == set().union(*map(self.ids, self.all_roots()))
+        assert not [key for key in self.store.key_set() if key.endswith("/blessing")]
 
     def day(self, quarters: list[Steps], races: Races) -> None:
         """What happens in a grace, and a run at its end."""
@@ -279,6 +335,7 @@ STEPS = (
     *("tick", "create", "upload", "commit", "compact", "keep", "remove", "begin_fork", "end_fork"),
     # What makes and ends roots is worth more.
     *("upload", "commit", "commit", "remove", "end_fork", "end_fork", "tick", "fork_and_remove"),
+    *("bless", "bless_more", "bless_more", "bless_dies", "publish"),
 )
 Steps: TypeAlias = list[tuple[str, int]]
 Races: TypeAlias = list[tuple[int, str, int]]

@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from glidefs.errors import CorruptObject
 from glidefs.formats import envelope, gc_state
-from glidefs.formats.gc_state import GcState, Sighting, decode_state, encode_state, first_seen, make_state
+from glidefs.formats.gc_state import (
+    GcState,
+    SeenCheckpoint,
+    Sighting,
+    decode_state,
+    encode_state,
+    first_seen,
+    make_state,
+)
 
 RUN = bytes(16)
 SEEN = st.dictionaries(st.binary(min_size=16, max_size=16), st.sampled_from([0.0, 1.5, 1e9]), max_size=20)
@@ -19,6 +27,20 @@ SEEN = st.dictionaries(st.binary(min_size=16, max_size=16), st.sampled_from([0.0
 def test_round_trip(packs: dict[bytes, float], pages: dict[bytes, float]) -> None:
     data = encode_state(make_state(RUN, packs, pages))
     assert first_seen(decode_state("k", data)) == (packs, pages)
+
+
+def test_checkpoints_of_blesses(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = [SeenCheckpoint(float(since), f"b{since}", '"etag"') for since in (3, 1, 2)]
+    state = decode_state("k", encode_state(make_state(RUN, {}, {}, seen)))
+    assert state.checkpoints == (seen[1], seen[2], seen[0])
+    monkeypatch.setattr(gc_state, "MAX_CHECKPOINTS", 2)
+    assert make_state(RUN, {}, {}, seen).checkpoints == (seen[1], seen[2])
+
+
+def test_a_state_of_before_checkpoints_were_kept() -> None:
+    raw = msgspec.msgpack.encode([RUN, [[1.0, b"p" * 16, b""]]])
+    state = decode_state("k", envelope.seal(gc_state.STATE_MAGIC, gc_state.FORMAT, 0, 0, raw))
+    assert (first_seen(state), state.checkpoints) == (({b"p" * 16: 1.0}, {}), ())
 
 
 @given(st.data())
@@ -41,6 +63,8 @@ def test_damage_is_found(data: st.DataObject) -> None:
         [RUN, [[float("inf"), b"", b""]]],
         [RUN, [[-1.0, b"", b""]]],
         [b"short", []],
+        [RUN, [], [[float("nan"), "b", "e"]]],
+        [RUN, [], [[-1.0, "b", "e"]]],
     ],
 )
 def test_documents_that_make_no_sense(document: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from images_rig import noise, write_image
 
+from glidefs.cli.offline import bless_command
 from glidefs.formats.blessing import Blessing, PutPack, encode_blessing
 from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import BLOCK
@@ -100,6 +101,23 @@ def test_one_line_of_reason(cli: Cli, tmp_path: Path) -> None:
     assert "no base of that name" in cli.fails("bases", "remove", "b")
     assert cli.json("bless", "image", "-n", "b")["created"]
     assert "other content" in cli.fails("bless", "other", "-n", "b")
+
+
+def test_packs_may_be_half_as_old_as_the_configured_grace(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Seen(Exception):
+        pass
+
+    def instead(*args: object, **options: float) -> None:
+        raise Seen(options["max_age"])
+
+    monkeypatch.setattr("glidefs.images.bless.bless", instead)
+    monkeypatch.setattr("glidefs.heap.keep_large_buffers_apart", lambda: None)
+    config = tmp_path / "short.toml"
+    config.write_text(f'[store]\nurl = "file://{tmp_path}/store"\ngc_grace = "2h"\n')
+    with pytest.raises(Seen, match="3600"):
+        bless_command("image", "b", None, None, str(config), False)
 
 
 def test_inspect_a_checkpoint(cli: Cli, tmp_path: Path) -> None:
