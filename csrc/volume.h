@@ -13,6 +13,7 @@
 #include "engine.h"
 #include "io.h"
 #include "log_map.h"
+#include "shadow.h"
 #include "stats.h"
 #include "write_log.h"
 
@@ -49,8 +50,9 @@ struct volume {
     uint64_t blocked_event_ns; /* when Python was last told */
     bool event_dirty;          /* GLIDE_EV_FIRST_DIRTY was sent */
     struct sync_state sync;
-    struct table faults; /* block -> struct waiting (fault.c) */
-    uint64_t waiting;    /* pieces of requests in it */
+    struct table faults;   /* block -> struct waiting (fault.c) */
+    uint64_t waiting;      /* pieces of requests in it */
+    struct shadow *shadow; /* shadow verify; NULL = off */
 
     struct list conns; /* struct nbd_conn */
     uint32_t conn_count;
