@@ -87,6 +87,7 @@ def host_settings(config: Config) -> HostSettings:
         compaction=upload.compaction,
         compact_rate=upload.compact_rate,
         gc_grace=config.store.gc_grace,
+        shadow_dir=Path(config.debug.shadow_dir) if config.debug.shadow_dir else None,
     )
 
 
@@ -181,6 +182,8 @@ class Daemon:
         own = {"dir": Path(cache.dir), "log_dir": cache.logs, "block_cache_dir": cache.blocks}
         for key, path in own.items():
             process.make_directory(key, path)
+        if self.config.debug.shadow_dir is not None:
+            process.make_directory("shadow_dir", Path(self.config.debug.shadow_dir), "debug")
         for path in (cache.state, Path(cache.dir) / "exports"):
             process.make_directory("dir", path)
         for path in dict.fromkeys(path.resolve() for path in own.values()):
@@ -302,6 +305,7 @@ class Daemon:
             started_at=self.started_at,
             bases=router.bases.stats() if router else {},
             fault_fetches=self._host.faults.fetches if self._host else 0,
+            shadow=self.config.debug.shadow_dir is not None,
         )
 
     # -- stop ----------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ class VolumeMachine(RuleBasedStateMachine):
                     host.forget_state(self.volume.id)
             for info in list(self.rig.memory.list("")):
                 self.rig.memory.delete(info.key)
+        assert not self.rig.differences.lines
 
     # -- helpers ---------------------------------------------------------------------------------
 
