@@ -231,7 +231,8 @@ class Volume:
 
     def retire_committed(self) -> None:
         """Give back all local log space of what the store has; later reads come from there."""
-        segment = self.retirable()
+        # A commit makes its local copy durable first, and tells the core then.
+        segment = min(self.retirable(), self.core.info().committed_seq)
         if segment:
             self.core.retire(segment)
 
