@@ -97,8 +97,9 @@ struct glide_sectors {
 };
 /* Shadow verify, a debug option (shadow.c): every READ is compared with a second source. */
 struct glide_shadow_config {
-    int fd;                            /* an empty file but for `known`; duplicated, so close yours */
-    const struct glide_sectors *known; /* what the log at open holds: these sectors of the file are right */
+    int fd; /* an empty file but for `known`; duplicated, so close yours */
+    const struct glide_sectors
+        *known; /* what the log at open holds, beyond the end too: these sectors of the file are right */
     uint64_t known_count;
 };
 

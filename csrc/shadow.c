@@ -30,6 +30,8 @@
 
 struct shadow {
     struct shadow_file file;
+    struct glide_sectors *beyond; /* what it knows beyond the end */
+    uint64_t beyond_count;
     struct list reads;  /* struct shadow_read */
     struct table asked; /* blocks that Python was asked for */
     uint32_t parked;
@@ -100,6 +102,21 @@ static void give_up(struct volume *v, int err)
 
 /* ---- open and close ------------------------------------------------------------------------------ */
 
+/* The log may hold sectors beyond the end: of a volume that was larger, or grew and its record did not say so. */
+static int learn_log(struct shadow *s, const struct glide_shadow_config *config)
+{
+    s->beyond = malloc((config->known_count + 1) * sizeof(*s->beyond));
+    if (!s->beyond)
+        return -ENOMEM;
+    for (uint64_t i = 0; i < config->known_count; i++) {
+        const struct glide_sectors *x = &config->known[i];
+        shadow_file_learn(&s->file, x->sector, x->count);
+        if (x->sector + x->count > s->file.sectors)
+            s->beyond[s->beyond_count++] = *x;
+    }
+    return 0;
+}
+
 int shadow_open(struct volume *v, const struct glide_shadow_config *config)
 {
     uint64_t sectors = atomic_load(&v->size) / SECTOR;
@@ -114,10 +131,11 @@ int shadow_open(struct volume *v, const struct glide_shadow_config *config)
     }
     list_init(&s->reads);
     table_init(&s->asked);
-    for (uint64_t i = 0; i < config->known_count; i++)
-        shadow_file_learn(&s->file, config->known[i].sector, config->known[i].count);
     v->shadow = s;
-    return 0;
+    err = learn_log(s, config);
+    if (err)
+        shadow_free(v);
+    return err;
 }
 
 void shadow_free(struct volume *v)
@@ -128,6 +146,7 @@ void shadow_free(struct volume *v)
         return;
     shadow_file_close(&s->file);
     table_destroy(&s->asked);
+    free(s->beyond);
     free(s);
     v->shadow = NULL;
 }
@@ -168,19 +187,15 @@ void shadow_applied(struct volume *v, const struct io_req *req, const struct app
         shadow_file_learn(&s->file, p->sector, p->count);
 }
 
-void shadow_grown(struct volume *v, uint64_t old_size, uint64_t size)
+void shadow_grown(struct volume *v, uint64_t size)
 {
-    struct shadow_file *f = &v->shadow->file;
+    struct shadow *s = v->shadow;
+    int err = s->broken ? 0 : shadow_file_grow(&s->file, size / SECTOR);
 
-    if (v->shadow->broken)
-        return;
-    int err = shadow_file_grow(f, size / SECTOR);
-    if (!err)
-        err = shadow_file_punch(f, old_size, size - old_size);
     if (err)
         give_up(v, err);
-    else
-        shadow_file_learn(f, old_size / SECTOR, (size - old_size) / SECTOR);
+    for (uint64_t i = 0; i < s->beyond_count; i++)
+        shadow_file_learn(&s->file, s->beyond[i].sector, s->beyond[i].count);
 }
 
 /* ---- comparison ----------------------------------------------------------------------------------- */

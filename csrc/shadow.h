@@ -32,8 +32,8 @@ bool shadow_holds(struct io_req *req, int err);
 
 /* ---- changes, when they are in the log map ---- */
 void shadow_applied(struct volume *v, const struct io_req *req, const struct append_piece *p);
-/* The volume grows; what is new is zero. */
-void shadow_grown(struct volume *v, uint64_t old_size, uint64_t size);
+/* The volume grows; what is new is what the log and the store have of it: nothing, so zeros. */
+void shadow_grown(struct volume *v, uint64_t size);
 
 /* ---- READs that wait for Python ---- */
 /* Let go, not compared where the shadow knows nothing, those with this tag; NULL = all. */

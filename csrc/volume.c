@@ -396,7 +396,7 @@ static int do_grow(struct worker *w, void *arg)
 
     (void)w;
     if (c->v->shadow)
-        shadow_grown(c->v, atomic_load(&c->v->size), c->value);
+        shadow_grown(c->v, c->value);
     atomic_store(&c->v->size, c->value);
     return 0;
 }

@@ -222,18 +222,36 @@ def test_when_its_file_fails_the_volume_goes_on_without(shadows: Shadows) -> Non
     assert len(shadows.ended) == 1
 
 
-def test_what_a_resize_adds_is_zero(shadows: Shadows) -> None:
+def test_resizes(shadows: Shadows) -> None:
+    """What a shrink cuts off is zeros from then on; what a grow adds is what log and store have of it."""
     vol = shadows.vol(40 * MIB, base={b: pattern(7, BLOCK) for b in range(8)})
     assert vol.core.pread(7 * BLOCK, SECTOR) == pattern(7, SECTOR)
     vol.core.resize(2 * BLOCK + SECTOR)
     vol.core.resize(6 << 30)
     asked = len(shadows.fills)
     assert vol.core.pread(2 * BLOCK + SECTOR, 8 * BLOCK) == bytes(8 * BLOCK)
-    assert vol.core.pread((6 << 30) - BLOCK, BLOCK) == bytes(BLOCK)
     assert len(shadows.fills) == asked
+    assert vol.core.pread((6 << 30) - 2 * BLOCK, BLOCK) == bytes(BLOCK)
+    assert [(fill.block, fill.count) for fill in shadows.fills[asked:]] == [(6 * 8192 - 2, 1)]
     vol.core.pwrite((6 << 30) - BLOCK, pattern(1, BLOCK))
     assert vol.core.pread((6 << 30) - BLOCK, BLOCK) == pattern(1, BLOCK)
-    assert figures(vol)[1:] == (0, 0, 0)
+    assert figures(vol) == (1 + 10 * SECTORS, 0, 0, 0)
+
+
+def test_the_log_may_hold_what_is_beyond_the_end(shadows: Shadows) -> None:
+    """A volume that grew and was written to, and a crash before anything else had its size."""
+    vol = shadows.rig.vol(BLOCK)
+    vol.core.resize(4 * BLOCK)
+    vol.core.pwrite(2 * BLOCK, pattern(1, BLOCK))
+    vol.close()
+    with tempfile.TemporaryFile(dir=shadows.rig.tmp) as file:
+        file.seek(2 * BLOCK)
+        file.write(pattern(1, BLOCK))
+        file.flush()
+        shadows.open(vol, file, [(2 * SECTORS, SECTORS)])
+    vol.core.resize(4 * BLOCK)
+    assert vol.core.pread(0, 4 * BLOCK) == bytes(2 * BLOCK) + pattern(1, BLOCK) + bytes(BLOCK)
+    assert figures(vol) == (4 * SECTORS, 0, 0, 0)
 
 
 def test_many_differences_are_counted_and_some_described(shadows: Shadows) -> None:

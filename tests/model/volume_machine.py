@@ -92,6 +92,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
     @initialize(written=st.booleans())
     def create(self, written: bool) -> None:
+        self.rig.differences.lines.clear()
         self.node = "a"
         self.size = SIZE
         self.volume = self.rig.create(self.host, SIZE, name=f"model{next(_numbers)}")
