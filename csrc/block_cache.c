@@ -58,6 +58,20 @@ void cache_pin_again(struct block_cache *c, uint32_t slot) { atomic_fetch_add(&c
 
 void cache_unpin(struct block_cache *c, uint32_t slot) { atomic_fetch_sub(&c->slots[slot].word, 1); }
 
+bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash)
+{
+    struct cache_slot *s = &c->slots[slot];
+
+    if (!cache_pin(c, slot, generation))
+        return false;
+    pthread_mutex_lock(&c->lock); /* a key is written under it, also while an inserter has the slot pinned */
+    memcpy(key, s->key, 16);
+    memcpy(hash, s->hash, 16);
+    pthread_mutex_unlock(&c->lock);
+    cache_unpin(c, slot);
+    return true;
+}
+
 /* ---- hash table, under lock ------------------------------------------------------------- */
 
 static uint32_t *bucket_of(struct block_cache *c, const uint8_t *key)

@@ -49,6 +49,8 @@ bool cache_pin(struct block_cache *c, uint32_t slot, uint32_t generation);
 void cache_unpin(struct block_cache *c, uint32_t slot);
 /* One more pin for who holds one: cannot fail, even if the slot was dropped meanwhile. */
 void cache_pin_again(struct block_cache *c, uint32_t slot);
+/* What a slot is for. False: it holds something else by now. Any thread. */
+bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash);
 static inline uint64_t cache_offset(uint32_t slot) { return (uint64_t)slot * GLIDE_BLOCK; }
 
 #endif

@@ -151,11 +151,19 @@ static bool needs_base(const struct piece *p)
     return false;
 }
 
+static void note_sources(const struct piece *p, uint32_t at, uint32_t end, const struct base_view *base)
+{
+    for (uint32_t s = at / SECTOR; s * SECTOR < end; s++)
+        shadow_note(p->req, p->block * BLOCK_SECTORS + s, source_of(p, s), base);
+}
+
 static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t source, const struct base_view *base)
 {
     struct volume *v = p->req->volume;
     uint8_t *buf = p->buf + (at - p->from);
 
+    if (p->req->shadow)
+        note_sources(p, at, end, base);
     if ((source & POS_ZERO) || (!source && base->kind == BASE_ZERO)) {
         memset(buf, 0, end - at);
         return 0;

@@ -71,7 +71,8 @@ bool volume_tick(struct volume *v)
     }
     if (limit && v->waiting)
         fault_expire(v, now - limit);
-    return v->blocked || v->waiting;
+    bool held = v->shadow && shadow_tick(v, now);
+    return v->blocked || v->waiting || held;
 }
 
 /* ---- open, close ---------------------------------------------------------------------------- */
@@ -111,6 +112,7 @@ static void volume_free(struct volume *v)
     log_map_destroy(&v->map);
     block_map_destroy(&v->base);
     fault_table_destroy(v);
+    shadow_free(v);
     volume_count_memory(v);
     log_close(&v->log, !v->frozen);
     pthread_mutex_destroy(&v->retire_lock);
@@ -155,6 +157,8 @@ int glide_volume_open(glide_engine *engine, const struct glide_volume_config *co
     int err = log_open(&v->log, engine, config->log_dir, config->volume_id, config->log_id);
     if (!err)
         err = volume_recover(v, config->committed_seq, config->always_verify, recovery);
+    if (!err)
+        err = shadow_open(v, config->shadow);
     if (err) {
         volume_free(v);
         return err;
@@ -327,6 +331,10 @@ int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
     out->syncs = atomic_load_explicit(&s->syncs, memory_order_relaxed);
     out->log_full_waits = atomic_load_explicit(&s->log_full_waits, memory_order_relaxed);
     out->map_full_waits = atomic_load_explicit(&s->map_full_waits, memory_order_relaxed);
+    out->shadow_compared = atomic_load_explicit(&s->shadow_compared, memory_order_relaxed);
+    out->shadow_differences = atomic_load_explicit(&s->shadow_differences, memory_order_relaxed);
+    out->shadow_changed = atomic_load_explicit(&s->shadow_changed, memory_order_relaxed);
+    out->shadow_absent = atomic_load_explicit(&s->shadow_absent, memory_order_relaxed);
     return 0;
 }
 
@@ -387,6 +395,17 @@ static void start_shrink(struct call *call, struct worker *w)
         atomic_store(&v->size, size);
 }
 
+static int do_grow(struct worker *w, void *arg)
+{
+    struct volume_call *c = arg;
+
+    (void)w;
+    if (c->v->shadow)
+        shadow_grown(c->v, c->value);
+    atomic_store(&c->v->size, c->value);
+    return 0;
+}
+
 int glide_volume_resize(glide_volume *volume, uint64_t size)
 {
     uint64_t old = atomic_load(&volume->size);
@@ -394,10 +413,8 @@ int glide_volume_resize(glide_volume *volume, uint64_t size)
     if (!size || size % SECTOR || size > (uint64_t)1 << 60)
         return fail(-EINVAL, "a volume's size is a multiple of %u bytes up to 2^60, not %llu", SECTOR,
                     (unsigned long long)size);
-    if (size >= old) {
-        atomic_store(&volume->size, size);
-        return 0;
-    }
+    if (size >= old)
+        return worker_call(volume->worker, do_grow, &(struct volume_call){.v = volume, .value = size});
     /* What is cut off is zeroed: a later grow must not bring it back. */
     struct sync_io io = {.req = {.volume = volume,
                                  .offset = size,

@@ -13,6 +13,7 @@
 #include "engine.h"
 #include "io.h"
 #include "log_map.h"
+#include "shadow.h"
 #include "stats.h"
 #include "write_log.h"
 
@@ -30,7 +31,7 @@ struct sync_state {
 struct volume {
     struct engine *engine;
     struct worker *worker;
-    struct list link;       /* worker->volumes */
+    struct list link; /* worker->volumes */
     struct task enter_task;
     struct list batch_link; /* worker->batches, when something is to be done at the end of the round */
     uint64_t cookie;
@@ -51,9 +52,10 @@ struct volume {
     uint64_t blocked_event_ns; /* when Python was last told */
     bool event_dirty;          /* GLIDE_EV_FIRST_DIRTY was sent */
     struct sync_state sync;
-    struct table faults; /* block -> struct waiting (fault.c) */
-    uint64_t waiting;    /* pieces of requests in it */
-    bool answers_missed; /* some came while the volume was frozen: all waiters look again */
+    struct table faults;   /* block -> struct waiting (fault.c) */
+    uint64_t waiting;      /* pieces of requests in it */
+    bool answers_missed;   /* some came while the volume was frozen: all waiters look again */
+    struct shadow *shadow; /* shadow verify; NULL = off */
 
     struct list conns; /* struct nbd_conn */
     uint32_t conn_count;

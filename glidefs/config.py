@@ -150,6 +150,12 @@ class DaemonSettings(Struct, frozen=True, forbid_unknown_fields=True):
         return self.node or socket.gethostname()
 
 
+class DebugSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[debug]: to find faults with; nothing of it belongs into normal use."""
+
+    shadow_dir: PathText | None = None
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of glidefs.toml."""
 
@@ -161,6 +167,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     upload: UploadSettings = UploadSettings()
     reader: ReaderSettings = ReaderSettings()
     daemon: DaemonSettings = DaemonSettings()
+    debug: DebugSettings = DebugSettings()
 
 
 def parse_size(text: str | int) -> int:

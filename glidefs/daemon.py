@@ -95,6 +95,7 @@ def host_settings(config: Config) -> HostSettings:
         compaction=upload.compaction,
         compact_rate=upload.compact_rate,
         gc_grace=config.store.gc_grace,
+        shadow_dir=Path(config.debug.shadow_dir) if config.debug.shadow_dir else None,
     )
 
 
@@ -256,6 +257,8 @@ class Daemon:
         own = {"dir": Path(cache.dir), "log_dir": cache.logs, "block_cache_dir": cache.blocks}
         for key, path in own.items():
             process.make_directory(key, path)
+        if self.config.debug.shadow_dir is not None:
+            process.make_directory("shadow_dir", Path(self.config.debug.shadow_dir), "debug")
         for path in (cache.state, Path(cache.dir) / "exports"):
             process.make_directory("dir", path)
         inherited = {os.fstat(fd)[1:3]: fd for fd in locks}
@@ -431,6 +434,7 @@ class Daemon:
             bases=router.bases.stats() if router else {},
             fault_fetches=core.host.faults.fetches if core else 0,
             handoffs=self.history.totals,
+            shadow=self.config.debug.shadow_dir is not None,
         )
 
     # -- stop ----------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     bases: Mapping[str, CacheStats] = {}
     fault_fetches: int = 0
     handoffs: Totals = Totals()
+    shadow: bool = False
 
 
 class _Figures(Collector):
@@ -62,6 +63,8 @@ class _Figures(Collector):
         yield from _handoffs(snapshot.handoffs)
         yield _counter("fault_fetches", "Guest faults that the store was asked for", snapshot.fault_fetches)
         yield from _volumes(snapshot.exports)
+        if snapshot.shadow:
+            yield from _shadow(snapshot.exports)
         yield from _operations(snapshot.exports)
         yield _latency(snapshot.exports)
 
@@ -203,6 +206,25 @@ def _volumes(exports: list[ExportFigures]) -> Iterator[Metric]:
         counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["export"])
         for export in exports:
             counter.add_metric([export.name], read(export))
+        yield counter
+
+
+def _shadow(exports: list[ExportFigures]) -> Iterator[Metric]:
+    """Of shadow verify, only where it is on."""
+    for name, text, fields in (
+        ("shadow_compared_sectors", "Sectors read and compared", {"": "shadow_compared"}),
+        ("shadow_differences", "Sectors of them that were not as expected", {"": "shadow_differences"}),
+        (
+            "shadow_skipped_sectors",
+            "Sectors read and not compared: written meanwhile, or absent from the second source",
+            {"changed": "shadow_changed", "absent": "shadow_absent"},
+        ),
+    ):
+        labels = ["export", "why"] if len(fields) > 1 else ["export"]
+        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=labels)
+        for export in exports:
+            for why, field in fields.items():
+                counter.add_metric([export.name, why][: len(labels)], getattr(export.stats, field))
         yield counter
 
 

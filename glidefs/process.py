@@ -79,7 +79,7 @@ def setup_logging(level: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def make_directory(key: str, path: Path) -> None:
+def make_directory(key: str, path: Path, section: str = "cache") -> None:
     """Create a directory of ours (mode 0700) and see that files can be made in it. Raises ConfigError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def make_directory(key: str, path: Path) -> None:
     except OSError as error:
         why = "it is not a directory" if isinstance(error, FileExistsError) else error.strerror
         raise ConfigError(
-            f"[cache] {key} {path}: {why}; give the daemon's user a directory that it can write"
+            f"[{section}] {key} {path}: {why}; give the daemon's user a directory that it can write"
         ) from error
 
 

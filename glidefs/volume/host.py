@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +31,7 @@ from glidefs.volume.retire import Retirer
 from glidefs.volume.scheduler import EventHandler, Scheduler, lower_priority
 from glidefs.volume.service import FaultService
 from glidefs.volume.settings import HostSettings
+from glidefs.volume.shadow import ShadowVerifier
 from glidefs.volume.uploader import Uploader
 from glidefs.volume.volume import Volume
 
@@ -67,6 +69,11 @@ class Host:
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
         self.scheduler.on_commit = self._committed
+        self._shadow = (
+            ShadowVerifier(engine, store, settings, settings.shadow_dir, self.find)
+            if settings.shadow_dir is not None
+            else None
+        )
         self._closed = False
 
     # -- life ------------------------------------------------------------------------------------
@@ -75,9 +82,13 @@ class Host:
         """Start the threads."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self.settings.log_dir.mkdir(parents=True, exist_ok=True)
+        if self.settings.shadow_dir is not None:
+            self.settings.shadow_dir.mkdir(parents=True, exist_ok=True)
         self.faults.start()
         self.scheduler.start()
         self.compactor.start()
+        if self._shadow is not None:
+            self._shadow.start()
 
     def close(self) -> None:
         """Close all volumes and stop the threads. Nothing is uploaded: see :meth:`Volume.drain`."""
@@ -91,6 +102,8 @@ class Host:
         self.scheduler.close()
         self.prefetcher.close()
         self.faults.close()
+        if self._shadow is not None:
+            self._shadow.close()
         self._puts.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -133,7 +146,10 @@ class Host:
                 raise Closed("the host is closed")
             self._volumes[volume.cookie] = volume
         try:
-            volume.core, recovery = self.engine.open_volume(config)
+            # What is taken over in a handoff is not compared: its log goes on in another process meanwhile.
+            verify = self._shadow if not standby else None
+            with verify.source(volume, root, config) if verify else nullcontext() as shadow:
+                volume.core, recovery = self.engine.open_volume(config, shadow)
         except BaseException:
             with self._lock:
                 del self._volumes[volume.cookie]

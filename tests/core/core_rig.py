@@ -24,6 +24,7 @@ from glidefs.core.check import Closed, CoreError
 from glidefs.core.engine import Engine, EngineConfig, Fault
 from glidefs.core.gather import Gather
 from glidefs.core.payloads import overlay
+from glidefs.core.shadow import ShadowFile
 from glidefs.core.volume import (
     CoreVolume,
     Install,
@@ -110,15 +111,18 @@ class Vol:
         self.core: CoreVolume
         self.recovery: Recovery
         self.fault_errno = 0
+        self.shadow: ShadowFile | None = None
+        """Given to the next open."""
 
     def open(self, **changes: Any) -> Vol:
         self.config.update(changes)
         cookie = next(self.rig.cookies)
         self.rig.vols[cookie] = self
+        config = VolumeConfig(
+            cookie=cookie, log_dir=self.dir, committed_seq=self.committed_seq, **self.config
+        )
         try:
-            self.core, self.recovery = self.rig.engine.open_volume(
-                VolumeConfig(cookie=cookie, log_dir=self.dir, committed_seq=self.committed_seq, **self.config)
-            )
+            self.core, self.recovery = self.rig.engine.open_volume(config, self.shadow)
         except BaseException:
             del self.rig.vols[cookie]
             raise
