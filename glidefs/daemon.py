@@ -339,6 +339,7 @@ class Daemon:
 
     def revive(self, cuts: list[ExportCut], sockets: list[int], listeners: Listeners) -> None:
         """The successor is dead: open everything again, as after a crash, with these connections."""
+        self.core.close()
         self._open_core(standby=False)
         self._open_exports()
         served = [entry for entry in self.router.table.all() if entry.serves()]
@@ -375,6 +376,7 @@ class Daemon:
     def leave_standby(self) -> None:
         """Forget what was opened in standby."""
         if self._core is not None:
+            self._core.engine.shutdown()
             self._core.server.close(handed_over=True)
             self._core.router.abandon()
             self._core.close()

@@ -84,6 +84,7 @@ class Opener:
         self.places = places
         self._stopping = stopping
         self.tried = threading.Event()
+        self._abandoned = False
         self._thread: threading.Thread | None = None
 
     # -- start and background --------------------------------------------------------------------
@@ -410,18 +411,17 @@ class Opener:
 
     def abandon(self) -> None:
         """Another process has the volumes, which are frozen: close them and touch nothing of theirs."""
+        self._abandoned = True
         with ThreadPoolExecutor(OPEN_THREADS * 2, "abandon") as pool:
             list(pool.map(lambda entry: self.close_entry(entry, remove_device=False), self._table.all()))
 
-    def join(self) -> None:
-        """End the background thread."""
+    def close(self) -> None:
+        """End the background thread, close what is open."""
+        if self._abandoned:
+            return  # all is closed, and the thread ends: it may wait for a lock that the caller has
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    def close(self) -> None:
-        """End the background thread, close what is open."""
-        self.join()
         for entry in self._table.all():
             with entry.lock:
                 self.close_entry(entry, remove_device=False)

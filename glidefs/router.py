@@ -135,11 +135,12 @@ class ExportRouter:
         return self._opener
 
     def abandon(self) -> None:
-        """Another process has the exports: forget them without a word to guests, disk or store."""
+        """Another process has the exports: forget them without a word to guests, disk or store.
+
+        Waits for nothing that may wait for the store: :meth:`close` does.
+        """
         self._stopping.set()
-        self.bases.close()
         self._opener.abandon()
-        self._opener.join()
 
     def _prefixes(self) -> set[str]:
         """Those configured and those of the exports."""
