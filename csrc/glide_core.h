@@ -390,6 +390,7 @@ struct glide_ublk_config {
     uint32_t read_only;
     uint64_t tag;     /* hash of the export, kept in ublksrv_flags */
     uint32_t recover; /* adopt the existing device dev_id instead of adding one */
+    uint32_t added;   /* start the device dev_id, which glide_ublk_add made */
     uint32_t max_discard_bytes;
 };
 struct glide_ublk_info {
@@ -398,7 +399,9 @@ struct glide_ublk_info {
     uint64_t flags, tag, dev_sectors;
 };
 int glide_ublk_features(uint64_t *features);
-/* Add (or recover) the device, start its queue on the volume's worker, start the device. */
+/* Make a device for the volume, with the id *dev_id. It shows nothing until glide_ublk_start with `added`. */
+int glide_ublk_add(glide_volume *volume, const struct glide_ublk_config *config, uint32_t *dev_id);
+/* Add (or recover, or take what was added) the device, start its queue on the volume's worker, start the device. */
 int glide_ublk_start(glide_volume *volume, const struct glide_ublk_config *config, glide_ublk **out);
 int glide_ublk_dev_id(glide_ublk *device);
 /* STOP_DEV while serving, then DEL_DEV; frees the handle. */

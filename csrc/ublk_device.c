@@ -147,35 +147,61 @@ static struct ublk_params make_params(const struct volume *v, const struct glide
                     .max_discard_segments = 1}};
 }
 
-static int add_device(struct ublk_ctrl *ctrl, struct ublk_device *d, const struct glide_ublk_config *c)
+static int add_device(struct ublk_ctrl *ctrl, const struct volume *v, const struct glide_ublk_config *c,
+                      struct ublk_dev_info *info)
 {
     uint64_t features = 0;
     int err = ublk_ctrl_features(ctrl, &features);
 
     if (err)
         return fail(err, "this kernel's ublk driver is too old: Linux 6.12 or newer is needed");
-    d->info = (struct ublk_dev_info){.nr_hw_queues = 1,
-                                     .queue_depth = (uint16_t)c->queue_depth,
-                                     .max_io_buf_bytes = c->max_io_bytes,
-                                     .dev_id = c->dev_id,
-                                     .flags = WANTED & features,
-                                     .ublksrv_flags = c->tag};
-    err = ublk_ctrl_add(ctrl, &d->info);
-    if (err)
+    *info = (struct ublk_dev_info){.nr_hw_queues = 1,
+                                   .queue_depth = (uint16_t)c->queue_depth,
+                                   .max_io_buf_bytes = c->max_io_bytes,
+                                   .dev_id = c->dev_id,
+                                   .flags = WANTED & features,
+                                   .ublksrv_flags = c->tag};
+    err = ublk_ctrl_add(ctrl, info);
+    if (err) /* if the id is taken, the device is another's */
         return fail(err, "cannot add a ublk device: %s", strerror(-err));
-    struct ublk_params params = make_params(d->volume, c);
-    err = ublk_ctrl_set_params(ctrl, d->info.dev_id, &params);
-    return err ? fail(err, "the kernel refuses the geometry of ublk device %u", d->info.dev_id) : 0;
+    struct ublk_params params = make_params(v, c);
+    err = ublk_ctrl_set_params(ctrl, info->dev_id, &params);
+    if (!err)
+        return 0;
+    ublk_ctrl_del(ctrl, info->dev_id, DELETE_TIMEOUT_MS);
+    return fail(err, "the kernel refuses the geometry of ublk device %u", info->dev_id);
 }
 
-static int adopt_device(struct ublk_ctrl *ctrl, struct ublk_device *d, const struct glide_ublk_config *c)
+int glide_ublk_add(glide_volume *volume, const struct glide_ublk_config *c, uint32_t *dev_id)
+{
+    struct ublk_ctrl *ctrl;
+    struct ublk_dev_info info;
+    int err = get_ctrl(&ctrl);
+
+    if (!err)
+        err = add_device(ctrl, volume, c, &info);
+    if (!err)
+        *dev_id = info.dev_id;
+    return err;
+}
+
+static int find_device(struct ublk_ctrl *ctrl, struct ublk_device *d, const struct glide_ublk_config *c)
 {
     int err = ublk_ctrl_get_info(ctrl, c->dev_id, &d->info);
 
     if (err)
-        return fail(err, "there is no ublk device %u to recover", c->dev_id);
+        return fail(err, "there is no ublk device %u", c->dev_id);
     if (d->info.ublksrv_flags != c->tag || d->info.nr_hw_queues != 1)
         return fail(-EPERM, "ublk device %u belongs to somebody else", c->dev_id);
+    return 0;
+}
+
+static int adopt_device(struct ublk_ctrl *ctrl, struct ublk_device *d, const struct glide_ublk_config *c)
+{
+    int err = find_device(ctrl, d, c);
+
+    if (err)
+        return err;
     err = ublk_ctrl_start_recovery(ctrl, c->dev_id, RECOVERY_TIMEOUT_MS);
     return err ? fail(err, "ublk device %u cannot be recovered: %s", c->dev_id, strerror(-err)) : 0;
 }
@@ -235,8 +261,11 @@ int glide_ublk_start(glide_volume *volume, const struct glide_ublk_config *c, gl
         return err ? err : -ENOMEM;
     d->volume = volume;
     d->cdev = -1;
-    err = c->recover ? adopt_device(ctrl, d, c) : add_device(ctrl, d, c);
-    bool ours = !err || !c->recover;
+    if (c->recover)
+        err = adopt_device(ctrl, d, c);
+    else
+        err = c->added ? find_device(ctrl, d, c) : add_device(ctrl, volume, c, &d->info);
+    bool fresh = !err && !c->recover; /* nobody else needs it if the rest fails */
     if (!err)
         err = open_queue(d);
     if (!err)
@@ -244,7 +273,7 @@ int glide_ublk_start(glide_volume *volume, const struct glide_ublk_config *c, gl
     if (err) {
         uint32_t id = d->info.dev_id;
         device_free(d);
-        if (ours && !c->recover && id != UBLK_DEV_ID_ANY)
+        if (fresh)
             ublk_ctrl_del(ctrl, id, DELETE_TIMEOUT_MS);
         return err;
     }

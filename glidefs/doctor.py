@@ -10,7 +10,7 @@ import resource
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -258,39 +258,22 @@ def _daemon(config: Config) -> Result:
 
 
 def _orphans(config: Config) -> Result:
-    from glidefs.transport.ublk import LIVE, device_tag, devices, query
+    from glidefs.devices import survey
 
-    present = list(devices())
-    if not present:
+    found = survey(config)
+    if not found:
         return "ok", "none"
-    ours: dict[int, str] = {}
-    for record in _records(config):
-        ours[device_tag(config.cache.state, record.name, record.volume_id)] = record.name
-    served = foreign = 0
-    orphans: list[str] = []
-    for dev_id in present:
-        found = query(dev_id)
-        if found is None:
-            continue
-        served += found.state == LIVE
-        name = ours.get(found.tag)
-        if found.state != LIVE and name is None:
-            foreign += 1
-            orphans.append(f"/dev/ublkb{dev_id}")
-        elif found.state != LIVE:
-            orphans.append(f"/dev/ublkb{dev_id} (export {name})")
-    if orphans:
-        text = f"{served} served, without a server: {', '.join(orphans[:8])}"
-        remedy = "the daemon recovers those of its exports; 'ublk del -n N' deletes one that nobody needs"
-        return "warn", text, remedy
-    return "ok", f"{served} served"
-
-
-def _records(config: Config) -> Iterator[Any]:
-    from glidefs.formats import export_record
-
-    for path in sorted((Path(config.cache.dir) / "exports").glob("*.json")):
-        try:
-            yield export_record.load(path)
-        except (OSError, GlideError):
-            continue
+    served = sum(device.state == "served" for device in found)
+    whose = {"export": "export {}", "orphan": "orphan: no export", "other": "somebody else's"}
+    left = [device for device in found if device.state != "served"]
+    if not left:
+        return "ok", f"{served} served"
+    shown = [f"{device.device} ({whose[device.owner].format(device.export)})" for device in left[:8]]
+    remedies = {
+        "export": "the daemon recovers those of its exports when it starts",
+        "orphan": "'glidefs devices remove N' deletes an orphan",
+        "other": "those of others are theirs to look after",
+    }
+    owners = dict.fromkeys(device.owner for device in left)
+    text = f"{served} served, without a server: {', '.join(shown)}"
+    return "warn", text, "; ".join(remedies[owner] for owner in sorted(owners))

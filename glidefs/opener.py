@@ -376,10 +376,21 @@ class Opener:
         """
         record = entry.record
         if record is not None:
+            self._discard_device(record)
             if not keep_log:
                 self._delete_log(record)
             local.forget(self.places.state_dir, record.volume_id)
         self._records.delete(entry.name)
+
+    def _discard_device(self, record: ExportRecord) -> None:
+        """An export that could not be served may have a device whose guests wait."""
+        transport = self._transports.get("ublk")
+        if record.device_id is None or transport is None:
+            return
+        try:
+            transport.discard(record.name, record.volume_id, record.device_id)
+        except GlideError as error:
+            log.warning("%s: %s", record.name, error)
 
     def _delete_log(self, record: ExportRecord) -> None:
         directory = logs.log_dir(self.places.logs_dir, record.volume_id, record.log_id)

@@ -22,6 +22,7 @@ from glidefs.cli.common import (
     seconds,
     show_result,
 )
+from glidefs.cli.devices import app as devices_app
 from glidefs.cli.forks import add_commands
 
 HANDOFF_TIMEOUT = 600.0
@@ -40,6 +41,7 @@ app.add_typer(logs_app, name="logs")
 add_commands(app)
 bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
 app.add_typer(bases_app, name="bases")
+app.add_typer(devices_app, name="devices")
 
 
 @app.command()

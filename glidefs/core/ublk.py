@@ -19,7 +19,8 @@ CONTROL = "/dev/ublk-control"
 class UblkConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Geometry of a device. ``tag`` is a hash of the export, kept by the kernel beside the device.
 
-    ``recover`` adopts the existing device ``dev_id`` instead of adding one.
+    ``recover`` adopts the existing device ``dev_id`` instead of adding one; ``added`` starts the one that
+    :func:`add` has made.
     """
 
     dev_id: int = ANY_DEVICE
@@ -28,6 +29,7 @@ class UblkConfig(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     tag: int = 0
     recover: bool = False
+    added: bool = False
     max_discard_bytes: int = 1 << 30
 
 
@@ -80,6 +82,15 @@ class UblkDevice(Handle):
         self._volume.devices -= 1
         end = lib.glide_ublk_release if self._keep else lib.glide_ublk_stop
         check(end(pointer), "release" if self._keep else "stop", device=_name(self.dev_id))
+
+
+def add(volume: CoreVolume, config: UblkConfig) -> int:
+    """Make a device for a volume, to be started with ``added``. Returns its id. Raises DeviceError."""
+    out = ffi.new("uint32_t *")
+    raw = ffi.new("struct glide_ublk_config *", msgspec.structs.asdict(config))
+    with volume._use() as pointer:
+        check(lib.glide_ublk_add(pointer, raw, out), "add", device=_name(config.dev_id))
+    return int(out[0])
 
 
 def features() -> int:

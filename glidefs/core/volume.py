@@ -15,6 +15,7 @@ from glidefs.core._core import ffi, lib
 from glidefs.core.check import CoreError, Handle, check
 from glidefs.core.shadow import ShadowFile, to_c
 from glidefs.core.ublk import UblkConfig, UblkDevice
+from glidefs.core.ublk import add as add_device
 
 if TYPE_CHECKING:
     from glidefs.core.cache import Slot
@@ -303,8 +304,12 @@ class CoreVolume(Handle):
         with self._use() as volume:
             check(lib.glide_nbd_detach(volume, conn_id), "detach NBD connection")
 
+    def add_ublk(self, config: UblkConfig) -> int:
+        """Make a ublk device, to be started with ``added``. Returns its id. Raises DeviceError."""
+        return add_device(self, config)
+
     def start_ublk(self, config: UblkConfig) -> UblkDevice:
-        """Add or recover a ublk device and serve it. Raises DeviceError."""
+        """Add or recover a ublk device, or take what was added, and serve it. Raises DeviceError."""
         return UblkDevice(self, config)
 
 

@@ -24,8 +24,12 @@ MODPROBE_TIMEOUT = 20.0
 class TransportCore(NbdCore, Protocol):
     """What is used of a CoreVolume by either transport."""
 
+    def add_ublk(self, config: UblkConfig) -> int:
+        """Make a device, and return its id. Raises DeviceError."""
+        ...
+
     def start_ublk(self, config: UblkConfig) -> UblkDevice:
-        """Add or recover a device and serve it. Raises DeviceError."""
+        """Recover a device, or take one that was made, and serve it. Raises DeviceError."""
         ...
 
 
@@ -61,6 +65,9 @@ class Transport(Protocol):
 
     def release(self, name: str) -> None:
         """Stop serving because the daemon stops for a while."""
+
+    def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
+        """Delete what an earlier daemon left of an export that ends without having been served here."""
 
     def check_resize(self, export: Attachment, size: int) -> None:
         """Raise NotSupported if guests of `export` cannot live with `size`; changes nothing."""
@@ -123,6 +130,9 @@ class NbdTransport:
     def release(self, name: str) -> None:
         """The same: NBD clients reconnect by themselves, or not at all."""
         self.stop(name)
+
+    def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
+        """Nothing is left of connections."""
 
     def check_resize(self, export: Attachment, size: int) -> None:
         """Any size will do: what connections see beyond the end fails."""

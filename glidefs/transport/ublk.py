@@ -1,7 +1,8 @@
 """ublk devices: one per export, with an id that stays, and a tag that says whose it is.
 
 The kernel keeps a device whose server died or left (QUIESCED: guests wait). On start such a device
-is recovered if the tag in its `ublksrv_flags` is ours; a device with another tag is never touched.
+is recovered if the tag in its `ublksrv_flags` is ours; a device with another tag is never touched. Before
+a new device is started, udev is told its name.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from blake3 import blake3
+from msgspec.structs import replace
 
 from glidefs.config import UblkSettings
 from glidefs.core import ublk
 from glidefs.core.ublk import ANY_DEVICE, UblkConfig, UblkDevice, UblkInfo
 from glidefs.errors import DeviceError, NotSupported
 from glidefs.transport.base import Attachment, Endpoint, ublk_missing
+from glidefs.transport.device_names import DeviceNames
+from glidefs.transport.device_tag import DeviceTags, make_tags
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +42,6 @@ _REMEDIES = {
     errno.ENOSYS: "io_uring is missing or forbidden here (sysctl kernel.io_uring_disabled)",
     errno.EBUSY: "another process still holds the device",
 }
-
-
-def device_tag(state_dir: Path, name: str, volume_id: bytes) -> int:
-    """64 bits, never 0, that name an export of this host: kept by the kernel beside the device."""
-    text = b"\0".join((str(state_dir.resolve()).encode(), name.encode(), volume_id))
-    return int.from_bytes(blake3(text).digest(length=8), "little") or 1
 
 
 def query(dev_id: int) -> UblkInfo | None:
@@ -77,44 +74,54 @@ def _is_served(found: UblkInfo) -> bool:
 
 
 class UblkTransport:
-    """The devices of this daemon. `_lock` guards the table; calls for one export never overlap."""
+    """The devices of this daemon. `_lock` guards what follows it; calls for one export never overlap."""
 
     kind = "ublk"
 
-    def __init__(self, settings: UblkSettings, state_dir: Path) -> None:
+    def __init__(self, settings: UblkSettings, state_dir: Path, names: DeviceNames | None = None) -> None:
         self._settings = settings
         self._state_dir = state_dir
+        self._names = names or DeviceNames()
         self._lock = threading.Lock()
-        self._devices: dict[str, UblkDevice] = {}
+        self._tags: DeviceTags | None = None
+        self._devices: dict[str, tuple[UblkDevice, str]] = {}
+        """By export: the device, and the key that udev knows it by."""
 
     def start(self, export: Attachment) -> Endpoint:
         """Recover the device of this export, or add one, by preference with its old id."""
         missing = ublk_missing()
         if missing:
             raise NotSupported(f"ublk cannot be used: {missing}; or use --transport nbd")
-        tag = device_tag(self._state_dir, export.name, export.volume_id)
         try:
-            device = self._start(export, tag)
+            device, key = self._start(export, self._own_tags())
         except DeviceError as error:
             raise explained(error) from error
         with self._lock:
-            self._devices[export.name] = device
+            self._devices[export.name] = device, key
         return Endpoint(device=device.path, device_id=device.dev_id)
 
-    def _start(self, export: Attachment, tag: int) -> UblkDevice:
+    def _own_tags(self) -> DeviceTags:
+        """Made with the first device, so that a host without ublk is left alone."""
+        with self._lock:
+            if self._tags is None:
+                self._tags = make_tags(self._state_dir)
+                self._names.sweep(devices())
+            return self._tags
+
+    def _start(self, export: Attachment, tags: DeviceTags) -> tuple[UblkDevice, str]:
         wanted = export.device_id
         found = None if wanted is None else query(wanted)
         if wanted is None or found is None:
-            return self._add(export, tag, wanted)
-        if found.tag != tag:
+            return self._add(export, tags, wanted)
+        if not tags.accepts(found.tag, export.name, export.volume_id):
             log.warning("%s: /dev/ublkb%d belongs to somebody else; taking another id", export.name, wanted)
-            return self._add(export, tag, None)
+            return self._add(export, tags, None)
         found = self._settled(export.name, found)
         if found.state in (QUIESCED, FAIL_IO) and found.flags & F_USER_RECOVERY:
-            return self._recover(export, tag, found)
+            return self._recover(export, found)
         log.info("%s: replacing the stopped device /dev/ublkb%d", export.name, wanted)
-        ublk.delete(wanted, tag)
-        return self._add(export, tag, wanted)
+        ublk.delete(wanted, found.tag)
+        return self._add(export, tags, wanted)
 
     def _settled(self, name: str, found: UblkInfo) -> UblkInfo:
         """Wait until the kernel has noticed that the device's last server is gone."""
@@ -131,68 +138,93 @@ class UblkTransport:
             found = again
         return found
 
-    def _config(self, export: Attachment, tag: int, dev_id: int, recover: bool) -> UblkConfig:
+    def _config(self, export: Attachment, tag: int, dev_id: int) -> UblkConfig:
         return UblkConfig(
             dev_id=dev_id,
             queue_depth=self._settings.queue_depth,
             max_io_bytes=self._settings.max_io,
             read_only=export.read_only,
             tag=tag,
-            recover=recover,
         )
 
-    def _add(self, export: Attachment, tag: int, dev_id: int | None) -> UblkDevice:
-        self._delete_lost(export.name, tag)
+    def _add(self, export: Attachment, tags: DeviceTags, dev_id: int | None) -> tuple[UblkDevice, str]:
+        self._delete_lost(export, tags)
+        config = self._config(export, tags.tag(export.name, export.volume_id), ANY_DEVICE)
+        made = self._make(export, config, dev_id)
+        key = self._names.announce(made, export.name)
+        try:
+            return export.core.start_ublk(replace(config, dev_id=made, added=True)), key
+        except BaseException:
+            self._names.withdraw(made, key)
+            raise
+
+    def _make(self, export: Attachment, config: UblkConfig, dev_id: int | None) -> int:
+        """A device that shows nothing yet, by preference with this id."""
         if dev_id is not None:
             try:
-                return export.core.start_ublk(self._config(export, tag, dev_id, recover=False))
+                return export.core.add_ublk(replace(config, dev_id=dev_id))
             except DeviceError as error:
                 if error.errno != errno.EEXIST:
                     raise
                 log.warning("%s: device id %d is taken; taking another", export.name, dev_id)
-        return export.core.start_ublk(self._config(export, tag, ANY_DEVICE, recover=False))
+        return export.core.add_ublk(config)
 
-    def _delete_lost(self, name: str, tag: int) -> None:
+    def _delete_lost(self, export: Attachment, tags: DeviceTags) -> None:
         """Delete devices of this export that no record names: the local disk was lost, or the record late.
 
         They are not recovered: the log that they promised guests may be gone, and an error is better than
         other data. Left alone they would make whoever reads them wait for ever.
         """
+        name = export.name
         for dev_id in devices():
             found = query(dev_id)
-            if found is None or found.tag != tag or _is_served(found):
+            if found is None or not tags.names(found.tag, name, export.volume_id) or _is_served(found):
                 continue
             log.warning("%s: deleting /dev/ublkb%d, which no record of this host names", name, dev_id)
             try:
-                ublk.delete(dev_id, tag)
+                ublk.delete(dev_id, found.tag)
             except DeviceError as error:
                 log.warning("%s: /dev/ublkb%d cannot be deleted: %s", name, dev_id, error)
 
-    def _recover(self, export: Attachment, tag: int, found: UblkInfo) -> UblkDevice:
-        device = export.core.start_ublk(self._config(export, tag, found.dev_id, recover=True))
+    def _recover(self, export: Attachment, found: UblkInfo) -> tuple[UblkDevice, str]:
+        config = replace(self._config(export, found.tag, found.dev_id), recover=True)
+        key = self._names.announce(found.dev_id, export.name)
+        device = export.core.start_ublk(config)
         log.info("%s: recovered /dev/ublkb%d", export.name, found.dev_id)
         if found.dev_sectors and found.dev_sectors * 512 != export.size:
             if self._can_update():
                 device.update_size(export.size)
             else:
                 log.warning("%s: the recovered device keeps its old size; detach and attach it", export.name)
-        return device
+        return device, key
 
-    def _take(self, name: str) -> UblkDevice | None:
+    def _take(self, name: str) -> tuple[UblkDevice, str] | None:
         with self._lock:
             return self._devices.pop(name, None)
 
     def stop(self, name: str) -> None:
         """Stop and delete the device. Guests that have it open see it vanish."""
-        device = self._take(name)
-        if device is not None:
+        found = self._take(name)
+        if found is not None:
+            device, key = found
             device.close()
+            self._names.withdraw(device.dev_id, key)
 
     def release(self, name: str) -> None:
         """Leave the device to the kernel: guests pause until the next start recovers it."""
-        device = self._take(name)
-        if device is not None:
-            device.release()
+        found = self._take(name)
+        if found is not None:
+            found[0].release()
+
+    def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
+        """Delete the device that an earlier daemon left: else its guests wait for ever."""
+        found = query(device_id)
+        tags = self._own_tags()
+        if found is None or found.state == LIVE or not tags.accepts(found.tag, name, volume_id):
+            return
+        log.info("%s: deleting /dev/ublkb%d, which nobody serves", name, device_id)
+        ublk.delete(device_id, found.tag)
+        self._names.withdraw(device_id, self._names.read(device_id)[1])
 
     def _can_update(self) -> bool:
         try:
@@ -210,23 +242,13 @@ class UblkTransport:
     def resize(self, export: Attachment) -> str:
         """Tell the kernel, or say why the guest does not see it yet."""
         with self._lock:
-            device = self._devices.get(export.name)
-        if device is None:
+            found = self._devices.get(export.name)
+        if found is None:
             return ""
         if not self._can_update():
             return (
                 "this kernel cannot resize a ublk device while it is attached (Linux 6.16 can): "
                 "detach and attach the export to see the new size"
             )
-        device.update_size(export.size)
+        found[0].update_size(export.size)
         return ""
-
-
-def delete_orphan(state_dir: Path, name: str, volume_id: bytes, dev_id: int) -> bool:
-    """Delete the device `dev_id` if it carries the tag of this export; True if it did. Raises DeviceError."""
-    found = query(dev_id)
-    tag = device_tag(state_dir, name, volume_id)
-    if found is None or found.tag != tag:
-        return False
-    ublk.delete(dev_id, tag)
-    return True

@@ -16,7 +16,7 @@ from glidefs.cli.client import socket_path
 from glidefs.config import load_config
 
 Make = Callable[..., Daemon]
-OFFLINE = ("init", "doctor", "inspect", "export-image", "bless", "bases", "gc")
+OFFLINE = ("init", "doctor", "inspect", "export-image", "bless", "bases", "devices", "gc")
 VERBS = ("create", "list", "show", "resize", "drain", "detach", "attach", "remove", "logs", *OFFLINE)
 
 
@@ -68,6 +68,7 @@ def test_every_command_but_run_has_json(tmp_path: Path) -> None:
         assert "--json" in run("logs", verb, "--help", cwd=tmp_path).stdout, verb
     for verb in ("list", "remove"):
         assert "--json" in run("bases", verb, "--help", cwd=tmp_path).stdout, verb
+        assert "--json" in run("devices", verb, "--help", cwd=tmp_path).stdout, verb
 
 
 def test_which_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +81,11 @@ def test_which_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIDEFS_SOCKET")
     monkeypatch.setenv("GLIDEFS_CONFIG", str(path))
     assert socket_path() == str(tmp_path / "z.sock")
+
+
+def test_a_device_that_is_not_there(make_daemon: Make) -> None:
+    assert "there is no ublk device 4999" in make_daemon().fails("devices", "remove", "4999")
+    assert "ID" in make_daemon("b").run("devices").stdout
 
 
 def test_inspect_and_export_of_nothing(make_daemon: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import shutil
@@ -15,9 +16,13 @@ from daemon_harness import Daemon, wait_for
 
 pytest.importorskip("glidefs.core._core")
 
+from glidefs.core.engine import Engine, EngineConfig
+from glidefs.core.ublk import UblkConfig
+from glidefs.core.volume import VolumeConfig
+from glidefs.errors import DeviceError
 from glidefs.transport import ublk
 from glidefs.transport.base import ublk_missing
-from glidefs.transport.ublk import F_UPDATE_SIZE, LIVE, QUIESCED
+from glidefs.transport.ublk import DEAD, F_UPDATE_SIZE, LIVE, QUIESCED
 
 pytestmark = [
     pytest.mark.skipif(ublk_missing() is not None, reason=f"no ublk: {ublk_missing()}"),
@@ -56,6 +61,16 @@ def device_size(path: str) -> int:
 
 def dev_id(path: str) -> int:
     return int(path.removeprefix("/dev/ublkb"))
+
+
+def wait_quiesced(path: str) -> None:
+    """Until the kernel has noticed that the daemon is gone."""
+
+    def quiesced() -> bool:
+        found = ublk.query(dev_id(path))
+        return found is not None and found.state == QUIESCED
+
+    wait_for(quiesced, f"{path} waits for a server")
 
 
 @pytest.fixture(autouse=True)
@@ -164,6 +179,102 @@ def test_a_foreign_device_is_left_alone(daemon: Daemon, make_daemon: Make) -> No
     found = ublk.query(dev_id(second))
     assert found is not None
     assert found.state == LIVE
+
+
+def test_orphans_are_removed_and_no_others(daemon: Daemon, make_daemon: Make) -> None:
+    """Without a daemon: the record of a device is gone; beside it are devices that are not ours to touch."""
+    first = daemon.json("create", "v1", "--size", "64MiB")["device"]
+    second = daemon.json("create", "v2", "--size", "64MiB")["device"]
+    other = make_daemon("b", node="node-2").start()
+    theirs = other.json("create", "v3", "--size", "32MiB")["device"]
+    other.kill()
+    assert "serves it" in daemon.fails("devices", "remove", str(dev_id(first)))
+    daemon.kill()
+    (daemon.base / "cache" / "exports" / "v1.json").unlink()
+    wait_quiesced(first)
+    found = {row["device"]: row for row in daemon.json("devices")}
+    assert [found[path]["owner"] for path in (first, second, theirs)] == ["orphan", "export", "other"]
+    assert [found[path]["export"] for path in (first, second)] == ["v1", "v2"]
+    assert found[first]["size"] == 64 * MIB
+    assert f"{first} (orphan: no export)" in daemon.run("doctor", check=False).stdout
+    assert "of export v2" in daemon.fails("devices", "remove", str(dev_id(second)))
+    assert "somebody else" in daemon.fails("devices", "remove", str(dev_id(theirs)))
+    assert daemon.json("devices", "remove", str(dev_id(first)))["device"] == first
+    assert not Path(first).exists()
+    assert "no ublk device" in daemon.fails("devices", "remove", str(dev_id(first)))
+    # The others go on where they were.
+    daemon.start()
+    other.start()
+    assert daemon.json("show", "v2")["device"] == second
+    assert other.json("show", "v3")["device"] == theirs
+    assert [row["state"] for row in daemon.json("devices", "list")] == ["served", "served"]
+
+
+def test_an_orphan_is_not_left_by_an_export_that_failed(daemon: Daemon) -> None:
+    """The daemon is back but cannot serve the export; its device waits until somebody removes the export."""
+    device = daemon.json("create", "v1", "--size", "64MiB")["device"]
+    daemon.stop()
+    for path in daemon.base.glob("cache/state/volumes/*/root"):
+        path.unlink()
+    for path in daemon.store.rglob("volumes/v1/manifest"):
+        path.write_bytes(b"damaged")
+    daemon.start()
+    assert daemon.json("show", "v1")["state"] == "failed"
+    assert Path(device).exists()
+    shutil.rmtree(daemon.store / "default" / "volumes" / "v1")
+    daemon.json("remove", "v1")
+    assert not Path(device).exists()
+    assert daemon.json("devices") == []
+
+
+def test_an_orphan_that_is_open(daemon: Daemon) -> None:
+    device = daemon.json("create", "v1", "--size", "64MiB")["device"]
+    results: list[str] = []
+
+    def read(fd: int) -> None:
+        try:
+            holds(fd, 0, 0)
+            results.append("read")
+        except OSError as error:
+            results.append(os.strerror(error.errno or 0))
+
+    with direct(device) as fd:
+        daemon.kill()
+        (daemon.base / "cache" / "exports" / "v1.json").unlink()
+        wait_quiesced(device)
+        reader = threading.Thread(target=read, args=(fd,))
+        reader.start()
+        note = daemon.json("devices", "remove", str(dev_id(device)))["note"]
+        reader.join()
+        assert results == ["Input/output error"]
+        assert "let go" in note
+    wait_for(lambda: ublk.query(dev_id(device)) is None, "the device is gone")
+
+
+def test_an_id_that_is_taken(daemon: Daemon, make_daemon: Make) -> None:
+    """Who tries to make a device with another's id must leave that one alone."""
+    device = daemon.json("create", "v1", "--size", "64MiB")["device"]
+    other = make_daemon("b", node="node-2")
+    limits = EngineConfig(
+        cache_dir=other.base / "blocks", workers=1, cache_bytes=16 * MIB, log_limit=64 * MIB
+    )
+    ids = {"volume_id": b"v" * 16, "log_id": b"l" * 16}
+    with Engine(limits) as engine:
+        core, _ = engine.open_volume(VolumeConfig(cookie=1, log_dir=other.base / "log", size=MIB, **ids))
+        with core:
+            for attempt in (core.start_ublk, core.add_ublk):
+                with pytest.raises(DeviceError) as caught:
+                    attempt(UblkConfig(dev_id=dev_id(device), tag=5))
+                assert caught.value.errno == errno.EEXIST
+            made = core.add_ublk(UblkConfig(tag=5))
+            with pytest.raises(DeviceError):
+                core.start_ublk(UblkConfig(dev_id=made, tag=6, added=True))
+            found = ublk.query(made)
+            assert found is not None
+            assert found.state == DEAD
+            ublk.ublk.delete(made, 5)
+    with direct(device) as fd:
+        assert holds(fd, 0, 0)
 
 
 def test_resize(daemon: Daemon) -> None:

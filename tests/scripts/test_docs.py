@@ -109,11 +109,11 @@ def test_links_and_paths_lead_somewhere(document: str) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", content):
         if "://" not in target:
             assert (here / target).exists(), f"{document}: {target}"
-    for path in re.findall(r"`((?:csrc|glidefs|tests|scripts|vm-test|docs)/[\w./-]+)`", content):
+    for path in re.findall(r"`((?:csrc|glidefs|packaging|tests|scripts|vm-test|docs)/[\w./-]+)`", content):
         assert (ROOT / path).exists(), f"{document}: {path}"
 
 
-SCRIPTS = ["scripts/quickstart", "scripts/test", "scripts/bench"]
+SCRIPTS = ["scripts/quickstart", "scripts/test", "scripts/bench", "scripts/install-service"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -131,9 +131,8 @@ def test_scripts_parse(script: str) -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_refuse_unknown_options(script: str) -> None:
-    done = subprocess.run(
-        [ROOT / script, "--no-install", "--nonsense"], capture_output=True, text=True, check=False, timeout=60
-    )
+    options = ["--nonsense"] if script == "scripts/install-service" else ["--no-install", "--nonsense"]
+    done = subprocess.run([ROOT / script, *options], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0
     assert "--nonsense" in done.stderr
 

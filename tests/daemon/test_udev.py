@@ -1,0 +1,155 @@
+"""The udev rule on a real kernel, with a real udevd: names, queue settings, and what happens when devices go.
+
+In the VM only: a udevd and a rule of the test's have no business on a host that is in use.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from daemon_harness import ROOT, Daemon, wait_for
+
+pytest.importorskip("glidefs.core._core")
+
+from glidefs.core import ublk as core
+from glidefs.errors import DeviceError
+from glidefs.transport import ublk
+from glidefs.transport.base import ublk_missing
+from glidefs.transport.device_names import DIRECTORY
+
+UDEVD = Path("/lib/systemd/systemd-udevd")
+RULE = Path("/run/udev/rules.d/60-glidefs.rules")
+LINKS = Path("/dev/glidefs")
+BLKRRPART = 0x125F
+MIB = 1 << 20
+
+pytestmark = [
+    pytest.mark.skipif(not os.environ.get("GLIDEFS_VM"), reason="runs in vm-test/run only"),
+    pytest.mark.skipif(ublk_missing() is not None, reason=f"no ublk: {ublk_missing()}"),
+    pytest.mark.skipif(not UDEVD.exists(), reason=f"no {UDEVD}: apt install udev"),
+    pytest.mark.root,
+]
+
+
+def udevadm(*args: str) -> str:
+    environment = {**os.environ, "SYSTEMD_IGNORE_CHROOT": "1"}
+    done = subprocess.run(["udevadm", *args], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def settle() -> None:
+    udevadm("settle", "--timeout=120")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def udevd() -> Iterator[None]:
+    RULE.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "packaging/60-glidefs.rules", RULE)
+    environment = {**os.environ, "SYSTEMD_IGNORE_CHROOT": "1"}
+    process = subprocess.Popen([UDEVD, "--resolve-names=never"], env=environment)
+    wait_for(lambda: Path("/run/udev/control").exists(), "udevd listens")
+    settle()
+    yield
+    process.terminate()
+    process.wait()
+    RULE.unlink()
+
+
+def led_to(name: str) -> str:
+    """The device that a link in /dev/glidefs leads to, or nothing."""
+    path = LINKS / name
+    return str(path.resolve()) if path.is_symlink() else ""
+
+
+def queue(device: str, name: str) -> str:
+    return Path(f"/sys/block/{Path(device).name}/queue/{name}").read_text().strip()
+
+
+def dev_id(device: str) -> int:
+    return int(device.removeprefix("/dev/ublkb"))
+
+
+def partition(device: str) -> None:
+    """One partition, in a table of the old kind."""
+    sector = bytearray(512)
+    sector[446:462] = struct.pack("<B3sB3sII", 0, b"\0\2\0", 0x83, b"\0\2\0", 2048, 4096)
+    sector[510:] = b"\x55\xaa"
+    with open(device, "r+b", buffering=0) as disk:
+        disk.write(sector)
+        os.fsync(disk.fileno())
+        fcntl.ioctl(disk.fileno(), BLKRRPART)
+
+
+def test_udev_names_devices_and_sets_their_queues(daemon: Daemon) -> None:
+    device = daemon.json("create", "web-1.x_Y", "--size", "64MiB")["device"]
+    other = daemon.json("create", "db", "--size", "64MiB")["device"]
+    settle()
+    assert (led_to("web-1.x_Y"), led_to("db")) == (device, other)
+    assert "[none]" in queue(device, "scheduler")
+    assert queue(device, "read_ahead_kb") == "512"
+    properties = udevadm("info", "--query=property", device)
+    assert "UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG=1" in properties
+    assert "ID_FS_" not in properties
+    partition(device)
+    settle()
+    assert led_to("web-1.x_Y+part1") == f"{device}p1"
+    # A planned stop and a crash: the names stay, and lead to the same disks.
+    for end in (daemon.stop, daemon.kill):
+        end()
+        assert led_to("web-1.x_Y") == device
+        daemon.start()
+        settle()
+        assert (led_to("web-1.x_Y"), led_to("db")) == (device, other)
+    # What was said is lost, and something makes udev look again.
+    shutil.rmtree(DIRECTORY)
+    udevadm("trigger", "--action=change", f"/sys/block/{Path(device).name}")
+    settle()
+    assert led_to("web-1.x_Y") == device
+    daemon.json("detach", "web-1.x_Y")
+    settle()
+    assert led_to("web-1.x_Y") == led_to("web-1.x_Y+part1") == ""
+    assert led_to("db") == other
+    daemon.json("remove", "db")
+    settle()
+    assert led_to("db") == ""
+
+
+def test_udev_and_a_number_that_is_used_again(daemon: Daemon, make_daemon: Callable[..., Daemon]) -> None:
+    """Deleted by another program while the daemon is away: nobody inherits the name."""
+    device = daemon.json("create", "old", "--size", "64MiB")["device"]
+    settle()
+    assert led_to("old") == device
+    assert list(DIRECTORY.glob(f"{dev_id(device)}.*"))
+    daemon.kill()
+
+    def delete() -> bool:
+        found = ublk.query(dev_id(device))
+        try:
+            if found is not None and found.state == ublk.QUIESCED:
+                core.delete(dev_id(device), found.tag)
+        except DeviceError:
+            return False
+        return found is None
+
+    wait_for(delete, "the device is gone")
+    settle()
+    assert led_to("old") == ""
+    assert list(DIRECTORY.glob(f"{dev_id(device)}.*")) == []
+    other = make_daemon("b", node="node-2").start()
+    assert other.json("create", "new", "--size", "64MiB")["device"] == device
+    settle()
+    assert (led_to("old"), led_to("new")) == ("", device)
+    # Removed and made again at once, over and over: udev is late, and must not mix them up.
+    for number in range(5):
+        other.json("remove", "new" if number == 0 else f"n{number - 1}")
+        assert other.json("create", f"n{number}", "--size", "64MiB")["device"] == device
+    settle()
+    assert sorted(os.listdir(LINKS)) == ["n4"]
+    assert led_to("n4") == device
