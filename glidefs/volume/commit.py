@@ -149,11 +149,26 @@ class Committer:
             if self.etag is not None:
                 return
             data = encode_root(self.root)
-            result = lease.commit_root(store, self._key, data, None, self.root.log_id)
-            if result.adopted is not None:
-                self._adopt(result.adopted, result.etag)
-            else:
-                self._use(self.root, result.etag, data, {})
+            self._published(lease.commit_first(store, self._key, data, self.root.log_id), data)
+
+    def was_published(self, store: ObjectStore) -> bool:
+        """Whether the store has our first root already, from a put whose answer was lost; then it is in use.
+
+        Nothing is put. Raises Fenced, StoreError.
+        """
+        with self._lock:
+            data = encode_root(self.root)
+            found = lease.resolve(store, self._key, data, self.root.log_id, gone_is_fence=False)
+            if found is not None:
+                self._published(found, data)
+            return found is not None
+
+    def _published(self, result: lease.CommitResult, data: bytes) -> None:
+        """The store has the first root, ``data``, or another one of this log."""
+        if result.adopted is not None:
+            self._adopt(result.adopted, result.etag)
+        else:
+            self._use(self.root, result.etag, data, {})
 
     def poll(self, store: ObjectStore) -> None:
         """Find out whether the root in the store is still ours. Raises Fenced, StoreError."""
@@ -210,17 +225,17 @@ class Committer:
         self._on_change()
 
     def _save(self, root: Root, data: bytes, pages: dict[bytes, bytes]) -> None:
+        self._unsaved.update(pages)
         try:
             local.save(self._state_dir, root.volume_id, root, data, self.etag, self._unsaved)
         except OSError as error:
             # Without the copy nothing may be retired, but the commit stands.
             log.error("volume %s: the local copy of its manifest cannot be written: %s", root.name, error)
+            self.copy_lags = True
             return
+        self._unsaved.clear()
+        self.copy_lags = False
         self.local_segment = root.last_segment
 
 
 __all__ = ["Change", "Committer", "Fenced", "StoreError", "Superseded"]
-        self._unsaved.update(pages)
-            self.copy_lags = True
-        self._unsaved.clear()
-        self.copy_lags = False

@@ -145,7 +145,8 @@ class Uploader:
         if volume.committer.published or not root.source:
             return
         since = root.created_at or volume.opened_at
-        if time.time() - since > self._settings.gc_grace / 4:
+        late = time.time() - since > self._settings.gc_grace / 4
+        if late and not volume.committer.was_published(self._store):
             raise Fenced(
                 volume.name,
                 f"the first root of this fork of {root.source} could not be put in time; make the fork again",
