@@ -157,7 +157,7 @@ class Opener:
         waiting = [entry for entry in self._table.all() if entry.state == "failed" and entry.retry]
         for entry in waiting:
             self._open_recorded(entry)
-        return not any(entry.state == "failed" and entry.retry for entry in waiting)
+        return not any(entry.state == "failed" and entry.retry and not entry.gone for entry in waiting)
 
     def _scan(self) -> bool:
         """Once per cache directory: serve volumes whose root names this node. True when complete."""
@@ -238,9 +238,32 @@ class Opener:
             self._failed(entry, error)
 
     def reopen_after_failure(self, entry: Entry) -> None:
-        """The store did not take a remove or detach: go on serving."""
+        """A remove or detach failed: go on serving, unless the store took it and only its answer was lost.
+
+        While the store does not say which, nothing is served, as after a crash: see `_finish`.
+        """
+        assert entry.record is not None
+        try:
+            given_up = self._given_up(entry.record)
+        except StoreError as error:
+            self._failed(entry, error)
+            entry.retry = True
+            return
+        if given_up:
+            self.forget(entry)
+            self._table.drop(entry)
+            return
         self._records.set_intent(entry.name, None)
         self.reopen(entry)
+
+    def _given_up(self, record: ExportRecord) -> bool:
+        """Whether the store's root says that this host gave the volume up. Raises StoreError."""
+        view = self._store.view("background", STORE_PATIENCE)
+        try:
+            root, _ = lease.read_root(view, record.prefix, record.name)
+        except UnknownExport:
+            return record.root_published
+        return root.volume_id == record.volume_id and not root.owner_node
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         entry.failed(error)
