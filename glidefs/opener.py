@@ -281,15 +281,37 @@ class Opener:
             if etag is None and manifest_hash(data) != record.manifest_hash:
                 raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
             if root.volume_id == record.volume_id and root.log_id == record.log_id:
-                return root, etag
+                return self._newest(record, root, etag)
         if record.root and manifest_hash(record.root) == record.manifest_hash:
-            return decode_root(record.name, record.root), None
+            return self._newest(record, decode_root(record.name, record.root), None)
         if not record.root_published:
             raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
         found, etag = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
         if found.volume_id != record.volume_id or found.log_id != record.log_id:
             raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
         return found, etag
+
+    def _newest(self, record: ExportRecord, root: Root, etag: str | None) -> tuple[Root, str | None]:
+        """The root to open with: of a log that may have lost what was uploaded, the store's own.
+
+        What a sync failed to write is uploaded from the page cache. If the power fails before the local root
+        says so, the log does not have it: guests would see the volume go back, and forth once the
+        store's root is found. Raises Fenced, StoreError.
+        """
+        log_dir = logs.log_dir(self.places.logs_dir, record.volume_id, record.log_id)
+        if not logs.lost_syncs(log_dir):
+            return root, etag
+        try:
+            found, found_etag = lease.read_root(
+                self._store.view("read", STORE_PATIENCE), record.prefix, record.name
+            )
+        except UnknownExport:
+            return root, etag  # not put yet, or the first commit finds out
+        if found.volume_id == record.volume_id and found.log_id == record.log_id:
+            return found, found_etag
+        if etag is None:
+            return root, etag  # the name is taken, which its first put finds out
+        raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
 
     def _published(self, entry: Entry) -> None:
         """The store has the first root: note it, so that one that is missing later means a fence."""

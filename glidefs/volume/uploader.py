@@ -6,6 +6,7 @@ put pages, put the root, fsync a local copy of it; only then may the segments go
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -113,6 +114,8 @@ class Uploader:
             except CoreError as error:
                 # A sticky fdatasync failure ends with this upload, which verifies what it reads.
                 log.warning("volume %s: %s; uploading what the page cache has", volume.name, error)
+                with contextlib.suppress(CoreError):
+                    volume.core.sync()  # the mark of the failure: a start without the local root looks for it
             with Gather(
                 volume.core, volume.log_dir, volume.id, volume.log_id, volume.done_segment + 1, last
             ) as gather:
