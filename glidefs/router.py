@@ -402,7 +402,10 @@ class ExportRouter:
         volume.drain(timeout)
 
     def detach(self, name: str, timeout: float | None = None) -> dict[str, Any]:
-        """Stop serving, upload everything, give the volume up. If that fails it is served again."""
+        """Stop serving, upload everything, give the volume up. If that fails it is served again.
+
+        Where the answer of the store was lost it is served again, or not, once the store says which it is.
+        """
         self.check_changes()
         entry = self.table.get(name)
         if entry.volume is not None and not entry.is_fenced():

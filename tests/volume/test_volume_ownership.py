@@ -231,6 +231,46 @@ def test_local_copy_is_durable_before_a_segment_may_go(rig: Rig, monkeypatch: py
     assert not log_segments(volume.log_dir)
 
 
+def test_a_local_copy_that_failed_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """! Without one nothing may go, and where the log is full no other commit comes."""
+    host = rig.host()
+    volume = rig.create(host)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(local, "save", fail)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    assert volume.retirable() == 0
+    monkeypatch.undo()
+    wait_for(lambda: volume.retirable() == volume.root.last_segment, "the local copy")
+    saved = local.load(host.state_dir, volume.id)
+    assert saved is not None
+    assert saved[:2] == (volume.root, volume.etag)
+
+
+def test_a_log_is_not_opened_without_a_local_copy(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """! What the root includes is unlinked then, and the next start would not know that root."""
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    root, etag = volume.root, volume.etag
+    volume.close()
+    host.forget_state(volume.id)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "I/O error")
+
+    monkeypatch.setattr(local, "save", fail)
+    with pytest.raises(OSError, match="I/O error"):
+        host.open(record_of(root), root, etag)
+    assert log_segments(volume.log_dir)
+    monkeypatch.undo()
+    assert host.open(record_of(root), root, etag).core.pread(0, 4096) == b"a" * 4096
+
+
 def test_segments_that_this_host_lost_are_not_mistaken_for_new_ones(rig: Rig) -> None:
     """A root of our log that includes more than was replayed here: its numbers are used again."""
     host = rig.host()
