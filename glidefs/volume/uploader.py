@@ -234,11 +234,18 @@ class Uploader:
 
     def put(self, volume: Volume, key: str, body: list[Buffer]) -> None:
         """Put a pack, through outages, until the volume closes or is fenced."""
+        if volume.closing or self._life().stopping:
+            raise Closed(f"volume {volume.name} closes")  # who closes it waits for the upload
         self.retry(volume, lambda: self._store.put(key, body), clock.elapsed())
 
     def retry(self, volume: Volume, action: Callable[[], object], since: float) -> None:
-        """Run ``action`` again after temporary store errors, for at most half the grace from ``since``."""
+        """Run ``action``, again after temporary store errors, for at most half the grace from ``since``.
+
+        Not for a volume that is fenced, whoever found that out.
+        """
         while True:
+            if volume.fenced:
+                raise Fenced(volume.name, volume.fenced)
             try:
                 action()
                 volume.last_error = ""
@@ -247,8 +254,6 @@ class Uploader:
                 if not error.temporary:
                     raise
                 volume.last_error = str(error)
-                if volume.fenced:
-                    raise Fenced(volume.name, volume.fenced) from error
                 if volume.closing or self._life().stopping:
                     raise Closed(f"volume {volume.name} closes") from error
                 if self._life().pausing or clock.elapsed() - since > self._settings.gc_grace / 2:

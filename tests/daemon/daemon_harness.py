@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Daemon:
         self.store = store
         self.endpoint = ""
         """Of an S3 server, to use instead of the directory."""
+        self.wrapper: Sequence[str] = ()
+        """Words before the command of the process."""
         self.config = base / "glidefs.toml"
         base.mkdir(exist_ok=True)
         self.write_config(extra, node)
@@ -80,7 +82,7 @@ node = "{node}"
     def spawn(self) -> subprocess.Popen[bytes]:
         with (self.base / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "glidefs.cli.main", "run", "-c", str(self.config)],
+                [*self.wrapper, sys.executable, "-m", "glidefs.cli.main", "run", "-c", str(self.config)],
                 cwd=ROOT,
                 stderr=log,
                 stdout=log,

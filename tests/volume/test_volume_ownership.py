@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
+import threading
+import time
 
 import msgspec
 import pytest
@@ -155,6 +158,60 @@ def test_a_stale_owner_learns_of_its_fence_without_committing(rig: Rig) -> None:
     rig.attach(rig.host("b"), volume.name, take_over=True)
     volume.core.pwrite(0, b"a" * 4096)
     wait_for(lambda: fenced(volume), "fenced by polling")
+
+
+def test_a_stale_owner_learns_of_its_fence_from_a_compaction(rig: Rig) -> None:
+    host = rig.host("a", compaction=True, compact_width=4, settle_idle=0.2)
+    volume = rig.create(host)
+    # Compaction comes when the other host has the volume already: nothing else looks at the store then.
+    host.compactor.pause(time.monotonic() + 20)
+    for i in range(6):
+        volume.core.pwrite(i * 4096, b"a" * 4096)
+        volume.drain(20)
+    rig.attach(rig.host("b"), volume.name, take_over=True)
+    host.compactor.resume()
+    host.compactor.note(volume, frozenset({0}))
+    wait_for(lambda: fenced(volume), "fenced by a compaction")
+    with pytest.raises(CoreError):
+        volume.core.pread(0, 4096)
+
+
+@pytest.mark.parametrize("end", ["fenced", "closed"])
+def test_an_upload_goes_no_further_than_its_volume(rig: Rig, end: str) -> None:
+    """Who hears in the middle of an upload that the volume is another's, or that it closes, puts no more."""
+    host = rig.host("a", pack_bytes=MIB, put_threads=1)
+    volume = rig.create(host)
+    for at in range(0, 8 * MIB, MIB):
+        volume.core.pwrite(at, random.Random(at).randbytes(MIB))
+    original, entered, go_on = rig.memory.put, threading.Event(), threading.Event()
+    begun: list[str] = []
+
+    def put(key, data, **conditions):  # type: ignore[no-untyped-def]
+        if "/packs/" in key:
+            begun.append(key)
+            entered.set()
+            assert go_on.wait(20)
+        return original(key, data, **conditions)
+
+    rig.memory.put = put  # type: ignore[method-assign]
+    host.scheduler.request(volume, seal=True)
+    assert entered.wait(20)
+    if end == "fenced":
+        rig.attach(rig.host("b"), volume.name, take_over=True)
+        with pytest.raises(Fenced):
+            volume.committer.poll(host.store)
+        volume.fence("node b has it now")
+        go_on.set()
+        host.scheduler.forget(volume)  # waits for the job
+    else:
+        thread = threading.Thread(target=volume.close)
+        thread.start()
+        wait_for(lambda: volume.closing, "closing")
+        go_on.set()
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(begun) == 1
+    assert lease.read_root(host.store, PREFIX, volume.name)[0].last_segment == 0
 
 
 def test_detach_gives_the_volume_up(rig: Rig) -> None:
