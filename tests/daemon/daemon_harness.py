@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -86,7 +87,12 @@ node = "{node}"
                 cwd=ROOT,
                 stderr=log,
                 stdout=log,
-                env={**os.environ, **servers.CREDENTIALS, "PYTHONPATH": str(ROOT)},
+                env={
+                    **os.environ,
+                    **servers.CREDENTIALS,
+                    "PYTHONPATH": str(ROOT),
+                    "PYTHONFAULTHANDLER": "1",
+                },
             )
         return self.process
 
@@ -100,8 +106,25 @@ node = "{node}"
             except CommandError:
                 return False
 
-        wait_for(ready, f"the daemon is ready\n{self.log_text}")
+        try:
+            wait_for(ready, "the daemon is ready")
+        except AssertionError:
+            if process.poll() is None:
+                print(self.autopsy(process))
+            raise
         return self
+
+    def autopsy(self, process: subprocess.Popen[bytes]) -> str:
+        """Ends a daemon that hangs: where its threads wait, in the kernel and in Python, and its log."""
+        lines = []
+        for task in sorted(Path(f"/proc/{process.pid}/task").iterdir()):
+            with contextlib.suppress(OSError):
+                state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                waits = " ".join((task / name).read_text().strip() for name in ("comm", "wchan", "syscall"))
+                lines.append(f"{task.name} {state} {waits}")
+        process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
+        process.wait(DEADLINE)
+        return "\n".join([*lines, self.log_text[-20000:]])
 
     def stop(self, number: int = signal.SIGTERM, expected: int = 0) -> None:
         assert self.process is not None
