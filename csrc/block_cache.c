@@ -8,6 +8,8 @@
  * swap that bumps the generation: whoever holds the old pair fails to pin, and
  * whoever pinned keeps the content. The index file is a hint: its entries are
  * loaded unverified, and nobody maps a slot before its content was checked.
+ *
+ * Two processes know the files during a handoff; the one that has `given` them writes neither.
  */
 #include "block_cache.h"
 
@@ -56,6 +58,20 @@ void cache_pin_again(struct block_cache *c, uint32_t slot) { atomic_fetch_add(&c
 
 void cache_unpin(struct block_cache *c, uint32_t slot) { atomic_fetch_sub(&c->slots[slot].word, 1); }
 
+bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash)
+{
+    struct cache_slot *s = &c->slots[slot];
+
+    if (!cache_pin(c, slot, generation))
+        return false;
+    pthread_mutex_lock(&c->lock); /* a key is written under it, also while an inserter has the slot pinned */
+    memcpy(key, s->key, 16);
+    memcpy(hash, s->hash, 16);
+    pthread_mutex_unlock(&c->lock);
+    cache_unpin(c, slot);
+    return true;
+}
+
 /* ---- hash table, under lock ------------------------------------------------------------- */
 
 static uint32_t *bucket_of(struct block_cache *c, const uint8_t *key)
@@ -101,6 +117,8 @@ static void index_write(struct block_cache *c, uint32_t slot)
     struct cache_slot *s = &c->slots[slot];
     struct index_entry e = {.used = s->used, .slot = slot};
 
+    if (c->given)
+        return; /* a lost hint, and no harm: the content is checked before use */
     memcpy(e.key, s->key, 16);
     memcpy(e.hash, s->hash, 16);
     e.check = XXH3_64bits(&e, offsetof(struct index_entry, check));
@@ -109,6 +127,25 @@ static void index_write(struct block_cache *c, uint32_t slot)
 }
 
 /* ---- open, close --------------------------------------------------------------------------- */
+
+/* What the index says of a slot that this process has not used itself. */
+static void index_apply(struct block_cache *c, uint32_t slot, const struct index_entry *e, uint64_t data_bytes)
+{
+    struct cache_slot *s = &c->slots[slot];
+    bool good = e->used && e->slot == slot && e->check == XXH3_64bits(e, offsetof(struct index_entry, check)) &&
+                cache_offset(slot) + GLIDE_BLOCK <= data_bytes;
+
+    if (s->verified || pins_of(atomic_load(&s->word)) || (good && s->used && !memcmp(s->key, e->key, 16)))
+        return;
+    if (s->used)
+        unlink_slot(c, s);
+    if (!good || find(c, e->key))
+        return;
+    memcpy(s->key, e->key, 16);
+    memcpy(s->hash, e->hash, 16);
+    link_slot(c, s);
+    c->touched = (uint32_t)max_u64(c->touched, slot + 1);
+}
 
 static void index_load(struct block_cache *c, uint64_t data_bytes)
 {
@@ -119,18 +156,8 @@ static void index_load(struct block_cache *c, uint64_t data_bytes)
         ssize_t n = pread(c->index_fd, e, BATCH * sizeof(*e), (off_t)(base * sizeof(*e)));
         if (n <= 0)
             break;
-        for (uint32_t i = 0; i < (size_t)n / sizeof(*e) && base + i < c->capacity; i++) {
-            uint32_t slot = base + i;
-            if (!e[i].used || e[i].slot != slot ||
-                e[i].check != XXH3_64bits(&e[i], offsetof(struct index_entry, check)) ||
-                cache_offset(slot) + GLIDE_BLOCK > data_bytes || find(c, e[i].key))
-                continue;
-            struct cache_slot *s = &c->slots[slot];
-            memcpy(s->key, e[i].key, 16);
-            memcpy(s->hash, e[i].hash, 16);
-            link_slot(c, s);
-            c->touched = slot + 1;
-        }
+        for (uint32_t i = 0; i < (size_t)n / sizeof(*e) && base + i < c->capacity; i++)
+            index_apply(c, base + i, &e[i], data_bytes);
     }
     free(e);
 }
@@ -160,7 +187,24 @@ static int allocate(struct block_cache *c, uint64_t bytes)
     return c->slots && c->buckets ? 0 : fail(-ENOMEM, "no memory for a block cache of %u slots", c->capacity);
 }
 
-int cache_open(struct block_cache *c, const char *dir, uint64_t bytes)
+/* The files are ours: bring them to their size, and load what they say. */
+static int own_files(struct block_cache *c)
+{
+    struct stat st;
+
+    if (fstat(c->fd, &st))
+        return fail(-errno, "cannot stat the block cache");
+    /* A smaller cache than before gives the excess back. */
+    if ((uint64_t)st.st_size > cache_offset(c->capacity) && ftruncate(c->fd, (off_t)cache_offset(c->capacity)))
+        return fail(-errno, "cannot shrink the block cache");
+    if (posix_fallocate(c->fd, 0, PREALLOCATED * GLIDE_BLOCK))
+        return fail(-ENOSPC, "no space for the block cache: free at least %u bytes in block_cache_dir",
+                    PREALLOCATED * GLIDE_BLOCK);
+    index_load(c, (uint64_t)st.st_size);
+    return 0;
+}
+
+int cache_open(struct block_cache *c, const char *dir, uint64_t bytes, bool standby)
 {
     struct stat st;
 
@@ -169,23 +213,19 @@ int cache_open(struct block_cache *c, const char *dir, uint64_t bytes)
     if (bytes < PREALLOCATED * GLIDE_BLOCK)
         return fail(-EINVAL, "the block cache needs at least %u bytes", PREALLOCATED * GLIDE_BLOCK);
     pthread_mutex_init(&c->lock, NULL);
+    pthread_cond_init(&c->changed, NULL);
+    c->given = standby;
     int err = allocate(c, bytes);
     if (!err && (c->fd = open_file(dir, "blocks.data")) < 0)
         err = c->fd;
     if (!err && (c->index_fd = open_file(dir, "blocks.index")) < 0)
         err = c->index_fd;
-    if (!err && fstat(c->fd, &st))
-        err = fail(-errno, "cannot stat the block cache in %s", dir);
-    /* A smaller cache than before gives the excess back. */
-    if (!err && (uint64_t)st.st_size > cache_offset(c->capacity) && ftruncate(c->fd, (off_t)cache_offset(c->capacity)))
-        err = fail(-errno, "cannot shrink the block cache in %s", dir);
-    if (!err && posix_fallocate(c->fd, 0, PREALLOCATED * GLIDE_BLOCK))
-        err = fail(-ENOSPC, "no space for the block cache in %s: free at least %u bytes", dir,
-                   PREALLOCATED * GLIDE_BLOCK);
+    if (!err && !standby)
+        err = own_files(c);
+    else if (!err && !fstat(c->fd, &st))
+        index_load(c, (uint64_t)st.st_size);
     if (err)
         cache_close(c);
-    else
-        index_load(c, (uint64_t)st.st_size);
     return err;
 }
 
@@ -197,7 +237,44 @@ void cache_close(struct block_cache *c)
         close(c->index_fd);
     free(c->slots);
     free(c->buckets);
+    pthread_cond_destroy(&c->changed);
     pthread_mutex_destroy(&c->lock);
+}
+
+/* ---- handoff ---------------------------------------------------------------------------------- */
+
+int glide_cache_give(glide_engine *engine)
+{
+    struct block_cache *c = &engine->cache;
+
+    pthread_mutex_lock(&c->lock);
+    c->given = true;
+    while (c->writers)
+        pthread_cond_wait(&c->changed, &c->lock);
+    pthread_mutex_unlock(&c->lock);
+    return 0;
+}
+
+int glide_cache_take(glide_engine *engine)
+{
+    struct block_cache *c = &engine->cache;
+    int err = 0;
+
+    pthread_mutex_lock(&c->lock);
+    if (c->given)
+        err = own_files(c);
+    c->given = err != 0;
+    pthread_cond_broadcast(&c->changed);
+    pthread_mutex_unlock(&c->lock);
+    return err;
+}
+
+void cache_shutdown(struct block_cache *c)
+{
+    pthread_mutex_lock(&c->lock);
+    c->closed = true;
+    pthread_cond_broadcast(&c->changed);
+    pthread_mutex_unlock(&c->lock);
 }
 
 /* ---- look up, insert, drop -------------------------------------------------------------------- */
@@ -348,12 +425,17 @@ int glide_cache_insert(glide_engine *engine, const uint8_t *key, const uint8_t *
     for (int attempt = 0; attempt < 64; attempt++) {
         struct cache_slot *s = NULL;
         pthread_mutex_lock(&c->lock);
-        int got = find_or_claim(c, key, out, &s);
+        while (c->given && !c->closed)
+            pthread_cond_wait(&c->changed, &c->lock);
+        int got = c->closed ? -ESHUTDOWN : find_or_claim(c, key, out, &s);
+        c->writers += got > 0;
         pthread_mutex_unlock(&c->lock);
         if (got <= 0)
             return got;
         err = write_block(c, (uint32_t)(s - c->slots), data);
         pthread_mutex_lock(&c->lock);
+        if (--c->writers == 0)
+            pthread_cond_broadcast(&c->changed);
         if (!err)
             publish(c, s, key, hash, out);
         else

@@ -32,9 +32,16 @@ struct block_cache {
     uint32_t hand;          /* of CLOCK (Corbato 1968) */
     uint64_t full_until_ns; /* the disk was full: reuse slots until then */
     uint64_t used, hits, misses, evictions;
+    pthread_cond_t changed; /* of the next two, and of `closed` */
+    uint32_t writers;       /* threads that write data now */
+    bool given;             /* the files are another process's: nothing is written */
+    bool closed;
 };
 
-int cache_open(struct block_cache *c, const char *dir, uint64_t bytes);
+/* `standby`: the files are another process's until glide_cache_take. */
+int cache_open(struct block_cache *c, const char *dir, uint64_t bytes, bool standby);
+/* Who waits to write gets -ESHUTDOWN, now and later. */
+void cache_shutdown(struct block_cache *c);
 void cache_close(struct block_cache *c);
 
 /* False: the slot holds something else by now. Any thread, no lock. */
@@ -42,6 +49,8 @@ bool cache_pin(struct block_cache *c, uint32_t slot, uint32_t generation);
 void cache_unpin(struct block_cache *c, uint32_t slot);
 /* One more pin for who holds one: cannot fail, even if the slot was dropped meanwhile. */
 void cache_pin_again(struct block_cache *c, uint32_t slot);
+/* What a slot is for. False: it holds something else by now. Any thread. */
+bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash);
 static inline uint64_t cache_offset(uint32_t slot) { return (uint64_t)slot * GLIDE_BLOCK; }
 
 #endif

@@ -61,7 +61,7 @@ int glide_engine_open(const struct glide_engine_config *config, glide_engine **o
     error_text[0] = 0;
     e->config = *config;
     e->config.cache_dir = NULL; /* the caller's memory */
-    err = cache_open(&e->cache, config->cache_dir, config->cache_bytes);
+    err = cache_open(&e->cache, config->cache_dir, config->cache_bytes, config->standby);
     if (err) {
         free(e);
         return err;
@@ -69,6 +69,7 @@ int glide_engine_open(const struct glide_engine_config *config, glide_engine **o
     leaf_pool_init(&e->leaves);
     outbox_init(&e->faults);
     outbox_init(&e->events);
+    outbox_init(&e->shadows);
     unsigned workers = config->workers ? config->workers : cpu_count();
     workers = workers > 32 ? 32 : workers;
     uint64_t busy_poll_ns = cpu_count() > 1 ? 1000ull * config->busy_poll_us : 0; /* else the client could not run */
@@ -89,6 +90,8 @@ void glide_engine_shutdown(glide_engine *e)
 {
     outbox_close(&e->faults);
     outbox_close(&e->events);
+    cache_shutdown(&e->cache);
+    outbox_close(&e->shadows);
 }
 
 void glide_engine_close(glide_engine *e)
@@ -99,6 +102,7 @@ void glide_engine_close(glide_engine *e)
     free(e->workers);
     outbox_destroy(&e->faults);
     outbox_destroy(&e->events);
+    outbox_destroy(&e->shadows);
     leaf_pool_destroy(&e->leaves);
     cache_close(&e->cache);
     free(e);
@@ -137,6 +141,8 @@ static void look_around(struct task *task, struct worker *w)
 
     list_each(at, &w->volumes) {
         struct volume *v = container_of(at, struct volume, link);
+        if (v->frozen)
+            continue;
         if (t->wanted)
             freed |= log_drop_spares(&v->log);
         else if (v->blocked)

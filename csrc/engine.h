@@ -26,6 +26,7 @@ struct engine {
     _Atomic uint64_t table_bytes; /* map memory besides leaves; each volume adds its changes */
     struct outbox faults;         /* of struct fault (fault.c) */
     struct outbox events;         /* of struct event (fault.c) */
+    struct outbox shadows;        /* of struct shadow_item (shadow.c) */
     unsigned worker_count;
     struct worker *workers;
     struct ublk_device *released; /* open until the workers have ended: ublk_device.c */

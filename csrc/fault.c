@@ -30,7 +30,7 @@ void outbox_init(struct outbox *o)
     o->closed = false;
 }
 
-static void outbox_put(struct outbox *o, struct list *item)
+void outbox_put(struct outbox *o, struct list *item)
 {
     pthread_mutex_lock(&o->lock);
     list_append(&o->items, item);
@@ -47,8 +47,7 @@ void outbox_close(struct outbox *o)
     pthread_mutex_unlock(&o->lock);
 }
 
-/* Lock and wait for an item. 1 = there is one, 0 = timeout, -ESHUTDOWN; locked in any case. */
-static int outbox_wait(struct outbox *o, int timeout_ms)
+int outbox_wait(struct outbox *o, int timeout_ms)
 {
     struct timespec until;
     uint64_t deadline = now_ns() + (uint64_t)(timeout_ms < 0 ? 0 : timeout_ms) * 1000000u;
@@ -208,6 +207,10 @@ void fault_resolve(struct volume *v, uint64_t block, int err)
 
     if (!entry)
         return;
+    if (v->frozen && !v->failed && !v->closing) { /* who looks again would begin a read */
+        v->answers_missed = true;
+        return;
+    }
     struct waiting *waiting = (struct waiting *)(uintptr_t)*entry;
     table_remove(&v->faults, block); /* first: a waiter that looks again may wait again */
     struct waiter *next;

@@ -15,6 +15,10 @@ struct io_req;
 void outbox_init(struct outbox *o);
 void outbox_close(struct outbox *o); /* wake everybody for good */
 void outbox_destroy(struct outbox *o);
+/* The item was malloc'ed, with its list first. */
+void outbox_put(struct outbox *o, struct list *item);
+/* Lock and wait for an item. 1 = there is one, 0 = timeout, -ESHUTDOWN; locked in any case. */
+int outbox_wait(struct outbox *o, int timeout_ms);
 
 /* ---- worker ---- */
 /* Let the piece of req in `block` wait; ask Python unless somebody waits already. -ENOMEM. */

@@ -36,6 +36,7 @@ struct glide_engine_config {
     uint32_t log_full_timeout_ms; /* 0 = writers wait for ever */
     uint32_t read_timeout_ms;     /* 0 = readers of absent blocks wait for ever */
     uint32_t busy_poll_us;        /* how long a worker whose last wait was short polls before it sleeps; 0 = never */
+    uint32_t standby;             /* the block cache's files are another process's until glide_cache_take */
 };
 
 int glide_engine_open(const struct glide_engine_config *config, glide_engine **out);
@@ -92,6 +93,17 @@ int glide_events_next(glide_engine *engine, int timeout_ms, struct glide_event *
 
 /* ---- volumes -------------------------------------------------------------- */
 
+struct glide_sectors {
+    uint64_t sector, count;
+};
+/* Shadow verify, a debug option (shadow.c): every READ is compared with a second source. */
+struct glide_shadow_config {
+    int fd; /* an empty file but for `known`; duplicated, so close yours */
+    const struct glide_sectors
+        *known; /* what the log at open holds, beyond the end too: these sectors of the file are right */
+    uint64_t known_count;
+};
+
 struct glide_volume_config {
     uint64_t cookie;     /* names the volume in faults and events */
     const char *log_dir; /* directory of this log's segments; created when absent */
@@ -102,7 +114,9 @@ struct glide_volume_config {
     uint8_t read_only;
     uint8_t flush_store;   /* FLUSH and FUA wait for the commit */
     uint8_t always_verify; /* check data hashes even if the boot id is the one of the writer */
-    uint8_t no_trim;       /* reserved, 0 */
+    uint8_t standby;       /* another process serves the log: change nothing of it; see "handoff" below */
+    /* NULL = off; only for the length of the call. */
+    const struct glide_shadow_config *shadow;
 };
 struct glide_recovery {
     uint64_t segments, records, bytes; /* replayed */
@@ -192,12 +206,55 @@ struct glide_volume_stats {
     uint64_t rmw;                               /* unaligned writes */
     uint64_t syncs;
     uint64_t log_full_waits, map_full_waits;
+    /* Shadow verify, in sectors of READs: */
+    uint64_t shadow_compared;    /* whatever came out */
+    uint64_t shadow_differences; /* of them */
+    uint64_t shadow_changed;     /* left out: written while the READ ran */
+    uint64_t shadow_absent;      /* left out: the second source had no answer */
 };
 int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out); /* never blocks */
 
 /* Synchronous I/O through the volume's worker, as a transport would: tests, export, tools.
  * Offsets and lengths are multiples of 512. buf is ignored for FLUSH and ZERO. */
 int glide_volume_io(glide_volume *volume, int op, int flags, uint64_t offset, uint64_t length, void *buf);
+
+/* ---- shadow verify: C asks and tells, Python answers ---------------------------- */
+
+enum glide_shadow_kind {
+    GLIDE_SHADOW_FILL = 1,   /* READs wait for blocks [block, block + count): answer with glide_shadow_fill */
+    GLIDE_SHADOW_DIFFERENCE, /* a READ returned what the shadow does not have */
+    GLIDE_SHADOW_ENDED,      /* nothing of this volume is compared any more: err */
+};
+enum glide_shadow_source {
+    GLIDE_FROM_UNKNOWN = 0,
+    GLIDE_FROM_LOG,      /* segment, index */
+    GLIDE_FROM_LOG_ZERO, /* segment, index of the ZERO; 0, 0 = of the whole block */
+    GLIDE_FROM_CACHE,    /* slot, generation; key and hash if the slot still holds that */
+    GLIDE_FROM_ZERO,     /* the base is zero there */
+};
+struct glide_shadow_item {
+    uint64_t volume; /* the cookie given at open */
+    uint32_t kind;
+    int32_t err; /* a positive errno */
+    uint64_t block, count;
+    /* DIFFERENCE: `count` neighbouring sectors from `sector` on, read from one source, that differ. */
+    uint64_t sector;
+    uint64_t offset;  /* of the first byte that differs, in the volume */
+    uint32_t bytes;   /* valid in got and want, which begin there */
+    uint8_t got[16];  /* what the READ returned */
+    uint8_t want[16]; /* what the shadow has */
+    uint32_t source;  /* of the first sector: enum glide_shadow_source */
+    uint64_t segment;
+    uint32_t index;
+    uint32_t slot, generation;
+    uint32_t has_key;
+    uint8_t key[16], hash[16];
+};
+/* 1 = *out filled; 0 = timeout; -ESHUTDOWN = engine closes. Any number of threads. */
+int glide_shadow_next(glide_engine *engine, int timeout_ms, struct glide_shadow_item *out);
+/* Blocks [block, block + count) as the store had them when the volume was opened, 128 KiB each; only sectors that the
+ * shadow does not know yet are taken. NULL: cannot be had, the READs that wait go on, not compared. */
+int glide_shadow_fill(glide_volume *volume, uint64_t block, uint64_t count, const void *data);
 
 /* ---- gather: what sealed segments hold, newest version of each sector ------- */
 
@@ -227,6 +284,16 @@ void glide_gather_close(glide_gather *gather);
 
 /* Sequence numbers of the segments in a log directory, ascending; returns the number found. */
 int glide_log_segments(const char *log_dir, uint64_t *seqs, uint32_t max);
+
+struct glide_record {
+    uint64_t sector, count; /* of the volume */
+    uint32_t index;         /* where it begins */
+    uint32_t zero;          /* a ZERO */
+};
+/* The record that a log position belongs to, read from the file and checked. -ENOENT: no valid one (or no file);
+ * -EUCLEAN: *out is filled, its data does not have its hash. */
+int glide_log_record(const char *log_dir, const uint8_t *volume_id, const uint8_t *log_id, uint64_t seq, uint32_t index,
+                     struct glide_record *out);
 
 /* ---- pack payloads ---------------------------------------------------------- */
 
@@ -265,6 +332,45 @@ void glide_cache_drop(glide_engine *engine, const struct glide_slot *slot);
 void glide_cache_unpin(glide_engine *engine, const struct glide_slot *slot);
 /* Evict everything that is not pinned (tests, `doctor`). Returns the number evicted. */
 uint64_t glide_cache_evict_all(glide_engine *engine);
+
+/* ---- handoff: another process goes on with what this one serves ---------------- */
+
+/*
+ * A volume is frozen in its old process and opened in `standby`, which is frozen too, in the new one. A frozen
+ * volume begins nothing: no request, no append, no reply. What guests asked for stays parked, and what the core still
+ * does of its own ends.
+ */
+struct glide_cutover {
+    uint64_t first_seq, last_seq; /* live segments of the log, 0,0 = none */
+    uint64_t last_end;            /* records of the last one */
+};
+/* Append and acknowledge what can be, seal, and freeze; waits for reads of local files under way. */
+int glide_volume_freeze(glide_volume *volume, struct glide_cutover *out);
+/* Go on, in the old process after a handoff that failed or in the new one after glide_volume_activate. */
+int glide_volume_unfreeze(glide_volume *volume);
+/* Replay what was appended since the open in standby. -ESTALE: the log is not what `expected` says. */
+int glide_volume_activate(glide_volume *volume, const struct glide_cutover *expected, struct glide_recovery *recovery);
+/* From the return on this process does not write the block cache's files: fills wait for glide_cache_take. */
+int glide_cache_give(glide_engine *engine);
+/* The files are this process's: look at the index again. */
+int glide_cache_take(glide_engine *engine);
+
+/* A connection of a frozen volume, as another process can go on with it. */
+struct glide_nbd_state {
+    uint64_t conn_id;
+    uint64_t in_bytes;  /* to be received again: requests without an answer, then what came behind them */
+    uint64_t out_bytes; /* replies not sent yet */
+    uint64_t skip;      /* after in_bytes: bytes of the stream to throw away */
+    int32_t fd;         /* stays the core's */
+    uint32_t read_only;
+};
+/* Fills in up to `max`; returns how many there are. */
+int glide_nbd_frozen(glide_volume *volume, struct glide_nbd_state *out, uint32_t max);
+/* Copy the bytes of a connection. -EAGAIN: it is not as glide_nbd_frozen told any more, because something that was
+ * under way has ended; ask again. */
+int glide_nbd_export(glide_volume *volume, const struct glide_nbd_state *state, void *in, void *out);
+/* Go on with such a connection once the volume is unfrozen. C owns fd from here (also on error). */
+int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *state, const void *in, const void *out);
 
 /* ---- NBD transmission ----------------------------------------------------------- */
 
@@ -313,3 +419,5 @@ int glide_ublk_delete(uint32_t dev_id, uint64_t expected_tag);
 int glide_disk_trace(const char *path);
 /* Fail the next `count` operations of `kind` (see disk.h) with err. Process-wide. */
 int glide_disk_inject(int kind, int err, uint32_t skip, uint32_t count);
+/* Lose what the log map says of a sector. -ENOENT: it says nothing. */
+int glide_volume_forget_sector(glide_volume *volume, uint64_t sector);

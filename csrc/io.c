@@ -22,6 +22,8 @@ void io_finish(struct io_req *req, int err)
 {
     struct volume *v = req->volume;
 
+    if (req->shadow && shadow_holds(req, err))
+        return;
     io_merge_free(req);
     if (!(req->flags & IO_INTERNAL))
         stats_done(&v->stats, req->op, req->length, err, now_ns() - req->start_ns);
@@ -58,10 +60,13 @@ void io_submit(struct io_req *req)
     req->err = 0;
     req->owned = false;
     req->rmw = NULL;
+    req->shadow = NULL;
     v->inflight++;
     if (err || (req->length == 0 && req->op != GLIDE_FLUSH)) {
         io_finish(req, err);
     } else if (req->op == GLIDE_READ) {
+        if (v->shadow)
+            shadow_begin(req);
         io_read(req);
     } else if (req->op == GLIDE_FLUSH) {
         sync_join(req);
@@ -146,6 +151,8 @@ static void settle(struct volume *v, const struct append_piece *pieces, uint32_t
     for (uint32_t i = 0; i < count; i++) {
         struct io_req *req = container_of(v->batch.next, struct io_req, link);
         int err = map_piece(v, &pieces[i]);
+        if (v->shadow)
+            shadow_applied(v, req, &pieces[i]);
         req->progress += (uint64_t)pieces[i].count * SECTOR;
         if (err) { /* in the log but not in the map: what this process knows is no longer true */
             v->failed = EIO;
@@ -217,6 +224,12 @@ static bool append_some(struct volume *v)
     return true;
 }
 
+bool io_logged(const struct io_req *req)
+{
+    return (req->op == GLIDE_WRITE || req->op == GLIDE_ZERO) && req->length &&
+           req->progress / SECTOR >= sectors_of(req);
+}
+
 static void own_what_waits(struct volume *v)
 {
     for (struct list *at = v->batch.next, *next; at != &v->batch; at = next) {
@@ -231,6 +244,10 @@ void io_flush(struct volume *v)
     int dead = v->failed ? v->failed : v->closing ? ESHUTDOWN : 0;
 
     list_remove(&v->batch_link);
+    if (v->frozen && !dead) {
+        own_what_waits(v);
+        return;
+    }
     while (going && !dead && !list_empty(&v->batch)) {
         struct io_req *head = container_of(v->batch.next, struct io_req, link);
         if (head->op == GLIDE_WRITE && io_unaligned(head) && !io_merge(head))
@@ -263,6 +280,8 @@ void io_cancel(struct volume *v, const void *tag, int err)
         io_finish(container_of(e, struct io_req, link), err);
     fault_cancel(v, tag, err);
     sync_cancel(v, tag, err);
+    if (v->shadow)
+        shadow_let_go(v, tag);
 }
 
 void io_fail_parked(struct volume *v, int err)
@@ -276,4 +295,6 @@ void io_fail_parked(struct volume *v, int err)
         io_finish(container_of(e, struct io_req, link), err);
     fault_resolve_all(v, err);
     sync_fail_waiters(v, err);
+    if (v->shadow)
+        shadow_let_go(v, NULL);
 }

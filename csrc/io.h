@@ -11,6 +11,7 @@
 
 struct volume;
 struct rmw;
+struct shadow_read;
 
 #define IO_LOCAL 0x40    /* FLUSH: the local disk is enough, whatever the volume's flush option */
 #define IO_INTERNAL 0x80 /* made by the core itself: not counted as a guest's request */
@@ -37,7 +38,8 @@ struct io_req {
     uint32_t pending;  /* parts of a READ under way */
     int err;
     bool owned;
-    struct rmw *rmw; /* an unaligned WRITE that was started: io_unaligned.c */
+    struct rmw *rmw;            /* an unaligned WRITE that was started: io_unaligned.c */
+    struct shadow_read *shadow; /* a READ that will be compared: shadow.c */
 };
 
 static inline bool io_unaligned(const struct io_req *req) { return (req->offset | req->length) % 4096 != 0; }
@@ -55,6 +57,9 @@ void io_flush(struct volume *v);
 
 /* Fail, with a positive errno, the requests with this tag that wait for space, for the store or for a commit. */
 void io_cancel(struct volume *v, const void *tag, int err);
+
+/* All of a WRITE or ZERO is in the log: it waits for a sync or a commit only. */
+bool io_logged(const struct io_req *req);
 
 /* ---- between the parts of the request code ---- */
 

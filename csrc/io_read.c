@@ -61,9 +61,11 @@ static void on_read(struct ring_op *op, int res, uint32_t flags)
         return;
     }
     struct io_req *req = x->req;
-    unpin(req->volume, x->segment, x->slot);
+    struct volume *v = req->volume;
+    unpin(v, x->segment, x->slot);
     free(x);
     io_piece_done(req, res > 0 ? 0 : EIO);
+    volume_read_done(v);
 }
 
 static void submit_read(struct read_op *x)
@@ -97,6 +99,7 @@ static int read_file(struct io_req *req, struct log_segment *segment, uint32_t s
     uint64_t got = n > 0 ? (uint64_t)n : 0;
     *x = (struct read_op){{on_read}, req, segment, slot, fd, buf + got, offset + got, length - got};
     req->pending++;
+    v->reading++;
     submit_read(x);
     return 0;
 }
@@ -148,11 +151,19 @@ static bool needs_base(const struct piece *p)
     return false;
 }
 
+static void note_sources(const struct piece *p, uint32_t at, uint32_t end, const struct base_view *base)
+{
+    for (uint32_t s = at / SECTOR; s * SECTOR < end; s++)
+        shadow_note(p->req, p->block * BLOCK_SECTORS + s, source_of(p, s), base);
+}
+
 static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t source, const struct base_view *base)
 {
     struct volume *v = p->req->volume;
     uint8_t *buf = p->buf + (at - p->from);
 
+    if (p->req->shadow)
+        note_sources(p, at, end, base);
     if ((source & POS_ZERO) || (!source && base->kind == BASE_ZERO)) {
         memset(buf, 0, end - at);
         return 0;

@@ -91,7 +91,12 @@ static void end(struct nbd_conn *c, int error, bool broken)
 static void leave(struct nbd_conn *c)
 {
     c->leaving = true;
-    end(c, ESHUTDOWN, c->send_polling); /* it does not read: nothing to wait for */
+    if (c->volume->frozen) {
+        c->ended = c->broken = true;
+        end(c, ESHUTDOWN, false);
+    } else {
+        end(c, ESHUTDOWN, c->send_polling); /* it does not read: nothing to wait for */
+    }
     io_cancel(c->volume, c, ESHUTDOWN);
     if (list_empty(&c->send_link)) /* replies first, then advance() */
         list_append(&c->worker->senders, &c->send_link);
@@ -159,7 +164,10 @@ static void consume_rest(struct nbd_conn *c)
     uint8_t *rest = c->rest;
 
     c->rest = NULL;
-    consume(c, rest, c->rest_length);
+    if (consume(c, rest, c->rest_length) && !c->rest) {
+        c->skip += c->skip_after_rest;
+        c->skip_after_rest = 0;
+    }
     free(rest);
 }
 
@@ -219,6 +227,8 @@ static void resume(struct task *task, struct worker *w)
     struct nbd_conn *c = container_of(task, struct nbd_conn, resume_task);
 
     (void)w;
+    if (c->volume->frozen)
+        return; /* nbd_unfreeze receives */
     receive_some(c);
     advance(c);
 }
@@ -240,6 +250,8 @@ static void on_poll(struct ring_op *op, int res, uint32_t flags)
         c->polling = false;
     if (res >= 0)
         c->hangup |= (res & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+    if (c->volume->frozen && !c->ended)
+        return; /* nbd_unfreeze receives */
     if (res >= 0 || res == -EAGAIN)
         receive_some(c);
     else if (res != -ECANCELED)
@@ -266,7 +278,7 @@ static int build(struct nbd_conn *c, struct iovec *iov)
         if (n + 2 > SEND_VECTORS)
             break;
         struct iovec parts[2] = {{r->reply, NBD_REPLY_BYTES}, {r->buf, r->data_length}};
-        for (int i = 0; i < 2; i++) {
+        for (int i = r->raw; i < 2; i++) {
             uint64_t cut = min_u64(skip, parts[i].iov_len);
             skip -= cut;
             if (parts[i].iov_len > cut)
@@ -281,9 +293,9 @@ static void sent_bytes(struct nbd_conn *c, uint64_t n)
     c->sent += n;
     while (!list_empty(&c->replies)) {
         struct nbd_req *r = reply_at(c->replies.next);
-        if (c->sent < NBD_REPLY_BYTES + r->data_length)
+        if (c->sent < nbd_reply_bytes(r))
             break;
-        c->sent -= NBD_REPLY_BYTES + r->data_length;
+        c->sent -= nbd_reply_bytes(r);
         list_remove(&r->io.link);
         nbd_req_free(r);
     }
@@ -328,7 +340,8 @@ static void on_writable(struct ring_op *op, int res, uint32_t flags)
     (void)res;
     (void)flags;
     c->send_polling = false;
-    send_replies(c);
+    if (!c->volume->frozen)
+        send_replies(c);
     resume_later(c);
     advance(c);
 }
@@ -338,6 +351,7 @@ void nbd_reply(struct nbd_req *r)
     struct nbd_conn *c = r->conn;
 
     c->inflight--;
+    r->answered = true;
     list_append(&c->replies, &r->io.link);
     if (list_empty(&c->send_link))
         list_append(&c->worker->senders, &c->send_link);
@@ -347,13 +361,71 @@ void nbd_send_all(struct worker *w)
 {
     for (struct list *e; (e = list_pop(&w->senders));) {
         struct nbd_conn *c = container_of(e, struct nbd_conn, send_link);
-        send_replies(c);
+        if (!c->volume->frozen)
+            send_replies(c);
         resume_later(c);
         advance(c);
     }
 }
 
+void nbd_freeze(struct volume *v)
+{
+    list_each(at, &v->conns)
+        send_replies(container_of(at, struct nbd_conn, link));
+}
+
+void nbd_unfreeze(struct volume *v)
+{
+    for (struct list *at = v->conns.next, *next; at != &v->conns; at = next) {
+        struct nbd_conn *c = container_of(at, struct nbd_conn, link);
+        next = at->next;
+        if (!c->ended && !c->polling)
+            arm_poll(c);
+        if (!c->ended)
+            receive_some(c);
+        if (list_empty(&c->send_link)) /* replies, then advance() */
+            list_append(&c->worker->senders, &c->send_link);
+    }
+}
+
 /* ---- attach, detach ---------------------------------------------------------------------------------- */
+
+int nbd_enter(struct worker *w, struct nbd_conn *c)
+{
+    struct volume *v = c->volume;
+
+    if (v->closing || v->failed)
+        return v->closing ? -ESHUTDOWN : -v->failed;
+    if (!w->scratch && !(w->scratch = malloc(RECEIVE_BYTES)))
+        return -ENOMEM;
+    c->worker = w;
+    list_append(&v->conns, &c->link);
+    v->conn_count++;
+    return 0;
+}
+
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_only)
+{
+    struct nbd_conn *c = calloc(1, sizeof(*c));
+    int bytes = SOCKET_BUFFER;
+
+    if (!c)
+        return NULL;
+    c->volume = v;
+    c->fd = fd;
+    c->id = id;
+    c->read_only = read_only;
+    c->poll_op.complete = on_poll;
+    c->send_op.complete = on_writable;
+    c->cancel_op.complete = on_cancelled;
+    c->resume_task.run = resume;
+    struct list *lists[] = {&c->link, &c->send_link, &c->requests, &c->replies, &c->detach_calls, &c->resume_task.link};
+    for (size_t i = 0; i < ARRAY_LEN(lists); i++)
+        list_init(lists[i]);
+    if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)))
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)); /* what the system allows */
+    return c;
+}
 
 struct attach {
     struct nbd_conn *conn;
@@ -367,15 +439,16 @@ static int do_attach(struct worker *w, void *arg)
 {
     struct attach *a = arg;
     struct nbd_conn *c = a->conn;
-    struct volume *v = a->volume;
-
-    if (v->closing || v->failed)
-        return v->closing ? -ESHUTDOWN : -v->failed;
-    if (!w->scratch && !(w->scratch = malloc(RECEIVE_BYTES)))
-        return -ENOMEM;
-    c->worker = w;
-    list_append(&v->conns, &c->link);
-    v->conn_count++;
+    bool frozen = c->volume->frozen; /* then nbd_unfreeze() begins */
+    if (frozen && a->early_length) {
+        if (!(c->rest = malloc(a->early_length)))
+            return -ENOMEM;
+        memcpy(c->rest, a->early, a->early_length);
+        c->rest_length = a->early_length;
+    }
+    int err = nbd_enter(w, c);
+    if (err || frozen)
+        return err;
     arm_poll(c);
     if (a->early_length) {
         memcpy(w->scratch, a->early, a->early_length);
@@ -388,32 +461,18 @@ static int do_attach(struct worker *w, void *arg)
 int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only, const void *early,
                      uint32_t early_length, glide_conn **out)
 {
-    struct nbd_conn *c = calloc(1, sizeof(*c));
+    struct nbd_conn *c = early_length > RECEIVE_BYTES ? NULL : nbd_conn_new(volume, fd, conn_id, read_only);
     struct attach a = {c, volume, early, early_length, conn_id};
-    int bytes = SOCKET_BUFFER;
 
     *out = NULL;
-    if (!c || early_length > RECEIVE_BYTES) {
-        free(c);
+    if (!c) {
         close(fd);
-        return c ? -EINVAL : -ENOMEM;
+        return early_length > RECEIVE_BYTES ? -EINVAL : -ENOMEM;
     }
-    c->volume = volume;
-    c->fd = fd;
-    c->id = conn_id;
-    c->read_only = read_only;
-    c->poll_op.complete = on_poll;
-    c->send_op.complete = on_writable;
-    c->cancel_op.complete = on_cancelled;
-    c->resume_task.run = resume;
-    struct list *lists[] = {&c->link, &c->send_link, &c->replies, &c->detach_calls, &c->resume_task.link};
-    for (size_t i = 0; i < ARRAY_LEN(lists); i++)
-        list_init(lists[i]);
-    if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)))
-        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)); /* what the system allows */
     int err = worker_call(volume->worker, do_attach, &a);
     if (err) {
         close(fd);
+        free(c->rest);
         free(c);
         return fail(err, "the export does not take connections: %s", strerror(-err));
     }

@@ -35,6 +35,9 @@ struct nbd_conn {
     uint64_t skip;           /* payload of a refused WRITE, to be thrown away */
     uint8_t *rest;           /* received while too much was in flight; nothing is read before it is used */
     uint64_t rest_length;
+    uint64_t skip_after_rest; /* `skip` for the time when rest is used up */
+
+    struct list requests; /* all that are held: nbd_req.all, in order of arrival */
 
     /* sending */
     struct list replies; /* io_req.link of nbd_req, in order */
@@ -60,7 +63,10 @@ struct nbd_conn {
 struct nbd_req {
     struct io_req io;
     struct nbd_conn *conn;
+    struct list all; /* conn->requests */
     uint16_t type;
+    bool answered; /* in conn->replies */
+    bool raw;      /* bytes that an earlier process had to send: no reply of its own */
     uint8_t reply[NBD_REPLY_BYTES];
     uint32_t charged;     /* to conn->held_bytes */
     uint64_t data_length; /* of the reply: a READ that went well */
@@ -71,8 +77,12 @@ struct nbd_req {
 /* ---- worker ---- */
 /* Send the replies that the round collected. */
 void nbd_send_all(struct worker *w);
-/* End all connections of a volume; they go when their requests are done. */
+/* End all connections of a volume; they go when their requests are done. Those of a frozen volume are another
+ * process's by now: their sockets are closed here, not shut down. */
 void nbd_close_all(struct volume *v);
+/* Send what can be sent; from then on nothing is received or sent, until nbd_unfreeze(). */
+void nbd_freeze(struct volume *v);
+void nbd_unfreeze(struct volume *v);
 
 /* ---- nbd_request.c: for nbd_conn.c ---- */
 static inline bool nbd_too_busy(const struct nbd_conn *c)
@@ -90,5 +100,16 @@ void nbd_req_free(struct nbd_req *r);
 /* ---- nbd_conn.c: for nbd_request.c ---- */
 /* A reply is ready: it will be sent and the request freed. */
 void nbd_reply(struct nbd_req *r);
+/* ---- for nbd_handoff.c ---- */
+/* A connection without a worker yet. NULL = no memory. */
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_only);
+/* On the worker: the connection belongs to its volume. -errno. */
+int nbd_enter(struct worker *w, struct nbd_conn *c);
+/* The 28 bytes of the request that would be answered as `r`. */
+void nbd_encode(const struct nbd_req *r, uint8_t *out);
+static inline uint64_t nbd_reply_bytes(const struct nbd_req *r)
+{
+    return r->data_length + (r->raw ? 0 : NBD_REPLY_BYTES);
+}
 
 #endif

@@ -65,6 +65,7 @@ void nbd_req_free(struct nbd_req *r)
 {
     r->conn->held--;
     r->conn->held_bytes -= r->charged;
+    list_remove(&r->all);
     free(r->buf);
     free(r);
 }
@@ -111,6 +112,7 @@ static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *
     r->io.done = on_done;
     r->io.own = own;
     list_init(&r->io.link);
+    list_append(&c->requests, &r->all);
     bool data = (h->type == NBD_READ || h->type == NBD_WRITE) && h->length <= NBD_MAX_LENGTH;
     r->charged = data ? h->length : 0;
     r->io.tag = c;
@@ -138,6 +140,25 @@ static uint8_t op_of(uint16_t type)
            : type == NBD_WRITE ? GLIDE_WRITE
            : type == NBD_FLUSH ? GLIDE_FLUSH
                                : GLIDE_ZERO;
+}
+
+void nbd_encode(const struct nbd_req *r, uint8_t *out)
+{
+    /* What is in the log must not be written again: a later write may have replaced it since. */
+    uint16_t type = io_logged(&r->io) ? NBD_FLUSH : r->type;
+    uint16_t flags = type != NBD_FLUSH && r->io.flags & GLIDE_FUA ? NBD_FLAG_FUA : 0;
+    uint64_t offset = type == NBD_FLUSH ? 0 : r->io.offset;
+    uint32_t magic = htobe32(NBD_REQUEST_MAGIC), length = type == NBD_FLUSH ? 0 : htobe32((uint32_t)r->io.length);
+
+    flags = htobe16(flags);
+    type = htobe16(type);
+    offset = htobe64(offset);
+    memcpy(out, &magic, 4);
+    memcpy(out + 4, &flags, 2);
+    memcpy(out + 6, &type, 2);
+    memcpy(out + 8, r->reply + 8, 8);
+    memcpy(out + 16, &offset, 8);
+    memcpy(out + 24, &length, 4);
 }
 
 static void decode(const uint8_t *p, struct nbd_header *h)

@@ -14,6 +14,9 @@
  * positions after the last segment with damage (write_log.vouch_from).
  *
  * Found segments are sealed and count as unsynced: the next write opens a new one.
+ *
+ * A volume in standby (handoff) is replayed while another process appends to its log: all but the last
+ * segment, which is replayed with what came after it once that process has stopped.
  */
 #include "util.h"
 #include "volume.h"
@@ -245,7 +248,7 @@ static void unlink_committed(struct volume *v, uint64_t *seqs, int64_t *count, u
 static int recover_found(struct recovery *r, const uint64_t *seqs)
 {
     struct write_log *log = &r->v->log;
-    int err = disk_open(&log->dir, log->path, O_RDONLY | O_DIRECTORY);
+    int err = log->dir.fd >= 0 ? 0 : disk_open(&log->dir, log->path, O_RDONLY | O_DIRECTORY);
 
     if (err)
         return fail(err, "cannot open the log directory %s: %s", log->path, strerror(-err));
@@ -266,11 +269,29 @@ static int recover_found(struct recovery *r, const uint64_t *seqs)
     log->id.seq = last->seq;
     log->previous_end_seq = last->seq;
     log->previous_end = last->end;
-    log->vouch_from = r->damage_end;
+    log->vouch_from = max_u64(log->vouch_from, r->damage_end);
     log->dir_unsynced = true; /* whoever made the entries may not have synced them */
     r->out->segments = log->count;
     r->out->last_seq = last->seq;
     return 0;
+}
+
+/* Recover what the sequence numbers in r->found are to hold. */
+static int recover_segments(struct recovery *r, const uint64_t *seqs)
+{
+    int err;
+
+    r->found = calloc((size_t)r->count, sizeof(*r->found));
+    r->buf = malloc(RECORD_MAX_SECTORS * SECTOR);
+    err = r->found && r->buf ? recover_found(r, seqs) : -ENOMEM;
+    for (int64_t i = 0; r->found && i < r->count; i++) {
+        segment_free_journal(&r->found[i].journal);
+        if (r->found[i].file.path)
+            disk_close(&r->found[i].file);
+    }
+    free(r->found);
+    free(r->buf);
+    return err;
 }
 
 int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify, struct glide_recovery *out)
@@ -283,21 +304,33 @@ int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify,
     r.count = segment_list(v->log.path, &seqs);
     if (r.count < 0)
         return (int)r.count;
-    segment_unlink_spares(v->log.path);
-    unlink_committed(v, seqs, &r.count, committed_seq);
-    int err = 0;
-    if (r.count) {
-        r.found = calloc((size_t)r.count, sizeof(*r.found));
-        r.buf = malloc(RECORD_MAX_SECTORS * SECTOR);
-        err = r.found && r.buf ? recover_found(&r, seqs) : -ENOMEM;
-        for (int64_t i = 0; r.found && i < r.count; i++) {
-            segment_free_journal(&r.found[i].journal);
-            if (r.found[i].file.path)
-                disk_close(&r.found[i].file);
-        }
-        free(r.found);
-        free(r.buf);
+    if (v->frozen) {
+        r.count -= r.count > 0;
+    } else {
+        segment_unlink_spares(v->log.path);
+        unlink_committed(v, seqs, &r.count, committed_seq);
     }
+    int err = r.count ? recover_segments(&r, seqs) : 0;
     free(seqs);
+    return err;
+}
+
+int volume_recover_tail(struct volume *v, struct glide_recovery *out)
+{
+    const struct write_log *log = &v->log;
+    uint64_t *seqs, last = log->count ? log->segments[log->count - 1]->seq : 0;
+    struct recovery r = {.v = v, .out = out};
+    int64_t first = 0, count = segment_list(log->path, &seqs);
+
+    memset(out, 0, sizeof(*out));
+    if (count < 0)
+        return (int)count;
+    while (first < count && seqs[first] <= last)
+        first++;
+    r.committed_seq = last ? last : v->committed_seq;
+    r.count = count - first;
+    int err = r.count ? recover_segments(&r, seqs + first) : 0;
+    free(seqs);
+    segment_unlink_spares(log->path);
     return err;
 }

@@ -40,6 +40,8 @@ static int pick(struct worker *w, void *arg)
 
     (void)w;
     r->seq = 0;
+    if (r->v->frozen)
+        return fail(-EBUSY, "the volume is being handed over");
     if (!s || s == log->active || s->seq > r->limit)
         return 0;
     if (s->seq > r->v->committed_seq)
@@ -138,4 +140,29 @@ int glide_volume_retire(glide_volume *volume, uint64_t seq)
     if (any)
         engine_space_freed(volume->engine);
     return err;
+}
+
+/* ---- test hook ---- */
+
+struct forget {
+    struct volume *v;
+    uint64_t sector;
+};
+
+static int do_forget_sector(struct worker *w, void *arg)
+{
+    struct forget *f = arg;
+    struct log_map *m = &f->v->map;
+    uint64_t pos = log_map_find(m, f->sector);
+
+    (void)w;
+    if (!pos)
+        return -ENOENT;
+    return pos & POS_ZERO ? log_map_forget_zero(m, f->sector, 1, pos & ~POS_ZERO, forgot, f->v)
+                          : log_map_forget_write(m, f->sector, 1, pos, forgot, f->v);
+}
+
+int glide_volume_forget_sector(glide_volume *volume, uint64_t sector)
+{
+    return worker_call(volume->worker, do_forget_sector, &(struct forget){volume, sector});
 }

@@ -262,3 +262,61 @@ int glide_log_segments(const char *log_dir, uint64_t *seqs, uint32_t max)
     free(found);
     return (int)n;
 }
+
+/* The record that has `index` in its space; NULL = none. */
+static const struct segment_record *find_record(const struct segment_journal *j, uint32_t index, uint32_t *start)
+{
+    for (*start = index; *start + RECORD_MAX_SECTORS > index; (*start)--) {
+        const struct segment_record *r = &j->records[*start];
+        if (r->op)
+            return index - *start < (r->op == RECORD_WRITE ? r->count : 1) ? r : NULL;
+        if (!*start)
+            break;
+    }
+    return NULL;
+}
+
+static int check_record(struct disk_file *f, const struct segment_id *id, uint32_t index, struct glide_record *out)
+{
+    struct segment_header header;
+    struct segment_journal j = {NULL};
+    uint32_t start;
+    uint8_t *buf = malloc(RECORD_MAX_SECTORS * SECTOR);
+    int err = buf ? segment_read_header(f, id, &header) : -ENOMEM;
+
+    if (err == -EUCLEAN)
+        err = -ENOENT; /* without a header no record is valid */
+    if (!err)
+        err = segment_read_journal(f, &header, UINT32_MAX, &j);
+    if (!err) {
+        const struct segment_record *r = index < j.sectors ? find_record(&j, index, &start) : NULL;
+        err = r ? 0 : fail(-ENOENT, "%s has no valid record at %u", f->path, index);
+        if (r)
+            *out = (struct glide_record){
+                .sector = r->sector, .count = r->count, .index = start, .zero = r->op == RECORD_ZERO};
+        if (r && r->op == RECORD_WRITE)
+            err = segment_verify(f, &j, start, buf);
+    }
+    segment_free_journal(&j);
+    free(buf);
+    return err;
+}
+
+int glide_log_record(const char *log_dir, const uint8_t *volume_id, const uint8_t *log_id, uint64_t seq, uint32_t index,
+                     struct glide_record *out)
+{
+    struct segment_id id = {.seq = seq};
+    struct disk_file f = {.fd = -1};
+    char *path = segment_path(log_dir, seq, ".seg");
+    int err = path ? disk_open(&f, path, O_RDONLY) : -ENOMEM;
+
+    memset(out, 0, sizeof(*out));
+    free(path);
+    if (err)
+        return err;
+    memcpy(id.volume_id, volume_id, 16);
+    memcpy(id.log_id, log_id, 16);
+    err = check_record(&f, &id, index, out);
+    disk_close(&f);
+    return err;
+}

@@ -19,6 +19,7 @@ struct stats {
     _Atomic uint64_t latency[GLIDE_OPS][GLIDE_HIST_BUCKETS];
     _Atomic uint64_t latency_sum_ns[GLIDE_OPS];
     _Atomic uint64_t faults, log_hits, cache_reads, zero_reads, rmw, syncs, log_full_waits, map_full_waits;
+    _Atomic uint64_t shadow_compared, shadow_differences, shadow_changed, shadow_absent;
 };
 
 static inline void stat_add(_Atomic uint64_t *counter, uint64_t n)

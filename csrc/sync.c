@@ -124,7 +124,7 @@ static void sync_end(struct volume *v)
 
     s->running = false;
     stat_add(&v->stats.syncs, 1);
-    if (!err && !lost_data(v)) /* a later sync that works does not bring back what an earlier one lost */
+    if (!err && !v->frozen && !lost_data(v)) /* a later sync that works does not bring back what an earlier one lost */
         log_note_sync(&v->log, s->pos);
     finish_list(&s->current, err ? EIO : 0);
     if (!list_empty(&s->next))
@@ -157,7 +157,7 @@ static void on_synced(struct ring_op *op, int res, uint32_t flags)
         event_post(v->engine, v->cookie, GLIDE_EV_SYNC_FAILED, s ? s->seq : 0, (uint64_t)-err);
         if (s) {
             log_mark_sync_failed(&v->log, s);
-            if (s == v->log.active)
+            if (s == v->log.active && !v->frozen)
                 log_seal(&v->log); /* later writes go where syncs may still work */
         }
     }
@@ -192,7 +192,7 @@ void sync_kick(struct volume *v)
     struct sync_state *s = &v->sync;
     int err = 0;
 
-    if (s->running || list_empty(&s->next))
+    if (s->running || v->frozen || list_empty(&s->next))
         return;
     if (lost_data(v) && !fail_guests(v))
         return;

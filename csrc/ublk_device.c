@@ -238,7 +238,14 @@ static void wait_queue(struct call *call, struct worker *w)
 
 static void wait_release(struct call *call, struct worker *w)
 {
-    ((struct ublk_device *)call->arg)->releasing = true;
+    struct ublk_device *d = call->arg;
+
+    d->releasing = true;
+    if (d->volume->frozen) { /* handed over: the kernel asks the next server again */
+        d->dropping = true;
+        d->volume->failed = ESHUTDOWN;
+        io_fail_parked(d->volume, ESHUTDOWN);
+    }
     wait_queue(call, w);
 }
 

@@ -83,7 +83,8 @@ static void commit(struct ublk_tag *t, int err, uint64_t length)
         t->buf = NULL;
     }
     d->busy--;
-    submit_command(t, UBLK_IO_COMMIT_AND_FETCH_REQ, block_result(err, length));
+    if (!(err && d->dropping))
+        submit_command(t, UBLK_IO_COMMIT_AND_FETCH_REQ, block_result(err, length));
     ublk_queue_check(d);
 }
 
@@ -152,7 +153,8 @@ static void on_command(struct ring_op *op, int res, uint32_t flags)
 
     (void)flags;
     if (res == UBLK_IO_RES_OK) {
-        if (!d->releasing)
+        t->held = d->volume->frozen;
+        if (!t->held && !d->releasing)
             start(t);
         return;
     }
@@ -162,4 +164,14 @@ static void on_command(struct ring_op *op, int res, uint32_t flags)
         event_post(d->volume->engine, d->volume->cookie, GLIDE_EV_UBLK_DOWN, d->info.dev_id,
                    res == -ENODEV ? 0 : (uint64_t)-res);
     ublk_queue_check(d);
+}
+
+void ublk_queue_unfreeze(struct ublk_device *d)
+{
+    for (uint32_t i = 0; i < d->info.queue_depth; i++) {
+        struct ublk_tag *t = &d->tags[i];
+        if (t->held && !d->releasing)
+            start(t);
+        t->held = false;
+    }
 }

@@ -20,6 +20,7 @@ struct ublk_tag {
     struct io_req io;
     struct ublk_device *device;
     uint16_t tag;
+    bool held;    /* its request came while the volume was frozen */
     uint8_t *buf; /* copy mode: the tag's own, for life; user copy: of the request */
 };
 
@@ -35,6 +36,7 @@ struct ublk_device {
     uint8_t *buffers;      /* copy mode */
     uint32_t busy, gone;
     bool releasing;       /* new requests are left to the next server */
+    bool dropping;        /* so are those that fail: nobody saw an answer to them */
     struct call *waiting; /* stop or release: until gone == depth, or busy == 0 */
     struct ublk_device *next_released;
 };
@@ -42,6 +44,8 @@ struct ublk_device {
 /* ---- worker ---- */
 /* Arm every tag. */
 void ublk_queue_start(struct ublk_device *d);
+/* Begin what came while the volume was frozen. */
+void ublk_queue_unfreeze(struct ublk_device *d);
 /* Finish the call when the device has what it waits for. */
 void ublk_queue_check(struct ublk_device *d);
 

@@ -63,13 +63,16 @@ bool volume_tick(struct volume *v)
 {
     uint64_t now = now_ns(), limit = (uint64_t)v->engine->config.read_timeout_ms * 1000000u;
 
+    if (v->frozen)
+        return v->blocked || v->waiting;
     if (v->blocked) {
         expire_writers(v, now);
         volume_want_flush(v);
     }
     if (limit && v->waiting)
         fault_expire(v, now - limit);
-    return v->blocked || v->waiting;
+    bool held = v->shadow && shadow_tick(v, now);
+    return v->blocked || v->waiting || held;
 }
 
 /* ---- open, close ---------------------------------------------------------------------------- */
@@ -86,13 +89,12 @@ static struct worker *least_loaded(struct engine *e)
     return best;
 }
 
-static int enter(struct worker *w, void *arg)
+static void enter(struct task *task, struct worker *w)
 {
-    struct volume *v = arg;
+    struct volume *v = container_of(task, struct volume, enter_task);
 
     list_append(&w->volumes, &v->link);
     volume_count_memory(v);
-    return 0;
 }
 
 static int leave(struct worker *w, void *arg)
@@ -110,8 +112,9 @@ static void volume_free(struct volume *v)
     log_map_destroy(&v->map);
     block_map_destroy(&v->base);
     fault_table_destroy(v);
+    shadow_free(v);
     volume_count_memory(v);
-    log_close(&v->log);
+    log_close(&v->log, !v->frozen);
     pthread_mutex_destroy(&v->retire_lock);
     free(v);
 }
@@ -127,10 +130,11 @@ static struct volume *volume_new(struct engine *e, const struct glide_volume_con
     v->read_only = c->read_only;
     v->flush_store = c->flush_store;
     v->committed_seq = c->committed_seq;
+    v->frozen = c->standby;
     atomic_init(&v->size, c->size);
     atomic_init(&v->stamp, 1);
-    struct list *lists[] = {&v->link,       &v->batch_link, &v->batch,        &v->conns,
-                            &v->idle_calls, &v->sync.next,  &v->sync.current, &v->sync.store};
+    struct list *lists[] = {&v->link,      &v->batch_link,   &v->batch,      &v->conns,       &v->idle_calls,
+                            &v->sync.next, &v->sync.current, &v->sync.store, &v->freeze_calls};
     for (size_t i = 0; i < ARRAY_LEN(lists); i++)
         list_init(lists[i]);
     pthread_mutex_init(&v->retire_lock, NULL);
@@ -153,13 +157,16 @@ int glide_volume_open(glide_engine *engine, const struct glide_volume_config *co
     int err = log_open(&v->log, engine, config->log_dir, config->volume_id, config->log_id);
     if (!err)
         err = volume_recover(v, config->committed_seq, config->always_verify, recovery);
+    if (!err)
+        err = shadow_open(v, config->shadow);
     if (err) {
         volume_free(v);
         return err;
     }
     v->event_dirty = v->log.count > 0;
     v->worker = least_loaded(engine);
-    worker_call(v->worker, enter, v);
+    v->enter_task.run = enter;
+    worker_post(v->worker, &v->enter_task); /* nobody waits: whatever comes later is behind it */
     *out = v;
     return 0;
 }
@@ -205,6 +212,8 @@ static int do_seal(struct worker *w, void *arg)
     struct volume_call *c = arg;
 
     (void)w;
+    if (c->v->frozen)
+        return fail(-EBUSY, "the volume is being handed over");
     log_seal(&c->v->log);
     c->value = log_sealed_seq(&c->v->log);
     return 0;
@@ -322,6 +331,10 @@ int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
     out->syncs = atomic_load_explicit(&s->syncs, memory_order_relaxed);
     out->log_full_waits = atomic_load_explicit(&s->log_full_waits, memory_order_relaxed);
     out->map_full_waits = atomic_load_explicit(&s->map_full_waits, memory_order_relaxed);
+    out->shadow_compared = atomic_load_explicit(&s->shadow_compared, memory_order_relaxed);
+    out->shadow_differences = atomic_load_explicit(&s->shadow_differences, memory_order_relaxed);
+    out->shadow_changed = atomic_load_explicit(&s->shadow_changed, memory_order_relaxed);
+    out->shadow_absent = atomic_load_explicit(&s->shadow_absent, memory_order_relaxed);
     return 0;
 }
 
@@ -382,6 +395,17 @@ static void start_shrink(struct call *call, struct worker *w)
         atomic_store(&v->size, size);
 }
 
+static int do_grow(struct worker *w, void *arg)
+{
+    struct volume_call *c = arg;
+
+    (void)w;
+    if (c->v->shadow)
+        shadow_grown(c->v, c->value);
+    atomic_store(&c->v->size, c->value);
+    return 0;
+}
+
 int glide_volume_resize(glide_volume *volume, uint64_t size)
 {
     uint64_t old = atomic_load(&volume->size);
@@ -389,10 +413,8 @@ int glide_volume_resize(glide_volume *volume, uint64_t size)
     if (!size || size % SECTOR || size > (uint64_t)1 << 60)
         return fail(-EINVAL, "a volume's size is a multiple of %u bytes up to 2^60, not %llu", SECTOR,
                     (unsigned long long)size);
-    if (size >= old) {
-        atomic_store(&volume->size, size);
-        return 0;
-    }
+    if (size >= old)
+        return worker_call(volume->worker, do_grow, &(struct volume_call){.v = volume, .value = size});
     /* What is cut off is zeroed: a later grow must not bring it back. */
     struct sync_io io = {.req = {.volume = volume,
                                  .offset = size,

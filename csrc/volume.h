@@ -13,6 +13,7 @@
 #include "engine.h"
 #include "io.h"
 #include "log_map.h"
+#include "shadow.h"
 #include "stats.h"
 #include "write_log.h"
 
@@ -30,13 +31,15 @@ struct sync_state {
 struct volume {
     struct engine *engine;
     struct worker *worker;
-    struct list link;       /* worker->volumes */
+    struct list link; /* worker->volumes */
+    struct task enter_task;
     struct list batch_link; /* worker->batches, when something is to be done at the end of the round */
     uint64_t cookie;
     _Atomic uint64_t size;  /* bytes */
     _Atomic uint64_t stamp; /* bumped by retire: installs resolved before it do not land */
     bool read_only, flush_store, closing;
-    int failed; /* positive errno: all I/O fails with it */
+    bool frozen; /* freeze.c: nothing begins */
+    int failed;  /* positive errno: all I/O fails with it */
 
     struct write_log log;
     uint64_t committed_seq;
@@ -49,14 +52,18 @@ struct volume {
     uint64_t blocked_event_ns; /* when Python was last told */
     bool event_dirty;          /* GLIDE_EV_FIRST_DIRTY was sent */
     struct sync_state sync;
-    struct table faults; /* block -> struct waiting (fault.c) */
-    uint64_t waiting;    /* pieces of requests in it */
+    struct table faults;   /* block -> struct waiting (fault.c) */
+    uint64_t waiting;      /* pieces of requests in it */
+    bool answers_missed;   /* some came while the volume was frozen: all waiters look again */
+    struct shadow *shadow; /* shadow verify; NULL = off */
 
     struct list conns; /* struct nbd_conn */
     uint32_t conn_count;
     struct ublk_device *ublk;
     uint64_t inflight;           /* requests submitted and not done */
     struct list idle_calls;      /* struct call: wait until inflight is 0 */
+    uint64_t reading;            /* reads of files in flight */
+    struct list freeze_calls;    /* struct call: wait until that is 0 */
     pthread_mutex_t retire_lock; /* held by the one thread that retires; taken before no other */
     struct stats stats;
 };
@@ -72,7 +79,12 @@ void volume_idle_check(struct volume *v);
 /* A request ended; wakes who waits for none in flight. */
 void volume_request_done(struct volume *v);
 
-/* recover.c: replay the log directory. */
+/* A read of a file ended; wakes who waits for none in flight. */
+void volume_read_done(struct volume *v);
+
+/* recover.c: replay the log directory. In standby nothing of it is changed, and what the store has is replayed too. */
 int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify, struct glide_recovery *out);
+/* Replay what the log got since then. */
+int volume_recover_tail(struct volume *v, struct glide_recovery *out);
 
 #endif

@@ -110,8 +110,12 @@ bool log_drop_spares(struct write_log *log)
     return any;
 }
 
-void log_close(struct write_log *log)
+void log_close(struct write_log *log, bool ours)
 {
+    for (; !ours && log->spare_count; log->spare_count--) {
+        disk_close(&log->spares[log->spare_count - 1]);
+        discharge(log, log->spare_bytes[log->spare_count - 1]);
+    }
     log_drop_spares(log);
     for (uint32_t i = 0; i < log->count; i++)
         forget(log, log->segments[i]);

@@ -76,8 +76,8 @@ struct append_scratch {
 
 int log_open(struct write_log *log, struct engine *engine, const char *path, const uint8_t *volume_id,
              const uint8_t *log_id);
-/* Closes files; the log stays on disk. */
-void log_close(struct write_log *log);
+/* Closes files; the log stays on disk. Spares go, unless the log is another process's by now. */
+void log_close(struct write_log *log, bool ours);
 
 /* Index space that the active segment has left; 0 = there is none. */
 static inline uint32_t log_room(const struct write_log *log)

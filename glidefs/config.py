@@ -120,7 +120,7 @@ class UploadSettings(Struct, frozen=True, forbid_unknown_fields=True):
     max_dirty_age: Duration = 300.0
     pack_size: Size = 32 * MIB
     compression_level: Annotated[int, Meta(ge=-7, le=19)] = 1
-    volumes: Annotated[int, Meta(ge=1, le=256)] = 2
+    volumes: Annotated[int, Meta(ge=1, le=256)] = 8
     workers: Annotated[int, Meta(ge=1, le=256)] = 3
     compaction: bool = True
     compact_rate: Size = 64 * MIB
@@ -150,6 +150,12 @@ class DaemonSettings(Struct, frozen=True, forbid_unknown_fields=True):
         return self.node or socket.gethostname()
 
 
+class DebugSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[debug]: to find faults with; nothing of it belongs into normal use."""
+
+    shadow_dir: PathText | None = None
+
+
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     """The whole of glidefs.toml."""
 
@@ -161,6 +167,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     upload: UploadSettings = UploadSettings()
     reader: ReaderSettings = ReaderSettings()
     daemon: DaemonSettings = DaemonSettings()
+    debug: DebugSettings = DebugSettings()
 
 
 def parse_size(text: str | int) -> int:

@@ -11,26 +11,33 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
+import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from glidefs import heap, process
+from glidefs.api.app import build_app
+from glidefs.api.server import ApiServer
 from glidefs.bases import BaseLibrary
-from glidefs.config import Config, config_path, load_config
+from glidefs.config import Config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
-from glidefs.errors import GlideError, StoreError, StoreUnsupported
+from glidefs.errors import GlideError
+from glidefs.export_table import Entry
+from glidefs.handoff.coordinator import HandoffCoordinator, close_all
+from glidefs.handoff.history import History
+from glidefs.handoff.predecessor import HandoffFailed, Outcome, Predecessor
+from glidefs.handoff.protocol import ExportCut, ListenerInfo
 from glidefs.metrics import ExportFigures, Metrics, Snapshot
 from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store import open_store
-from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore
+from glidefs.store_check import StoreCheck
 from glidefs.transport.base import NbdTransport
 from glidefs.transport.nbd import NbdServer
 from glidefs.transport.ublk import UblkTransport
@@ -40,8 +47,8 @@ from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 
-PROBE_DEADLINE = 5.0
-PROBE_RETRY = 15.0
+Listeners = list[tuple[ListenerInfo, int]]
+"""Listening sockets as descriptors, and what they are for."""
 FIRST_EXPORTS = 15.0
 """Seconds that the listeners wait for the exports of the last run to be open again."""
 STOP_THREADS = 16
@@ -54,8 +61,8 @@ def milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000)) if seconds else 0
 
 
-def engine_config(config: Config) -> EngineConfig:
-    """The engine's part of the configuration."""
+def engine_config(config: Config, *, standby: bool = False) -> EngineConfig:
+    """The engine's part of the configuration; `standby`: another process has the block cache still."""
     cache = config.cache
     return EngineConfig(
         cache_dir=cache.blocks,
@@ -67,6 +74,7 @@ def engine_config(config: Config) -> EngineConfig:
         log_full_timeout_ms=milliseconds(cache.log_full_timeout),
         read_timeout_ms=milliseconds(config.reader.read_timeout),
         busy_poll_us=config.daemon.busy_poll_us,
+        standby=standby,
     )
 
 
@@ -87,60 +95,27 @@ def host_settings(config: Config) -> HostSettings:
         compaction=upload.compaction,
         compact_rate=upload.compact_rate,
         gc_grace=config.store.gc_grace,
+        shadow_dir=Path(config.debug.shadow_dir) if config.debug.shadow_dir else None,
     )
 
 
-class Daemon:
-    """Owns everything. `start()` and `stop()` are called once each, from the main thread."""
+class Core:
+    """What serves the exports: engine, host, router, NBD server. A daemon may have one after another."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.started_at = time.time()
-        self._stopping = threading.Event()
-        self._ready = False
-        self._locks: list[process.DirectoryLock] = []
+    def __init__(self, config: Config, store: ResilientStore, *, standby: bool) -> None:
+        self.stopping = threading.Event()
         self._undo = contextlib.ExitStack()
-        self._engine: Engine | None = None
-        self._store: ResilientStore | None = None
-        self._host: Host | None = None
-        self._router: ExportRouter | None = None
-        self._metrics = Metrics(self._snapshot)
-
-    @property
-    def router(self) -> ExportRouter:
-        """The exports."""
-        if self._router is None:
-            raise GlideError("the daemon is starting; try again")
-        return self._router
-
-    # -- start ---------------------------------------------------------------------------------
-
-    def start(self) -> None:
-        """Bring everything up; what was up is taken down again if a part fails."""
-        try:
-            self._start()
-        except BaseException:
-            self._stopping.set()
-            self._undo.close()
-            raise
-
-    def _start(self) -> None:
-        config = self.config
-        self._prepare_directories()
-        heap.keep_large_buffers_apart()
-        files = process.raise_file_limit()
-        engine = self._engine = self._undo.enter_context(Engine(engine_config(config)))
-        store = self._store = self._open_store()
-        host = self._host = Host(
-            engine,
+        self.engine = self._undo.enter_context(Engine(engine_config(config, standby=standby)))
+        self.host = Host(
+            self.engine,
             store,
             node=config.daemon.node_name,
             state_dir=config.cache.state,
             settings=host_settings(config),
         )
         nbd = NbdTransport()
-        server = NbdServer(config.nbd, nbd)
-        nbd.bind(server)
+        self.server = NbdServer(config.nbd, nbd)
+        nbd.bind(self.server)
         ublk = UblkTransport(config.ublk, config.cache.state)
         settings = RouterSettings(
             node=config.daemon.node_name,
@@ -149,44 +124,151 @@ class Daemon:
             logs_dir=config.cache.logs,
             prefixes=config.store.prefixes,
         )
-        bases = BaseLibrary(store, grace=host.settings.gc_grace, stopping=self._stopping)
-        router = self._router = ExportRouter(host, store, (nbd, ublk), settings, bases, self._stopping)
-        host.on_event(partial(self._on_event, host, server))
-        host.start()
-        self._undo.callback(host.close)
-        self._probe(has_exports=router.has_records())
-        self._undo.callback(router.close)
-        router.start()
-        if not router.wait_tried(FIRST_EXPORTS):
-            log.warning("some exports are still being opened; the others are served")
-        server.start()
-        self._undo.callback(server.close)
-        self._start_api()
-        self._ready = True
-        log.info(
-            "ready: %d exports, store %s, %d open files allowed", len(router.listing()), store.url, files
-        )
+        bases = BaseLibrary(store, grace=self.host.settings.gc_grace, stopping=self.stopping)
+        self.router = ExportRouter(self.host, store, (nbd, ublk), settings, bases, self.stopping)
+        self.host.on_event(self._on_event)
+        self.host.start()
+        self._undo.callback(self.host.close)
+        self._undo.callback(self.router.close)
+        self._undo.callback(self.server.close)
 
-    def _on_event(self, host: Host, server: NbdServer, event: Event) -> None:
+    def _on_event(self, event: Event) -> None:
         """On the host's event thread: must not block."""
         if event.kind == EventKind.CONN_CLOSED:
-            server.connection_closed(event.a, event.b)
+            self.server.connection_closed(event.a, event.b)
         elif event.kind == EventKind.UBLK_DOWN:
-            volume = host.find(event.volume)
+            volume = self.host.find(event.volume)
             if volume is not None:
                 self.router.device_down(volume.name)
 
-    def _prepare_directories(self) -> None:
+    def coordinator(self, entries: list[Entry]) -> HandoffCoordinator:
+        """For a handoff of these exports."""
+        return HandoffCoordinator(self.router, self.host, self.engine, self.server, entries)
+
+    def close(self) -> None:
+        """Close everything, in the reverse order. Safe to call twice."""
+        self.stopping.set()
+        self._undo.close()
+
+
+class Daemon:
+    """Owns everything. `start()` and `stop()` are called once each, from the main thread.
+
+    ``config_file`` is what a successor reads. ``handed_over`` is set once another process serves the
+    exports: then this one must end by :meth:`leave`.
+    """
+
+    def __init__(self, config: Config, config_file: str = "") -> None:
+        self.config = config
+        self.config_file = config_file
+        self.started_at = time.time()
+        self.history = History()
+        self.handed_over = threading.Event()
+        self.on_handed_over: Callable[[], None] = lambda: None
+        self._stopping = threading.Event()
+        self._ready = False
+        self._handoff = threading.Lock()
+        self._locks: list[process.DirectoryLock] = []
+        self._undo = contextlib.ExitStack()
+        self._store: ResilientStore | None = None
+        self._core: Core | None = None
+        self._api: ApiServer | None = None
+        self._metrics = Metrics(self._snapshot)
+
+    @property
+    def core(self) -> Core:
+        """What serves the exports now."""
+        if self._core is None:
+            raise GlideError("the daemon is starting; try again")
+        return self._core
+
+    @property
+    def router(self) -> ExportRouter:
+        """The exports."""
+        return self.core.router
+
+    @property
+    def host(self) -> Host:
+        """The volumes and their threads."""
+        return self.core.host
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where everything local is."""
+        return Path(self.config.cache.dir)
+
+    # -- start ---------------------------------------------------------------------------------
+
+    def start(self, listeners: Listeners | None = None, locks: list[int] | None = None) -> None:
+        """Bring everything up, with what a process before left; taken down again if a part fails."""
+        try:
+            self._prepare(locks or [])
+            self._open_core(standby=False)
+            assert self._store is not None
+            marker = self.cache_dir / "store-probed"
+            check = StoreCheck(self._store, self.config.store, marker, self._stopping)
+            check.run(has_exports=self.router.has_records())
+            self._open_exports()
+            self._listen(listeners or [])
+        except BaseException:
+            self._stopping.set()
+            self._close()
+            raise
+
+    def _prepare(self, locks: list[int]) -> None:
+        """Directories, locks, the store: what lasts as long as the process."""
+        if self._store is not None:
+            return
+        self._prepare_directories(locks)
+        heap.keep_large_buffers_apart()
+        process.raise_file_limit()
+        self._store = self._open_store()
+
+    def _open_core(self, *, standby: bool) -> None:
+        assert self._store is not None
+        self._core = Core(self.config, self._store, standby=standby)
+
+    def _open_exports(self) -> None:
+        self.router.start()
+        if not self.router.wait_tried(FIRST_EXPORTS):
+            log.warning("some exports are still being opened; the others are served")
+
+    def _listen(self, listeners: Listeners) -> None:
+        """Answer clients, at the sockets of the process before if there was one."""
+        self._inherit(listeners)
+        self.core.server.start()
+        if self._api is None:
+            self._api = ApiServer(self.config.api, build_app(self))
+            mine = [(info, fd) for info, fd in listeners if info.role == "api"]
+            self._api.start([(info.path, socket.socket(fileno=os.dup(fd))) for info, fd in mine])
+        close_all(fd for _, fd in listeners)
+        self._ready = True
+        log.info("ready: %d exports, store %s", len(self.router.listing()), self.config.store.url)
+
+    def _inherit(self, listeners: Listeners) -> None:
+        """Give the NBD server duplicates of its listeners, unless it has them."""
+        mine = [(info, fd) for info, fd in listeners if info.role == "nbd"]
+        if mine and not self.core.server.listeners:
+            sockets = [socket.socket(fileno=os.dup(fd)) for _, fd in mine]
+            self.core.server.inherit(sockets, [info.path for info, _ in mine if info.path])
+
+    def _prepare_directories(self, locks: list[int]) -> None:
         cache = self.config.cache
         own = {"dir": Path(cache.dir), "log_dir": cache.logs, "block_cache_dir": cache.blocks}
         for key, path in own.items():
             process.make_directory(key, path)
+        if self.config.debug.shadow_dir is not None:
+            process.make_directory("shadow_dir", Path(self.config.debug.shadow_dir), "debug")
         for path in (cache.state, Path(cache.dir) / "exports"):
             process.make_directory("dir", path)
+        inherited = {os.fstat(fd)[1:3]: fd for fd in locks}
         for path in dict.fromkeys(path.resolve() for path in own.values()):
             lock = process.DirectoryLock(path)
-            lock.acquire()
+            lock.acquire(inherited)
+            self._locks.append(lock)
             self._undo.callback(lock.release)
+        for fd in inherited.values():
+            os.close(fd)  # of a directory that the configuration names no more
 
     def _open_store(self) -> ResilientStore:
         settings = self.config.store
@@ -203,58 +285,106 @@ class Daemon:
         self._undo.callback(store.close)
         return store
 
-    def _start_api(self) -> None:
-        from glidefs.api.app import build_app
-        from glidefs.api.server import ApiServer
+    # -- handoff: this process is the predecessor --------------------------------------------------
 
-        server = ApiServer(self.config.api, build_app(self))
-        server.start()
-        self._undo.callback(server.close)
+    def hand_over(self, *, dry_run: bool = False) -> Outcome:
+        """Give the exports to a new process. Raises HandoffFailed: they are served here, as before.
 
-    # -- the store's features ------------------------------------------------------------------
-
-    def _probe(self, has_exports: bool) -> None:
-        """Try the store once per url. An outage must not keep a host from serving what it has."""
-        marker = Path(self.config.cache.dir) / "store-probed"
-        identity = f"{self.config.store.url} {self.config.store.endpoint_url or ''}\n"
-        with contextlib.suppress(OSError):
-            if marker.read_text(encoding="utf-8") == identity:
-                return
+        After success :attr:`handed_over` is set.
+        """
+        if not self._handoff.acquire(blocking=False):
+            raise HandoffFailed("another handoff is under way")
         try:
-            self._probe_once(marker, identity)
-        except StoreUnsupported:
-            raise
-        except StoreError as error:
-            if not error.temporary and not has_exports:
-                raise
-            log.warning("the store could not be tried, again later: %s", error)
-            thread = threading.Thread(
-                target=self._probe_later, args=(marker, identity), name="store-probe", daemon=True
-            )
-            thread.start()
+            if not self._ready or self._stopping.is_set() or self.handed_over.is_set():
+                raise HandoffFailed("the daemon is starting or stopping")
+            outcome = Predecessor(self).run(dry_run=dry_run)
+            if outcome.outcome == "succeeded":
+                process.notify(f"MAINPID={outcome.pid}")
+                self.handed_over.set()
+                self.on_handed_over()
+            return outcome
+        finally:
+            self._handoff.release()
 
-    def _probe_once(self, marker: Path, identity: str) -> None:
-        assert self._store is not None
-        probe_store(self._store.view("background", PROBE_DEADLINE), self.config.store.default_prefix)
-        marker.write_text(identity, encoding="utf-8")
+    def shut(self, why: str, patience: float) -> contextlib.AbstractContextManager[list[Entry]]:
+        """All exports, with no verb running on any; verbs that come are refused."""
+        return self.router.table.shut(why, patience)
 
-    def _probe_later(self, marker: Path, identity: str) -> None:
-        while not self._stopping.wait(PROBE_RETRY):
-            try:
-                self._probe_once(marker, identity)
-                log.info("the store answers and keeps what GlideFS relies on")
-                return
-            except StoreUnsupported as error:
-                log.critical("%s", error)
-                return
-            except (StoreError, OSError) as error:
-                log.warning("the store could not be tried, again later: %s", error)
+    def reopen(self) -> None:
+        """Verbs run again."""
+        self.router.table.reopen()
+
+    def stop_listening(self) -> None:
+        """The API takes no new connections."""
+        if self._api is not None:
+            self._api.stop_listening()
+
+    def coordinator(self, entries: list[Entry]) -> HandoffCoordinator:
+        """For a handoff of these exports."""
+        return self.core.coordinator(entries)
+
+    def descriptors(self) -> tuple[list[int], Listeners]:
+        """Locks and listeners, as duplicates that are the caller's."""
+        assert self._api is not None
+        locks = [os.dup(lock.fileno()) for lock in self._locks]
+        server = self.core.server
+        paths = [*server.own_files, *[""] * len(server.listeners)]
+        listeners = [
+            (ListenerInfo("nbd", path), os.dup(at.fileno()))
+            for at, path in zip(server.listeners, paths, strict=False)
+        ]
+        return locks, listeners + [
+            (ListenerInfo("api", path), os.dup(fd)) for path, fd in self._api.descriptors()
+        ]
+
+    def revive(self, cuts: list[ExportCut], sockets: list[int], listeners: Listeners) -> None:
+        """The successor is dead: open everything again, as after a crash, with these connections."""
+        self._open_core(standby=False)
+        self._open_exports()
+        served = [entry for entry in self.router.table.all() if entry.serves()]
+        coordinator = self.core.coordinator(served)
+        coordinator.readopt(cuts, sockets)
+        self._listen(listeners)  # the API has served all the time
+
+    def leave(self) -> None:
+        """Another process serves: end this one, without closing what both have. Does not return."""
+        if self._api is not None:
+            self._api.close(handed_over=True)
+        logging.shutdown()
+        os._exit(0)
+
+    # -- handoff: this process is the successor -----------------------------------------------------
+
+    def stand_by(self, locks: list[int], listeners: Listeners, names: tuple[str, ...]) -> HandoffCoordinator:
+        """Open these exports while the predecessor serves them."""
+        self._prepare(locks)
+        self._open_core(standby=True)
+        self._inherit(listeners)
+        self.host.pause(0.0)
+        return self.core.coordinator(self.router.start_standby(names))
+
+    def take_over(self, listeners: Listeners) -> None:
+        """The exports are served: listen, and look after everything from now on."""
+        for lock in self._locks:
+            lock.sign()
+        self.host.save_roots()
+        self.host.resume()
+        self.router.end_standby()
+        self._listen(listeners)
+
+    def leave_standby(self) -> None:
+        """Forget what was opened in standby."""
+        if self._core is not None:
+            self._core.server.close(handed_over=True)
+            self._core.router.abandon()
+            self._core.close()
+            self._core = None
 
     # -- what the API asks ---------------------------------------------------------------------
 
     def health(self) -> dict[str, Any]:
         """State of the process, for GET /health."""
-        router, store = self._router, self._store
+        router, store = self._core.router if self._core else None, self._store
         states = Counter(status.state for status in router.listing()) if router else Counter[str]()
         figures = store.metrics() if store else None
         ready = self._ready and not self._stopping.is_set()
@@ -278,7 +408,8 @@ class Daemon:
         return self._metrics.render()
 
     def _snapshot(self) -> Snapshot:
-        router = self._router
+        core = self._core
+        router = core.router if core else None
         exports: list[ExportFigures] = []
         states: Counter[str] = Counter()
         for entry in router.table.all() if router else ():
@@ -295,23 +426,31 @@ class Daemon:
                     )
                 )
         return Snapshot(
-            engine=self._engine.stats() if self._engine else None,
+            engine=core.engine.stats() if core else None,
             exports=exports,
             states=states,
             store=self._store.metrics() if self._store else None,
             started_at=self.started_at,
             bases=router.bases.stats() if router else {},
-            fault_fetches=self._host.faults.fetches if self._host else 0,
+            fault_fetches=core.host.faults.fetches if core else 0,
+            handoffs=self.history.totals,
+            shadow=self.config.debug.shadow_dir is not None,
         )
 
     # -- stop ----------------------------------------------------------------------------------
 
     def stop(self, hurry: threading.Event) -> None:
-        """Upload within the deadline (unless `hurry`), let guests go, sync the logs, close everything."""
+        """Upload within the deadline (unless `hurry`), let guests go, sync the logs, close everything.
+
+        A handoff that is under way ends first; if it succeeds there is nothing to stop any more.
+        """
+        self._handoff.acquire()
+        if self.handed_over.is_set():
+            self.leave()
         deadline = self.config.daemon.drain_deadline
         process.notify("STOPPING=1", f"EXTEND_TIMEOUT_USEC={int((deadline + FORCED_EXIT) * 1e6)}")
         self._ready = False
-        router, store = self._router, self._store
+        router, store = self._core.router if self._core else None, self._store
         if router is not None:
             router.refuse_changes()
         if router is not None and store is not None and deadline > 0:
@@ -322,8 +461,15 @@ class Daemon:
         if router is not None:
             router.let_go(remove_devices=self.config.daemon.on_stop == "remove")
         self._stopping.set()
-        self._undo.close()
+        self._close()
         log.info("stopped")
+
+    def _close(self) -> None:
+        if self._api is not None:
+            self._api.close()
+        if self._core is not None:
+            self._core.close()
+        self._undo.close()
 
     def _drain(self, router: ExportRouter, until: float, hurry: threading.Event) -> None:
         """Drain every dirty volume. The threads are left behind when time is up: closing ends them."""
@@ -360,24 +506,3 @@ def metadata_version() -> str:
         return metadata.version("glidefs")
     except metadata.PackageNotFoundError:
         return "0+source"
-
-
-def run_daemon(config_file: str | None) -> int:
-    """The whole life of the process; returns its exit code. Raises GlideError if it cannot start."""
-    config = load_config(config_path(config_file))
-    process.setup_logging(config.daemon.log_level)
-    stop, hurry = threading.Event(), threading.Event()
-
-    def on_signal(number: int, frame: object) -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    daemon = Daemon(config)
-    daemon.start()
-    process.notify("READY=1", f"STATUS=serving {len(daemon.router.listing())} exports")
-    while not stop.wait(3600):
-        pass
-    daemon.stop(hurry)
-    return 0

@@ -199,6 +199,12 @@ class DeviceError(GlideError):
         super().__init__(f"{device}: {why}" if device else why)
 
 
+class Refused(GlideError):
+    """The daemon takes no verbs just now: it stops, or hands over to another process."""
+
+    temporary = True
+
+
 class CacheBusy(GlideError):
     """Another daemon uses the cache directory."""
 

@@ -8,8 +8,10 @@ start can serve, or nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, UnknownExport
+from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, Refused, UnknownExport
 from glidefs.exports import ExportStatus
 from glidefs.formats import export_record
 from glidefs.formats.atomic import fsync_dir, write_file_atomic
@@ -25,6 +27,8 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.names import check_name
 from glidefs.transport.base import Endpoint, Transport
 from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".json"
 INTENT = ".intent"
@@ -47,6 +51,10 @@ class RecordDirectory:
             if path.name.startswith("."):
                 continue
             try:
+                if path.stat().st_size == 0:
+                    log.warning("%s: its creation was cut short by a crash; nothing of it is left", name)
+                    path.unlink()
+                    continue
                 record = export_record.load(path)
                 if record.name != name:
                     raise CorruptObject(str(path), 0, f"it is the record of {record.name}")
@@ -55,9 +63,9 @@ class RecordDirectory:
                 damaged[name] = str(error)
         return records, damaged
 
-    def save(self, record: ExportRecord) -> None:
-        """Durable on return. Raises OSError."""
-        export_record.save(self._file(record.name), record)
+    def save(self, record: ExportRecord, *, fresh: bool = False) -> None:
+        """Durable on return; `fresh`: the name has no record yet. Raises OSError."""
+        export_record.save(self._file(record.name), record, fresh=fresh)
 
     def delete(self, name: str) -> None:
         """Durable on return; a record that is not there is no error."""
@@ -133,19 +141,19 @@ class Entry:
         """Whether another host has the volume."""
         return self.fenced or (self.volume is not None and bool(self.volume.fenced))
 
-    def status(self, *, created: bool | None = None, note: str = "") -> ExportStatus:
-        """What `show` prints. Blocks on nothing."""
-        record, volume, endpoint = self.record, self.volume, self.endpoint
-        figures: dict[str, Any] | None = None
+    def status(self, *, created: bool | None = None, note: str = "", figures: bool = True) -> ExportStatus:
+        """What `show` prints, without the volume's figures if they are not asked for. Blocks on nothing."""
+        record, volume, endpoint = self.record, self.volume if figures else None, self.endpoint
+        numbers: dict[str, Any] | None = None
         state, reason = self.state, self.reason
         if volume is not None:
             try:
-                figures = msgspec.to_builtins(volume.status())
+                numbers = msgspec.to_builtins(volume.status())
             except GlideError as error:
                 state, reason = "failed", str(error)
-        if figures is not None and (figures["fenced"] or figures["failed"]):
+        if numbers is not None and (numbers["fenced"] or numbers["failed"]):
             state = "failed"
-            reason = figures["fenced"] or f"all I/O fails: {os.strerror(figures['failed'])}"
+            reason = numbers["fenced"] or f"all I/O fails: {os.strerror(numbers['failed'])}"
         kind = self.transport.kind if self.transport is not None else ""
         return ExportStatus(
             name=self.name,
@@ -164,7 +172,7 @@ class Entry:
             published=record.root_published if record else True,
             created=created,
             note=note,
-            volume=figures,
+            volume=numbers,
         )
 
 
@@ -174,6 +182,44 @@ class ExportTable:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
+        self._shut = ""
+
+    @contextmanager
+    def shut(self, why: str, patience: float) -> Iterator[list[Entry]]:
+        """All entries with their locks held: no verb runs inside, and those that come are refused.
+
+        Raises GlideError naming an export whose verb has not ended after `patience` seconds.
+        """
+        until = time.monotonic() + patience
+        held: list[Entry] = []
+        self._shut = why
+        try:
+            while missing := [entry for entry in self.all() if entry not in held]:
+                for entry in missing:
+                    if not entry.lock.acquire(timeout=max(0.0, until - time.monotonic())):
+                        raise GlideError(f"a verb on {entry.name} has not ended in {patience:g} s; try again")
+                    held.append(entry)
+            yield sorted((entry for entry in held if not entry.gone), key=lambda entry: entry.name)
+        except BaseException:
+            self._shut = ""
+            raise
+        finally:
+            for entry in held:
+                entry.lock.release()
+
+    def reopen(self) -> None:
+        """Verbs run again."""
+        self._shut = ""
+
+    @property
+    def is_shut(self) -> bool:
+        """Whether verbs are refused."""
+        return bool(self._shut)
+
+    def check_open(self) -> None:
+        """Raises GlideError while, and after, the exports are handed to another process."""
+        if self._shut:
+            raise Refused(self._shut)
 
     def all(self) -> list[Entry]:
         """Every entry, by name."""
@@ -197,6 +243,7 @@ class ExportTable:
         """The entry with its lock held. Raises UnknownExport, also when it went while we waited."""
         entry = self.get(name)
         with entry.lock:
+            self.check_open()
             if entry.gone:
                 raise UnknownExport(name)
             yield entry
@@ -207,6 +254,7 @@ class ExportTable:
         entry = Entry(check_name("export", name))
         with entry.lock:
             with self._lock:
+                self.check_open()
                 if name in self._entries:
                     raise ExportExists(name)
                 self._entries[name] = entry

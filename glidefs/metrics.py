@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 
 from msgspec import Struct
@@ -13,6 +14,7 @@ from prometheus_client.registry import Collector
 
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
+from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
 from glidefs.manifest_cache import CacheStats
 from glidefs.store.resilient import StoreMetrics
 
@@ -42,6 +44,8 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     started_at: float
     bases: Mapping[str, CacheStats] = {}
     fault_fetches: int = 0
+    handoffs: Totals = Totals()
+    shadow: bool = False
 
 
 class _Figures(Collector):
@@ -56,8 +60,11 @@ class _Figures(Collector):
         if snapshot.store is not None:
             yield from _store(snapshot.store)
         yield from _bases(snapshot.bases)
+        yield from _handoffs(snapshot.handoffs)
         yield _counter("fault_fetches", "Guest faults that the store was asked for", snapshot.fault_fetches)
         yield from _volumes(snapshot.exports)
+        if snapshot.shadow:
+            yield from _shadow(snapshot.exports)
         yield from _operations(snapshot.exports)
         yield _latency(snapshot.exports)
 
@@ -131,6 +138,20 @@ def _store(figures: StoreMetrics) -> Iterator[Metric]:
     yield _gauge("store_down_seconds", "For how long the store has not answered", figures.down_seconds)
 
 
+def _handoffs(totals: Totals) -> Iterator[Metric]:
+    """Counts go on from process to process."""
+    counter = CounterMetricFamily("glidefs_handoffs", "Handoffs by outcome", labels=["outcome"])
+    for outcome, count in zip(OUTCOMES, totals.outcomes, strict=True):
+        counter.add_metric([outcome], count)
+    yield counter
+    stalls = HistogramMetricFamily("glidefs_handoff_stall_seconds", "How long guests waited in a handoff")
+    bounds = [*(repr(bound) for bound in BOUNDS), "+Inf"]
+    stalls.add_metric(
+        [], list(zip(bounds, accumulate(totals.buckets), strict=True)), sum_value=totals.stall_seconds
+    )
+    yield stalls
+
+
 _CACHE_FIGURES: tuple[
     tuple[str, str, type[GaugeMetricFamily] | type[CounterMetricFamily], Callable[[CacheStats], float]], ...
 ] = (
@@ -185,6 +206,25 @@ def _volumes(exports: list[ExportFigures]) -> Iterator[Metric]:
         counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["export"])
         for export in exports:
             counter.add_metric([export.name], read(export))
+        yield counter
+
+
+def _shadow(exports: list[ExportFigures]) -> Iterator[Metric]:
+    """Of shadow verify, only where it is on."""
+    for name, text, fields in (
+        ("shadow_compared_sectors", "Sectors read and compared", {"": "shadow_compared"}),
+        ("shadow_differences", "Sectors of them that were not as expected", {"": "shadow_differences"}),
+        (
+            "shadow_skipped_sectors",
+            "Sectors read and not compared: written meanwhile, or absent from the second source",
+            {"changed": "shadow_changed", "absent": "shadow_absent"},
+        ),
+    ):
+        labels = ["export", "why"] if len(fields) > 1 else ["export"]
+        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=labels)
+        for export in exports:
+            for why, field in fields.items():
+                counter.add_metric([export.name, why][: len(labels)], getattr(export.stats, field))
         yield counter
 
 

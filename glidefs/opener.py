@@ -18,6 +18,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
+from glidefs.core.handoff import Position
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
@@ -87,8 +88,8 @@ class Opener:
 
     # -- start and background --------------------------------------------------------------------
 
-    def start(self) -> None:
-        """List what the records name, then open it on threads."""
+    def load(self) -> list[Entry]:
+        """List what the records name; nothing is opened yet."""
         records, damaged = self._records.load()
         for name, why in damaged.items():
             entry = Entry(name)
@@ -99,6 +100,10 @@ class Opener:
         for entry in entries:
             entry.state = "starting"
             self._table.add(entry)
+        return entries
+
+    def start(self, entries: list[Entry]) -> None:
+        """Open these on threads, and look after all of them from then on."""
         self._thread = threading.Thread(target=self._run, args=(entries,), name="exports", daemon=True)
         self._thread.start()
 
@@ -118,7 +123,7 @@ class Opener:
 
     def _open_recorded(self, entry: Entry) -> None:
         with entry.lock:
-            if entry.gone or self._stopping.is_set() or entry.serves():
+            if entry.gone or self._stopping.is_set() or entry.serves() or self._table.is_shut:
                 return
             try:
                 finished = self._finish(entry)
@@ -211,8 +216,7 @@ class Opener:
         """Open the volume and start the transport. Raises, and then neither is left."""
         assert entry.record is not None
         entry.volume = self._host.open(entry.record, root, etag)
-        entry.volume.on_fenced = lambda volume, why: log.error("%s: fenced: %s", volume.name, why)
-        entry.volume.on_published = lambda volume: self._published(entry)
+        self._watch(entry, entry.volume)
         try:
             self.start_transport(entry)
         except BaseException:
@@ -220,6 +224,22 @@ class Opener:
             raise
         if entry.volume.committer.published and not entry.record.root_published:
             self._published(entry)
+
+    def prepare(self, entry: Entry) -> None:
+        """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
+        assert entry.record is not None
+        root, etag = self._find_root(entry.record)
+        entry.volume = self._host.open(entry.record, root, etag, standby=True)
+        self._watch(entry, entry.volume)
+
+    def take_up(self, entry: Entry, position: Position) -> None:
+        """The process before has stopped: bring the volume up to date; it stays frozen. Raises."""
+        assert entry.volume is not None
+        self._host.activate(entry.volume, position)
+
+    def _watch(self, entry: Entry, volume: Volume) -> None:
+        volume.on_fenced = lambda volume, why: log.error("%s: fenced: %s", volume.name, why)
+        volume.on_published = lambda volume: self._published(entry)
 
     def try_open(self, entry: Entry, root: Root, etag: str | None) -> None:
         """The same; a failure is kept in the entry."""
@@ -399,11 +419,20 @@ class Opener:
                 log.error("%s: its log cannot be synced: %s", entry.name, error)
             self.close_entry(entry, remove_device=remove_device)
 
-    def close(self) -> None:
-        """End the background thread, close what is open."""
+    def abandon(self) -> None:
+        """Another process has the volumes, which are frozen: close them and touch nothing of theirs."""
+        with ThreadPoolExecutor(OPEN_THREADS * 2, "abandon") as pool:
+            list(pool.map(lambda entry: self.close_entry(entry, remove_device=False), self._table.all()))
+
+    def join(self) -> None:
+        """End the background thread."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def close(self) -> None:
+        """End the background thread, close what is open."""
+        self.join()
         for entry in self._table.all():
             with entry.lock:
                 self.close_entry(entry, remove_device=False)

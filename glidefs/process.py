@@ -79,7 +79,7 @@ def setup_logging(level: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def make_directory(key: str, path: Path) -> None:
+def make_directory(key: str, path: Path, section: str = "cache") -> None:
     """Create a directory of ours (mode 0700) and see that files can be made in it. Raises ConfigError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def make_directory(key: str, path: Path) -> None:
     except OSError as error:
         why = "it is not a directory" if isinstance(error, FileExistsError) else error.strerror
         raise ConfigError(
-            f"[cache] {key} {path}: {why}; give the daemon's user a directory that it can write"
+            f"[{section}] {key} {path}: {why}; give the daemon's user a directory that it can write"
         ) from error
 
 
@@ -101,9 +101,18 @@ class DirectoryLock:
         self.path = directory / LOCK_FILE
         self._fd = -1
 
-    def acquire(self) -> None:
-        """Take the lock. Raises CacheBusy naming the process that has it."""
+    def acquire(self, inherited: dict[tuple[int, int], int] | None = None) -> None:
+        """Take the lock. Raises CacheBusy naming the process that has it.
+
+        `inherited`: descriptors that hold locks, by inode and device; the one of this directory is taken out.
+        """
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        status = os.fstat(fd)
+        held = (inherited or {}).pop((status.st_ino, status.st_dev), None)
+        if held is not None:
+            os.close(fd)
+            self._fd = held
+            return
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -112,9 +121,17 @@ class DirectoryLock:
             if not isinstance(error, BlockingIOError):
                 raise ConfigError(f"{self.path}: cannot lock: {error.strerror}; use a local disk") from error
             raise CacheBusy(str(self.path.parent), int(text) if text.isdecimal() else None) from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._fd = fd
+        self.sign()
+
+    def fileno(self) -> int:
+        """The descriptor that holds the lock: a duplicate holds it too."""
+        return self._fd
+
+    def sign(self) -> None:
+        """Write this process's number into the file."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the lock back."""

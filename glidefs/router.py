@@ -18,6 +18,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from glidefs.errors import (
     GlideError,
     NotSupported,
     OwnedElsewhere,
+    Refused,
     StoreError,
     UnknownExport,
 )
@@ -56,6 +58,7 @@ PUBLISH_PATIENCE = 2.0
 """Seconds that a create without --wait gives the store to take the root."""
 VERB_PATIENCE = 30.0
 """Seconds that other verbs give the store."""
+STANDBY_THREADS = 4
 
 
 class RouterSettings(Struct, frozen=True):
@@ -87,6 +90,7 @@ class ExportRouter:
         self._settings = settings
         self._stopping = stopping
         self._refusing = False
+        self._standby: list[Entry] = []
         self._records = RecordDirectory(settings.exports_dir)
         by_kind: Mapping[str, Transport] = {transport.kind: transport for transport in transports}
         self.logs = LogVerbs(self._records, settings.logs_dir)
@@ -105,8 +109,37 @@ class ExportRouter:
 
     def start(self) -> None:
         """Begin to open what this host served before; returns at once."""
-        self._opener.start()
+        entries = self._opener.load()
+        self._opener.start(entries)
         self.bases.start(self._prefixes, self._opener.tried)
+
+    def start_standby(self, names: Sequence[str]) -> list[Entry]:
+        """Open these exports while another process serves them. Raises GlideError for one that fails."""
+        self._standby = self._opener.load()
+        mine = {entry.name: entry for entry in self._standby}
+        if missing := set(names) - set(mine):
+            raise GlideError(f"this host has no record of {', '.join(sorted(missing))}")
+        chosen = [mine[name] for name in names]
+        with ThreadPoolExecutor(STANDBY_THREADS, "standby") as pool:
+            list(pool.map(self._opener.prepare, chosen))
+        return chosen
+
+    def end_standby(self) -> None:
+        """The exports are ours: open those that were not handed over, and look after all."""
+        self._opener.start([entry for entry in self._standby if not entry.serves()])
+        self.bases.start(self._prefixes, self._opener.tried)
+
+    @property
+    def opener(self) -> Opener:
+        """For the handoff: it opens and closes entries whose locks it holds."""
+        return self._opener
+
+    def abandon(self) -> None:
+        """Another process has the exports: forget them without a word to guests, disk or store."""
+        self._stopping.set()
+        self.bases.close()
+        self._opener.abandon()
+        self._opener.join()
 
     def _prefixes(self) -> set[str]:
         """Those configured and those of the exports."""
@@ -133,9 +166,10 @@ class ExportRouter:
         self._opener.close()
 
     def check_changes(self) -> None:
-        """Raises GlideError once the daemon stops."""
+        """Raises GlideError once the daemon stops, and during a handoff."""
         if self._refusing:
-            raise GlideError("the daemon is stopping; try again when it is back")
+            raise Refused("the daemon is stopping; try again when it is back")
+        self.table.check_open()
 
     def device_down(self, name: str) -> None:
         """The kernel took the device of an export away. Does not block."""
@@ -185,7 +219,7 @@ class ExportRouter:
                 self._opener.forget(entry)
                 raise
             self._prefetch(entry, wanted, source)
-            return entry.status(created=True, note=origin.note if origin else "")
+            return entry.status(created=True, note=origin.note if origin else "", figures=False)
 
     def _first_root(
         self, name: str, wanted: CreateRequest, origin: Origin | None, size: int | None
@@ -210,7 +244,7 @@ class ExportRouter:
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:
         assert entry.record is not None
         prefix = entry.record.prefix
-        self._records.save(entry.record)
+        self._records.save(entry.record, fresh=True)
         etag: str | None = None
         # Nobody else can know a fork yet: it is served first and put in the background. A view never is.
         if not root.source or (wait and not entry.record.is_view):
@@ -252,6 +286,7 @@ class ExportRouter:
         self, entry: Entry, wanted: CreateRequest, source: Source | None, size: int | None, prefix: str
     ) -> ExportStatus:
         with entry.lock:
+            self.table.check_open()
             record = entry.record
             if entry.gone or record is None:
                 raise ExportExists(entry.name)
@@ -295,6 +330,7 @@ class ExportRouter:
 
     def _attach_again(self, entry: Entry, wanted: AttachRequest) -> ExportStatus:
         with entry.lock:
+            self.table.check_open()
             if entry.gone:
                 raise UnknownExport(entry.name)
             if wanted.take_over and entry.volume is not None and entry.serves():

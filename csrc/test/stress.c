@@ -7,10 +7,12 @@
  * that Python does at run time goes on at once: faults are answered (from a
  * base that never changes), segments sealed, gathered, "committed" (the base
  * keeps what was gathered) and retired, slots evicted, statistics read, NBD
- * clients come and go, volumes are closed and opened again.
+ * clients come and go, volumes are closed and opened again. Two of the volumes have
+ * shadow verify on.
  */
 #include "../data_hash.h"
 #include "../glide_core_internal.h"
+#include "stress_shadow.h"
 
 #include <endian.h>
 #include <errno.h>
@@ -51,10 +53,13 @@ struct volume_state {
     pthread_mutex_t base_lock;         /* guards base */
     uint8_t base[BLOCKS][GLIDE_BLOCK]; /* what "the store" holds */
     uint64_t written[SECTORS];         /* generation of each sector; a sector has one writer */
+    struct stress_shadow shadow;       /* of every other volume */
 };
 
 static glide_engine *engine;
 static struct volume_state states[VOLUMES];
+static const char *directory;
+static atomic_ullong compared; /* by shadow verify, in sectors */
 static atomic_bool stop;
 static atomic_int clients_left; /* the uploaders go on until it is 0 */
 static atomic_ullong operations;
@@ -104,7 +109,23 @@ static void open_volume(struct volume_state *s)
 
     memcpy(config.volume_id, s->id, 16);
     memcpy(config.log_id, s->id, 16);
+    if (s->id[0] % 2 == 0) {
+        MUST(glide_volume_open(engine, &config, &s->volume, &recovery));
+        return;
+    }
+    MUST(stress_shadow_begin(&s->shadow, directory, s->log_dir, s->id, s->committed, s->base, BLOCKS));
+    config.shadow = &s->shadow.config;
     MUST(glide_volume_open(engine, &config, &s->volume, &recovery));
+    close(s->shadow.config.fd);
+}
+
+static void close_volume(struct volume_state *s)
+{
+    struct glide_volume_stats stats;
+
+    MUST(glide_volume_stats_get(s->volume, &stats));
+    atomic_fetch_add(&compared, stats.shadow_compared);
+    MUST(glide_volume_close(s->volume));
 }
 
 /* ---- what Python does -------------------------------------------------------------------- */
@@ -172,6 +193,25 @@ static void *fault_thread(void *arg)
     return NULL;
 }
 
+static void *shadow_thread(void *arg)
+{
+    struct glide_shadow_item item;
+    uint64_t seed = 55;
+    int got;
+
+    (void)arg;
+    while ((got = glide_shadow_next(engine, 100, &item)) != -ESHUTDOWN) {
+        if (!got)
+            continue;
+        struct volume_state *s = &states[item.volume % VOLUMES];
+        pthread_rwlock_rdlock(&s->open);
+        if (s->cookie == item.volume)
+            MUST(stress_shadow_answer(&s->shadow, s->volume, &item, next_random(&seed) % 16 == 0));
+        pthread_rwlock_unlock(&s->open);
+    }
+    return NULL;
+}
+
 static void *event_thread(void *arg)
 {
     struct glide_event events[16];
@@ -222,7 +262,7 @@ static void reopen(struct volume_state *s)
         pthread_rwlock_unlock(&s->open);
         usleep(1000);
     }
-    MUST(glide_volume_close(s->volume));
+    close_volume(s);
     s->cookie += VOLUMES;
     open_volume(s);
     pthread_rwlock_unlock(&s->open);
@@ -234,6 +274,28 @@ static void enter(struct volume_state *s)
     while (atomic_load(&s->pause))
         usleep(100);
     pthread_rwlock_rdlock(&s->open);
+}
+
+/* A handoff that is called off. */
+static void stand_still(struct volume_state *s)
+{
+    struct glide_nbd_state conns[4];
+    struct glide_cutover position;
+
+    MUST(glide_volume_freeze(s->volume, &position));
+    MUST(glide_cache_give(engine));
+    int n = glide_nbd_frozen(s->volume, conns, 4);
+    for (int i = 0; i < n && i < 4; i++) {
+        void *in = malloc(conns[i].in_bytes + 1), *out = malloc(conns[i].out_bytes + 1);
+        int err = glide_nbd_export(s->volume, &conns[i], in, out);
+        if (err != -EAGAIN && err != -ENOENT)
+            MUST(err);
+        free(in);
+        free(out);
+    }
+    usleep(500);
+    MUST(glide_cache_take(engine));
+    MUST(glide_volume_unfreeze(s->volume));
 }
 
 static void *upload_thread(void *arg)
@@ -248,6 +310,8 @@ static void *upload_thread(void *arg)
         usleep(next_random(&seed) % 20000);
         pthread_rwlock_rdlock(&s->open);
         upload(s);
+        if (next_random(&seed) % 8 == 0)
+            stand_still(s);
         MUST(glide_volume_info_get(s->volume, &info));
         MUST(glide_volume_stats_get(s->volume, &stats));
         glide_engine_stats_get(engine, &all);
@@ -372,7 +436,7 @@ static void nbd_session(struct volume_state *s, uint64_t id, uint64_t *seed)
 static void *nbd_thread(void *arg)
 {
     struct volume_state *s = arg;
-    uint64_t seed = 99 + s->cookie, id = 1;
+    uint64_t seed = 99 + s->id[0], id = 1; /* the cookie changes */
 
     while (!atomic_load(&stop)) {
         enter(s);
@@ -408,7 +472,7 @@ static void check_hash(void)
 
 int main(int argc, char **argv)
 {
-    pthread_t threads[2 + VOLUMES * (CLIENTS + 2)];
+    pthread_t threads[3 + VOLUMES * (CLIENTS + 2)];
     static struct client clients[VOLUMES][CLIENTS];
     int n = 0;
 
@@ -424,6 +488,7 @@ int main(int argc, char **argv)
                                          .cache_bytes = 12 * GLIDE_BLOCK,
                                          .busy_poll_us = 50,
                                          .cache_dir = argv[1]};
+    directory = argv[1];
     check_hash();
     MUST(glide_engine_open(&config, &engine));
     for (int i = 0; i < VOLUMES; i++)
@@ -431,6 +496,7 @@ int main(int argc, char **argv)
     atomic_store(&clients_left, VOLUMES * (CLIENTS + 1));
     pthread_create(&threads[n++], NULL, fault_thread, NULL);
     pthread_create(&threads[n++], NULL, event_thread, NULL);
+    pthread_create(&threads[n++], NULL, shadow_thread, NULL);
     for (int i = 0; i < VOLUMES; i++) {
         pthread_create(&threads[n++], NULL, upload_thread, &states[i]);
         pthread_create(&threads[n++], NULL, nbd_thread, &states[i]);
@@ -441,14 +507,17 @@ int main(int argc, char **argv)
     }
     sleep((unsigned)atoi(argv[2]));
     atomic_store(&stop, true);
-    for (int i = 2; i < n; i++)
+    for (int i = 3; i < n; i++)
         pthread_join(threads[i], NULL);
     for (int i = 0; i < VOLUMES; i++)
-        MUST(glide_volume_close(states[i].volume));
+        close_volume(&states[i]);
     glide_engine_shutdown(engine);
-    pthread_join(threads[0], NULL);
-    pthread_join(threads[1], NULL);
+    for (int i = 0; i < 3; i++)
+        pthread_join(threads[i], NULL);
+    for (int i = 0; i < VOLUMES; i++)
+        free(states[i].shadow.base);
     glide_engine_close(engine);
-    printf("stress: %llu operations, no difference\n", (unsigned long long)atomic_load(&operations));
+    printf("stress: %llu operations, %llu sectors compared with a second source, no difference\n",
+           (unsigned long long)atomic_load(&operations), (unsigned long long)atomic_load(&compared));
     return 0;
 }

@@ -24,6 +24,7 @@ from glidefs.exports import (
     SnapshotRequest,
     TagRequest,
 )
+from glidefs.handoff.predecessor import Outcome
 from glidefs.router import ExportRouter
 
 MAX_BODY = 64 << 10
@@ -41,12 +42,22 @@ class LogExportRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     path: str
 
 
+class HandoffRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST /admin/handoff. `dry_run`: start a successor, see that it could take over, end it."""
+
+    dry_run: bool = False
+
+
 class Control(Protocol):
     """What the daemon offers to the API."""
 
     @property
     def router(self) -> ExportRouter:
         """The exports."""
+        ...
+
+    def hand_over(self, *, dry_run: bool = False) -> Outcome:
+        """Give the exports to a new process. Raises HandoffFailed."""
         ...
 
     def health(self) -> dict[str, Any]:
@@ -226,6 +237,11 @@ class Routes:
         ids = request.path_params["volume"], request.path_params["log"]
         return reply(await self.change(self.control.router.logs.delete, *ids))
 
+    async def hand_over(self, request: Request) -> Response:
+        """POST /admin/handoff: answered by the process that was asked; after success another one serves."""
+        wanted = await body(request, HandoffRequest)
+        return reply(await self.slow(self.control.hand_over, dry_run=wanted.dry_run))
+
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
         text = await self.fast(self.control.metrics)
@@ -269,6 +285,7 @@ def build_app(control: Control) -> FastAPI:
         ("GET", "/api/logs", routes.logs),
         ("POST", f"{stored_log}/export", routes.export_log),
         ("DELETE", stored_log, routes.delete_log),
+        ("POST", "/admin/handoff", routes.hand_over),
         ("GET", "/metrics", routes.metrics),
         ("GET", "/health", routes.health),
         ("GET", "/health/ready", routes.ready),

@@ -7,6 +7,7 @@ import logging
 from msgspec import Struct
 
 from glidefs import errors
+from glidefs.handoff.predecessor import HandoffFailed
 from glidefs.volume.volume import DrainTimeout
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (errors.NoSuchBucket, 502),
     (errors.StoreUnsupported, 502),
     (errors.StoreError, 503),
+    (errors.Refused, 503),
+    (HandoffFailed, 503),
     (DrainTimeout, 504),
 )
 

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,19 +88,29 @@ class ApiServer:
         self._identity: tuple[int, int] | None = None
         self._failure: BaseException | None = None
         self._running = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
-    def start(self) -> None:
-        """Listen and serve. Raises ListenError, ConfigError."""
+    def start(self, inherited: Sequence[tuple[str, socket.socket]] = ()) -> None:
+        """Listen and serve. Raises ListenError, ConfigError.
+
+        `inherited`: listeners of a process before, each with the socket file that is ours to remove, or "".
+        """
         settings = self._settings
         guarded = TokenGuard(self._app, read_token(settings.token_file or "")) if settings.listen else None
-        unix = activated_listeners("api", os.environ)
+        unix = [listener for _, listener in inherited if listener.family == socket.AF_UNIX]
+        tcp = [listener for _, listener in inherited if listener.family != socket.AF_UNIX]
+        own = any(path == settings.socket for path, _ in inherited)
+        unix = unix or activated_listeners("api", os.environ)
         if not unix:
             unix = [listen_unix(settings.socket)]
+            own = True
+        if own:
             self._identity = socket_identity(settings.socket)
         self._servers.append((_server(self._app), unix))
         try:
             if settings.listen and guarded:
-                self._servers.append((_server(guarded), [listen_tcp(*parse_listen(settings.listen))]))
+                tcp = tcp or [listen_tcp(*parse_listen(settings.listen))]
+                self._servers.append((_server(guarded), tcp))
             self._thread = threading.Thread(target=self._serve, name="api", daemon=True)
             self._thread.start()
             if not self._running.wait(START_TIMEOUT) or self._failure:
@@ -119,6 +129,7 @@ class ApiServer:
             self._running.set()
 
     async def _main(self) -> None:
+        self._loop = asyncio.get_running_loop()
         tasks = [asyncio.create_task(server.serve(sockets)) for server, sockets in self._servers]
         while not all(server.started for server, _ in self._servers) and not any(
             task.done() for task in tasks
@@ -127,8 +138,37 @@ class ApiServer:
         self._running.set()
         await asyncio.gather(*tasks)
 
-    def close(self) -> None:
-        """Stop listening, let running requests finish for a moment, remove the socket file."""
+    def stop_listening(self) -> None:
+        """Take no new connections; those that are there are served. The sockets are another process's."""
+        loop = self._loop
+        if loop is None or self._thread is None or not self._thread.is_alive():
+            return
+        done = threading.Event()
+
+        def stop() -> None:
+            for server, _ in self._servers:
+                for listening in server.servers:
+                    listening.close()
+            done.set()
+
+        loop.call_soon_threadsafe(stop)
+        done.wait(STOP_TIMEOUT)
+
+    def descriptors(self) -> list[tuple[str, int]]:
+        """The listeners, each with the socket file that is ours to remove, or ""."""
+        return [
+            (self._settings.socket if self._identity and at.family == socket.AF_UNIX else "", at.fileno())
+            for _, sockets in self._servers
+            for at in sockets
+        ]
+
+    def close(self, *, handed_over: bool = False) -> None:
+        """Stop listening, let running requests finish for a moment, remove the socket file.
+
+        With `handed_over` another process has the listeners, and the file stays.
+        """
+        if handed_over:
+            self._identity = None
         for server, _ in self._servers:
             server.should_exit = True
         if self._thread is not None:

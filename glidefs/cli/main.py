@@ -25,6 +25,8 @@ from glidefs.cli.common import (
 from glidefs.cli.devices import app as devices_app
 from glidefs.cli.forks import add_commands
 
+HANDOFF_TIMEOUT = 600.0
+
 app = typer.Typer(
     name="glidefs",
     help="Fast local disks backed by an object store.",
@@ -68,7 +70,7 @@ def init(
 def run(config: ConfigOption = None) -> None:
     """Run the daemon in the foreground."""
     with reported(False):
-        from glidefs.daemon import run_daemon
+        from glidefs.runner import run_daemon
 
         raise SystemExit(run_daemon(config))
 
@@ -173,6 +175,29 @@ def resize(
 def drain(name: Name, timeout: Timeout = None, config: ConfigOption = None, as_json: Json = False) -> None:
     """Upload everything that was written until now."""
     _drained("drain", "drained", name, timeout, config, as_json)
+
+
+@app.command()
+def handoff(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Start a successor, see that it could take over, end it.")
+    ] = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Give all exports to a new process of the daemon, without an I/O error: an upgrade in use."""
+    with reported(as_json):
+        answer = connect(config).call("POST", "/admin/handoff", {"dry_run": dry_run}, timeout=HANDOFF_TIMEOUT)
+        if dry_run:
+            text = f"a successor could take over {answer['exports']} exports; process {answer['pid']} goes on"
+        else:
+            text = (
+                f"{answer['outcome']}: process {answer['pid']} serves {answer['exports']} exports, "
+                f"guests waited {answer['stall'] * 1e3:.1f} ms"
+            )
+        show_result(answer, as_json, text)
+        if answer["outcome"] == "revived":
+            raise SystemExit(1)
 
 
 @app.command()

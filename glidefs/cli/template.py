@@ -53,7 +53,7 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #max_dirty_age = "5m"               # the latest, whatever else goes on
 #pack_size = "32MiB"
 #compression_level = 1              # zstd
-#volumes = 2                        # volumes that upload at the same time
+#volumes = 8                        # volumes that upload at the same time
 #workers = 3                        # packs in the making; each holds up to twice pack_size
 #compaction = true                  # merge small packs in the background
 #compact_rate = "64MiB"             # bytes per second of it
@@ -71,6 +71,9 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #on_stop = "release"                # ublk devices on SIGTERM: "release" = guests pause until the next start
                                     # and see no error, "remove" = the devices disappear
 #log_level = "info"
+
+[debug]
+#shadow_dir = "/var/tmp/glidefs"    # compare every read with a second source kept here; slow; default: off
 """
 
 

@@ -12,6 +12,7 @@ import msgspec
 from glidefs.core._core import ffi, lib
 from glidefs.core.cache import BlockCache
 from glidefs.core.check import Closed, Handle, check
+from glidefs.core.shadow import ShadowFile, ShadowItem, from_c
 from glidefs.core.volume import CoreVolume, Recovery, VolumeConfig, open_volume
 
 EVENTS_AT_ONCE = 64
@@ -29,6 +30,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_full_timeout_ms: int = 0
     read_timeout_ms: int = 0
     busy_poll_us: int = 0
+    standby: bool = False
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -104,6 +106,7 @@ class Engine(Handle):
         raw.log_full_timeout_ms = config.log_full_timeout_ms
         raw.read_timeout_ms = config.read_timeout_ms
         raw.busy_poll_us = config.busy_poll_us
+        raw.standby = config.standby
         out = ffi.new("glide_engine **")
         check(lib.glide_engine_open(raw, out), f"open the engine in {config.cache_dir}")
         super().__init__(out[0])
@@ -113,9 +116,19 @@ class Engine(Handle):
     def _free(self, pointer: Any) -> None:
         lib.glide_engine_close(pointer)
 
-    def open_volume(self, config: VolumeConfig) -> tuple[CoreVolume, Recovery]:
-        """Replay the log of a volume and serve it. Raises CorruptLog, CoreError."""
-        return open_volume(self, config)
+    def shutdown(self) -> None:
+        """Threads that wait for faults, events or the block cache get Closed or an error, now and later."""
+        with self._use() as engine:
+            lib.glide_engine_shutdown(engine)
+
+    def open_volume(
+        self, config: VolumeConfig, shadow: ShadowFile | None = None
+    ) -> tuple[CoreVolume, Recovery]:
+        """Replay the log of a volume and serve it. Raises CorruptLog, CoreError.
+
+        With ``shadow``, a debug option, every READ is compared with it.
+        """
+        return open_volume(self, config, shadow)
 
     def faults_next(self, max_blocks: int, timeout_ms: int) -> Fault | None:
         """The next run of at most ``max_blocks`` absent blocks, or None after the timeout.
@@ -134,6 +147,17 @@ class Engine(Handle):
         with self._use() as engine:
             count = check(lib.glide_events_next(engine, timeout_ms, raw, EVENTS_AT_ONCE), "events")
         return [Event(raw[i].volume, raw[i].kind, raw[i].a, raw[i].b) for i in range(count)]
+
+    def shadow_next(self, timeout_ms: int) -> ShadowItem | None:
+        """What shadow verify asks or tells next, or None after the timeout. Any number of threads may wait.
+
+        Raises Closed.
+        """
+        raw = ffi.new("struct glide_shadow_item *")
+        with self._use() as engine:
+            if not check(lib.glide_shadow_next(engine, timeout_ms, raw), "shadow verify"):
+                return None
+        return from_c(raw)
 
     def stats(self) -> EngineStats:
         """Gauges and counters now."""
@@ -154,5 +178,6 @@ __all__ = [
     "EventKind",
     "Fault",
     "Recovery",
+    "ShadowFile",
     "VolumeConfig",
 ]

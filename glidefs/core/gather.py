@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from glidefs.core._core import ffi, lib
-from glidefs.core.check import Handle, check
+from glidefs.core.check import CoreError, Handle, check, error_text
 
 if TYPE_CHECKING:
     from glidefs.core.volume import CoreVolume
@@ -124,3 +125,32 @@ def log_segments(log_dir: str | os.PathLike[str]) -> list[int]:
         if found <= room or room >= MAX_SEGMENTS:
             return [int(seqs[i]) for i in range(min(found, room))]
         room = min(found, MAX_SEGMENTS)
+
+
+class LogRecord(msgspec.Struct, frozen=True):
+    """A record of a log: ``count`` sectors from ``sector``, zeros if ``zero``; it begins at ``index``.
+
+    ``intact``: its data has the hash that the record says.
+    """
+
+    sector: int
+    count: int
+    index: int
+    zero: bool
+    intact: bool
+
+
+def log_record(
+    log_dir: str | os.PathLike[str], volume_id: bytes, log_id: bytes, seq: int, index: int
+) -> LogRecord | None:
+    """The record that a log position belongs to, read from the file of segment ``seq`` and checked.
+
+    None where there is no valid one, or no such file. Raises CoreError.
+    """
+    raw = ffi.new("struct glide_record *")
+    result = lib.glide_log_record(os.fsencode(log_dir), volume_id, log_id, seq, index, raw)
+    if result == -errno.ENOENT:
+        return None
+    if result not in (0, -errno.EUCLEAN):
+        raise CoreError(-result, "read a log record", error_text())
+    return LogRecord(raw.sector, raw.count, raw.index, bool(raw.zero), result == 0)

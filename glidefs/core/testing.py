@@ -1,4 +1,5 @@
-"""Hooks for tests: a trace of what reached the write log's disk, and failures of it. Process-wide."""
+"""Hooks for tests: a trace of what reached the write log's disk, and failures of it, both process-wide;
+and a way to make a volume forget."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import os
 
 from glidefs.core._core import ffi, lib
 from glidefs.core.check import check
+from glidefs.core.volume import CoreVolume
 
 
 class DiskKind(enum.IntEnum):
@@ -33,3 +35,9 @@ def disk_inject(kind: DiskKind, err: int, *, skip: int = 0, count: int = 1) -> N
     Syncs are named by their begin.
     """
     check(lib.glide_disk_inject(kind, err, skip, count), "disk inject")
+
+
+def forget_sector(volume: CoreVolume, sector: int) -> None:
+    """Lose what the log map says of a sector. Raises CoreError (ENOENT) if it says nothing."""
+    with volume._use() as pointer:
+        check(lib.glide_volume_forget_sector(pointer, sector), "forget a sector")

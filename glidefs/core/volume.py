@@ -13,6 +13,7 @@ import msgspec
 
 from glidefs.core._core import ffi, lib
 from glidefs.core.check import CoreError, Handle, check
+from glidefs.core.shadow import ShadowFile, to_c
 from glidefs.core.ublk import UblkConfig, UblkDevice
 from glidefs.core.ublk import add as add_device
 
@@ -29,7 +30,8 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What the core must know of a volume. ``cookie`` names it in faults and events.
 
     ``log_dir`` holds the segments of this log id; segments up to ``committed_seq`` are in the store
-    and are not replayed. ``size`` in bytes, a multiple of 4096.
+    and are not replayed. ``size`` in bytes, a multiple of 4096. ``standby``: another process serves the log
+    until :func:`glidefs.core.handoff.activate`.
     """
 
     cookie: int
@@ -41,6 +43,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     flush_store: bool = False
     always_verify: bool = False
+    standby: bool = False
 
 
 class Recovery(NamedTuple):
@@ -92,6 +95,10 @@ class VolumeStats(msgspec.Struct, frozen=True, kw_only=True):
     syncs: int
     log_full_waits: int
     map_full_waits: int
+    shadow_compared: int
+    shadow_differences: int
+    shadow_changed: int
+    shadow_absent: int
 
 
 class Install(msgspec.Struct, frozen=True):
@@ -228,6 +235,14 @@ class CoreVolume(Handle):
         with self._use() as volume:
             return check(lib.glide_volume_fill(volume, stamp, raw, len(fills)), "fill")
 
+    def shadow_fill(self, block: int, count: int, data: bytearray | None) -> None:
+        """Answer a ShadowFill: ``count`` blocks of 128 KiB; None lets the READs that wait go without."""
+        raw = ffi.NULL if data is None else ffi.from_buffer(data)
+        if data is not None and len(data) != count * BLOCK:
+            raise ValueError(f"{count} blocks have {count * BLOCK} bytes, not {len(data)}")
+        with self._use() as volume:
+            check(lib.glide_shadow_fill(volume, block, count, raw), "shadow fill")
+
     def info(self) -> VolumeInfo:
         """State of the log now."""
         raw = ffi.new("struct glide_volume_info *")
@@ -298,7 +313,9 @@ class CoreVolume(Handle):
         return UblkDevice(self, config)
 
 
-def open_volume(engine: Engine, config: VolumeConfig) -> tuple[CoreVolume, Recovery]:
+def open_volume(
+    engine: Engine, config: VolumeConfig, shadow: ShadowFile | None
+) -> tuple[CoreVolume, Recovery]:
     """See :meth:`Engine.open_volume`."""
     config.log_dir.parent.mkdir(parents=True, exist_ok=True)
     log_dir = ffi.new("char[]", os.fsencode(config.log_dir))  # kept alive over the call
@@ -312,6 +329,9 @@ def open_volume(engine: Engine, config: VolumeConfig) -> tuple[CoreVolume, Recov
     raw.read_only = config.read_only
     raw.flush_store = config.flush_store
     raw.always_verify = config.always_verify
+    raw.standby = config.standby
+    raw_shadow, _kept = (ffi.NULL, None) if shadow is None else to_c(shadow)  # kept alive over the call
+    raw.shadow = raw_shadow
     out, recovery = ffi.new("glide_volume **"), ffi.new("struct glide_recovery *")
     with engine._use() as pointer:
         check(lib.glide_volume_open(pointer, raw, out, recovery), "open volume", path=str(config.log_dir))

@@ -17,7 +17,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from urllib.parse import quote
@@ -81,6 +81,7 @@ class NbdServer:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
+        self._accepting: list[asyncio.Task[None]] = []
         self._negotiating: dict[asyncio.Task[NbdExport | None], None] = {}  # oldest first
         self._warned = -_ACCEPT_WARNING_SECONDS
 
@@ -161,6 +162,50 @@ class NbdServer:
         """Connections in transmission, of one export or of all."""
         return self._table.listing(name)
 
+    @property
+    def table(self) -> ConnectionTable:
+        """For the handoff."""
+        return self._table
+
+    def inherit(self, listeners: Sequence[socket.socket], own: Sequence[str]) -> None:
+        """Before the start: listen on these, from the process before; the files `own` are ours to remove."""
+        self._listeners = [nbd_listen.checked_listener(listener) for listener in listeners]
+        self._own_files = {path: nbd_listen.socket_identity(path) for path in own}
+
+    @property
+    def own_files(self) -> tuple[str, ...]:
+        """Socket files that go when the server closes, in the order of their listeners."""
+        return tuple(self._own_files)
+
+    def pause(self, seconds: float) -> None:
+        """Accept no connections for now; what negotiates gets `seconds` to end, then it is dropped."""
+        self._from_outside(self._pause(seconds))
+        self._table.settled(seconds)
+
+    def resume(self) -> None:
+        """Accept again."""
+        self._from_outside(self._resume())
+
+    def _from_outside(self, work: Coroutine[None, None, None]) -> None:
+        if self._thread is None or self._loop is None or not self._thread.is_alive():
+            work.close()
+            return
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _pause(self, seconds: float) -> None:
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        self._accepting = []
+        if self._negotiating:
+            await asyncio.wait(list(self._negotiating), timeout=seconds)
+        for negotiation in list(self._negotiating):
+            negotiation.cancel()
+
+    async def _resume(self) -> None:
+        if not self._accepting and not self._stop.is_set():
+            self._accepting = [asyncio.create_task(self._accept(at)) for at in self._listeners]
+
     def connection_closed(self, conn_id: int, err: int) -> None:
         """The core's event CONN_CLOSED; `err` is 0 or the errno that ended the connection."""
         self._table.ended(conn_id, err)
@@ -181,11 +226,11 @@ class NbdServer:
             loop.close()
 
     async def _serve(self) -> None:
-        accepting = [asyncio.create_task(self._accept(listener)) for listener in self._listeners]
+        await self._resume()
         await self._stop.wait()
-        for task in accepting:
+        for task in self._accepting:
             task.cancel()
-        await asyncio.gather(*accepting, return_exceptions=True)
+        await asyncio.gather(*self._accepting, return_exceptions=True)
         negotiating = list(self._negotiating)  # their callbacks close the sockets
         for negotiation in negotiating:
             negotiation.cancel()

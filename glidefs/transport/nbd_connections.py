@@ -129,6 +129,26 @@ class ConnectionTable:
     def _is_gone(self, record: _Record) -> bool:
         return record.about.conn_id not in self._records
 
+    def about(self, conn_id: int) -> NbdConnection | None:
+        """What is known of a connection."""
+        with self._changed:
+            record = self._records.get(conn_id)
+        return record.about if record is not None else None
+
+    def adopt(self, about: NbdConnection, core: NbdCore) -> None:
+        """A connection came from another process, and the core has it."""
+        record = _Record(about, core)
+        record.attached = True
+        with self._changed:
+            self._records[about.conn_id] = record
+
+    def settled(self, seconds: float) -> bool:
+        """Wait until the core has every connection whose handshake is over; False when time is up."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: all(record.attached for record in self._records.values()), seconds
+            )
+
     def forget(self) -> None:
         """Leave every connection to another process and take no more."""
         with self._changed:

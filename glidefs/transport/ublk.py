@@ -32,7 +32,7 @@ F_USER_RECOVERY = 1 << 3
 F_UPDATE_SIZE = 1 << 10
 TAKEOVER_WAIT = 15.0
 """Seconds until a device whose server is gone must be QUIESCED (the kernel notices when it is reaped)."""
-_POLL = 0.05
+_POLL = 0.002
 
 _REMEDIES = {
     errno.EPERM: "the daemon needs CAP_SYS_ADMIN: run it as root",

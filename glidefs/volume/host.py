@@ -7,13 +7,16 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from glidefs.core import handoff
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
+from glidefs.core.handoff import Position
 from glidefs.core.volume import Recovery, VolumeConfig
 from glidefs.errors import GlideError
 from glidefs.formats.export_record import ExportRecord
@@ -28,6 +31,7 @@ from glidefs.volume.retire import Retirer
 from glidefs.volume.scheduler import EventHandler, Scheduler, lower_priority
 from glidefs.volume.service import FaultService
 from glidefs.volume.settings import HostSettings
+from glidefs.volume.shadow import ShadowVerifier
 from glidefs.volume.uploader import Uploader
 from glidefs.volume.volume import Volume
 
@@ -59,12 +63,17 @@ class Host:
             settings.put_threads, "glide-put", initializer=partial(lower_priority, settings.nice)
         )
         self._retirer = Retirer(engine, settings)
-        self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler.stopping)
+        self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
         self.faults = FaultService(engine, store, settings, self.find)
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
         self.scheduler.on_commit = self._committed
+        self._shadow = (
+            ShadowVerifier(engine, store, settings, settings.shadow_dir, self.find)
+            if settings.shadow_dir is not None
+            else None
+        )
         self._closed = False
 
     # -- life ------------------------------------------------------------------------------------
@@ -73,9 +82,13 @@ class Host:
         """Start the threads."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self.settings.log_dir.mkdir(parents=True, exist_ok=True)
+        if self.settings.shadow_dir is not None:
+            self.settings.shadow_dir.mkdir(parents=True, exist_ok=True)
         self.faults.start()
         self.scheduler.start()
         self.compactor.start()
+        if self._shadow is not None:
+            self._shadow.start()
 
     def close(self) -> None:
         """Close all volumes and stop the threads. Nothing is uploaded: see :meth:`Volume.drain`."""
@@ -89,6 +102,8 @@ class Host:
         self.scheduler.close()
         self.prefetcher.close()
         self.faults.close()
+        if self._shadow is not None:
+            self._shadow.close()
         self._puts.shutdown(cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -102,8 +117,8 @@ class Host:
 
     # -- volumes ---------------------------------------------------------------------------------
 
-    def open(self, record: ExportRecord, root: Root, etag: str | None) -> Volume:
-        """Replay the log of a volume and serve it.
+    def open(self, record: ExportRecord, root: Root, etag: str | None, *, standby: bool = False) -> Volume:
+        """Replay the log of a volume and serve it; with ``standby`` only once :meth:`activate` was called.
 
         ``root`` is the newest known of the record's log id (or of a read-only export's manifest),
         ``etag`` that of the store, None where its first put is still to come, which then happens
@@ -112,7 +127,7 @@ class Host:
         if not record.read_only and root.log_id != record.log_id:
             raise GlideError(f"volume {record.name}: its root names another log; attach it first")
         volume = Volume(self, record, root, etag, next(self._cookies), self.meta, self.state_dir)
-        if not record.read_only:
+        if not record.read_only and not standby:
             # The core unlinks what the root includes: that root must be durable here first.
             volume.committer.save_local()
         config = VolumeConfig(
@@ -124,22 +139,40 @@ class Host:
             committed_seq=0 if record.read_only else root.last_segment,
             read_only=record.read_only,
             flush_store=record.flush == "store",
+            standby=standby,
         )
         with self._lock:
             if self._closed:
                 raise Closed("the host is closed")
             self._volumes[volume.cookie] = volume
         try:
-            volume.core, recovery = self.engine.open_volume(config)
+            # What is taken over in a handoff is not compared: its log goes on in another process meanwhile.
+            verify = self._shadow if not standby else None
+            with verify.source(volume, root, config) if verify else nullcontext() as shadow:
+                volume.core, recovery = self.engine.open_volume(config, shadow)
         except BaseException:
             with self._lock:
                 del self._volumes[volume.cookie]
             raise
-        volume.committer.known_segment = max(recovery.last_seq, root.last_segment)
-        self._opened(volume, recovery)
+        if not standby:
+            self._opened(volume, recovery)
         return volume
 
+    def activate(self, volume: Volume, position: Position) -> None:
+        """The process that served the volume has stopped where ``position`` says. It stays frozen.
+
+        Raises CoreError (ESTALE) if its log ends elsewhere, CorruptLog.
+        """
+        self._opened(volume, handoff.activate(volume.core, position))
+
+    def save_roots(self) -> None:
+        """Make the local copies of all roots durable: until then nothing that was taken over is retired."""
+        for volume in self.volumes():
+            if not volume.read_only:
+                volume.committer.save_local()
+
     def _opened(self, volume: Volume, recovery: Recovery) -> None:
+        volume.committer.known_segment = max(recovery.last_seq, volume.root.last_segment)
         if recovery.segments:
             log.info(
                 "volume %s: replayed %d records of %d segments, %d torn ones dropped",

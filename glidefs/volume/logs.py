@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
+from typing import IO
 
 import msgspec
 
@@ -70,30 +71,41 @@ def export_log(directory: Path, volume_id: bytes, log_id: bytes, out_path: Path)
     What the log does not hold is left as it is in ``out_path``, so a log can be applied over an
     image of the volume. Raises CorruptLog.
     """
-    seqs = log_segments(directory)
-    extents: list[LogExtent] = []
     with out_path.open("r+b" if out_path.exists() else "w+b") as out:
-        if not seqs:
-            return extents
-        with Gather(None, directory, volume_id, log_id, seqs[0], seqs[-1]) as gather:
-            for extent in gather.extents():
-                _add(extents, extent.block * BLOCK, extent.count * BLOCK, True)
-            for first, count in _batches(gather):
-                data = memoryview(bytearray(gather.nbytes(first, count)))
-                gather.fill(first, count, data)
-                at = 0
-                for block, mask, zero_mask in gather.entries(first, count):
-                    for sector, length, zero in _runs(mask, zero_mask):
-                        offset = block * BLOCK + sector * SECTOR
-                        _add(extents, offset, length * SECTOR, zero)
-                        if not zero:
-                            out.seek(offset)
-                            out.write(data[at : at + length * SECTOR])
-                            at += length * SECTOR
-        extents.sort(key=lambda extent: extent.offset)
+        extents = copy_log(directory, volume_id, log_id, out)
         out.flush()
-        _punch(out.fileno(), extents)
+        if extents:
+            _punch(out.fileno(), extents)
     return extents
+
+
+def copy_log(
+    directory: Path, volume_id: bytes, log_id: bytes, out: IO[bytes], *, after: int = 0
+) -> list[LogExtent]:
+    """Write what segments beyond ``after`` hold of data to its place in ``out``.
+
+    Returns all that they hold, ascending; the extents of zeros are the caller's to write. Raises CorruptLog.
+    """
+    extents: list[LogExtent] = []
+    seqs = [seq for seq in log_segments(directory) if seq > after]
+    if not seqs:
+        return extents
+    with Gather(None, directory, volume_id, log_id, seqs[0], seqs[-1]) as gather:
+        for extent in gather.extents():
+            _add(extents, extent.block * BLOCK, extent.count * BLOCK, True)
+        for first, count in _batches(gather):
+            data = memoryview(bytearray(gather.nbytes(first, count)))
+            gather.fill(first, count, data)
+            at = 0
+            for block, mask, zero_mask in gather.entries(first, count):
+                for sector, length, zero in _runs(mask, zero_mask):
+                    offset = block * BLOCK + sector * SECTOR
+                    _add(extents, offset, length * SECTOR, zero)
+                    if not zero:
+                        out.seek(offset)
+                        out.write(data[at : at + length * SECTOR])
+                        at += length * SECTOR
+    return sorted(extents, key=lambda extent: extent.offset)
 
 
 def delete_log(log_root: Path, volume_id: str, log_id: str, live: Collection[tuple[bytes, bytes]]) -> None:

@@ -73,8 +73,11 @@ class Burst:
     no burst (the log is half full, or a write has waited as long as it may anyway).
     """
 
-    def __init__(self, volume: Writable, log_limit: int, patience: float) -> None:
+    def __init__(
+        self, volume: Writable, log_limit: int, patience: float, hurried: Callable[[], bool] = lambda: False
+    ) -> None:
         self._volume = volume
+        self._hurried = hurried
         self._most = int(log_limit * BURST_LOG)
         self._patience = patience
         self._bytes, self._since = self._written(), time.monotonic()
@@ -86,7 +89,7 @@ class Burst:
     def lasts(self) -> bool:
         """Whether the upload should step back now. Raises Closed."""
         volume = self._volume
-        if volume.awaited or volume.closing or not self._is_fast():
+        if volume.awaited or volume.closing or self._hurried() or not self._is_fast():
             return False
         info = volume.core.info()
         return not info.parked and info.dirty_bytes < self._most and info.dirty_age < self._patience

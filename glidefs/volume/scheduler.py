@@ -23,7 +23,7 @@ from glidefs.errors import Fenced, GlideError, StoreError
 from glidefs.volume.pace import Burst
 from glidefs.volume.retire import Retirer
 from glidefs.volume.settings import HostSettings
-from glidefs.volume.uploader import Uploader
+from glidefs.volume.uploader import Paused, Uploader
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
@@ -85,6 +85,7 @@ class Scheduler:
         self._threads: list[threading.Thread] = []
         self._stop = False
         self._paused = 0
+        self._give_up_at = 0.0
         self._last_loud = 0.0
         self.on_event: list[EventHandler] = []
         self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
@@ -98,6 +99,16 @@ class Scheduler:
     def stopping(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._stop
+
+    @property
+    def pausing(self) -> bool:
+        """Whether somebody waits for uploads to end: what waits should not."""
+        return self._paused > 0
+
+    @property
+    def giving_up(self) -> bool:
+        """The same, and it has taken too long: what is begun is done again later."""
+        return self._paused > 0 and time.monotonic() >= self._give_up_at
 
     def start(self) -> None:
         """Start the threads."""
@@ -161,6 +172,7 @@ class Scheduler:
         """
         with self._wake:
             self._paused += 1
+            self._give_up_at = time.monotonic() + (deadline - time.monotonic()) / 2
             while any(job.busy for job in self._jobs.values()):
                 if time.monotonic() >= deadline:
                     return False
@@ -247,9 +259,11 @@ class Scheduler:
         except Closed:
             return None
         except GlideError as error:
-            job.failures += 1
             job.seal |= seal  # what was asked for is still due
             job.urgent |= urgent
+            if isinstance(error, Paused):
+                return 0.0
+            job.failures += 1
             volume.last_error = str(error)
             self._say(volume, error)
             if isinstance(error, StoreError) and error.temporary:
@@ -259,7 +273,11 @@ class Scheduler:
     def _upload(self, volume: Volume, seal: bool, urgent: bool) -> None:
         size = volume.size
         # Who asks for a seal waits for the upload; what comes by its age must go.
-        burst = None if seal or urgent else Burst(volume, self._engine.config.log_limit, self._patience)
+        burst = (
+            None
+            if seal or urgent
+            else Burst(volume, self._engine.config.log_limit, self._patience, lambda: self.pausing)
+        )
         if not seal:
             info = volume.core.info()
             seal = info.dirty_age >= self._patience
@@ -287,6 +305,8 @@ class Scheduler:
                 self.on_commit(volume, done.chunks)
             if volume.done_segment >= sealed:
                 return
+            if self._paused:
+                raise Paused(f"volume {volume.name}: uploads pause")
 
     def batch_bytes(self) -> int:
         """Sealed log that makes a volume due: enough for full packs, a part of what the log may take."""

@@ -31,6 +31,8 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Compaction: a chunk of ``compact_width`` packs is looked at; after ``settle_idle`` seconds
     without a commit those of more than ``settle_width`` are, too. ``compact_rate`` bytes per second.
+
+    Debugging: with ``shadow_dir`` every read is compared with a second source, which is kept there.
     """
 
     log_dir: Path
@@ -50,7 +52,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     index_disk_bytes: int = 128 * MIB
     page_cache_pages: int = 32
     store_patience: float = 5.0
-    uploaders: int = 2
+    uploaders: int = 8
     put_threads: int = 3
     sync_interval: float = 30.0
     max_dirty_age: float = 300.0
@@ -70,3 +72,4 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     compact_commit_packs: int = 8
     settle_idle: float = 60.0
     settle_width: int = 4
+    shadow_dir: Path | None = None

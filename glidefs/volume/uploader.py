@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from glidefs import clock, heap
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.gather import Gather
-from glidefs.errors import Fenced, StoreError
+from glidefs.errors import Fenced, GlideError, StoreError
 from glidefs.store.base import Buffer
 from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
@@ -61,6 +61,31 @@ class Counters:
         self.compacted_bytes = 0
 
 
+class Life(Protocol):
+    """Whether the host goes on; what is used of the scheduler."""
+
+    @property
+    def stopping(self) -> bool:
+        """It ends: give up what waits for the store."""
+        ...
+
+    @property
+    def pausing(self) -> bool:
+        """Give up what waits for the store, it is done again later."""
+        ...
+
+    @property
+    def giving_up(self) -> bool:
+        """Give up what is under way, it is done again later."""
+        ...
+
+
+class Paused(GlideError):
+    """What is left of an upload waits until the host goes on."""
+
+    temporary = True
+
+
 class Uploader:
     """Uploads volumes; the scheduler says which and when, one job per volume at a time.
 
@@ -73,14 +98,14 @@ class Uploader:
         meta: MetaCache,
         settings: HostSettings,
         puts: Executor,
-        stopping: Callable[[], bool],
+        life: Callable[[], Life],
     ) -> None:
         self._store = store.view("upload", settings.store_patience)
         self._reads = store.view("read", settings.store_patience)
         self._meta = meta
         self._settings = settings
         self._puts = puts
-        self._stopping = stopping
+        self._life = life
         self.counters = Counters()
 
     def upload(self, volume: Volume, last: int, size: int, burst: Burst | None = None) -> Uploaded:
@@ -166,6 +191,8 @@ class Uploader:
         while True:
             began = time.monotonic()
             most = 1 if burst is not None and burst.lasts() else self._settings.put_threads
+            if error is None and self._life().giving_up:
+                error = Paused(f"volume {volume.name}: uploads pause")
             while error is None and len(waiting) < most:
                 job = next(todo, None)
                 if job is None:
@@ -218,8 +245,8 @@ class Uploader:
                 volume.last_error = str(error)
                 if volume.fenced:
                     raise Fenced(volume.name, volume.fenced) from error
-                if volume.closing or self._stopping():
+                if volume.closing or self._life().stopping:
                     raise Closed(f"volume {volume.name} closes") from error
-                if clock.elapsed() - since > self._settings.gc_grace / 2:
+                if self._life().pausing or clock.elapsed() - since > self._settings.gc_grace / 2:
                     raise
             time.sleep(0.05)  # the store's own wrapper did the waiting

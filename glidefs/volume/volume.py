@@ -19,6 +19,7 @@ from glidefs.core.volume import CoreVolume
 from glidefs.errors import Fenced, GlideError
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
+from glidefs.images.offline import BlockReader
 from glidefs.store.base import ObjectStore
 from glidefs.volume.commit import Committer
 from glidefs.volume.meta import Manifest, MetaCache
@@ -86,6 +87,7 @@ class Volume:
         "opened_at",
         "prefix",
         "record",
+        "shadow",
         "size",
     )
 
@@ -117,6 +119,8 @@ class Volume:
         self.on_fault: Callable[[int, int], None] | None = None
         """Called with (first block, count) of each fault, for a boot profile."""
         self.compact_state: Any = None
+        self.shadow: BlockReader | None = None
+        """With shadow verify: the store as it was at open."""
         self._ahead: ReadAhead | None = None
         self._size_dirty = False
         self._closing = False
@@ -227,7 +231,8 @@ class Volume:
 
     def retire_committed(self) -> None:
         """Give back all local log space of what the store has; later reads come from there."""
-        segment = self.retirable()
+        # A commit makes its local copy durable first, and tells the core then.
+        segment = min(self.retirable(), self.core.info().committed_seq)
         if segment:
             self.core.retire(segment)
 

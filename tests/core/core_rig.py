@@ -24,6 +24,7 @@ from glidefs.core.check import Closed, CoreError
 from glidefs.core.engine import Engine, EngineConfig, Fault
 from glidefs.core.gather import Gather
 from glidefs.core.payloads import overlay
+from glidefs.core.shadow import ShadowFile
 from glidefs.core.volume import (
     CoreVolume,
     Install,
@@ -110,20 +111,27 @@ class Vol:
         self.core: CoreVolume
         self.recovery: Recovery
         self.fault_errno = 0
+        self.shadow: ShadowFile | None = None
+        """Given to the next open."""
 
     def open(self, **changes: Any) -> Vol:
         self.config.update(changes)
         cookie = next(self.rig.cookies)
         self.rig.vols[cookie] = self
+        config = VolumeConfig(
+            cookie=cookie, log_dir=self.dir, committed_seq=self.committed_seq, **self.config
+        )
         try:
-            self.core, self.recovery = self.rig.engine.open_volume(
-                VolumeConfig(cookie=cookie, log_dir=self.dir, committed_seq=self.committed_seq, **self.config)
-            )
+            self.core, self.recovery = self.rig.engine.open_volume(config, self.shadow)
         except BaseException:
             del self.rig.vols[cookie]
             raise
         self.cookie = cookie
         return self
+
+    def config_without_size(self) -> dict[str, Any]:
+        """What another :class:`Vol` of the same log is made with."""
+        return {key: value for key, value in self.config.items() if key != "size"}
 
     def close(self) -> None:
         self.core.close()
@@ -256,7 +264,13 @@ class CoreRig:
             if self.before_answer is not None:
                 self.before_answer(vol, fault)
             with contextlib.suppress(Closed):
-                vol.core.install(fault.stamp, vol.answers(fault))
+                try:
+                    answers = vol.answers(fault)
+                except CoreError:
+                    if self._stop:
+                        return
+                    raise
+                vol.core.install(fault.stamp, answers)
 
     def events(self, kind: int, deadline: float = 10.0) -> list[Any]:
         """Wait for events of ``kind``; others are thrown away."""
@@ -270,6 +284,7 @@ class CoreRig:
     def close(self) -> None:
         self._stop = True
         self._go.set()
+        self.engine.shutdown()
         for vol in list(self.vols.values()):
             vol.close()
         for thread in self._threads:

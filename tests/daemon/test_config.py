@@ -22,6 +22,7 @@ OPTIONAL = {
     ("nbd", "listen"),
     ("nbd", "socket_group"),
     ("daemon", "node"),
+    ("debug", "shadow_dir"),
 }
 
 

@@ -51,6 +51,7 @@ def test_text_parses_and_has_the_figures() -> None:
         if sample.labels["op"] == "read"
     }
     assert reads == {"a": 4, 'b"\\': 4}
+    assert not [name for name in families if "shadow" in name]
     latency = families["glidefs_operation_seconds"].samples
     assert {sample.labels["op"] for sample in latency} == {"read"}
     assert [s.value for s in latency if s.name.endswith("_count") and s.labels["export"] == "a"] == [4]

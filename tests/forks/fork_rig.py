@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ class Node:
             "pack_bytes": 2 * MIB,
             "compaction": False,
             "gc_grace": grace,
+            "shadow_dir": home / "shadow" if os.environ.get("GLIDEFS_TEST_SHADOW") else None,
         }
         options.update(settings)
         self.host = Host(

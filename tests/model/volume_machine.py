@@ -92,6 +92,7 @@ class VolumeMachine(RuleBasedStateMachine):
 
     @initialize(written=st.booleans())
     def create(self, written: bool) -> None:
+        self.rig.differences.lines.clear()
         self.node = "a"
         self.size = SIZE
         self.volume = self.rig.create(self.host, SIZE, name=f"model{next(_numbers)}")
@@ -127,6 +128,7 @@ class VolumeMachine(RuleBasedStateMachine):
                     host.forget_state(self.volume.id)
             for info in list(self.rig.memory.list("")):
                 self.rig.memory.delete(info.key)
+        assert not self.rig.differences.lines
 
     # -- helpers ---------------------------------------------------------------------------------
 

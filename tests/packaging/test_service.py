@@ -91,15 +91,38 @@ def test_the_daemon_as_a_service(service: Service) -> None:
     assert service.manager.show(UNIT, "StatusText") == "serving 0 exports"
     made = json.loads(service.glidefs("create", "v1", "--size", "64MiB", "--transport", "nbd", "--json"))
     assert made["device"].endswith("/run/glidefs/nbd.sock")
-    service.manager.run("kill", "-9", str(first))
-    wait_for(lambda: service.main_pid() not in (0, first), "it is started again")
-    wait_for(lambda: service.manager.show(UNIT, "SubState") == "running", "it is ready again")
-    assert json.loads(service.glidefs("show", "v1", "--json"))["state"] == "serving"
+    for number in (signal.SIGKILL, signal.SIGTERM):  # the latter is an end that nobody asked systemd for
+        first = service.main_pid()
+        service.manager.run("kill", f"-{number}", str(first))
+        wait_for(lambda first=first: service.main_pid() not in (0, first), "it is started again")  # type: ignore[misc]
+        wait_for(lambda: service.manager.show(UNIT, "SubState") == "running", "it is ready again")
+        assert json.loads(service.glidefs("show", "v1", "--json"))["state"] == "serving"
     service.systemctl("stop", UNIT)
     assert service.manager.processes(UNIT) == []
     assert service.manager.show(UNIT, "Result") == "success"
     assert "stopped" in service.log.splitlines()[-1]
     assert service.manager.run("ls", "-d", "/run/glidefs").returncode == 0
+
+
+def test_a_reload_hands_over(service: Service) -> None:
+    """The real one, in the sandbox: another process serves the same exports on the same sockets."""
+    service.systemctl("start", UNIT)
+    service.glidefs("create", "v1", "--size", "64MiB", "--transport", "nbd")
+    first = service.main_pid()
+    for _ in range(2):
+        service.systemctl("reload", UNIT)
+        new = service.main_pid()
+        assert new != first
+        first = new
+        assert json.loads(service.glidefs("show", "v1", "--json"))["state"] == "serving"
+        wait_for(lambda new=new: service.manager.processes(UNIT) == [new], "the old one is gone")  # type: ignore[misc]
+    assert service.manager.show(UNIT, "NRestarts") == "0"
+    assert service.manager.show(UNIT, "StatusText") == "serving 1 exports"
+    service.manager.run("kill", "-9", str(first))
+    wait_for(lambda: service.main_pid() not in (0, first), "it is started again")
+    wait_for(lambda: service.manager.show(UNIT, "SubState") == "running", "it is ready again")
+    service.systemctl("stop", UNIT)
+    assert service.manager.processes(UNIT) == []
 
 
 def test_the_sandbox(service: Service) -> None:

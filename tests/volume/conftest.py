@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from volume_rig import Rig
+from volume_rig import SHADOW, Rig
 
 from glidefs.store.memory import MemoryStore
 
@@ -23,3 +23,5 @@ def rig(tmp_path: Path, memory: MemoryStore) -> Iterator[Rig]:
     for host, engine in list(rig.live):
         host.close()
         engine.close()
+    rig.differences.close()
+    assert not (SHADOW and rig.differences.lines)

@@ -9,7 +9,7 @@ import pytest
 from volume_rig import MIB, PREFIX, Rig, record_of, wait_for
 
 from glidefs.core.check import CoreError
-from glidefs.core.engine import Engine
+from glidefs.core.engine import Engine, ShadowFile
 from glidefs.core.gather import log_segments
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, UnknownExport
@@ -190,9 +190,9 @@ def test_the_local_copy_is_there_before_the_log_is_opened(rig: Rig, monkeypatch:
     seen: list[object] = []
     original = Engine.open_volume
 
-    def open_volume(engine: Engine, config: VolumeConfig) -> object:
+    def open_volume(engine: Engine, config: VolumeConfig, shadow: ShadowFile | None) -> object:
         seen.append(local.load(host.state_dir, root.volume_id))
-        return original(engine, config)
+        return original(engine, config, shadow)
 
     monkeypatch.setattr(Engine, "open_volume", open_volume)
     host.open(record_of(root), root, etag)

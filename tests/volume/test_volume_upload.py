@@ -486,3 +486,21 @@ def test_an_upload_steps_back_in_a_burst_and_a_drain_does_not_wait(
     finally:
         stop.set()
         writer.join()
+
+
+def test_retiring_in_the_middle_of_a_commit_is_no_error(rig: Rig) -> None:
+    """The local copy is durable, but the core has not heard of the commit yet."""
+    host = rig.host()
+    volume = rig.create(host)
+    heard = volume.committer._on_change
+
+    def retire_first() -> None:
+        volume.retire_committed()
+        heard()
+
+    volume.committer._on_change = retire_first
+    volume.core.pwrite(0, b"x" * 4096)
+    volume.drain(20)
+    volume.retire_committed()
+    assert volume.core.info().first_seq == 0
+    assert volume.core.pread(0, 4096) == b"x" * 4096

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import faulthandler
 import itertools
+import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from glidefs.volume.host import Host
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume
 
+SHADOW = bool(os.environ.get("GLIDEFS_TEST_SHADOW"))
+"""Run whatever uses the rig with shadow verify on; a difference fails it."""
 PREFIX = "default"
 MIB = 1 << 20
 BLOCK = 131072
@@ -42,6 +46,23 @@ def record_of(root: Root, *, read_only: bool = False, published: bool = True) ->
     )
 
 
+class Differences(logging.Handler):
+    """What shadow verify found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logging.getLogger("glidefs.volume.shadow").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "SHADOW DIFFERENCE" in record.getMessage():
+            self.lines.append(record.getMessage())
+
+    def close(self) -> None:
+        logging.getLogger("glidefs.volume.shadow").removeHandler(self)
+        super().close()
+
+
 class Rig:
     """Hosts over one store. A second host is another machine: its own cache, log and state."""
 
@@ -50,6 +71,7 @@ class Rig:
         self.memory = memory
         self.live: list[tuple[Host, Engine]] = []
         self.names = itertools.count()
+        self.differences = Differences()
 
     def host(self, directory: str = "a", *, engine: dict[str, Any] | None = None, **settings: Any) -> Host:
         home = self.tmp / directory
@@ -77,6 +99,7 @@ class Rig:
             "pack_bytes": 2 * MIB,
             "compaction": False,
             "compact_rate": 1 << 40,
+            "shadow_dir": home / "shadow" if SHADOW else None,
         }
         defaults.update(settings)
         live_engine = Engine(EngineConfig(**config))

@@ -1,0 +1,121 @@
+/*
+ * Handoff, the volume's part: a volume stands still in its old process, and is
+ * brought up to date and goes on in the new one.
+ *
+ * Appends are synchronous, so once a volume is frozen every request either is in
+ * the log or has left no trace; what has no answer yet is carried out again by
+ * the new process (nbd_handoff.c) or by the kernel (ublk, reissue). Only reads of
+ * files that are under way are waited for: their buffers go to guests of ublk, and
+ * the slots that they read may be another process's soon.
+ */
+#include "fault.h"
+#include "nbd_conn.h"
+#include "ublk_queue.h"
+#include "volume.h"
+
+static void freeze_check(struct volume *v)
+{
+    if (v->reading)
+        return;
+    for (struct list *e; (e = list_pop(&v->freeze_calls));)
+        call_done(container_of(e, struct call, link), 0);
+}
+
+void volume_read_done(struct volume *v)
+{
+    v->reading--;
+    freeze_check(v);
+}
+
+static void start_freeze(struct call *call, struct worker *w)
+{
+    struct volume *v = call->arg;
+
+    (void)w;
+    io_flush(v);
+    log_seal(&v->log);
+    nbd_freeze(v);
+    v->frozen = true;
+    list_append(&v->freeze_calls, &call->link);
+    freeze_check(v);
+}
+
+struct cutover_call {
+    struct volume *v;
+    struct glide_cutover *out;
+    struct glide_recovery *recovery;
+};
+
+static int tell_position(struct worker *w, void *arg)
+{
+    struct cutover_call *c = arg;
+    const struct write_log *log = &c->v->log;
+
+    (void)w;
+    *c->out = (struct glide_cutover){0};
+    if (log->count) {
+        c->out->first_seq = log->segments[0]->seq;
+        c->out->last_seq = log->segments[log->count - 1]->seq;
+        c->out->last_end = log->segments[log->count - 1]->end;
+    }
+    return 0;
+}
+
+int glide_volume_freeze(glide_volume *volume, struct glide_cutover *out)
+{
+    struct call call;
+
+    call_run(volume->worker, &call, start_freeze, volume);
+    return worker_call(volume->worker, tell_position, &(struct cutover_call){.v = volume, .out = out});
+}
+
+static int unfreeze(struct worker *w, void *arg)
+{
+    struct volume *v = arg;
+
+    if (!v->frozen)
+        return 0;
+    v->frozen = false;
+    if (v->answers_missed) {
+        v->answers_missed = false;
+        fault_resolve_all(v, 0);
+    }
+    nbd_unfreeze(v);
+    if (v->ublk)
+        ublk_queue_unfreeze(v->ublk);
+    volume_want_flush(v);
+    if (v->blocked || v->waiting)
+        worker_want_tick(w);
+    return 0;
+}
+
+int glide_volume_unfreeze(glide_volume *volume) { return worker_call(volume->worker, unfreeze, volume); }
+
+static int activate(struct worker *w, void *arg)
+{
+    struct cutover_call *c = arg;
+    struct glide_cutover found, expected = *c->out;
+    int err = volume_recover_tail(c->v, c->recovery);
+
+    if (err)
+        return err;
+    tell_position(w, &(struct cutover_call){.v = c->v, .out = &found});
+    if (found.first_seq != expected.first_seq || found.last_seq != expected.last_seq ||
+        found.last_end != expected.last_end)
+        return fail(-ESTALE,
+                    "the log has segments %llu to %llu with %llu records in the last one; the process before says "
+                    "%llu to %llu with %llu",
+                    (unsigned long long)found.first_seq, (unsigned long long)found.last_seq,
+                    (unsigned long long)found.last_end, (unsigned long long)expected.first_seq,
+                    (unsigned long long)expected.last_seq, (unsigned long long)expected.last_end);
+    volume_count_memory(c->v);
+    return 0;
+}
+
+int glide_volume_activate(glide_volume *volume, const struct glide_cutover *expected, struct glide_recovery *recovery)
+{
+    struct glide_cutover copy = *expected;
+
+    return worker_call(volume->worker, activate,
+                       &(struct cutover_call){.v = volume, .out = &copy, .recovery = recovery});
+}

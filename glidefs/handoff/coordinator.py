@@ -1,0 +1,230 @@
+"""The exports of a process, on their way to another one: frozen, described, let go, or taken up.
+
+The same class serves either side. Neither decides anything here: `predecessor.py` and `successor.py` do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+from glidefs.core import handoff, ublk
+from glidefs.core.engine import Engine
+from glidefs.core.handoff import Position
+from glidefs.errors import DeviceError, GlideError
+from glidefs.export_table import Entry
+from glidefs.handoff.protocol import ConnectionCut, ExportCut
+from glidefs.router import ExportRouter
+from glidefs.transport.nbd import NbdConnection, NbdServer
+from glidefs.volume.host import Host
+from glidefs.volume.volume import Volume
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+F_PER_IO_DAEMON = 1 << 13
+"""UBLK_F_PER_IO_DAEMON: a slot belongs to a thread, not a queue; Linux 6.16."""
+THREADS = 8
+NEGOTIATION = 1.0
+"""Seconds that NBD clients have to end their handshake before the freeze."""
+
+
+class HandoffCoordinator:
+    """``entries``: the exports that move; their locks are held by the caller."""
+
+    def __init__(
+        self, router: ExportRouter, host: Host, engine: Engine, server: NbdServer, entries: Sequence[Entry]
+    ) -> None:
+        self._router = router
+        self._host = host
+        self._engine = engine
+        self._server = server
+        self.entries = list(entries)
+        self._positions: dict[str, Position] = {}
+
+    def _volumes(self) -> list[tuple[Entry, Volume]]:
+        return [(entry, entry.volume) for entry in self.entries if entry.volume is not None]
+
+    # -- the predecessor -------------------------------------------------------------------------
+
+    def sync_all(self) -> None:
+        """Make logs durable while guests go on: little is left for the first FLUSH of the successor."""
+        _each(lambda pair: pair[1].core.sync(), self._volumes())
+
+    def pause_listeners(self) -> None:
+        """New NBD clients wait in the kernel; those that negotiate get a moment to end it."""
+        self._server.pause(NEGOTIATION)
+
+    def freeze_all(self) -> None:
+        """Guests wait from here on. Nothing is written any more to logs and block cache."""
+        self.set_all_logs_freeze(frozen=True)
+        handoff.give_cache(self._engine)
+
+    def set_all_logs_freeze(self, *, frozen: bool) -> None:
+        """Freeze or unfreeze the volumes only."""
+        if frozen:
+            self._positions = dict(
+                _each(lambda pair: (pair[0].name, handoff.freeze(pair[1].core)), self._volumes())
+            )
+            return
+        _each(lambda pair: handoff.unfreeze(pair[1].core), self._volumes())
+
+    def unfreeze_all(self) -> None:
+        """The handoff was called off before the cut-over: go on as if nothing had been."""
+        handoff.take_cache(self._engine)
+        self.set_all_logs_freeze(frozen=False)
+        self._server.resume()
+
+    def snapshot(self) -> tuple[list[ExportCut], list[int]]:
+        """Where every export stands now that all are frozen, and the sockets of their connections, in order.
+
+        The descriptors are the caller's.
+        """
+        cuts: list[ExportCut] = []
+        sockets: list[int] = []
+        for entry, volume in self._volumes():
+            connections = []
+            for fd, state in handoff.connections(volume.core):
+                about = self._server.table.about(state.conn_id)
+                if about is None:
+                    continue  # it has ended, and the event is on its way
+                sockets.append(os.dup(fd))
+                connections.append(ConnectionCut(state, about.peer, about.since))
+            cuts.append(
+                ExportCut(
+                    name=entry.name,
+                    position=self._positions[entry.name],
+                    etag=volume.etag,
+                    sequence=volume.root.sequence,
+                    transport=entry.transport.kind if entry.transport else "",
+                    connections=tuple(connections),
+                )
+            )
+        return cuts, sockets
+
+    def has_devices(self) -> bool:
+        """Whether a ublk device is among the exports: then the successor waits for this process to let go."""
+        return any(entry.transport is not None and entry.transport.kind == "ublk" for entry in self.entries)
+
+    def take_ublk_server(self) -> None:
+        """Let go of the ublk devices, and of everything else: workers, volumes, connections.
+
+        Before Linux 6.16 a device can be recovered only when the threads that served it have ended.
+        Nothing is sent to guests, and nothing written.
+        """
+        self._engine.shutdown()
+        self._server.close(handed_over=True)
+        self._router.abandon()
+        self._host.close()
+        self._engine.close()
+
+    # -- the successor -----------------------------------------------------------------------------
+
+    def take_up_logs(self, cuts: Iterable[ExportCut]) -> None:
+        """Bring the volumes, open in standby, up to date. Raises GlideError where one is not what it was."""
+        _each(self._take_up, list(cuts))
+
+    def _take_up(self, cut: ExportCut) -> None:
+        entry = self.get_handler_sync(cut.name)
+        volume = entry.volume
+        assert volume is not None
+        if (volume.etag, volume.root.sequence) != (cut.etag, cut.sequence):
+            raise GlideError(
+                f"{cut.name}: its root here is number {volume.root.sequence}, not {cut.sequence}"
+            )
+        self._router.opener.take_up(entry, cut.position)
+
+    def recover_handoff_devices(self, cuts: Iterable[ExportCut]) -> None:
+        """Recover the ublk devices; their guests go on at once. NBD exports answer to their names.
+
+        Raises DeviceError, GlideError.
+        """
+        _each(self._start_transport, list(cuts))
+
+    def _start_transport(self, cut: ExportCut) -> None:
+        entry = self.get_handler_sync(cut.name)
+        assert entry.volume is not None
+        if cut.transport == "ublk":
+            handoff.unfreeze(entry.volume.core)  # the kernel has what guests asked for meanwhile
+        self._router.opener.start_transport(entry)
+
+    def adopt_connections(self, cuts: Iterable[ExportCut], sockets: list[int]) -> None:
+        """The NBD connections belong to the volumes, which are frozen still. ``sockets`` is used up."""
+        for cut in cuts:
+            volume = self.get_handler_sync(cut.name).volume
+            assert volume is not None
+            for connection in cut.connections:
+                fd = sockets.pop(0)
+                state = connection.state
+                self._server.table.adopt(
+                    NbdConnection(
+                        state.conn_id, cut.name, connection.peer, state.read_only, connection.since
+                    ),
+                    volume.core,
+                )
+                handoff.adopt(volume.core, fd, state)
+
+    def readopt(self, cuts: Iterable[ExportCut], sockets: list[int]) -> None:
+        """After the revival: give the volumes, which are served again, the connections that they had."""
+        mine = {entry.name: entry for entry in self.entries}
+        for cut in cuts:
+            own, sockets = sockets[: len(cut.connections)], sockets[len(cut.connections) :]
+            entry = mine.get(cut.name)
+            if entry is None or entry.volume is None:
+                close_all(own)
+            elif own:
+                handoff.freeze(entry.volume.core)
+                self.adopt_connections([cut], own)
+                handoff.unfreeze(entry.volume.core)
+
+    def go_on(self) -> None:
+        """Guests are served from here on."""
+        self.set_all_logs_freeze(frozen=False)
+        handoff.take_cache(self._engine)
+
+    # -- both ----------------------------------------------------------------------------------------
+
+    def get_handler_sync(self, name: str) -> Entry:
+        """The export of that name among those that move. Raises GlideError."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise GlideError(f"{name} is not among the exports that move")
+
+    @staticmethod
+    def is_per_io_daemon_supported() -> bool:
+        """Whether the kernel's ublk driver lets a device go before the threads that served it have ended."""
+        try:
+            return bool(ublk.features() & F_PER_IO_DAEMON)
+        except DeviceError:
+            return False
+
+
+def transports_of(cuts: Iterable[ExportCut]) -> set[str]:
+    """The transports of these exports."""
+    return {cut.transport for cut in cuts}
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close them; errors do not matter."""
+    for fd in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def as_sockets(descriptors: Iterable[int]) -> list[socket.socket]:
+    """Listening sockets that came from another process."""
+    return [socket.socket(fileno=fd) for fd in descriptors]
+
+
+def _each(action: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """Run ``action`` for all, side by side. Raises what the first of them raised, after all have ended."""
+    if len(items) <= 1:
+        return [action(item) for item in items]
+    with ThreadPoolExecutor(min(THREADS, len(items)), "handoff") as pool:
+        return [future.result() for future in [pool.submit(partial(action, item)) for item in items]]

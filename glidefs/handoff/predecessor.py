@@ -1,0 +1,324 @@
+"""The running daemon's side of a handoff: it starts its successor, and either exits or goes on.
+
+Which process serves after a failure, and why there is never a second one at the logs:
+
+- before the cut-over was sent, this one: it has only stood still, and goes on;
+- after it, the successor alone, until it is dead (a pidfd tells, and its last message was read): then
+  this one opens everything again as after a crash of its own (*revival*), with the connections that it
+  still has;
+- after "alive" was received this one only exits, whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from glidefs.errors import GlideError
+from glidefs.export_table import Entry
+from glidefs.handoff.coordinator import HandoffCoordinator, close_all
+from glidefs.handoff.history import History
+from glidefs.handoff.protocol import (
+    CAPABILITIES,
+    Abort,
+    Alive,
+    Channel,
+    CutOver,
+    ExportCut,
+    Hello,
+    HelloAck,
+    ListenerInfo,
+    Message,
+    PeerGone,
+    PeerSilent,
+    ProtocolError,
+    Ready,
+    common_version,
+)
+from glidefs.volume.host import Host
+
+log = logging.getLogger(__name__)
+M = TypeVar("M", bound=Message)
+
+FD_VARIABLE = "GLIDEFS_HANDOFF_FD"
+"""In the environment of a successor: its end of the socket."""
+PARENT_VARIABLE = "GLIDEFS_HANDOFF_PARENT"
+"""Its predecessor's process id."""
+VERBS = 10.0
+"""Seconds that running verbs get to end."""
+UPLOADS = 60.0
+"""Seconds that uploads under way get to end."""
+HELLO = 60.0
+READY = 300.0
+ALIVE = 60.0
+"""Seconds that the successor has for each step; then it is ended, and this process goes on."""
+EXIT = 10.0
+
+
+class HandoffFailed(GlideError):
+    """A handoff did not come about; the exports are served by the process that served them before."""
+
+    temporary = True
+
+
+class Outcome(Struct, frozen=True):
+    """What came of a handoff. ``stall`` in seconds, 0 where guests noticed nothing; ``pid`` serves now."""
+
+    outcome: str
+    reason: str
+    pid: int
+    exports: int = 0
+    connections: int = 0
+    stall: float = 0.0
+    dry_run: bool = False
+
+
+class Serving(Protocol):
+    """What is used of the daemon."""
+
+    history: History
+
+    @property
+    def config_file(self) -> str:
+        """The configuration that a successor reads."""
+        ...
+
+    @property
+    def cache_dir(self) -> Path:
+        """The cache directory, which both must have."""
+        ...
+
+    @property
+    def host(self) -> Host:
+        """Its volumes and their threads."""
+        ...
+
+    def shut(self, why: str, patience: float) -> contextlib.AbstractContextManager[list[Entry]]:
+        """All exports, with no verb running on any; verbs that come are refused."""
+        ...
+
+    def reopen(self) -> None:
+        """Verbs run again."""
+        ...
+
+    def stop_listening(self) -> None:
+        """The API takes no new connections."""
+        ...
+
+    def coordinator(self, entries: list[Entry]) -> HandoffCoordinator:
+        """For these exports."""
+        ...
+
+    def descriptors(self) -> tuple[list[int], list[tuple[ListenerInfo, int]]]:
+        """Locks and listeners, as duplicates that are the caller's."""
+        ...
+
+    def revive(
+        self, cuts: list[ExportCut], sockets: list[int], listeners: list[tuple[ListenerInfo, int]]
+    ) -> None:
+        """Open everything again, as after a crash, with these connections and listeners."""
+        ...
+
+
+class Predecessor:
+    """One handoff. ``run()`` returns what came of it; if it succeeded, the caller must exit."""
+
+    def __init__(self, daemon: Serving) -> None:
+        self._daemon = daemon
+        self._frozen_at = 0
+        self._cuts: list[ExportCut] = []
+        self._sockets: list[int] = []
+        self._locks: list[int] = []
+        self._listeners: list[tuple[ListenerInfo, int]] = []
+        self._torn_down = False
+
+    def run(self, *, dry_run: bool = False) -> Outcome:
+        """Hand over. Raises HandoffFailed: this process serves, as before or again."""
+        child, channel = self._start()
+        began = time.monotonic()
+        try:
+            outcome = self._hand_over(channel, child.pid, dry_run)
+        except (GlideError, PeerGone, OSError) as error:
+            reason = "the successor died" if isinstance(error, PeerGone) else str(error)
+            log.warning("the handoff was aborted: %s", reason)
+            self._daemon.history.add("aborted")
+            raise HandoffFailed(
+                f"the handoff was aborted: {reason}; the exports are served as before"
+            ) from error
+        finally:
+            channel.close()
+            close_all([*self._locks, *(fd for _, fd in self._listeners)])
+            threading.Thread(target=child.wait, name="handoff-child", daemon=True).start()
+        log.info(
+            "handoff %s after %.1f s: %d exports, %d connections, guests waited %.1f ms",
+            outcome.outcome,
+            time.monotonic() - began,
+            outcome.exports,
+            outcome.connections,
+            outcome.stall * 1e3,
+        )
+        return outcome
+
+    def _start(self) -> tuple[subprocess.Popen[bytes], Channel]:
+        """Start the successor, from the program as it is on the disk now."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environ = os.environ | {FD_VARIABLE: str(theirs.fileno()), PARENT_VARIABLE: str(os.getpid())}
+        with theirs:
+            try:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "glidefs", "run", "--config", self._daemon.config_file],
+                    env=environ,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                )
+            except OSError as error:
+                ours.close()
+                raise HandoffFailed(f"the successor cannot be started: {error}") from error
+        log.info("handoff: process %d is to take over", child.pid)
+        return child, Channel(ours, os.pidfd_open(child.pid), "predecessor")
+
+    # -- the steps ---------------------------------------------------------------------------------
+
+    def _hand_over(self, channel: Channel, pid: int, dry_run: bool) -> Outcome:
+        hello = _expect(channel, Hello, HELLO)
+        version = common_version(hello)
+        if Path(hello.cache_dir).resolve() != self._daemon.cache_dir.resolve():
+            raise _abort(channel, f"the configuration names another cache directory now: {hello.cache_dir}")
+        with self._daemon.shut("the exports are being handed to a new process; try again", VERBS) as entries:
+            served = [entry for entry in entries if entry.volume is not None and entry.state == "serving"]
+            return self._with_verbs_shut(channel, served, hello, version, pid, dry_run)
+
+    def _with_verbs_shut(
+        self, channel: Channel, entries: list[Entry], hello: Hello, version: int, pid: int, dry_run: bool
+    ) -> Outcome:
+        coordinator = self._daemon.coordinator(entries)
+        common = CAPABILITIES & set(hello.capabilities)
+        if coordinator.has_devices() and "ublk" not in common:
+            raise _abort(channel, f"{hello.program} cannot take ublk devices over")
+        with self._uploads_paused():
+            self._locks, self._listeners = self._daemon.descriptors()
+            names = tuple(entry.name for entry in coordinator.entries)
+            listeners = tuple(info for info, _ in self._listeners)
+            ack = HelloAck(
+                version,
+                tuple(sorted(common)),
+                names,
+                len(self._locks),
+                listeners,
+                self._daemon.history.totals,
+            )
+            channel.send(ack, [*self._locks, *(fd for _, fd in self._listeners)])
+            _expect(channel, Ready, READY)
+            coordinator.sync_all()
+            if dry_run:
+                with contextlib.suppress(PeerGone):
+                    channel.send(Abort("only a rehearsal"))
+                self._daemon.reopen()
+                return Outcome("aborted", "only a rehearsal", os.getpid(), len(names), dry_run=True)
+            self._cut_over(channel, coordinator)
+            return self._after_cut_over(channel, coordinator, pid)
+
+    @contextlib.contextmanager
+    def _uploads_paused(self) -> Iterator[None]:
+        """No commit and no retire inside. Whoever leaves with success exits without going on."""
+        self._daemon.host.pause(UPLOADS)
+        try:
+            yield
+        finally:
+            if not self._torn_down:
+                self._daemon.host.resume()
+
+    def _cut_over(self, channel: Channel, coordinator: HandoffCoordinator) -> None:
+        """Freeze and say so. What fails here is undone: the successor has nothing yet."""
+        try:
+            coordinator.pause_listeners()
+            self._frozen_at = time.monotonic_ns()
+            coordinator.freeze_all()
+            self._cuts, self._sockets = coordinator.snapshot()
+            channel.send(CutOver(tuple(self._cuts), self._frozen_at), self._sockets)
+        except BaseException:
+            channel.kill_peer()  # it may have read half of it
+            coordinator.unfreeze_all()
+            close_all(self._sockets)
+            raise
+
+    def _after_cut_over(self, channel: Channel, coordinator: HandoffCoordinator, pid: int) -> Outcome:
+        connections = sum(len(cut.connections) for cut in self._cuts)
+        if coordinator.has_devices():
+            self._tear_down(coordinator)
+        try:
+            alive = self._wait_alive(channel)
+        except (PeerGone, GlideError) as error:
+            self._tear_down(coordinator)
+            return self._revive(coordinator, str(error) or "the successor died", connections)
+        self._torn_down = True  # nothing of this process goes on
+        self._daemon.stop_listening()
+        close_all(self._sockets)
+        return Outcome("succeeded", "", pid, len(self._cuts), connections, alive.stall)
+
+    def _wait_alive(self, channel: Channel) -> Alive:
+        """Raises PeerGone or GlideError once the successor is certainly dead."""
+        try:
+            return _expect(channel, Alive, ALIVE)
+        except (PeerSilent, ProtocolError, HandoffFailed):
+            channel.kill_peer()
+            with contextlib.suppress(PeerGone, PeerSilent, HandoffFailed, ProtocolError):
+                _expect(channel, Alive, 0)
+                log.error("the successor came alive after all; its connections are lost")
+                self._forget_connections()
+            raise
+
+    def _forget_connections(self) -> None:
+        """The successor may have received from them, or sent."""
+        close_all(self._sockets)
+        self._sockets = []
+        self._cuts = [replace(cut, connections=()) for cut in self._cuts]
+
+    def _tear_down(self, coordinator: HandoffCoordinator) -> None:
+        if not self._torn_down:
+            self._torn_down = True
+            coordinator.take_ublk_server()
+
+    def _revive(self, coordinator: HandoffCoordinator, reason: str, connections: int) -> Outcome:
+        """The successor is dead, and the exports are nobody's: this process opens them again."""
+        log.error("the handoff failed after the cut-over: %s; this process goes on", reason)
+        self.revive_after_failed_handoff()
+        stall = (time.monotonic_ns() - self._frozen_at) / 1e9
+        self._daemon.history.add("revived", stall)
+        return Outcome("revived", reason, os.getpid(), len(self._cuts), connections, stall)
+
+    def revive_after_failed_handoff(self) -> None:
+        """Ordinary recovery, in the process that served before, with its connections."""
+        listeners, self._listeners = self._listeners, []
+        self._daemon.revive(self._cuts, self._sockets, listeners)
+
+
+def _expect(channel: Channel, kind: type[M], patience: float) -> M:
+    message, descriptors = channel.receive(patience)
+    if isinstance(message, kind):
+        return message
+    close_all(descriptors)
+    if isinstance(message, Abort):
+        raise HandoffFailed(message.reason)
+    raise ProtocolError(f"the successor said {type(message).__name__}, not {kind.__name__}")
+
+
+def _abort(channel: Channel, reason: str) -> HandoffFailed:
+    with contextlib.suppress(PeerGone, OSError):
+        channel.send(Abort(reason))
+    return HandoffFailed(reason)
+
+
+__all__ = ["HandoffFailed", "Outcome", "Predecessor"]

@@ -1,0 +1,73 @@
+"""`glidefs run`: the life of the process. TERM and INT stop it, a second one hurries; HUP hands over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+
+from glidefs import process
+from glidefs.config import config_path, load_config
+from glidefs.daemon import Daemon, metadata_version
+from glidefs.errors import GlideError
+from glidefs.handoff.successor import Aborted, Successor, is_successor
+
+log = logging.getLogger(__name__)
+
+
+class Signals:
+    """What the process was asked for. ``wake`` is set by each, and by whoever wants to be looked at."""
+
+    def __init__(self) -> None:
+        self.stop, self.hurry, self.hang_up = threading.Event(), threading.Event(), threading.Event()
+        self.wake = threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, self._on_hang_up)
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        (self.hurry if self.stop.is_set() else self.stop).set()
+        self.wake.set()
+
+    def _on_hang_up(self, number: int, frame: object) -> None:
+        self.hang_up.set()
+        self.wake.set()
+
+
+def run_daemon(config_file: str | None) -> int:
+    """The whole life of the process; returns its exit code. Raises GlideError if it cannot start."""
+    path = config_path(config_file)
+    config = load_config(path)
+    process.setup_logging(config.daemon.log_level)
+    signals = Signals()
+    daemon = Daemon(config, str(path.resolve()))
+    daemon.on_handed_over = signals.wake.set
+    try:
+        if is_successor():
+            Successor(daemon, config.cache.dir, f"glidefs {metadata_version()}").run()
+        else:
+            daemon.start()
+    except Aborted as reason:
+        log.info("not taking over: %s", reason)
+        return 0
+    # A successor says that it is the main process now: its predecessor may die before it says so.
+    serving = f"STATUS=serving {len(daemon.router.listing())} exports"
+    process.notify("READY=1", f"MAINPID={os.getpid()}", serving)
+    while not signals.stop.is_set():
+        signals.wake.wait()
+        signals.wake.clear()
+        if signals.hang_up.is_set():
+            signals.hang_up.clear()
+            _hand_over(daemon)
+        if daemon.handed_over.is_set():
+            daemon.leave()
+    daemon.stop(signals.hurry)
+    return 0
+
+
+def _hand_over(daemon: Daemon) -> None:
+    try:
+        daemon.hand_over()
+    except GlideError as error:
+        log.error("%s", error)

@@ -1,0 +1,65 @@
+"""Whether the store keeps what GlideFS relies on: tried once per url, without keeping a host from serving."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from pathlib import Path
+
+from glidefs.config import StoreSettings
+from glidefs.errors import StoreError, StoreUnsupported
+from glidefs.store.probe import probe_store
+from glidefs.store.resilient import ResilientStore
+
+log = logging.getLogger(__name__)
+
+DEADLINE = 5.0
+RETRY = 15.0
+
+
+class StoreCheck:
+    """``marker`` is the file that remembers a store that passed; ``stopping`` ends the retries."""
+
+    def __init__(
+        self, store: ResilientStore, settings: StoreSettings, marker: Path, stopping: threading.Event
+    ) -> None:
+        self._store = store
+        self._prefix = settings.default_prefix
+        self._marker = marker
+        self._identity = f"{settings.url} {settings.endpoint_url or ''}\n"
+        self._stopping = stopping
+
+    def run(self, *, has_exports: bool) -> None:
+        """Try the store, or begin to try it later if it does not answer.
+
+        Raises StoreUnsupported; StoreError if it cannot be used and this host served nothing before.
+        """
+        with contextlib.suppress(OSError):
+            if self._marker.read_text(encoding="utf-8") == self._identity:
+                return
+        try:
+            self._once()
+        except StoreUnsupported:
+            raise
+        except StoreError as error:
+            if not error.temporary and not has_exports:
+                raise
+            log.warning("the store could not be tried, again later: %s", error)
+            threading.Thread(target=self._later, name="store-probe", daemon=True).start()
+
+    def _once(self) -> None:
+        probe_store(self._store.view("background", DEADLINE), self._prefix)
+        self._marker.write_text(self._identity, encoding="utf-8")
+
+    def _later(self) -> None:
+        while not self._stopping.wait(RETRY):
+            try:
+                self._once()
+                log.info("the store answers and keeps what GlideFS relies on")
+                return
+            except StoreUnsupported as error:
+                log.critical("%s", error)
+                return
+            except (StoreError, OSError) as error:
+                log.warning("the store could not be tried, again later: %s", error)

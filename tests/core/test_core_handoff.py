@@ -1,0 +1,437 @@
+"""Volumes and NBD connections that move between two engines, as they do between two processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, Vol, pattern, wait_for
+
+from glidefs.core import handoff
+from glidefs.core.check import CoreError
+
+READ, WRITE, DISC, FLUSH, TRIM, _, ZEROES = range(7)
+FUA = 1
+REQUEST = struct.Struct(">IHHQQI")
+REPLY = struct.Struct(">IIQ")
+
+MakeRig = Callable[..., CoreRig]
+
+
+def request(kind: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0) -> bytes:
+    return REQUEST.pack(0x25609513, flags, kind, cookie, offset, length)
+
+
+class Client:
+    """One end of a connection in transmission; the other end is a descriptor for the core."""
+
+    def __init__(self) -> None:
+        self.socket, server = socket.socketpair()
+        self.socket.settimeout(20)
+        self.server = server.detach()
+
+    def send(self, *parts: bytes) -> None:
+        self.socket.sendall(b"".join(parts))
+
+    def receive(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            part = self.socket.recv(length - len(data))
+            assert part, "the connection was closed"
+            data += part
+        return bytes(data)
+
+    def reply(self, length: int = 0) -> tuple[int, int, bytes]:
+        """(cookie, error, data) of the next one; `length` of a READ that went well."""
+        magic, error, cookie = REPLY.unpack(self.receive(REPLY.size))
+        assert magic == 0x67446698
+        return cookie, error, b"" if error else self.receive(length)
+
+    def quiet(self, seconds: float = 0.1) -> bool:
+        """Whether nothing comes."""
+        self.socket.settimeout(seconds)
+        try:
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            return True
+        finally:
+            self.socket.settimeout(20)
+
+
+class Pair:
+    """The same volume in the process that has it and in the one that takes it."""
+
+    def __init__(self, make_rig: MakeRig, *, flush_store: bool = False, **config: Any) -> None:
+        self._make = make_rig
+        self._config = config
+        self.old = make_rig(**config)
+        self.vol = self.old.vol(flush_store=flush_store)
+        self.new: CoreRig
+        self.next: Vol
+
+    def warm(self) -> None:
+        self.new = self._make(standby=True, **self._config)
+        self.next = Vol(self.new, self.vol.dir, self.vol.config["size"], **self.vol.config_without_size())
+        self.next.base, self.next.committed_seq = self.vol.base, self.vol.committed_seq
+        self.next.open(standby=True)
+
+    def move(self) -> Vol:
+        """Cut over: freeze, activate, adopt, go on; the old one drops what it had."""
+        position = handoff.freeze(self.vol.core)
+        handoff.give_cache(self.old.engine)
+        moving = [(os.dup(fd), connection) for fd, connection in handoff.connections(self.vol.core)]
+        handoff.activate(self.next.core, position)
+        for fd, connection in moving:
+            handoff.adopt(self.next.core, fd, connection)
+        self.vol.close()
+        handoff.unfreeze(self.next.core)
+        handoff.take_cache(self.new.engine)
+        self.next.config.pop("standby")
+        self.old, self.vol = self.new, self.next
+        return self.vol
+
+
+@pytest.fixture
+def pair(make_rig: MakeRig) -> Pair:
+    return Pair(make_rig)
+
+
+# -- the log ------------------------------------------------------------------------------------------
+
+
+def test_everything_acknowledged_is_there(pair: Pair) -> None:
+    for i in range(100):
+        pair.vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
+    pair.warm()
+    pair.vol.core.pwrite(3 * SECTOR, pattern(1003, SECTOR))
+    pair.vol.core.zero(8 * SECTOR, 4 * SECTOR)
+    for i in range(200, 260):
+        pair.vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
+    core = pair.move().core
+    assert core.pread(3 * SECTOR, SECTOR) == pattern(1003, SECTOR)
+    assert core.pread(8 * SECTOR, 4 * SECTOR) == bytes(4 * SECTOR)
+    for i in [0, 1, 2, *range(12, 100), *range(200, 260)]:
+        assert core.pread(i * SECTOR, SECTOR) == pattern(i, SECTOR), i
+    core.pwrite(0, pattern(5000, BLOCK))
+    core.flush()
+    assert pair.vol.reopen().core.pread(0, BLOCK) == pattern(5000, BLOCK)
+
+
+def test_a_log_that_is_empty(pair: Pair) -> None:
+    pair.warm()
+    core = pair.move().core
+    core.pwrite(0, pattern(1, SECTOR))
+    assert core.pread(0, SECTOR) == pattern(1, SECTOR)
+
+
+def test_committed_segments_move_too(pair: Pair) -> None:
+    """They are a free read cache: what is in them needs no store after the handoff."""
+    for i in range(64):
+        pair.vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
+    pair.vol.commit(retire=False)
+    pair.warm()
+    core = pair.move().core
+    with pair.new.hold():
+        assert core.pread(5 * SECTOR, SECTOR) == pattern(5, SECTOR)
+    core.retire(pair.vol.committed_seq)
+    assert core.pread(5 * SECTOR, SECTOR) == pattern(5, SECTOR)
+    assert pair.new.faults_seen
+
+
+def test_a_position_that_does_not_match_is_refused(pair: Pair) -> None:
+    pair.vol.core.pwrite(0, pattern(1, SECTOR))
+    pair.warm()
+    position = handoff.freeze(pair.vol.core)
+    wrong = handoff.Position(position.first_seq, position.last_seq, position.last_end + 1)
+    with pytest.raises(CoreError, match="the process before says") as raised:
+        handoff.activate(pair.next.core, wrong)
+    assert raised.value.errno == errno.ESTALE
+
+
+def test_the_old_process_touches_nothing_after_the_move(pair: Pair, tmp_path: Path) -> None:
+    for i in range(64):
+        pair.vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
+    pair.vol.commit()
+    pair.vol.core.pwrite(0, pattern(9, SECTOR))
+    assert list(pair.vol.dir.glob("*.spare"))
+    pair.warm()
+    handoff.freeze(pair.vol.core)
+    before = {path.name for path in pair.vol.dir.iterdir()}
+    with pytest.raises(CoreError, match="handed over"):
+        pair.vol.core.seal()
+    with pytest.raises(CoreError, match="handed over"):
+        pair.vol.core.retire(1)
+    pair.vol.close()
+    assert {path.name for path in pair.vol.dir.iterdir()} == before
+
+
+def test_going_on_after_a_handoff_that_failed(pair: Pair) -> None:
+    pair.vol.core.pwrite(0, pattern(1, SECTOR))
+    handoff.freeze(pair.vol.core)
+    write = Background(lambda: pair.vol.core.pwrite(0, pattern(2, SECTOR)))
+    flush = Background(pair.vol.core.flush)
+    read = Background(lambda: pair.vol.core.pread(0, SECTOR))
+    assert read.result() == pattern(1, SECTOR)
+    time.sleep(0.1)
+    assert not write.done
+    assert not flush.done
+    handoff.unfreeze(pair.vol.core)
+    write.result()
+    flush.result()
+    assert pair.vol.core.pread(0, SECTOR) == pattern(2, SECTOR)
+
+
+def test_answers_to_faults_wait_too(pair: Pair) -> None:
+    pair.vol.base = {0: pattern(7, BLOCK)}
+    with pair.old.hold():
+        read = Background(lambda: pair.vol.core.pread(0, BLOCK))
+        wait_for(lambda: pair.vol.core.info().parked == 1, "the read waits")
+        handoff.freeze(pair.vol.core)
+    wait_for(lambda: pair.old.faults_seen, "the fault is answered")
+    time.sleep(0.1)
+    assert not read.done
+    handoff.unfreeze(pair.vol.core)
+    assert read.result() == pattern(7, BLOCK)
+
+
+# -- the block cache --------------------------------------------------------------------------------
+
+
+def test_fills_wait_while_the_cache_is_given(pair: Pair) -> None:
+    handoff.give_cache(pair.old.engine)
+    fill = Background(lambda: pair.old.insert(pattern(1, BLOCK)))
+    time.sleep(0.1)
+    assert not fill.done
+    handoff.take_cache(pair.old.engine)
+    pair.old.engine.cache.unpin(fill.result())
+
+
+def test_the_new_process_finds_what_was_cached_late(pair: Pair) -> None:
+    pair.warm()
+    slot = pair.old.insert(pattern(1, BLOCK))
+    pair.old.engine.cache.unpin(slot)
+    pair.move()
+    found = pair.new.engine.cache.lookup([slot.hash])[0]
+    assert found is not None
+    assert not found.verified
+    assert bytes(pair.new.engine.cache.read(found)) == pattern(1, BLOCK)
+    pair.new.engine.cache.unpin(found)
+
+
+# -- connections -------------------------------------------------------------------------------------
+
+
+def connect(vol: Vol, conn_id: int = 1) -> Client:
+    client = Client()
+    vol.core.attach_nbd(client.server, conn_id)
+    return client
+
+
+def test_a_connection_goes_on(pair: Pair) -> None:
+    client = connect(pair.vol)
+    client.send(request(WRITE, 1, 0, SECTOR), pattern(1, SECTOR))
+    assert client.reply() == (1, 0, b"")
+    pair.warm()
+    pair.move()
+    client.send(request(READ, 2, 0, SECTOR))
+    assert client.reply(SECTOR) == (2, 0, pattern(1, SECTOR))
+    client.send(request(DISC, 3))
+    assert client.socket.recv(1) == b""
+
+
+def test_a_read_that_waits_for_the_store(pair: Pair) -> None:
+    pair.vol.base = {0: pattern(7, BLOCK)}
+    client = connect(pair.vol)
+    pair.warm()
+    with pair.old.hold():
+        client.send(request(READ, 5, 0, BLOCK), request(READ, 6, BLOCK, SECTOR))
+        wait_for(lambda: pair.vol.core.info().parked == 2, "the reads wait")
+        pair.move()
+        first = client.reply()[0]
+    data = {5: pattern(7, BLOCK), 6: bytes(SECTOR)}
+    assert client.receive(len(data[first])) == data[first]
+    second = 11 - first
+    assert client.reply(len(data[second])) == (second, 0, data[second])
+
+
+@pytest.mark.parametrize("cut", [1, 20, 28, 100, 28 + SECTOR - 1])
+def test_a_request_that_is_half_received(pair: Pair, cut: int) -> None:
+    client = connect(pair.vol)
+    whole = request(WRITE, 9, SECTOR, SECTOR) + pattern(3, SECTOR)
+    client.send(whole[:cut])
+    time.sleep(0.05)
+    pair.warm()
+    pair.move()
+    client.send(whole[cut:])
+    assert client.reply() == (9, 0, b"")
+    assert pair.vol.core.pread(SECTOR, SECTOR) == pattern(3, SECTOR)
+
+
+def test_payload_of_a_refused_write_is_thrown_away_there_too(pair: Pair) -> None:
+    client = connect(pair.vol)
+    length = 33 * MIB  # longer than is taken
+    client.send(request(WRITE, 1, 0, length), bytes(MIB))
+    assert client.reply() == (1, 22, b"")
+    pair.warm()
+    pair.move()
+    client.send(bytes(length - MIB), request(READ, 2, 0, SECTOR))
+    assert client.reply(SECTOR) == (2, 0, bytes(SECTOR))
+
+
+def test_replies_that_the_client_has_not_taken(pair: Pair) -> None:
+    pair.vol.core.pwrite(0, pattern(4, 4 * MIB))
+    client = connect(pair.vol)
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    for cookie in range(8):
+        client.send(request(READ, cookie, 0, 4 * MIB))
+    time.sleep(0.2)
+    pair.warm()
+    pair.move()
+    for cookie in range(8):
+        assert client.reply(4 * MIB) == (cookie, 0, pattern(4, 4 * MIB))
+
+
+def test_writes_that_wait_for_log_space(make_rig: MakeRig) -> None:
+    pair = Pair(make_rig, log_limit=64 * SECTOR)
+    client = connect(pair.vol)
+    for cookie in range(64):
+        client.send(request(WRITE, cookie, cookie * SECTOR, SECTOR), pattern(cookie, SECTOR))
+    wait_for(lambda: pair.vol.core.info().parked, "writers wait")
+    pair.warm()
+    pair.move()
+    done = Background(lambda: [client.reply() for _ in range(64)])
+    while not done.done:
+        pair.vol.commit()
+        time.sleep(0.01)
+    assert sorted(done.result()) == [(cookie, 0, b"") for cookie in range(64)]
+    for i in range(64):
+        assert pair.vol.core.pread(i * SECTOR, SECTOR) == pattern(i, SECTOR)
+
+
+def test_a_write_that_waits_for_its_commit_is_not_written_again(make_rig: MakeRig) -> None:
+    pair = Pair(make_rig, flush_store=True)
+    client = connect(pair.vol)
+    client.send(request(WRITE, 1, 0, SECTOR, FUA), pattern(1, SECTOR))
+    wait_for(lambda: pair.vol.core.info().parked, "it waits for the commit")
+    client.send(request(WRITE, 2, 0, SECTOR), pattern(2, SECTOR))
+    assert client.reply() == (2, 0, b"")
+    pair.warm()
+    pair.move()
+    assert client.quiet()
+    pair.vol.commit()
+    assert client.reply() == (1, 0, b"")
+    assert pair.vol.core.pread(0, SECTOR) == pattern(2, SECTOR)
+
+
+def test_aborted_handoffs_leave_connections_as_they_were(pair: Pair) -> None:
+    client = connect(pair.vol)
+    handoff.freeze(pair.vol.core)
+    client.send(request(WRITE, 1, 0, SECTOR), pattern(1, SECTOR), request(READ, 2, 0, SECTOR))
+    assert client.quiet()
+    assert len(handoff.connections(pair.vol.core)) == 1
+    handoff.unfreeze(pair.vol.core)
+    assert client.reply() == (1, 0, b"")
+    assert client.reply(SECTOR) == (2, 0, pattern(1, SECTOR))
+
+
+class Load(threading.Thread):
+    """Pipelined requests on one connection; every reply is checked against what was written."""
+
+    DEPTH = 24
+
+    def __init__(self, client: Client, first: int, blocks: int, seed: int) -> None:
+        super().__init__(daemon=True)
+        self.client, self.first, self.blocks = client, first, blocks
+        self.random = random.Random(seed)
+        self.data: dict[int, bytes] = {}
+        self.stop = threading.Event()
+        self.count = 0
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except BaseException as error:
+            self.error = error
+
+    def _run(self) -> None:
+        waiting: dict[int, tuple[int, int, int]] = {}
+        busy: set[int] = set()
+        while waiting or not self.stop.is_set():
+            while len(waiting) < self.DEPTH and not self.stop.is_set():
+                sector = self.random.randrange(self.blocks)
+                if sector in busy:
+                    break
+                busy.add(sector)
+                self._ask(waiting, sector)
+            if waiting:
+                self._answer(waiting, busy)
+
+    def _ask(self, waiting: dict[int, tuple[int, int, int]], sector: int) -> None:
+        kind = self.random.choice([READ, READ, WRITE, WRITE, WRITE, TRIM, ZEROES, FLUSH])
+        cookie = self.count = self.count + 1
+        half = kind != FLUSH and self.random.random() < 0.2
+        start, length = (512, 1024) if half else (0, SECTOR)
+        flags = FUA if kind in (WRITE, TRIM) and self.random.random() < 0.1 else 0
+        at = (self.first + sector) * SECTOR + start
+        payload = b""
+        old = self.data.get(sector, bytes(SECTOR))
+        if kind in (WRITE, TRIM, ZEROES):
+            new = pattern(cookie, length) if kind == WRITE else bytes(length)
+            payload = new if kind == WRITE else b""
+            self.data[sector] = old[:start] + new + old[start + length :]
+        waiting[cookie] = (kind, sector, start)
+        header = request(kind, cookie, 0, 0) if kind == FLUSH else request(kind, cookie, at, length, flags)
+        self.client.send(header, payload)
+
+    def _answer(self, waiting: dict[int, tuple[int, int, int]], busy: set[int]) -> None:
+        _, error, cookie = REPLY.unpack(self.client.receive(REPLY.size))
+        kind, sector, start = waiting.pop(cookie)  # KeyError: answered twice
+        assert error == 0, (kind, error)
+        if kind == READ:
+            length = 1024 if start else SECTOR
+            expected = self.data.get(sector, bytes(SECTOR))[start : start + length]
+            assert self.client.receive(length) == expected, f"sector {sector} is wrong"
+        busy.discard(sector)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_handoffs_under_load(make_rig: MakeRig, seed: int) -> None:
+    """Small log and cache, uploads between the handoffs: every request is answered once, and right."""
+    pair = Pair(make_rig, log_limit=512 * SECTOR, cache_bytes=16 * BLOCK)
+    chance = random.Random(seed)
+    loads = [Load(connect(pair.vol, i + 1), i * 2048, 1024, seed * 100 + i) for i in range(3)]
+    for load in loads:
+        load.start()
+    for _ in range(15):
+        for _ in range(chance.randrange(4)):
+            pair.vol.commit(retire=chance.random() < 0.7)
+            time.sleep(chance.random() * 0.02)
+        if chance.random() < 0.2:
+            handoff.freeze(pair.vol.core)
+            time.sleep(0.01)
+            handoff.unfreeze(pair.vol.core)
+        pair.warm()
+        time.sleep(chance.random() * 0.03)
+        pair.move()
+    for load in loads:
+        load.stop.set()
+    until = time.monotonic() + 60
+    while any(load.is_alive() for load in loads):
+        assert time.monotonic() < until, "a request has no answer"
+        pair.vol.commit()
+        time.sleep(0.01)
+    assert [load.error for load in loads] == [None] * 3
+    for load in loads:
+        assert load.count > 100
+        for sector, data in load.data.items():
+            assert pair.vol.core.pread((load.first + sector) * SECTOR, SECTOR) == data

@@ -1,0 +1,77 @@
+"""Shadow verify in a daemon: guests over NBD, metrics, and the line in the log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from daemon_harness import Daemon, wait_for
+from prometheus_client.parser import text_string_to_metric_families
+
+from glidefs.cli.client import _UnixConnection
+
+pytest.importorskip("glidefs.core._core")
+
+SHADOW = '[debug]\nshadow_dir = "shadow"'
+
+
+def metrics(daemon: Daemon) -> dict[str, float]:
+    """Shadow verify's figures, by name and reason."""
+    connection = _UnixConnection(daemon.client.path, 20)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return {
+        sample.name.removeprefix("glidefs_shadow_") + sample.labels.get("why", ""): sample.value
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("glidefs_shadow")
+        for sample in family.samples
+    }
+
+
+def test_off_by_default(daemon: Daemon) -> None:
+    daemon.run("create", "vm1", "--size", "64MiB", "--transport", "nbd")
+    daemon.io("vm1", "write -P 1 0 1M", "read -P 1 0 1M")
+    assert metrics(daemon) == {}
+
+
+def test_guests_are_compared_and_a_difference_is_named(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(extra=SHADOW).start()
+    daemon.run("create", "vm1", "--size", "64MiB", "--transport", "nbd")
+    daemon.io("vm1", "write -P 1 0 1M", "write -P 2 1M 512", "write -z 2M 1M")
+    daemon.run("drain", "vm1")
+    daemon.kill()
+    daemon.start()
+
+    def guest(number: int) -> None:
+        own = f"{8 + number}M 96k"
+        mine = [f"write -P {number} {own}", f"read -P {number} {own}"]
+        daemon.io("vm1", *["read -P 1 0 512k", *mine, "read -P 0 2M 1M"] * 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(guest, range(4)))
+    figures = metrics(daemon)
+    assert figures["differences_total"] == 0
+    assert figures["compared_sectors_total"] >= 8 * (128 + 24 + 256)
+    assert figures["skipped_sectors_totalabsent"] == 0
+    assert "SHADOW DIFFERENCE" not in daemon.log_text
+
+    daemon.io("vm1", "write -P 9 512k 64k")
+    segments = list((daemon.base / "cache" / "logs").glob("*/*/*.seg"))
+    (segment,) = [path for path in segments if b"\t" * 65536 in path.read_bytes()]
+    at = segment.read_bytes().index(b"\t" * 65536) + 4096 + 11
+    with segment.open("r+b") as file:
+        file.seek(at)
+        file.write(b"\4")
+    with pytest.raises(AssertionError, match="Pattern verification failed"):  # it changes no reply
+        daemon.io("vm1", "read -P 9 512k 64k")
+    wait_for(lambda: "SHADOW DIFFERENCE" in daemon.log_text, "the difference is logged")
+    (line,) = [line for line in daemon.log_text.splitlines() if "SHADOW DIFFERENCE" in line]
+    assert "volume vm1: " in line
+    assert "block 4, sector 1 of it (sector 129 of the volume)" in line
+    assert f"first at byte 11 of the sector (offset {129 * 4096 + 11})" in line
+    assert f"log segment {int(segment.stem, 16)} ({segment.name}), position " in line
+    assert "the segment's file is damaged" in line
+    assert metrics(daemon)["differences_total"] == 1
+    daemon.kill()  # what is damaged cannot be uploaded
