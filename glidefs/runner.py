@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 
@@ -50,7 +51,9 @@ def run_daemon(config_file: str | None) -> int:
     except Aborted as reason:
         log.info("not taking over: %s", reason)
         return 0
-    process.notify("READY=1", f"STATUS=serving {len(daemon.router.listing())} exports")
+    # A successor says that it is the main process now: its predecessor may die before it says so.
+    serving = f"STATUS=serving {len(daemon.router.listing())} exports"
+    process.notify("READY=1", f"MAINPID={os.getpid()}", serving)
     while not signals.stop.is_set():
         signals.wake.wait()
         signals.wake.clear()

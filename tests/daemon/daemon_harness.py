@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,24 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = DEADLINE)
             return value
         assert time.monotonic() < until, f"timeout: {what}"
         time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def no_devices_left() -> Iterator[None]:
+    """Delete the ublk devices that a test leaves without a server."""
+    from glidefs.transport import ublk
+
+    def delete(dev_id: int) -> bool:
+        found = ublk.query(dev_id)
+        if found is None or (found.state == ublk.LIVE and not Path(f"/proc/{found.server_pid}").exists()):
+            return found is None  # the kernel has not noticed yet
+        ublk.ublk.delete(dev_id, found.tag)
+        return True
+
+    before = set(ublk.devices())
+    yield
+    for dev_id in set(ublk.devices()) - before:
+        wait_for(lambda dev_id=dev_id: delete(dev_id), f"device {dev_id} is gone")
 
 
 class Daemon:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon, no_devices_left, wait_for
 
 pytest.importorskip("glidefs.core._core")
 
@@ -75,13 +75,8 @@ def wait_quiesced(path: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _devices_are_removed() -> Iterator[None]:
-    before = set(Path("/dev").glob("ublkc*"))
-    yield
-    for node in set(Path("/dev").glob("ublkc*")) - before:
-        number = int(node.name.removeprefix("ublkc"))
-        found = ublk.query(number)
-        if found is not None and found.state != LIVE:
-            ublk.ublk.delete(number, found.tag)
+    with no_devices_left():
+        yield
 
 
 def test_create_restart_crash_detach(daemon: Daemon) -> None:
@@ -207,7 +202,8 @@ def test_orphans_are_removed_and_no_others(daemon: Daemon, make_daemon: Make) ->
     other.start()
     assert daemon.json("show", "v2")["device"] == second
     assert other.json("show", "v3")["device"] == theirs
-    assert [row["state"] for row in daemon.json("devices", "list")] == ["served", "served"]
+    states = {row["device"]: row["state"] for row in daemon.json("devices", "list")}
+    assert [states[path] for path in (second, theirs)] == ["served", "served"]
 
 
 def test_an_orphan_is_not_left_by_an_export_that_failed(daemon: Daemon) -> None:
@@ -255,9 +251,8 @@ def test_an_id_that_is_taken(daemon: Daemon, make_daemon: Make) -> None:
     """Who tries to make a device with another's id must leave that one alone."""
     device = daemon.json("create", "v1", "--size", "64MiB")["device"]
     other = make_daemon("b", node="node-2")
-    limits = EngineConfig(
-        cache_dir=other.base / "blocks", workers=1, cache_bytes=16 * MIB, log_limit=64 * MIB
-    )
+    sizes = {"segment_bytes": MIB, "log_limit": 64 * MIB, "cache_bytes": 16 * MIB}
+    limits = EngineConfig(cache_dir=other.base / "blocks", workers=1, **sizes)
     ids = {"volume_id": b"v" * 16, "log_id": b"l" * 16}
     with Engine(limits) as engine:
         core, _ = engine.open_volume(VolumeConfig(cookie=1, log_dir=other.base / "log", size=MIB, **ids))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon_harness import ROOT, Daemon, wait_for
+from daemon_harness import ROOT, Daemon, no_devices_left, wait_for
 
 pytest.importorskip("glidefs.core._core")
 
@@ -60,6 +60,12 @@ def udevd() -> Iterator[None]:
     process.terminate()
     process.wait()
     RULE.unlink()
+
+
+@pytest.fixture(autouse=True)
+def _devices_are_removed() -> Iterator[None]:
+    with no_devices_left():
+        yield
 
 
 def led_to(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -13,12 +14,15 @@ import pytest
 import systemd_rig as rig
 from systemd_rig import ROOT, Systemd, wait_for
 
+from glidefs.transport.base import ublk_missing
+
 REASON = rig.missing()
 pytestmark = [
     pytest.mark.skipif(bool(REASON), reason=f"no systemd for the test: {REASON}"),
     pytest.mark.root,
 ]
 UNIT = "glidefs.service"
+BLKFLSBUF = 0x1261
 
 
 def write_program(path: Path, command: str) -> Path:
@@ -91,15 +95,38 @@ def test_the_daemon_as_a_service(service: Service) -> None:
     assert service.manager.show(UNIT, "StatusText") == "serving 0 exports"
     made = json.loads(service.glidefs("create", "v1", "--size", "64MiB", "--transport", "nbd", "--json"))
     assert made["device"].endswith("/run/glidefs/nbd.sock")
-    service.manager.run("kill", "-9", str(first))
-    wait_for(lambda: service.main_pid() not in (0, first), "it is started again")
-    wait_for(lambda: service.manager.show(UNIT, "SubState") == "running", "it is ready again")
-    assert json.loads(service.glidefs("show", "v1", "--json"))["state"] == "serving"
+    for number in (signal.SIGKILL, signal.SIGTERM):  # the latter is an end that nobody asked systemd for
+        first = service.main_pid()
+        service.manager.run("kill", f"-{number}", str(first))
+        wait_for(lambda first=first: service.main_pid() not in (0, first), "it is started again")  # type: ignore[misc]
+        wait_for(lambda: service.manager.show(UNIT, "SubState") == "running", "it is ready again")
+        assert json.loads(service.glidefs("show", "v1", "--json"))["state"] == "serving"
     service.systemctl("stop", UNIT)
     assert service.manager.processes(UNIT) == []
     assert service.manager.show(UNIT, "Result") == "success"
     assert "stopped" in service.log.splitlines()[-1]
     assert service.manager.run("ls", "-d", "/run/glidefs").returncode == 0
+
+
+def test_a_reload_hands_over(service: Service) -> None:
+    """The real one, in the sandbox: another process serves the same exports on the same sockets."""
+    service.systemctl("start", UNIT)
+    service.glidefs("create", "v1", "--size", "64MiB", "--transport", "nbd")
+    first = service.main_pid()
+    for _ in range(2):
+        service.systemctl("reload", UNIT)
+        new = service.main_pid()
+        assert new != first
+        first = new
+        assert json.loads(service.glidefs("show", "v1", "--json"))["state"] == "serving"
+        wait_for(lambda new=new: service.manager.processes(UNIT) == [new], "the old one is gone")  # type: ignore[misc]
+    assert service.manager.show(UNIT, "NRestarts") == "0"
+    assert service.manager.show(UNIT, "StatusText") == "serving 1 exports"
+    service.manager.run("kill", "-9", str(first))
+    wait_for(lambda: service.main_pid() not in (0, first), "it is started again")
+    wait_for(lambda: service.manager.show(UNIT, "SubState") == "running", "it is ready again")
+    service.systemctl("stop", UNIT)
+    assert service.manager.processes(UNIT) == []
 
 
 def test_the_sandbox(service: Service) -> None:
@@ -121,6 +148,36 @@ def test_the_sandbox(service: Service) -> None:
     service.glidefs("drain", "f")
     service.systemctl("start", "glidefs-gc.service")
     assert service.manager.show("glidefs-gc.service", "Result") == "success"
+    assert " ERROR " not in service.log
+
+
+@pytest.mark.skipif(ublk_missing() is not None, reason=f"no ublk: {ublk_missing()}")
+def test_a_ublk_device_of_the_service(service: Service) -> None:
+    """The unit's devices and capabilities suffice; the device lives through a crash and a handoff."""
+    service.systemctl("start", UNIT)
+    made = json.loads(service.glidefs("create", "v1", "--size", "64MiB", "--transport", "ublk", "--json"))
+    device, data = made["device"], os.urandom(1 << 20)
+    with open(device, "r+b", buffering=0) as disk:
+        disk.write(data)
+        os.fsync(disk.fileno())
+        first = service.main_pid()
+        service.manager.run("kill", "-9", str(first))
+        wait_for(lambda: service.main_pid() not in (0, first), "it is started again")
+        disk.seek(2 << 20)
+        disk.write(data)  # waits for it
+        os.fsync(disk.fileno())
+    wait_for(lambda: service.manager.show(UNIT, "SubState") == "running", "it is ready again")
+    assert json.loads(service.glidefs("show", "v1", "--json"))["device"] == device
+    service.systemctl("reload", UNIT)
+    for offset in (0, 2 << 20):
+        with open(device, "rb") as disk:
+            fcntl.ioctl(disk.fileno(), BLKFLSBUF)
+            disk.seek(offset)
+            assert disk.read(len(data)) == data
+    name = service.manager.run("sh", "-c", "cat /run/glidefs/ublk/[0-9]*.*").stdout
+    assert "GLIDEFS_NAME=v1\n" in name
+    service.glidefs("remove", "v1")
+    assert not Path(device).exists()
     assert " ERROR " not in service.log
 
 
