@@ -17,12 +17,12 @@ from glidefs import names
 from glidefs.cli.main import gc as gc_verb
 from glidefs.cli.offline import checked_grace
 from glidefs.config import Config, StoreSettings
-from glidefs.daemon import host_settings
 from glidefs.errors import ConfigError
 from glidefs.formats.manifest import encode_root
 from glidefs.gc import DEFAULT_LIMIT
 from glidefs.images.inspect import inspect as describe
 from glidefs.images.inspect import open_source
+from glidefs.serving import host_settings
 from glidefs.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
