@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import shutil
-import signal
 import socket
 import stat
 import threading
@@ -275,9 +274,3 @@ def test_an_outage_from_the_first_start_on(make_daemon: Make) -> None:
         assert daemon.has("v1", 6, "1M", "1M")
         daemon.stop()
     assert (daemon.base / "image").read_bytes()[: 2 << 20] == b"\x05" * (1 << 20) + b"\x06" * (1 << 20)
-
-
-def test_sighup_does_not_end_the_daemon(daemon: Daemon) -> None:
-    assert daemon.process is not None
-    daemon.process.send_signal(signal.SIGHUP)
-    assert daemon.json("list") == []
