@@ -137,7 +137,7 @@ class Oracle(threading.Thread):
 
 
 def null_stalls(place: Path, count: int) -> list[float]:
-    """How long a device that holds nothing is away when its process is killed and another one waits for it."""
+    """How long a device that holds nothing is away when another process waits for the death of its own."""
     program = build(place)
     old = NullServer(program, "add")
     stalls = []
