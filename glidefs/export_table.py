@@ -8,7 +8,6 @@ start can serve, or nothing.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import time
@@ -27,8 +26,6 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.names import check_name
 from glidefs.transport.base import Endpoint, Transport
 from glidefs.volume.volume import Volume
-
-log = logging.getLogger(__name__)
 
 SUFFIX = ".json"
 INTENT = ".intent"
@@ -51,10 +48,6 @@ class RecordDirectory:
             if path.name.startswith("."):
                 continue
             try:
-                if path.stat().st_size == 0:
-                    log.warning("%s: its creation was cut short by a crash; nothing of it is left", name)
-                    path.unlink()
-                    continue
                 record = export_record.load(path)
                 if record.name != name:
                     raise CorruptObject(str(path), 0, f"it is the record of {record.name}")
@@ -63,9 +56,9 @@ class RecordDirectory:
                 damaged[name] = str(error)
         return records, damaged
 
-    def save(self, record: ExportRecord, *, fresh: bool = False) -> None:
-        """Durable on return; `fresh`: the name has no record yet. Raises OSError."""
-        export_record.save(self._file(record.name), record, fresh=fresh)
+    def save(self, record: ExportRecord) -> None:
+        """Durable on return. Raises OSError."""
+        export_record.save(self._file(record.name), record)
 
     def delete(self, name: str) -> None:
         """Durable on return; a record that is not there is no error."""

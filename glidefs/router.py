@@ -245,7 +245,7 @@ class ExportRouter:
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:
         assert entry.record is not None
         prefix = entry.record.prefix
-        self._records.save(entry.record, fresh=True)
+        self._records.save(entry.record)
         etag: str | None = None
         # Nobody else can know a fork yet: it is served first and put in the background. A view never is.
         if not root.source or (wait and not entry.record.is_view):

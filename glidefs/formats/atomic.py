@@ -24,29 +24,6 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
-def write_new_file(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) -> None:
-    """Make ``path``, which is not there yet, hold ``data``. Durable on return. Raises OSError.
-
-    A host that lost power before that has no such file, an empty one, or the whole: the name is given
-    before the data is synced, so that one commit of the file system's journal does for both.
-    """
-    target = Path(path)
-    tmp = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    try:
-        try:
-            write_all(fd, data)
-            os.rename(tmp, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(tmp)
-            raise
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    fsync_dir(target.parent)
-
-
 def write_file_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data``: a reader, or a host that lost power, sees the old or the new file.
 

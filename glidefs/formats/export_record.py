@@ -19,7 +19,7 @@ from blake3 import blake3
 from msgspec import Meta
 
 from glidefs.errors import CorruptObject
-from glidefs.formats.atomic import write_file_atomic, write_new_file
+from glidefs.formats.atomic import write_file_atomic
 from glidefs.formats.manifest import MAX_SIZE, Id, Label, Natural
 from glidefs.names import NAME_PATTERN
 
@@ -108,12 +108,9 @@ def decode_record(key: str, data: bytes) -> ExportRecord:
         raise CorruptObject(key, 0, f"export record: {error}") from error
 
 
-def save(path: str | os.PathLike[str], record: ExportRecord, *, fresh: bool = False) -> None:
-    """Replace the record file atomically; durable on return. Raises OSError.
-
-    ``fresh``: there is none yet; a crash may leave an empty file.
-    """
-    (write_new_file if fresh else write_file_atomic)(path, encode_record(record))
+def save(path: str | os.PathLike[str], record: ExportRecord) -> None:
+    """Replace the record file atomically; durable on return. Raises OSError."""
+    write_file_atomic(path, encode_record(record))
 
 
 def load(path: str | os.PathLike[str]) -> ExportRecord:
