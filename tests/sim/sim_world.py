@@ -270,8 +270,12 @@ class World:
             (node, life, volume)
             for node in self.nodes.values()
             for life, volume in self.entries(node)
-            if not life.lost and not volume.fenced and node not in self.acting
+            if not life.lost and not volume.fenced and not self.late(life) and node not in self.acting
         ]
+
+    def late(self, life: Life) -> bool:
+        """Whether a fork should have been put by now: gc may have its packs, the next upload fences it."""
+        return not life.published and self.clock.now - life.born > GRACE / 4 - 1
 
     def read(self, node: SimNode, life: Life, volume: Volume) -> dict[int, bytes]:
         """All hot sectors of a volume, as a guest reads them."""
@@ -291,7 +295,7 @@ class World:
                 found = self.read(node, life, volume)
                 last = volume.core.info().last_seq
             except (CoreError, Closed, GlideError) as error:
-                must(life.lost or volume.fenced, f"{life}: cannot be read: {error}")
+                must(life.lost or volume.fenced or self.late(life), f"{life}: cannot be read: {error}")
                 continue
             if life.lost:
                 continue
@@ -307,8 +311,7 @@ class World:
         for node in self.nodes.values():
             for life, volume in self.entries(node):
                 if volume.fenced and not life.lost:
-                    late = not life.published and self.clock.now - life.born > GRACE / 4 - 1
-                    assert late, f"{life} is fenced: {volume.fenced}"
+                    assert self.late(life), f"{life} is fenced: {volume.fenced}"
                     life.stale = True
 
     # -- what others do --------------------------------------------------------------------------------
