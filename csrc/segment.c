@@ -279,7 +279,7 @@ static const struct segment_record *find_record(const struct segment_journal *j,
 static int check_record(struct disk_file *f, const struct segment_id *id, uint32_t index, struct glide_record *out)
 {
     struct segment_header header;
-    struct segment_journal j = {NULL};
+    struct segment_journal j = {.records = NULL};
     uint32_t start;
     uint8_t *buf = malloc(RECORD_MAX_SECTORS * SECTOR);
     int err = buf ? segment_read_header(f, id, &header) : -ENOMEM;
