@@ -95,6 +95,15 @@ static void trace(enum disk_kind kind, const char *path, uint64_t offset, const 
     pthread_mutex_unlock(&hook_lock);
 }
 
+/* What a write that fails may leave: some of its bytes. */
+static void write_some(struct disk_file *f, const struct iovec *iov, uint64_t offset)
+{
+    struct iovec half = {iov->iov_base, iov->iov_len / 2};
+
+    if (pwritev(f->fd, &half, 1, (off_t)offset) == (ssize_t)half.iov_len)
+        trace(DISK_WRITE, f->path, offset, &half, 1);
+}
+
 /* ---- operations ------------------------------------------------------------------------ */
 
 int disk_open(struct disk_file *f, const char *path, int flags)
@@ -137,8 +146,10 @@ int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t off
 {
     int err = injected(DISK_WRITE);
 
-    if (err)
+    if (err) {
+        write_some(f, iov, offset);
         return err;
+    }
     trace(DISK_WRITE, f->path, offset, iov, count);
     while (count) {
         ssize_t n = pwritev(f->fd, iov, count, (off_t)offset);
@@ -196,6 +207,8 @@ int disk_sync_end(struct disk_file *f, enum disk_kind kind, int result)
         err = result;
     if (!err)
         trace(kind + 1, f->path, 0, NULL, 0);
+    else
+        trace(kind == DISK_DIR_BEGIN ? DISK_DIR_FAILED : DISK_SYNC_FAILED, f->path, 0, NULL, 0);
     return err;
 }
 

@@ -21,7 +21,9 @@ enum disk_kind {
     DISK_DIR_BEGIN,  /* the same for the entries of a directory */
     DISK_DIR_END,
     DISK_UNLINK,
-    DISK_RENAME, /* data = the new path */
+    DISK_RENAME,      /* data = the new path */
+    DISK_SYNC_FAILED, /* a sync of a file that was begun failed: what it covered may be lost for good */
+    DISK_DIR_FAILED,  /* the same for a directory */
     DISK_KINDS
 };
 

@@ -120,6 +120,7 @@ struct glide_volume_config {
 };
 struct glide_recovery {
     uint64_t segments, records, bytes; /* replayed */
+    uint64_t verified;                 /* bytes of data that were read and hashed for it */
     uint64_t dropped;                  /* torn records that no sync covered */
     uint64_t last_seq;                 /* 0 = empty log */
 };

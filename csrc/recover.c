@@ -141,8 +141,10 @@ static int apply(struct recovery *r, struct found *f, uint32_t index)
 
     if (record->op == RECORD_SYNC)
         return 0;
-    if (record->op == RECORD_WRITE && must_verify(r, f))
+    if (record->op == RECORD_WRITE && must_verify(r, f)) {
         err = segment_verify(&f->file, &f->journal, index, r->buf);
+        r->out->verified += (uint64_t)record->count * SECTOR;
+    }
     if (err == -EUCLEAN && pos >= f->durable) {
         record->op = 0;
         f->journal.valid--;

@@ -152,8 +152,10 @@ static void on_synced(struct ring_op *op, int res, uint32_t flags)
         s->pins--;
     if (err) {
         v->sync.err = err;
-        if (!s) /* which entries are lost is unknown: the newest file with data stands for them */
+        if (!s) { /* which entries are lost is unknown: the newest file with data stands for them */
             s = newest_written(&v->log);
+            v->log.dir_unsynced = true; /* a file without data yet may be written to after that one is committed */
+        }
         event_post(v->engine, v->cookie, GLIDE_EV_SYNC_FAILED, s ? s->seq : 0, (uint64_t)-err);
         if (s) {
             log_mark_sync_failed(&v->log, s);

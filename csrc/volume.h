@@ -38,8 +38,9 @@ struct volume {
     _Atomic uint64_t size;  /* bytes */
     _Atomic uint64_t stamp; /* bumped by retire: installs resolved before it do not land */
     bool read_only, flush_store, closing;
-    bool frozen; /* freeze.c: nothing begins */
-    int failed;  /* positive errno: all I/O fails with it */
+    bool frozen;           /* freeze.c: nothing begins */
+    int failed;            /* positive errno: all I/O fails with it */
+    struct shadow *shadow; /* shadow verify; NULL = off */
 
     struct write_log log;
     uint64_t committed_seq;
@@ -52,10 +53,9 @@ struct volume {
     uint64_t blocked_event_ns; /* when Python was last told */
     bool event_dirty;          /* GLIDE_EV_FIRST_DIRTY was sent */
     struct sync_state sync;
-    struct table faults;   /* block -> struct waiting (fault.c) */
-    uint64_t waiting;      /* pieces of requests in it */
-    bool answers_missed;   /* some came while the volume was frozen: all waiters look again */
-    struct shadow *shadow; /* shadow verify; NULL = off */
+    struct table faults; /* block -> struct waiting (fault.c) */
+    uint64_t waiting;    /* pieces of requests in it */
+    bool answers_missed; /* some came while the volume was frozen: all waiters look again */
 
     struct list conns; /* struct nbd_conn */
     uint32_t conn_count;

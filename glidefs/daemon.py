@@ -19,11 +19,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glidefs import heap, process
-from glidefs.api.app import build_app
-from glidefs.api.server import ApiServer
 from glidefs.bases import BaseLibrary
 from glidefs.config import Config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
@@ -44,6 +42,9 @@ from glidefs.transport.ublk import UblkTransport
 from glidefs.volume.host import Host
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume
+
+if TYPE_CHECKING:
+    from glidefs.api.server import ApiServer
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class Daemon:
         self._inherit(listeners)
         self.core.server.start()
         if self._api is None:
-            self._api = ApiServer(self.config.api, build_app(self))
+            self._api = _api_server(self)
             mine = [(info, fd) for info, fd in listeners if info.role == "api"]
             self._api.start([(info.path, socket.socket(fileno=os.dup(fd))) for info, fd in mine])
         close_all(fd for _, fd in listeners)
@@ -339,6 +340,7 @@ class Daemon:
 
     def revive(self, cuts: list[ExportCut], sockets: list[int], listeners: Listeners) -> None:
         """The successor is dead: open everything again, as after a crash, with these connections."""
+        self.core.close()
         self._open_core(standby=False)
         self._open_exports()
         served = [entry for entry in self.router.table.all() if entry.serves()]
@@ -360,6 +362,7 @@ class Daemon:
         self._prepare(locks)
         self._open_core(standby=True)
         self._inherit(listeners)
+        _api_server(self)  # what it takes to import is not to be waited for later
         self.host.pause(0.0)
         return self.core.coordinator(self.router.start_standby(names))
 
@@ -375,6 +378,7 @@ class Daemon:
     def leave_standby(self) -> None:
         """Forget what was opened in standby."""
         if self._core is not None:
+            self._core.engine.shutdown()
             self._core.server.close(handed_over=True)
             self._core.router.abandon()
             self._core.close()
@@ -498,6 +502,14 @@ def _drain_quietly(volume: Volume, until: float) -> None:
         volume.drain(max(0.0, until - time.monotonic()))
     except GlideError as error:
         log.warning("%s", error)
+
+
+def _api_server(daemon: Daemon) -> ApiServer:
+    # Its imports take as long as the rest of a start, so guests are served before.
+    from glidefs.api.app import build_app
+    from glidefs.api.server import ApiServer
+
+    return ApiServer(daemon.config.api, build_app(daemon))
 
 
 def metadata_version() -> str:

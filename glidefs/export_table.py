@@ -121,7 +121,7 @@ class Entry:
         self.state = "creating"
         self.reason = ""
         self.retry = False
-        """The failure was one that may pass (the store did not answer): try again later."""
+        """The failure was one that may pass (the store did not answer, the disk is full): try again later."""
         self.fenced = False
         """Another host has the volume, found out before it was opened here."""
         self.gone = False
@@ -131,7 +131,8 @@ class Entry:
         self.state = "failed"
         self.fenced = isinstance(error, Fenced)
         self.reason = " ".join(str(error).split()) or type(error).__name__
-        self.retry = bool(getattr(error, "temporary", False))
+        # A local disk that is full or fails may do better later, too.
+        self.retry = isinstance(error, OSError) or bool(getattr(error, "temporary", False))
 
     def serves(self) -> bool:
         """Whether guests can use it now."""

@@ -229,7 +229,7 @@ class Marker:
         pages = {page_id for page_id in root.page_ids if page_id}
         if root.inline_page is not None:
             packs.update(ref.id for ref in root.inline_page.packs)
-        for page_id in pages - self._read_pages:
+        for page_id in sorted(pages - self._read_pages):  # in an order that tests can repeat
             packs.update(ref.id for ref in self._read_page(page_id).packs)
         return packs, pages
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import msgspec
 
-from glidefs.errors import ConfigError, UnknownExport
-from glidefs.export_table import RecordDirectory
+from glidefs.errors import ConfigError, GlideError, UnknownExport
+from glidefs.export_table import ExportTable, RecordDirectory
 from glidefs.names import check_id
 from glidefs.volume import logs
 
@@ -16,8 +16,9 @@ from glidefs.volume import logs
 class LogVerbs:
     """``directory`` holds the logs. Thread-safe."""
 
-    def __init__(self, records: RecordDirectory, directory: Path) -> None:
+    def __init__(self, records: RecordDirectory, table: ExportTable, directory: Path) -> None:
         self._records = records
+        self._table = table
         self._directory = directory
 
     def _known(self) -> dict[tuple[bytes, bytes], str]:
@@ -25,13 +26,20 @@ class LogVerbs:
         records, _ = self._records.load()
         return {(record.volume_id, record.log_id): record.name for record in records}
 
+    def _is_fenced(self, name: str) -> bool:
+        entry = self._table.find(name)
+        return entry is not None and entry.is_fenced()
+
     def list(self) -> list[dict[str, Any]]:
-        """All write logs of this host, those set aside too."""
+        """All write logs of this host, those set aside too.
+
+        "fenced": another host has the volume, and its export is still listed here.
+        """
         known = self._known()
         found = []
         for info in logs.list_logs(self._directory, known.keys()):
             name = known.get((bytes.fromhex(info.volume_id), bytes.fromhex(info.log_id)))
-            state = "in use" if name else "set aside"
+            state = "set aside" if not name else "fenced" if self._is_fenced(name) else "in use"
             found.append({**msgspec.structs.asdict(info), "export": name, "state": state})
         return found
 
@@ -50,5 +58,9 @@ class LogVerbs:
 
     def delete(self, volume_id: str, log_id: str) -> dict[str, Any]:
         """Delete a log that was set aside."""
-        logs.delete_log(self._directory, volume_id, log_id, self._known().keys())
+        known = self._known()
+        for (volume, log), name in known.items():
+            if (volume.hex(), log.hex()) == (volume_id, log_id) and self._is_fenced(name):
+                raise GlideError(f"log {log_id} is that of {name}, which is fenced; detach {name} first")
+        logs.delete_log(self._directory, volume_id, log_id, known.keys())
         return {"volume_id": volume_id, "log_id": log_id, "deleted": True}

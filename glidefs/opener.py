@@ -84,6 +84,7 @@ class Opener:
         self.places = places
         self._stopping = stopping
         self.tried = threading.Event()
+        self._abandoned = False
         self._thread: threading.Thread | None = None
 
     # -- start and background --------------------------------------------------------------------
@@ -162,7 +163,7 @@ class Opener:
         waiting = [entry for entry in self._table.all() if entry.state == "failed" and entry.retry]
         for entry in waiting:
             self._open_recorded(entry)
-        return not any(entry.state == "failed" and entry.retry for entry in waiting)
+        return not any(entry.state == "failed" and entry.retry and not entry.gone for entry in waiting)
 
     def _scan(self) -> bool:
         """Once per cache directory: serve volumes whose root names this node. True when complete."""
@@ -258,9 +259,32 @@ class Opener:
             self._failed(entry, error)
 
     def reopen_after_failure(self, entry: Entry) -> None:
-        """The store did not take a remove or detach: go on serving."""
+        """A remove or detach failed: go on serving, unless the store took it and only its answer was lost.
+
+        While the store does not say which, nothing is served, as after a crash: see `_finish`.
+        """
+        assert entry.record is not None
+        try:
+            given_up = self._given_up(entry.record)
+        except StoreError as error:
+            self._failed(entry, error)
+            entry.retry = True
+            return
+        if given_up:
+            self.forget(entry)
+            self._table.drop(entry)
+            return
         self._records.set_intent(entry.name, None)
         self.reopen(entry)
+
+    def _given_up(self, record: ExportRecord) -> bool:
+        """Whether the store's root says that this host gave the volume up. Raises StoreError."""
+        view = self._store.view("background", STORE_PATIENCE)
+        try:
+            root, _ = lease.read_root(view, record.prefix, record.name)
+        except UnknownExport:
+            return record.root_published
+        return root.volume_id == record.volume_id and not root.owner_node
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         entry.failed(error)
@@ -278,15 +302,37 @@ class Opener:
             if etag is None and manifest_hash(data) != record.manifest_hash:
                 raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
             if root.volume_id == record.volume_id and root.log_id == record.log_id:
-                return root, etag
+                return self._newest(record, root, etag)
         if record.root and manifest_hash(record.root) == record.manifest_hash:
-            return decode_root(record.name, record.root), None
+            return self._newest(record, decode_root(record.name, record.root), None)
         if not record.root_published:
             raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
         found, etag = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
         if found.volume_id != record.volume_id or found.log_id != record.log_id:
             raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
         return found, etag
+
+    def _newest(self, record: ExportRecord, root: Root, etag: str | None) -> tuple[Root, str | None]:
+        """The root to open with: of a log that may have lost what was uploaded, the store's own.
+
+        What a sync failed to write is uploaded from the page cache. If the power fails before the local root
+        says so, the log does not have it: guests would see the volume go back, and forth once the
+        store's root is found. Raises Fenced, StoreError.
+        """
+        log_dir = logs.log_dir(self.places.logs_dir, record.volume_id, record.log_id)
+        if not logs.lost_syncs(log_dir):
+            return root, etag
+        try:
+            found, found_etag = lease.read_root(
+                self._store.view("read", STORE_PATIENCE), record.prefix, record.name
+            )
+        except UnknownExport:
+            return root, etag  # not put yet, or the first commit finds out
+        if found.volume_id == record.volume_id and found.log_id == record.log_id:
+            return found, found_etag
+        if etag is None:
+            return root, etag  # the name is taken, which its first put finds out
+        raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
 
     def _published(self, entry: Entry) -> None:
         """The store has the first root: note it, so that one that is missing later means a fence."""
@@ -421,18 +467,17 @@ class Opener:
 
     def abandon(self) -> None:
         """Another process has the volumes, which are frozen: close them and touch nothing of theirs."""
+        self._abandoned = True
         with ThreadPoolExecutor(OPEN_THREADS * 2, "abandon") as pool:
             list(pool.map(lambda entry: self.close_entry(entry, remove_device=False), self._table.all()))
 
-    def join(self) -> None:
-        """End the background thread."""
+    def close(self) -> None:
+        """End the background thread, close what is open."""
+        if self._abandoned:
+            return  # all is closed, and the thread ends: it may wait for a lock that the caller has
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    def close(self) -> None:
-        """End the background thread, close what is open."""
-        self.join()
         for entry in self._table.all():
             with entry.lock:
                 self.close_entry(entry, remove_device=False)

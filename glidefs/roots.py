@@ -42,19 +42,16 @@ def put_first_root(store: ObjectStore, prefix: str, root: Root) -> str:
     """Put the root of a new volume. Returns its ETag. Raises ExportExists, StoreError."""
     try:
         return lease.create(store, prefix, root)
-    except ExportExists:
+    except ExportExists as error:
         try:
-            found, etag = lease.read_root(store, prefix, root.name)
-        except UnknownExport:  # removed in between
-            return lease.create(store, prefix, root)
-        if not found.removed_at:
-            owner = f", owned by node {found.owner_node}" if found.owner_node else ""
-            raise ExportExists(
-                root.name,
-                f"the store has a volume of this name in prefix {prefix}{owner}; attach or remove it",
-            ) from None
-        key = manifest_key(prefix, root.name)
-        return lease.commit_root(store, key, encode_root(root), etag, root.log_id).etag
+            found, _ = lease.read_root(store, prefix, root.name)
+        except UnknownExport:
+            raise error from None  # removed since
+        owner = f", owned by node {found.owner_node}" if found.owner_node else ""
+        raise ExportExists(
+            root.name,
+            f"the store has a volume of this name in prefix {prefix}{owner}; attach or remove it",
+        ) from None
 
 
 def delete_root(store: ObjectStore, prefix: str, mine: Identity) -> bool:

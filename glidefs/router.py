@@ -93,7 +93,7 @@ class ExportRouter:
         self._standby: list[Entry] = []
         self._records = RecordDirectory(settings.exports_dir)
         by_kind: Mapping[str, Transport] = {transport.kind: transport for transport in transports}
-        self.logs = LogVerbs(self._records, settings.logs_dir)
+        self.logs = LogVerbs(self._records, self.table, settings.logs_dir)
         self._opener = Opener(self.table, self._records, host, store, by_kind, settings, stopping)
         self._lineage = Lineage(self.table, store, bases)
         self.forks = ForkVerbs(
@@ -135,11 +135,12 @@ class ExportRouter:
         return self._opener
 
     def abandon(self) -> None:
-        """Another process has the exports: forget them without a word to guests, disk or store."""
+        """Another process has the exports: forget them without a word to guests, disk or store.
+
+        Waits for nothing that may wait for the store: :meth:`close` does.
+        """
         self._stopping.set()
-        self.bases.close()
         self._opener.abandon()
-        self._opener.join()
 
     def _prefixes(self) -> set[str]:
         """Those configured and those of the exports."""
@@ -401,19 +402,20 @@ class ExportRouter:
         volume.drain(timeout)
 
     def detach(self, name: str, timeout: float | None = None) -> dict[str, Any]:
-        """Stop serving, upload everything, give the volume up. If that fails it is served again."""
+        """Stop serving, upload everything, give the volume up. If that fails it is served again.
+
+        Where the answer of the store was lost it is served again, or not, once the store says which it is.
+        """
         self.check_changes()
         entry = self.table.get(name)
         if entry.volume is not None and not entry.is_fenced():
-            self._drain(entry, timeout)  # the bulk, while guests go on and nothing is locked
+            with contextlib.suppress(Fenced):
+                self._drain(entry, timeout)  # the bulk, while guests go on and nothing is locked
         with self.table.locked(name) as entry:
-            record = self._record(entry)
-            if entry.is_fenced():
+            record, note = self._record(entry), ""
+            if entry.is_fenced() or not self._give_up(entry):
                 self._opener.close_entry(entry, remove_device=True)
                 note = f"another host has the volume; the log of this one is set aside: {record.log_id.hex()}"
-            else:
-                self._give_up(entry)
-                note = ""
             self._opener.forget(entry, keep_log=bool(note))
             self.table.drop(entry)
             return {
@@ -424,27 +426,35 @@ class ExportRouter:
                 "note": note,
             }
 
-    def _give_up(self, entry: Entry) -> None:
-        """Let guests go, drain what they wrote last, and commit a root that names no owner."""
+    def _give_up(self, entry: Entry) -> bool:
+        """Let guests go, drain what they wrote last, and commit a root that names no owner.
+
+        False if it turns out that another host has the volume.
+        """
         record = self._record(entry)
         self._opener.stop_transport(entry, remove_device=True)
         try:
             self._drain(entry, VERB_PATIENCE)
             root, etag = self._opener.close_volume(entry)
+        except Fenced:
+            return False
         except BaseException:
             self._opener.restart_transport(entry)
             raise
         try:
             if record.is_view:
-                return  # owns nothing
+                return True  # owns nothing
             self._records.set_intent(entry.name, "detach")
             view = self._store.view("upload", VERB_PATIENCE)
             if etag is None:  # read-only and never published
                 etag = put_first_root(view, record.prefix, root)
             lease.detach(view, record.prefix, root, etag)
+        except Fenced:
+            return False  # a clean volume does not ask the store whose it is
         except BaseException:
             self._opener.reopen_after_failure(entry)
             raise
+        return True
 
     def _record(self, entry: Entry) -> ExportRecord:
         if entry.record is None:

@@ -15,6 +15,8 @@ from glidefs.store.resilient import ResilientStore
 log = logging.getLogger(__name__)
 
 DEADLINE = 5.0
+PATIENCE = 0.5
+"""The same where exports wait to be served."""
 RETRY = 15.0
 
 
@@ -39,7 +41,7 @@ class StoreCheck:
             if self._marker.read_text(encoding="utf-8") == self._identity:
                 return
         try:
-            self._once()
+            self._once(PATIENCE if has_exports else DEADLINE)
         except StoreUnsupported:
             raise
         except StoreError as error:
@@ -48,8 +50,8 @@ class StoreCheck:
             log.warning("the store could not be tried, again later: %s", error)
             threading.Thread(target=self._later, name="store-probe", daemon=True).start()
 
-    def _once(self) -> None:
-        probe_store(self._store.view("background", DEADLINE), self._prefix)
+    def _once(self, patience: float = DEADLINE) -> None:
+        probe_store(self._store.view("background", patience), self._prefix)
         self._marker.write_text(self._identity, encoding="utf-8")
 
     def _later(self) -> None:

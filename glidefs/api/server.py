@@ -36,7 +36,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 MIN_TOKEN = 16
-START_TIMEOUT = 30.0
+START_TIMEOUT = 120.0
+"""Seconds. Guests are served by then and may leave little CPU time: not a reason to end the daemon soon."""
 STOP_TIMEOUT = 10.0
 
 

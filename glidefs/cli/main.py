@@ -261,7 +261,7 @@ def logs(context: typer.Context, config: ConfigOption = None, as_json: Json = Fa
 
 @logs_app.command("list")
 def logs_list(config: ConfigOption = None, as_json: Json = False) -> None:
-    """List write logs: those in use, and those set aside because another host took their volume."""
+    """List write logs: in use, fenced (another host took the volume), and set aside when its export went."""
     _list_logs(config, as_json)
 
 

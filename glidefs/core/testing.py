@@ -22,6 +22,8 @@ class DiskKind(enum.IntEnum):
     DIR_END = 6
     UNLINK = 7
     RENAME = 8
+    SYNC_FAILED = 9
+    DIR_FAILED = 10
 
 
 def disk_trace(path: str | os.PathLike[str] | None) -> None:
@@ -32,7 +34,7 @@ def disk_trace(path: str | os.PathLike[str] | None) -> None:
 def disk_inject(kind: DiskKind, err: int, *, skip: int = 0, count: int = 1) -> None:
     """After ``skip`` operations of ``kind``, fail the next ``count`` with errno ``err``.
 
-    Syncs are named by their begin.
+    Syncs are named by their begin. A write that fails leaves half of its first buffer.
     """
     check(lib.glide_disk_inject(kind, err, skip, count), "disk inject")
 

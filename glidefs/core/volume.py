@@ -47,11 +47,12 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recovery(NamedTuple):
-    """What a replay found: ``dropped`` records were torn and never synced."""
+    """What a replay found: ``verified`` of ``bytes`` were hashed, ``dropped`` records torn."""
 
     segments: int
     records: int
     bytes: int
+    verified: int
     dropped: int
     last_seq: int
 

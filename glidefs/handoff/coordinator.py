@@ -115,12 +115,12 @@ class HandoffCoordinator:
         """Let go of the ublk devices, and of everything else: workers, volumes, connections.
 
         Before Linux 6.16 a device can be recovered only when the threads that served it have ended.
-        Nothing is sent to guests, and nothing written.
+        Nothing is sent to guests, and nothing written. Guests wait for this, so it does not wait for threads
+        that may wait for the store.
         """
         self._engine.shutdown()
         self._server.close(handed_over=True)
         self._router.abandon()
-        self._host.close()
         self._engine.close()
 
     # -- the successor -----------------------------------------------------------------------------

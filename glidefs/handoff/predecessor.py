@@ -287,9 +287,13 @@ class Predecessor:
         self._cuts = [replace(cut, connections=()) for cut in self._cuts]
 
     def _tear_down(self, coordinator: HandoffCoordinator) -> None:
+        """The exports are the successor's, or nobody's: nothing that fails here changes that."""
         if not self._torn_down:
             self._torn_down = True
-            coordinator.take_ublk_server()
+            try:
+                coordinator.take_ublk_server()
+            except Exception:
+                log.exception("not everything could be let go")
 
     def _revive(self, coordinator: HandoffCoordinator, reason: str, connections: int) -> Outcome:
         """The successor is dead, and the exports are nobody's: this process opens them again."""

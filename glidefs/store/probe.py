@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 
-from glidefs.errors import NotFound, PreconditionFailed, StoreError, StoreUnsupported
+from glidefs.errors import NotFound, PreconditionFailed, StoreError, StoreUnavailable, StoreUnsupported
 from glidefs.store.base import ObjectStore
 
 
@@ -29,9 +29,17 @@ def probe_store(store: ObjectStore, prefix: str = "") -> None:
     try:
         _probe_conditions(store, key)
         _probe_ranges(store, key)
-    finally:
-        with contextlib.suppress(StoreError):
-            store.delete(key)
+    except StoreUnavailable:
+        raise  # a delete would only wait for as long again
+    except BaseException:
+        _tidy(store, key)
+        raise
+    _tidy(store, key)
+
+
+def _tidy(store: ObjectStore, key: str) -> None:
+    with contextlib.suppress(StoreError):
+        store.delete(key)
 
 
 def _accepted(store: ObjectStore, key: str, data: bytes, if_match: str | None = None) -> str | None:

@@ -48,7 +48,9 @@ class Committer:
         "_on_change",
         "_prefix",
         "_state_dir",
+        "_unsaved",
         "adoptions",
+        "copy_lags",
         "etag",
         "known_segment",
         "last_contact",
@@ -75,6 +77,9 @@ class Committer:
         """The last segment that the store may have from this host: replayed here, or committed since."""
         self.local_segment = 0
         """The last segment that the durable local copy includes."""
+        self.copy_lags = False
+        """Whether the local copy is not of the root in use, because it could not be written."""
+        self._unsaved: dict[bytes, bytes] = {}
         self._prefix = prefix
         self._key = manifest_key(prefix, root.name)
         self._meta = meta
@@ -97,6 +102,7 @@ class Committer:
         """Make the local copy durable as it is now; for a volume that is being opened.
 
         One that the store does not know yet has its root in its record, and needs no copy before.
+        Raises OSError.
         """
         with self._lock:
             if self.etag is None and not self._has_local():
@@ -104,8 +110,15 @@ class Committer:
                 return
             saved = local.load(self._state_dir, self.root.volume_id) if self._has_local() else None
             if saved is None or saved[:2] != (self.root, self.etag):
-                self._save(self.root, encode_root(self.root), {})
+                data = encode_root(self.root)
+                local.save(self._state_dir, self.root.volume_id, self.root, data, self.etag, {})
             self.local_segment = self.root.last_segment
+
+    def save_again(self) -> None:
+        """Write the local copy if that failed after a commit: until it is there no segment may go."""
+        if self.copy_lags:
+            with self._lock:
+                self._save(self.root, encode_root(self.root), {})
 
     def _has_local(self) -> bool:
         return local.volume_dir(self._state_dir, self.root.volume_id).exists()
@@ -136,11 +149,26 @@ class Committer:
             if self.etag is not None:
                 return
             data = encode_root(self.root)
-            result = lease.commit_root(store, self._key, data, None, self.root.log_id)
-            if result.adopted is not None:
-                self._adopt(result.adopted, result.etag)
-            else:
-                self._use(self.root, result.etag, data, {})
+            self._published(lease.commit_first(store, self._key, data, self.root.log_id), data)
+
+    def was_published(self, store: ObjectStore) -> bool:
+        """Whether the store has our first root already, from a put whose answer was lost; then it is in use.
+
+        Nothing is put. Raises Fenced, StoreError.
+        """
+        with self._lock:
+            data = encode_root(self.root)
+            found = lease.resolve(store, self._key, data, self.root.log_id, gone_is_fence=False)
+            if found is not None:
+                self._published(found, data)
+            return found is not None
+
+    def _published(self, result: lease.CommitResult, data: bytes) -> None:
+        """The store has the first root, ``data``, or another one of this log."""
+        if result.adopted is not None:
+            self._adopt(result.adopted, result.etag)
+        else:
+            self._use(self.root, result.etag, data, {})
 
     def poll(self, store: ObjectStore) -> None:
         """Find out whether the root in the store is still ours. Raises Fenced, StoreError."""
@@ -197,12 +225,16 @@ class Committer:
         self._on_change()
 
     def _save(self, root: Root, data: bytes, pages: dict[bytes, bytes]) -> None:
+        self._unsaved.update(pages)
         try:
-            local.save(self._state_dir, root.volume_id, root, data, self.etag, pages)
+            local.save(self._state_dir, root.volume_id, root, data, self.etag, self._unsaved)
         except OSError as error:
             # Without the copy nothing may be retired, but the commit stands.
             log.error("volume %s: the local copy of its manifest cannot be written: %s", root.name, error)
+            self.copy_lags = True
             return
+        self._unsaved.clear()
+        self.copy_lags = False
         self.local_segment = root.last_segment
 
 

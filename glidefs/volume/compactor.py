@@ -141,7 +141,10 @@ class Compactor:
             try:
                 self.compact(volume, settle=idle, chunks=chunks)
                 left = set()
-            except (Closed, Fenced):
+            except Fenced as error:
+                volume.fence(error.why)
+                delay = None
+            except Closed:
                 delay = None
             except Superseded:
                 delay = 0.0

@@ -30,7 +30,7 @@ from glidefs.volume.prefetch import Prefetcher
 from glidefs.volume.retire import Retirer
 from glidefs.volume.scheduler import EventHandler, Scheduler, lower_priority
 from glidefs.volume.service import FaultService
-from glidefs.volume.settings import HostSettings
+from glidefs.volume.settings import MIB, HostSettings
 from glidefs.volume.shadow import ShadowVerifier
 from glidefs.volume.uploader import Uploader
 from glidefs.volume.volume import Volume
@@ -145,6 +145,7 @@ class Host:
             if self._closed:
                 raise Closed("the host is closed")
             self._volumes[volume.cookie] = volume
+        began = time.monotonic()
         try:
             # What is taken over in a handoff is not compared: its log goes on in another process meanwhile.
             verify = self._shadow if not standby else None
@@ -155,7 +156,7 @@ class Host:
                 del self._volumes[volume.cookie]
             raise
         if not standby:
-            self._opened(volume, recovery)
+            self._opened(volume, recovery, time.monotonic() - began)
         return volume
 
     def activate(self, volume: Volume, position: Position) -> None:
@@ -163,7 +164,9 @@ class Host:
 
         Raises CoreError (ESTALE) if its log ends elsewhere, CorruptLog.
         """
-        self._opened(volume, handoff.activate(volume.core, position))
+        began = time.monotonic()
+        recovery = handoff.activate(volume.core, position)
+        self._opened(volume, recovery, time.monotonic() - began)
 
     def save_roots(self) -> None:
         """Make the local copies of all roots durable: until then nothing that was taken over is retired."""
@@ -171,14 +174,19 @@ class Host:
             if not volume.read_only:
                 volume.committer.save_local()
 
-    def _opened(self, volume: Volume, recovery: Recovery) -> None:
+    def _opened(self, volume: Volume, recovery: Recovery, seconds: float) -> None:
         volume.committer.known_segment = max(recovery.last_seq, volume.root.last_segment)
         if recovery.segments:
             log.info(
-                "volume %s: replayed %d records of %d segments, %d torn ones dropped",
+                "volume %s: replayed %d records (%.1f MiB) of %d segments in %.3f s, %.1f MiB verified%s, "
+                "%d torn records dropped",
                 volume.name,
                 recovery.records,
+                recovery.bytes / MIB,
                 recovery.segments,
+                seconds,
+                recovery.verified / MIB,
+                f" ({recovery.verified / MIB / max(seconds, 1e-6):.0f} MiB/s)" if recovery.verified else "",
                 recovery.dropped,
             )
             self._retirer.watch(volume)

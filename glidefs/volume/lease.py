@@ -117,6 +117,27 @@ def commit_root(store: ObjectStore, key: str, data: bytes, etag: str | None, log
                 return found
 
 
+def commit_first(store: ObjectStore, key: str, data: bytes, log_id: bytes) -> CommitResult:
+    """Put the first root of a volume, where there is none or the tombstone of one that was removed.
+
+    As :func:`commit_root`: Fenced means that another volume has the name.
+    """
+    while True:
+        try:
+            return commit_root(store, key, data, None, log_id)
+        except Fenced:
+            try:
+                found = store.get(key)
+            except NotFound:
+                continue  # removed meanwhile
+            if not decode_root(key, found.data).removed_at:
+                raise
+        try:
+            return commit_root(store, key, data, found.etag, log_id)
+        except Fenced:
+            continue  # the tombstone went, or somebody was faster
+
+
 def resolve(
     store: ObjectStore, key: str, data: bytes | None, log_id: bytes, *, gone_is_fence: bool = True
 ) -> CommitResult | None:
@@ -141,10 +162,12 @@ def resolve(
 
 
 def create(store: ObjectStore, prefix: str, root: Root) -> str:
-    """Put the first root of a volume. Returns its ETag. Raises ExportExists if the name is taken."""
-    key = manifest_key(prefix, root.name)
+    """Put the first root of a volume. Returns its ETag.
+
+    Raises ExportExists if the name is taken, StoreError.
+    """
     try:
-        result = commit_root(store, key, encode_root(root), None, root.log_id)
+        result = commit_first(store, manifest_key(prefix, root.name), encode_root(root), root.log_id)
     except Fenced as error:
         raise ExportExists(root.name) from error
     return result.etag

@@ -48,6 +48,11 @@ def log_dir(log_root: Path, volume_id: bytes, log_id: bytes) -> Path:
     return log_root / volume_id.hex() / log_id.hex()
 
 
+def lost_syncs(directory: Path) -> bool:
+    """Whether a sync of a segment there failed, and the store was not known to have it since."""
+    return any(directory.glob("*.syncfail"))
+
+
 def list_logs(log_root: Path, live: Collection[tuple[bytes, bytes]]) -> list[LogInfo]:
     """All logs below ``log_root``; ``live`` are the (volume id, log id) of volumes served here."""
     found: list[LogInfo] = []

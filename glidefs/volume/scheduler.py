@@ -246,6 +246,7 @@ class Scheduler:
         if volume.fenced or volume.closing or volume.read_only:
             return None
         try:
+            volume.committer.save_again()
             if urgent:
                 self._retirer.squeeze(volume)
             self._upload(volume, seal, urgent)
@@ -319,6 +320,8 @@ class Scheduler:
 
     def _next_look(self, volume: Volume) -> float | None:
         info = volume.core.info()
+        if volume.committer.copy_lags:
+            return self._settings.backoff
         if not info.dirty_bytes:
             return None
         until_due = self._patience - info.dirty_age

@@ -6,6 +6,7 @@ put pages, put the root, fsync a local copy of it; only then may the segments go
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -138,6 +139,8 @@ class Uploader:
             except CoreError as error:
                 # A sticky fdatasync failure ends with this upload, which verifies what it reads.
                 log.warning("volume %s: %s; uploading what the page cache has", volume.name, error)
+                with contextlib.suppress(CoreError):
+                    volume.core.sync()  # the mark of the failure: a start without the local root looks for it
             with Gather(
                 volume.core, volume.log_dir, volume.id, volume.log_id, volume.done_segment + 1, last
             ) as gather:
@@ -170,7 +173,8 @@ class Uploader:
         if volume.committer.published or not root.source:
             return
         since = root.created_at or volume.opened_at
-        if time.time() - since > self._settings.gc_grace / 4:
+        late = time.time() - since > self._settings.gc_grace / 4
+        if late and not volume.committer.was_published(self._store):
             raise Fenced(
                 volume.name,
                 f"the first root of this fork of {root.source} could not be put in time; make the fork again",
@@ -230,11 +234,18 @@ class Uploader:
 
     def put(self, volume: Volume, key: str, body: list[Buffer]) -> None:
         """Put a pack, through outages, until the volume closes or is fenced."""
+        if volume.closing or self._life().stopping:
+            raise Closed(f"volume {volume.name} closes")  # who closes it waits for the upload
         self.retry(volume, lambda: self._store.put(key, body), clock.elapsed())
 
     def retry(self, volume: Volume, action: Callable[[], object], since: float) -> None:
-        """Run ``action`` again after temporary store errors, for at most half the grace from ``since``."""
+        """Run ``action``, again after temporary store errors, for at most half the grace from ``since``.
+
+        Not for a volume that is fenced, whoever found that out.
+        """
         while True:
+            if volume.fenced:
+                raise Fenced(volume.name, volume.fenced)
             try:
                 action()
                 volume.last_error = ""
@@ -243,8 +254,6 @@ class Uploader:
                 if not error.temporary:
                     raise
                 volume.last_error = str(error)
-                if volume.fenced:
-                    raise Fenced(volume.name, volume.fenced) from error
                 if volume.closing or self._life().stopping:
                     raise Closed(f"volume {volume.name} closes") from error
                 if self._life().pausing or clock.elapsed() - since > self._settings.gc_grace / 2:

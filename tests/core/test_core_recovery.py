@@ -23,7 +23,9 @@ def test_everything_acknowledged_is_there_after_a_crash(rig: CoreRig) -> None:
         vol.reopen(always_verify=verify)
         assert vol.core.pread(0, 2 * BLOCK) == want
         assert vol.recovery.dropped == 0
+        assert vol.recovery.verified == (vol.recovery.bytes if verify else 0)
     assert vol.recovery.records == 42
+    assert vol.recovery.bytes >= 40 * SECTOR
 
 
 def test_recovery_appends_to_a_new_segment(rig: CoreRig) -> None:

@@ -94,7 +94,8 @@ def test_what_the_store_does_not_give_is_not_compared(shadows: Shadows) -> None:
     vol = shadows.vol(base={0: pattern(7, BLOCK)})
     vol.core.pwrite(0, pattern(1, SECTOR))
     shadows.absent = True
-    assert vol.core.pread(0, BLOCK)[SECTOR:] == pattern(7, BLOCK)[SECTOR:]
+    read = Background(lambda: vol.core.pread(0, BLOCK))
+    assert read.result(15)[SECTOR:] == pattern(7, BLOCK)[SECTOR:]
     assert figures(vol) == (1, 0, 0, SECTORS - 1)
     # An unaligned write over such a sector makes all of it known.
     vol.core.pwrite(5 * SECTOR + 512, b"u" * 512)
@@ -110,7 +111,7 @@ def test_a_close_lets_reads_go_that_wait(shadows: Shadows) -> None:
     shadows.go.clear()
     read = Background(lambda: vol.core.pread(0, BLOCK))
     wait_for(lambda: shadows.fills, "asked")
-    vol.close()
+    Background(vol.close).result(15)  # it does not wait until patience ends
     assert read.result() == pattern(7, BLOCK)
 
 

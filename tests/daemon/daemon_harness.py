@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,8 @@ class Daemon:
         self.store = store
         self.endpoint = ""
         """Of an S3 server, to use instead of the directory."""
+        self.wrapper: Sequence[str] = ()
+        """Words before the command of the process."""
         self.config = base / "glidefs.toml"
         base.mkdir(exist_ok=True)
         self.write_config(extra, node)
@@ -99,11 +101,16 @@ node = "{node}"
     def spawn(self) -> subprocess.Popen[bytes]:
         with (self.base / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "glidefs.cli.main", "run", "-c", str(self.config)],
+                [*self.wrapper, sys.executable, "-m", "glidefs.cli.main", "run", "-c", str(self.config)],
                 cwd=ROOT,
                 stderr=log,
                 stdout=log,
-                env={**os.environ, **servers.CREDENTIALS, "PYTHONPATH": str(ROOT)},
+                env={
+                    **os.environ,
+                    **servers.CREDENTIALS,
+                    "PYTHONPATH": str(ROOT),
+                    "PYTHONFAULTHANDLER": "1",
+                },
             )
         return self.process
 
@@ -117,8 +124,25 @@ node = "{node}"
             except CommandError:
                 return False
 
-        wait_for(ready, f"the daemon is ready\n{self.log_text}")
+        try:
+            wait_for(ready, "the daemon is ready")
+        except AssertionError:
+            if process.poll() is None:
+                print(self.autopsy(process))
+            raise
         return self
+
+    def autopsy(self, process: subprocess.Popen[bytes]) -> str:
+        """Ends a daemon that hangs: where its threads wait, in the kernel and in Python, and its log."""
+        lines = []
+        for task in sorted(Path(f"/proc/{process.pid}/task").iterdir()):
+            with contextlib.suppress(OSError):
+                state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+                waits = " ".join((task / name).read_text().strip() for name in ("comm", "wchan", "syscall"))
+                lines.append(f"{task.name} {state} {waits}")
+        process.send_signal(signal.SIGABRT)  # faulthandler prints the stacks of all threads
+        process.wait(DEADLINE)
+        return "\n".join([*lines, self.log_text[-20000:]])
 
     def stop(self, number: int = signal.SIGTERM, expected: int = 0) -> None:
         assert self.process is not None

@@ -6,6 +6,8 @@ import logging
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,9 @@ def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert process.notify("READY=1", "STATUS=x")
         assert manager.recv(100) == b"READY=1\nSTATUS=x"
     assert not process.notify("READY=1")
+
+
+def test_guests_do_not_wait_for_the_api_s_imports() -> None:
+    """They take as long as the rest of a start."""
+    code = "import sys, glidefs.runner; sys.exit('fastapi' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

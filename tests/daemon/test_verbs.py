@@ -162,6 +162,8 @@ def test_take_over_fences_the_first(daemon: Daemon, make_daemon: Make) -> None:
     shown = daemon.json("show", "v1")
     assert shown["state"] == "failed"
     assert "node-2" in shown["reason"]
+    assert [(entry["export"], entry["state"]) for entry in daemon.json("logs")] == [("v1", "fenced")]
+    assert "detach v1 first" in daemon.fails("logs", "delete", shown["volume_id"], shown["log_id"])
     detached = daemon.json("detach", "v1")
     assert "set aside" in detached["note"]
     aside = daemon.json("logs")
@@ -174,6 +176,27 @@ def test_take_over_fences_the_first(daemon: Daemon, make_daemon: Make) -> None:
     assert daemon.json("logs", "list") == []
     assert "no such log" in daemon.fails("logs", "delete", *ids)
     assert other.has("v1", 5, "0", "1M")
+
+
+@pytest.mark.parametrize("dirty", [True, False])
+def test_detach_of_a_volume_that_another_host_took(dirty: bool, daemon: Daemon, make_daemon: Make) -> None:
+    """This host hears of it from the detach itself, and the volume stays the other's."""
+    daemon.json("create", "v1", "--size", "64MiB")
+    daemon.io("v1", "write -P 5 0 1M")
+    daemon.json("drain", "v1")
+    if dirty:
+        daemon.io("v1", "write -P 6 0 1M")
+    other = make_daemon("b", node="node-2").start()
+    other.json("attach", "v1", "--take-over")
+    assert daemon.json("show", "v1")["state"] == "serving"
+    assert "set aside" in daemon.json("detach", "v1")["note"]
+    assert daemon.json("list") == []
+    assert [entry["state"] for entry in daemon.json("logs")] == ["set aside"]
+    assert other.has("v1", 5, "0", "1M")
+    other.json("drain", "v1")
+    daemon.stop()
+    daemon.start()
+    assert daemon.json("list") == []
 
 
 def test_remove_of_a_fenced_export_keeps_the_log_and_the_other_host_s_volume(

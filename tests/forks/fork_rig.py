@@ -128,6 +128,8 @@ class Node:
         self.router = ExportRouter(self.host, self.store, (NoGuests(),), places, self.bases, self.stopping)
 
     def close(self) -> None:
+        for volume in self.host.volumes():
+            assert not volume.core.stats().shadow_differences
         self.router.close()
         self.host.close()
         self.engine.close()

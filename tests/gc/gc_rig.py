@@ -72,6 +72,12 @@ class ClockStore(MemoryStore):
         with self._lock:
             return self._objects[key][0]
 
+    def etag_of(self, key: str) -> str | None:
+        """The ETag of an object that there is, without a request."""
+        with self._lock:
+            found = self._objects.get(key)
+        return found[1].etag if found else None
+
     def snapshot(self) -> dict[str, str]:
         """Every key with its ETag."""
         with self._lock:
@@ -81,7 +87,7 @@ class ClockStore(MemoryStore):
 class InlinePool(Executor):
     """Does the work at once, so that requests come in one order."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:

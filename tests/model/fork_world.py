@@ -1,7 +1,7 @@
 """Two nodes with routers, their store, and the clock that store, nodes and collector go by.
 
-The clock stands still unless a test advances it. What the store has is read here by the formats alone,
-without anything of what serves volumes: `stored`.
+The clock stands still unless a test advances it. What the store has is read by the formats alone
+(`stored.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from fork_rig import PREFIX, Node, wait_for
 from gc_rig import START, ClockStore, InlinePool
 from history import SECTOR
+from stored import Stored
 
 import glidefs.clock
 import glidefs.gc
@@ -31,22 +32,10 @@ import glidefs.volume.compactor
 import glidefs.volume.lease
 import glidefs.volume.pace
 import glidefs.volume.uploader
-from glidefs import names
-from glidefs.formats.manifest import (
-    EMPTY_PAGE,
-    NO_ID,
-    PAGE_CHUNKS,
-    PackRef,
-    Page,
-    Root,
-    decode_page,
-    decode_root,
-)
-from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, PackEntry, PackIndex, decode_index, decode_payload
+from glidefs.formats.pack import BLOCK
 from glidefs.store.base import Body
 
 GRACE = 1000.0
-SECTORS = BLOCK // SECTOR
 NODES = ("a", "b")
 CLOCKED: tuple[Any, ...] = (
     glidefs.images.bases,
@@ -95,12 +84,6 @@ class SlowStore(ClockStore):
                 call()
         return etag
 
-    def etag_of(self, key: str) -> str | None:
-        """Without a request."""
-        with self._lock:
-            found = self._objects.get(key)
-        return found[1].etag if found else None
-
     def clear(self) -> None:
         with self._lock:
             self._objects.clear()
@@ -121,17 +104,15 @@ class Clock:
         return getattr(time, name)
 
 
-class World:
+class World(Stored):
     """The store and the nodes that all examples share."""
 
     def __init__(self) -> None:
+        super().__init__(SlowStore())
+        self.store: SlowStore
         where = "/dev/shm" if os.path.isdir("/dev/shm") else None
         self.home = Path(tempfile.mkdtemp(prefix="glidefs-fork-model-", dir=where))
-        self.store = SlowStore()
         self.clock = Clock(self.store)
-        # Packs never change.
-        self._indices: dict[str, PackIndex] = {}
-        self._payloads: dict[tuple[str, int], bytes] = {}
         self.nodes = {
             name: Node(
                 self.home / name,
@@ -179,8 +160,7 @@ class World:
     def begin(self) -> None:
         """An empty store, and nodes that know nothing."""
         self.store.clear()
-        self._indices.clear()
-        self._payloads.clear()
+        self.forget()
         self.store.now = START
         self.store.after_pack = None
         for node in self.nodes.values():
@@ -220,96 +200,6 @@ class World:
         result = glidefs.gc.collect(self.store, PREFIX, grace=GRACE)
         self.check_named()
         return result
-
-    # -- what the store has, by the formats alone ----------------------------------------------
-
-    def root(self, key: str) -> Root:
-        return decode_root(key, self.store.data(key))
-
-    def root_keys(self) -> list[str]:
-        found = []
-        for key in sorted(self.store.key_set()):
-            match key.split("/"):
-                case [_, "volumes", _, "manifest"] | [_, "volumes", _, "snapshots", _] | [_, "tags", _]:
-                    found.append(key)
-                case [_, "bases", _, "manifest"]:
-                    found.append(key)
-        return found
-
-    def ages(self, keys: set[str]) -> dict[str, float]:
-        return {key: self.store.now - self.store.head(key).last_modified for key in keys}
-
-    def root_etags(self) -> dict[str, str | None]:
-        return {key: self.store.etag_of(key) for key in self.root_keys()}
-
-    def pages(self, root: Root) -> Iterator[tuple[int, Page]]:
-        if root.inline_page is not None:
-            yield 0, root.inline_page
-        for number, page_id in enumerate(root.page_ids):
-            if page_id:
-                key = names.page_key(PREFIX, page_id.hex())
-                yield number, decode_page(key, self.store.data(key))
-
-    def named(self) -> set[str]:
-        """The keys of what the roots name. A page that is gone raises KeyError."""
-        found: set[str] = set()
-        for key in self.root_keys():
-            root = self.root(key)
-            found |= {names.page_key(PREFIX, page_id.hex()) for page_id in root.page_ids if page_id}
-            for _, page in self.pages(root):
-                found |= {names.pack_key(PREFIX, ref.id.hex()) for ref in page.packs}
-        return found
-
-    def objects(self) -> set[str]:
-        """The keys of packs and pages."""
-        return self.store.key_set(f"{PREFIX}/packs/") | self.store.key_set(f"{PREFIX}/pages/")
-
-    def check_named(self) -> None:
-        """Nothing that a root names is gone; copies of roots belong to nobody."""
-        lost = self.named() - self.objects()
-        assert not lost, f"deleted, and still named: {lost}"
-        for key in self.root_keys():
-            root = self.root(key)
-            if "/snapshots/" in key or "/tags/" in key or "/bases/" in key:
-                assert (root.log_id, root.owner_node) == (NO_ID, ""), f"{key} has an owner"
-
-    def stored(self, key: str, sectors: list[int]) -> dict[int, bytes]:
-        """What the root under ``key`` says that these sectors hold."""
-        root = self.root(key)
-        pages = dict(self.pages(root))
-        found: dict[int, bytes] = {}
-        for sector in sectors:
-            block = sector // SECTORS
-            number, chunk = divmod(block // CHUNK_BLOCKS, PAGE_CHUNKS)
-            page = pages.get(number, EMPTY_PAGE)
-            refs = [page.packs[index] for index in page.chunks.get(chunk, ())]
-            found[sector] = self._sector(refs, block, sector % SECTORS)
-        return found
-
-    def _sector(self, refs: list[PackRef], block: int, at: int) -> bytes:
-        for ref in reversed(refs):
-            key = names.pack_key(PREFIX, ref.id.hex())
-            for entry in self._index(key, ref).range(block, 1):
-                if entry.mask >> at & 1:
-                    payload = self._payload(key, entry)
-                    skip = (entry.mask & ((1 << at) - 1)).bit_count() * SECTOR
-                    return payload[skip : skip + SECTOR]
-                if entry.zero_mask >> at & 1:
-                    return bytes(SECTOR)
-        return bytes(SECTOR)
-
-    def _index(self, key: str, ref: PackRef) -> PackIndex:
-        data = self.store.data(key)
-        if key not in self._indices:
-            self._indices[key] = decode_index(key, data[-ref.index_length :], len(data))
-        return self._indices[key]
-
-    def _payload(self, key: str, entry: PackEntry) -> bytes:
-        found = self._payloads.get((key, entry.block))
-        if found is None:
-            data = self.store.data(key)[entry.offset : entry.offset + entry.stored]
-            found = self._payloads[key, entry.block] = bytes(decode_payload(key, entry, data))
-        return found
 
 
 _world: World | None = None

@@ -61,8 +61,8 @@ CORE = [
     Mutation(
         "torn-data-replayed",
         "csrc/recover.c",
-        "    if (record->op == RECORD_WRITE && must_verify(r, f))",
-        "    if (record->op == RECORD_WRITE && false && must_verify(r, f))",
+        "    if (record->op == RECORD_WRITE && must_verify(r, f)) {",
+        "    if (record->op == RECORD_WRITE && false && must_verify(r, f)) {",
         (MODEL,),
     ),
     Mutation(

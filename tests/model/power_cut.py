@@ -3,20 +3,22 @@
 The trace (csrc/disk.h) says what was created, written, synced, renamed and unlinked, in order. Durable
 at the cut is the data written before the beginning of a file's sync that has ended, and the directory
 entries made before that of a directory's. Of the rest a cut keeps what it likes: any 4 KiB page as it was
-after any of the writes to it, any entry, any unlink, with the file's size or without.
+after any of the writes to it, any entry, any unlink, with the file's size or without. What a sync that
+failed covered is never durable, whatever a later one says (the kernel calls such pages clean), but for pages
+that are written to once more.
 """
 
 from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 PAGE = 4096
-CREATE, WRITE, SYNC, SYNC_END, DIR, DIR_END, UNLINK, RENAME = range(1, 9)
+CREATE, WRITE, SYNC, SYNC_END, DIR, DIR_END, UNLINK, RENAME, SYNC_FAILED, DIR_FAILED = range(1, 11)
 HEAD = struct.Struct("<BBHIQQ")
 
 
@@ -50,6 +52,29 @@ class Inode:
     pending: list[tuple[int, bytes]] = field(default_factory=list)
     mark: int = 0
     """Writes before the beginning of the sync under way."""
+    lost: list[tuple[int, bytes]] = field(default_factory=list)
+    """What a sync failed to write, page by page; older than ``pending``."""
+
+    def synced(self) -> None:
+        """The sync under way has ended. It wrote pages whole, so what was lost of them is there after all."""
+        done = self.pending[: self.mark]
+        pages = {page for write in done for page, _, _ in _by_page(write)}
+        again = [write for write in self.lost if write[0] // PAGE in pages]
+        self.lost = [write for write in self.lost if write[0] // PAGE not in pages]
+        self.durable = _written(self.durable, again + done)
+        del self.pending[: self.mark]
+        self.mark = 0
+
+    def failed(self) -> None:
+        """It has failed."""
+        for write in self.pending[: self.mark]:
+            self.lost += [(start, piece) for _, start, piece in _by_page(write)]
+        del self.pending[: self.mark]
+        self.mark = 0
+
+    def content(self) -> bytes:
+        """The file as processes see it."""
+        return _written(self.durable, self.lost + self.pending)
 
 
 class Keep(NamedTuple):
@@ -92,6 +117,8 @@ class Disk:
                 _change(self.durable, change)
             del self.changes[: self.dir_mark]
             self.dir_mark = 0
+        elif record.path == self.directory and record.kind == DIR_FAILED:
+            self.dir_mark = 0
         elif parent != self.directory:
             return
         elif record.kind == CREATE:
@@ -107,15 +134,22 @@ class Disk:
             inode = self.entries[name]
             inode.mark = len(inode.pending)
         elif record.kind == SYNC_END and name in self.entries:
-            inode = self.entries[name]
-            inode.durable = _written(inode.durable, inode.pending[: inode.mark])
-            del inode.pending[: inode.mark]
-            inode.mark = 0
+            self.entries[name].synced()
+        elif record.kind == SYNC_FAILED and name in self.entries:
+            self.entries[name].failed()
 
     def _enter(self, kind: int, name: str, to: str, inode: Inode) -> None:
         change = (kind, name, to, inode)
         _change(self.entries, change)
         self.changes.append(change)
+
+    def names(self) -> set[str]:
+        """Of all files that are there, or may be."""
+        return set(self.entries) | set(self.durable) | {to for _, _, to, _ in self.changes}
+
+    def now(self) -> dict[str, bytes]:
+        """The files as processes see them."""
+        return {name: inode.content() for name, inode in self.entries.items()}
 
     def cut(self, keep: Keep, rng: random.Random) -> dict[str, bytes]:
         """The files that are there when the power is back."""
@@ -124,6 +158,14 @@ class Disk:
             if rng.random() < keep.entry:
                 _change(entries, change)
         return {name: _torn(inode, keep, rng) for name, inode in entries.items()}
+
+
+def _by_page(write: tuple[int, bytes]) -> Iterator[tuple[int, int, bytes]]:
+    """(page, offset, bytes) of each page that a write touches."""
+    offset, piece = write
+    for page in range(offset // PAGE, (offset + len(piece) - 1) // PAGE + 1):
+        start, end = max(offset, page * PAGE), min(offset + len(piece), (page + 1) * PAGE)
+        yield page, start, piece[start - offset : end - offset]
 
 
 def _change(entries: dict[str, Inode], change: tuple[int, str, str, Inode]) -> None:
@@ -147,18 +189,17 @@ def _written(data: bytes, writes: list[tuple[int, bytes]]) -> bytes:
 
 def _torn(inode: Inode, keep: Keep, rng: random.Random) -> bytes:
     """Each page as it was after some of the writes to it."""
-    if not inode.pending:
+    unsynced = inode.lost + inode.pending
+    if not unsynced:
         return inode.durable
-    full = _written(inode.durable, inode.pending)
+    full = inode.content()
     out = bytearray(inode.durable)
     size = len(full) if rng.random() < keep.size else max(len(out), rng.randrange(len(full) + 1))
     out.extend(bytes(len(full) - len(out)))
     pages: dict[int, list[tuple[int, bytes]]] = {}
-    for offset, piece in inode.pending:
-        for page in range(offset // PAGE, (offset + len(piece) - 1) // PAGE + 1):
-            start = max(offset, page * PAGE)
-            end = min(offset + len(piece), (page + 1) * PAGE)
-            pages.setdefault(page, []).append((start, piece[start - offset : end - offset]))
+    for write in unsynced:
+        for page, start, piece in _by_page(write):
+            pages.setdefault(page, []).append((start, piece))
     for writes in pages.values():
         if rng.random() < keep.page:
             count = len(writes) if rng.random() < 0.6 else rng.randrange(len(writes) + 1)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from core_rig import BLOCK, SECTOR, CoreRig, Vol, inject_nothing, pattern, trace
+from core_rig import BLOCK, SECTOR, Background, CoreRig, Vol, inject, inject_nothing, pattern, trace, wait_for
 from power_cut import (
     CREATE,
     DIR,
     DIR_END,
+    DIR_FAILED,
     EVERYTHING,
     KEEPS,
     NOTHING,
     RENAME,
     SYNC,
     SYNC_END,
+    SYNC_FAILED,
     UNLINK,
     WRITE,
     Disk,
@@ -27,6 +31,8 @@ from power_cut import (
     cut_power,
     read_trace,
 )
+
+from glidefs.core.check import CoreError
 
 # -- the disk that is simulated --------------------------------------------------------------------
 
@@ -56,6 +62,24 @@ def test_only_what_was_synced_is_durable() -> None:
 def test_a_sync_that_has_not_ended_says_nothing() -> None:
     disk = disk_of((WRITE, "old", 0, b"1" * 4096), (SYNC, "old", 0, b""))
     assert disk.cut(NOTHING, random.Random(0)) == {"old": b"o" * 8192}
+
+
+def test_what_a_sync_failed_to_write_is_not_there_after_a_later_one() -> None:
+    steps = [
+        (WRITE, "old", 0, b"1" * 8192),
+        (SYNC, "old", 0, b""),
+        (SYNC_FAILED, "old", 0, b""),
+        (WRITE, "old", 100, b"2" * 10),
+        (SYNC, "old", 0, b""),
+        (SYNC_END, "old", 0, b""),
+    ]
+    disk = disk_of(*steps)
+    # The second write's page was written whole.
+    page = b"1" * 100 + b"2" * 10 + b"1" * 3986
+    assert disk.cut(NOTHING, random.Random(0)) == {"old": page + b"o" * 4096}
+    assert disk.now() == {"old": page + b"1" * 4096}
+    steps += [(DIR, "", 0, b""), (UNLINK, "old", 0, b""), (DIR_FAILED, "", 0, b"")]
+    assert "old" in disk_of(*steps).cut(NOTHING, random.Random(0))
 
 
 def test_pages_are_torn_one_by_one() -> None:
@@ -161,6 +185,34 @@ def test_recovered_data_is_durable_after_a_flush(box: Box) -> None:
     box.vol.reopen()
     box.vol.core.flush()
     assert box.cut().core.pread(0, SECTOR) == pattern(1, SECTOR)
+
+
+def test_a_directory_whose_sync_failed_is_synced_again(tmp_path: Path) -> None:
+    """! Its segment has nothing to lose yet, so nothing else remembers that its entry is not durable."""
+    rig = CoreRig(tmp_path, workers=1, log_limit=1 << 20)
+    full = [rig.vol() for _ in range(3)]
+    waiting = []
+    for vol in full:
+        waiting.append(Background(partial(vol.core.pwrite, 0, bytes(1 << 20))))
+        wait_for(lambda vol=vol: vol.core.info().parked, "a full log")
+    box = Box(rig, tmp_path)
+    write = Background(partial(box.vol.core.pwrite, 0, pattern(1, 16 * SECTOR)))
+    try:
+        wait_for(lambda: box.vol.core.info().parked, "no room for it")
+        assert [path.stat().st_size for path in box.vol.dir.glob("*.seg")] == [96]  # a header
+        inject(DIR, errno.EIO)
+        with pytest.raises(CoreError):
+            box.vol.core.flush()
+        while not write.done:
+            for vol in full:
+                vol.commit()
+        write.result()
+        box.vol.core.flush()
+        assert box.cut().core.pread(0, 16 * SECTOR) == pattern(1, 16 * SECTOR)
+    finally:
+        inject_nothing()
+        trace(None)
+        rig.close()
 
 
 def test_a_sealed_segment_keeps_its_last_witness(box: Box) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def files(below: Path) -> dict[str, str]:
 def program(tmp_path: Path) -> Path:
     path = tmp_path / "bin" / "glidefs"
     path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {shutil.which("python3")} -m glidefs.cli.main "$@"\n')
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m glidefs.cli.main "$@"\n')
     path.chmod(0o755)
     return path
 

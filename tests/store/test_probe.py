@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from glidefs.errors import AccessDenied, StoreUnsupported
+from glidefs.errors import AccessDenied, StoreUnavailable, StoreUnsupported
 from glidefs.store.memory import MemoryStore
 from glidefs.store.probe import probe_store
 
@@ -68,3 +68,11 @@ def test_other_errors_come_through() -> None:
     store.fail_next("put", AccessDenied("HTTP 403"))
     with pytest.raises(AccessDenied):
         probe_store(store)
+
+
+def test_a_store_that_is_away_is_asked_once() -> None:
+    store = MemoryStore()
+    store.set_down(True)
+    with pytest.raises(StoreUnavailable):
+        probe_store(store)
+    assert store.requests == {"put": 1}

@@ -96,13 +96,19 @@ def kernel_log() -> list[str]:
 
 
 @contextlib.contextmanager
-def mounted(device: str, at: Path) -> Iterator[Path]:
+def mounted(device: str, at: Path, *options: str) -> Iterator[Path]:
     at.mkdir(exist_ok=True)
-    run("mount", device, at)
+    run("mount", *options, device, at)
     try:
         yield at
     finally:
         run("umount", at)
+
+
+def drop_caches() -> None:
+    """Let the kernel forget all pages and names that are clean, so that they are read again."""
+    run("sync")
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 pytest.importorskip("glidefs.core._core")
 import device_rig as rig
 from figures import Figures
-from node import GIB, MIB, Node, fio_command, fio_report, stopwatch, wait_for
+from node import GIB, MIB, Node, stopwatch, wait_for
 from null_server import NullServer, build, control, info
 
 from glidefs.core import ublk
@@ -114,53 +113,9 @@ def test_a_mounted_file_system_survives_stop_and_start(node: Node, place: Path, 
     assert not Path(device).exists()
 
 
-def test_kill_under_fio_verify(node: Node, figure: Figures) -> None:
-    device = rig.create(node, "disk", "1GiB")
-    before = len(rig.kernel_log())
-    job = ["--rw=randwrite", "--bsrange=4k-128k", "--iodepth=32", "--verify=crc32c", "--verify_fatal=1"]
-    job += ["--do_verify=1", "--verify_state_save=0", f"--size={96 * MIB}", "--loops=8"]
-    load = subprocess.Popen(
-        fio_command(device, *job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    kills = 0
-    try:
-        for _ in range(3):
-            mark = rig.counters(device)
-            wait_for(
-                lambda mark=mark: load.poll() is not None or _requests(device) > _sum(mark) + 200,
-                "requests get through",
-            )
-            if load.poll() is not None:
-                break
-            node.kill()
-            with stopwatch() as took:
-                node.start()
-            figure("restart after kill -9", took[0], "s")
-            kills += 1
-            assert rig.state(device) == rig.LIVE
-        output = load.communicate(timeout=rig.STEP)[0]
-    finally:
-        load.kill()
-    assert load.returncode == 0, output
-    assert fio_report(output)["error"] == 0, output
-    figure("kills under load", kills, at_least=2)
-    assert node.json("show", "disk")["device"] == device
-    assert rig.io_errors(before) == []
-    node.json("remove", "disk")
-    assert not Path(device).exists()
-
-
 def _made(path: Path) -> Path:
     path.mkdir(exist_ok=True)
     return path
-
-
-def _sum(counters: list[int]) -> int:
-    return counters[0] + counters[4]
-
-
-def _requests(device: str) -> int:
-    return _sum(rig.counters(device))
 
 
 def test_detach_and_remove_delete_the_device(node: Node) -> None:

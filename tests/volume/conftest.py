@@ -17,11 +17,12 @@ def memory() -> MemoryStore:
 
 
 @pytest.fixture
-def rig(tmp_path: Path, memory: MemoryStore) -> Iterator[Rig]:
+def rig(tmp_path: Path, memory: MemoryStore, request: pytest.FixtureRequest) -> Iterator[Rig]:
     rig = Rig(tmp_path, memory)
     yield rig
     for host, engine in list(rig.live):
         host.close()
         engine.close()
     rig.differences.close()
-    assert not (SHADOW and rig.differences.lines)
+    if SHADOW and request.module.__name__ != "test_volume_shadow":
+        assert rig.differences.lines == []

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
+import threading
+import time
 
 import msgspec
 import pytest
@@ -157,6 +160,60 @@ def test_a_stale_owner_learns_of_its_fence_without_committing(rig: Rig) -> None:
     wait_for(lambda: fenced(volume), "fenced by polling")
 
 
+def test_a_stale_owner_learns_of_its_fence_from_a_compaction(rig: Rig) -> None:
+    host = rig.host("a", compaction=True, compact_width=4, settle_idle=0.2)
+    volume = rig.create(host)
+    # Compaction comes when the other host has the volume already: nothing else looks at the store then.
+    host.compactor.pause(time.monotonic() + 20)
+    for i in range(6):
+        volume.core.pwrite(i * 4096, b"a" * 4096)
+        volume.drain(20)
+    rig.attach(rig.host("b"), volume.name, take_over=True)
+    host.compactor.resume()
+    host.compactor.note(volume, frozenset({0}))
+    wait_for(lambda: fenced(volume), "fenced by a compaction")
+    with pytest.raises(CoreError):
+        volume.core.pread(0, 4096)
+
+
+@pytest.mark.parametrize("end", ["fenced", "closed"])
+def test_an_upload_goes_no_further_than_its_volume(rig: Rig, end: str) -> None:
+    """Who hears in the middle of an upload that the volume is another's, or that it closes, puts no more."""
+    host = rig.host("a", pack_bytes=MIB, put_threads=1)
+    volume = rig.create(host)
+    for at in range(0, 8 * MIB, MIB):
+        volume.core.pwrite(at, random.Random(at).randbytes(MIB))
+    original, entered, go_on = rig.memory.put, threading.Event(), threading.Event()
+    begun: list[str] = []
+
+    def put(key, data, **conditions):  # type: ignore[no-untyped-def]
+        if "/packs/" in key:
+            begun.append(key)
+            entered.set()
+            assert go_on.wait(20)
+        return original(key, data, **conditions)
+
+    rig.memory.put = put  # type: ignore[method-assign]
+    host.scheduler.request(volume, seal=True)
+    assert entered.wait(20)
+    if end == "fenced":
+        rig.attach(rig.host("b"), volume.name, take_over=True)
+        with pytest.raises(Fenced):
+            volume.committer.poll(host.store)
+        volume.fence("node b has it now")
+        go_on.set()
+        host.scheduler.forget(volume)  # waits for the job
+    else:
+        thread = threading.Thread(target=volume.close)
+        thread.start()
+        wait_for(lambda: volume.closing, "closing")
+        go_on.set()
+        thread.join(20)
+        assert not thread.is_alive()
+    assert len(begun) == 1
+    assert lease.read_root(host.store, PREFIX, volume.name)[0].last_segment == 0
+
+
 def test_detach_gives_the_volume_up(rig: Rig) -> None:
     host = rig.host("a")
     volume = rig.create(host)
@@ -229,6 +286,46 @@ def test_local_copy_is_durable_before_a_segment_may_go(rig: Rig, monkeypatch: py
     volume.drain(20)
     volume.retire_committed()
     assert not log_segments(volume.log_dir)
+
+
+def test_a_local_copy_that_failed_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """! Without one nothing may go, and where the log is full no other commit comes."""
+    host = rig.host()
+    volume = rig.create(host)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(local, "save", fail)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    assert volume.retirable() == 0
+    monkeypatch.undo()
+    wait_for(lambda: volume.retirable() == volume.root.last_segment, "the local copy")
+    saved = local.load(host.state_dir, volume.id)
+    assert saved is not None
+    assert saved[:2] == (volume.root, volume.etag)
+
+
+def test_a_log_is_not_opened_without_a_local_copy(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """! What the root includes is unlinked then, and the next start would not know that root."""
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    root, etag = volume.root, volume.etag
+    volume.close()
+    host.forget_state(volume.id)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "I/O error")
+
+    monkeypatch.setattr(local, "save", fail)
+    with pytest.raises(OSError, match="I/O error"):
+        host.open(record_of(root), root, etag)
+    assert log_segments(volume.log_dir)
+    monkeypatch.undo()
+    assert host.open(record_of(root), root, etag).core.pread(0, 4096) == b"a" * 4096
 
 
 def test_segments_that_this_host_lost_are_not_mistaken_for_new_ones(rig: Rig) -> None:

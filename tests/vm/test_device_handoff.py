@@ -105,14 +105,14 @@ class Oracle(threading.Thread):
         self.expected = bytearray(end - first)
         self.rounds = 0
         self._fd = os.open(device, os.O_RDWR | os.O_DIRECT)
-        self._stop = threading.Event()
+        self._ended = threading.Event()
         self._error: OSError | None = None
         self._random = random.Random(1)
 
     def run(self) -> None:
         buffer = mmap.mmap(-1, 64 << 10)  # aligned
         try:
-            while not self._stop.is_set():
+            while not self._ended.is_set():
                 length = 4096 * self._random.randrange(1, 17)
                 at = 4096 * self._random.randrange((len(self.expected) - length) // 4096)
                 data = self.rounds.to_bytes(8, "little") * (length // 8)
@@ -126,7 +126,7 @@ class Oracle(threading.Thread):
 
     def finish(self) -> None:
         """Stop, and look at every block."""
-        self._stop.set()
+        self._ended.set()
         self.join(rig.STEP)
         assert self._error is None
         buffer = mmap.mmap(-1, MIB)

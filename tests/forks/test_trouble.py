@@ -1,0 +1,185 @@
+"""Verbs whose answer is lost, and starts after a disk failed: what became of it is found out first."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
+
+import glidefs.opener
+import glidefs.router
+import glidefs.volume.uploader
+from glidefs.core.check import CoreError
+from glidefs.core.testing import DiskKind, disk_inject
+from glidefs.errors import AccessDenied, StoreError, StoreUnavailable
+from glidefs.exports import AttachRequest
+from glidefs.formats.manifest import Root, decode_root
+from glidefs.store.base import join_body
+from glidefs.volume import lease
+
+MakeNode = Callable[..., Node]
+SIZE = 256 * MIB
+
+
+def root_of(node: Node, name: str) -> Root:
+    return lease.read_root(node.store, PREFIX, name)[0]
+
+
+def lose_answer(
+    memory: CountingStore, monkeypatch: pytest.MonkeyPatch, which: Callable[[Root], bool]
+) -> None:
+    """The put of this root is applied; nobody hears of it, and the store is away from then on."""
+    put = memory.put
+
+    def then_down(key: str, data: Any, **conditions: Any) -> str:
+        etag = put(key, data, **conditions)
+        if key.endswith("/manifest") and which(decode_root(key, join_body(data))):
+            memory.set_down(True)
+            monkeypatch.setattr(memory, "put", put)
+            raise StoreUnavailable("no answer", key=key, op="put")
+        return etag
+
+    monkeypatch.setattr(memory, "put", then_down)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glidefs.router, "VERB_PATIENCE", 0.4)
+    monkeypatch.setattr(glidefs.opener, "STORE_PATIENCE", 0.2)
+
+
+def test_a_fork_that_was_put_in_time_is_served_though_its_answer_was_lost(
+    make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! Its data would be set aside for nothing."""
+    node = make_node(grace=3600.0)
+    node.base("deb", b"d" * 4096)
+    node.bases.get(PREFIX, "deb")
+    lose_answer(memory, monkeypatch, lambda root: root.name == "fork")
+    node.fork("fork", "base:deb")
+    node.core("fork").pwrite(4096, b"w" * 4096)
+    wait_for(lambda: memory._down, "the put")
+    later = SimpleNamespace(time=lambda: time.time() + 1000.0, monotonic=time.monotonic, sleep=time.sleep)
+    monkeypatch.setattr(glidefs.volume.uploader, "time", later)
+    memory.set_down(False)
+    node.router.drain("fork", 20.0)
+    assert node.router.show("fork").state == "serving"
+    assert root_of(node, "fork").sequence > 0
+
+
+def test_a_fork_takes_the_name_of_one_whose_removal_was_interrupted(
+    node: Node, memory: CountingStore
+) -> None:
+    """! It was served before its root was put; a fence would lose what guests wrote."""
+    node.base("deb", b"d" * 4096)
+    node.create("v", SIZE)
+    memory.fail_next("delete", AccessDenied())
+    with pytest.raises(AccessDenied):
+        node.router.remove("v")
+    assert root_of(node, "v").removed_at
+    assert node.router.table.find("v") is None  # what is given up is not served again
+    node.fork("v", "base:deb")
+    node.core("v").pwrite(4096, b"w" * 4096)
+    node.router.drain("v", 20.0)
+    assert root_of(node, "v").owner_node == node.home.name
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_detach_whose_answer_was_lost_is_not_served_again(
+    node: Node, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! What guests wrote to it would be lost. Once the store says what became of it, the detach is over."""
+    node.create("v", SIZE)
+    node.core("v").pwrite(0, b"a" * 4096)
+    lose_answer(memory, monkeypatch, lambda root: not root.owner_node)
+    with pytest.raises(StoreError):
+        node.router.detach("v", 20.0)
+    assert node.router.show("v").state == "failed"
+    assert node.router.table.get("v").volume is None
+    monkeypatch.undo()
+    memory.set_down(False)
+    assert node.router._opener._retry()
+    assert node.router.table.find("v") is None
+    node.router.attach("v", AttachRequest(transport="nbd"))
+    assert node.core("v").pread(0, 4096) == b"a" * 4096
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_detach_that_the_store_did_not_take_is_undone(
+    node: Node, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.create("v", SIZE)
+    node.core("v").pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    memory.set_down(True)
+    with pytest.raises(StoreError):
+        node.router.detach("v", 20.0)
+    assert node.router.show("v").state == "failed"
+    memory.set_down(False)
+    assert node.router._opener._retry()
+    assert node.router.show("v").state == "serving"
+    node.core("v").pwrite(0, b"b" * 4096)
+    node.router.drain("v", 20.0)
+    assert root_of(node, "v").owner_node == node.home.name
+
+
+def test_after_a_failed_sync_the_store_is_asked_for_the_root(node: Node) -> None:
+    """! The upload sent what the page cache had. The platter may have less, and the local root be older."""
+    node.create("v", SIZE)
+    core = node.core("v")
+    core.pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    entry = node.router.table.get("v")
+    assert entry.volume is not None
+    volume_id, log_dir = entry.volume.id, entry.volume.log_dir
+    copy = node.home / "state" / "volumes" / volume_id.hex() / "root"
+    older = copy.read_bytes()
+    core.pwrite(0, b"b" * 4096)
+    disk_inject(DiskKind.SYNC_BEGIN, errno.EIO, count=100)
+    with pytest.raises(CoreError):
+        core.flush()
+    disk_inject(DiskKind.SYNC_BEGIN, 0, count=0)
+    node.router.drain("v", 20.0)
+    with entry.lock:
+        node.router._opener.close_entry(entry, remove_device=False)
+        copy.write_bytes(older)
+        (mark,) = log_dir.glob("*.syncfail")
+        segment = mark.with_suffix(".seg")
+        written = segment.read_bytes()
+        segment.write_bytes(written.replace(b"b" * 4096, bytes(4096)))
+        assert segment.read_bytes() != written
+        node.router._opener.reopen(entry)
+        assert entry.serves(), entry.reason
+    node.engine.cache.evict_all()
+    assert node.core("v").pread(0, 4096) == b"b" * 4096
+    node.core("v").flush()
+
+
+def test_an_export_that_the_disk_kept_from_being_opened_is_tried_again(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.create("v", SIZE)
+    node.core("v").pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    entry = node.router.table.get("v")
+    assert entry.volume is not None
+    state = node.home / "state" / "volumes" / entry.volume.id.hex()
+    with entry.lock:
+        node.router._opener.close_entry(entry, remove_device=False)
+        shutil.rmtree(state)
+        monkeypatch.setattr("glidefs.volume.local.write_file_atomic", full)
+        node.router._opener.reopen(entry)
+    assert entry.state == "failed"
+    monkeypatch.undo()
+    assert node.router._opener._retry()
+    assert node.core("v").pread(0, 4096) == b"a" * 4096
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "no space")

@@ -1,0 +1,146 @@
+"""Ways to break the product that the simulation finds, for tests/model/mutations.py."""
+
+from __future__ import annotations
+
+from mutations_core import Mutation
+
+SEEDS = ("tests/sim/test_sim.py",)
+
+SIM = [
+    # -- gc
+    Mutation(
+        "gc-has-no-grace",
+        "glidefs/gc.py",
+        "return _Run(store, names.check_prefix(prefix), grace, limit,",
+        "return _Run(store, names.check_prefix(prefix), 0.0, limit,",
+        SEEDS,
+    ),
+    Mutation(
+        "gc-deletes-at-first-sight",
+        "glidefs/gc.py",
+        "            for id_, since in kind.seen.items()\n",
+        "            for id_, since in dict.fromkeys(kind.sizes, 0.0).items()\n",
+        SEEDS,
+    ),
+    Mutation(
+        "gc-waits-for-no-grace-between-sightings",
+        "glidefs/gc.py",
+        "        newest = self._started - self._grace\n",
+        "        newest = self._started\n",
+        SEEDS,
+    ),
+    Mutation(
+        "gc-deletes-what-is-young",
+        "glidefs/gc_mark.py",
+        "            if info.last_modified > now - grace:\n",
+        "            if False:\n",
+        SEEDS,
+    ),
+    Mutation(
+        "gc-counts-newborns-as-seen",
+        "glidefs/gc_mark.py",
+        "            if info.last_modified >= now - grace / 2:\n",
+        "            if False:\n",
+        SEEDS,
+    ),
+    Mutation(
+        "gc-does-not-look-at-tags",
+        "glidefs/gc_mark.py",
+        "(names.volumes_prefix, names.bases_prefix, names.tags_prefix)",
+        "(names.volumes_prefix, names.bases_prefix)",
+        SEEDS,
+    ),
+    Mutation(
+        "gc-does-not-look-again-before-it-deletes",
+        "glidefs/gc.py",
+        "            self._marker.look()\n",
+        "",
+        SEEDS,
+    ),
+    # -- what must last on the local disk
+    Mutation(
+        "small-files-are-not-synced",
+        "glidefs/formats/atomic.py",
+        "            write_all(fd, data)\n            os.fsync(fd)\n",
+        "            write_all(fd, data)\n",
+        SEEDS,
+    ),
+    Mutation(
+        "directories-of-small-files-are-not-synced",
+        "glidefs/formats/atomic.py",
+        "    fsync_dir(target.parent)\n",
+        "",
+        SEEDS,
+    ),
+    Mutation(
+        "local-copy-is-not-tried-again",
+        "glidefs/volume/scheduler.py",
+        "            volume.committer.save_again()\n",
+        "",
+        SEEDS,
+    ),
+    Mutation(
+        "opened-without-a-local-copy",
+        "glidefs/volume/commit.py",
+        "                local.save(self._state_dir, self.root.volume_id, self.root, data, self.etag, {})\n",
+        "                self._save(self.root, data, {})\n",
+        SEEDS,
+    ),
+    Mutation(
+        "store-is-not-asked-after-a-failed-sync",
+        "glidefs/opener.py",
+        "        if not logs.lost_syncs(log_dir):\n",
+        "        if True:\n",
+        SEEDS,
+    ),
+    # -- first and last puts of a root
+    Mutation(
+        "pages-are-named-and-not-put",
+        "glidefs/volume/commit.py",
+        "            store.put(page_key(self._prefix, new.hex()), data)\n",
+        "",
+        SEEDS,
+    ),
+    Mutation(
+        "first-root-that-was-put-counts-as-late",
+        "glidefs/volume/uploader.py",
+        "        if late and not volume.committer.was_published(self._store):\n",
+        "        if late:\n",
+        SEEDS,
+    ),
+    Mutation(
+        "tombstone-fences-a-fork",
+        "glidefs/volume/commit.py",
+        "lease.commit_first(store, self._key, data, self.root.log_id)",
+        "lease.commit_root(store, self._key, data, None, self.root.log_id)",
+        SEEDS,
+    ),
+    Mutation(
+        "given-up-and-served-again",
+        "glidefs/opener.py",
+        "            given_up = self._given_up(entry.record)\n",
+        "            given_up = False\n",
+        SEEDS,
+    ),
+    Mutation(
+        "detach-does-not-drain",
+        "glidefs/router.py",
+        "            self._drain(entry, VERB_PATIENCE)\n            root, etag",
+        "            root, etag",
+        SEEDS,
+    ),
+    Mutation(
+        "snapshot-does-not-commit",
+        "glidefs/lineage.py",
+        "        volume.drain(timeout)\n        self.confirm(volume)\n",
+        "        self.confirm(volume)\n",
+        SEEDS,
+    ),
+    Mutation(
+        "owner-is-not-asked-for-before-a-copy",
+        "glidefs/lineage.py",
+        "        volume.drain(timeout)\n        self.confirm(volume)\n",
+        "        volume.drain(timeout)\n",
+        SEEDS,
+    ),
+]

@@ -1,0 +1,164 @@
+"""Time and chance of a simulation: both come from the seed, and time passes only when somebody waits.
+
+Everything runs on one thread. So whoever waits in the product, for a retry, a probe of the breaker or the end
+of a drain, waits for a time that passes at once; a condition that only another thread could make true
+is made true by what `while_waiting` runs meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gc_rig import START, InlinePool
+
+import glidefs.bases
+import glidefs.clock
+import glidefs.gc
+import glidefs.images.bases
+import glidefs.lineage
+import glidefs.manifest_cache
+import glidefs.opener
+import glidefs.roots
+import glidefs.store.breaker
+import glidefs.store.resilient
+import glidefs.volume.commit
+import glidefs.volume.compactor
+import glidefs.volume.host
+import glidefs.volume.lease
+import glidefs.volume.pace
+import glidefs.volume.prefetch
+import glidefs.volume.reader
+import glidefs.volume.scheduler
+import glidefs.volume.service
+import glidefs.volume.uploader
+import glidefs.volume.volume
+
+TIMED: tuple[Any, ...] = (
+    glidefs.images.bases,
+    glidefs.lineage,
+    glidefs.manifest_cache,
+    glidefs.roots,
+    glidefs.store.breaker,
+    glidefs.store.resilient,
+    glidefs.volume.commit,
+    glidefs.volume.compactor,
+    glidefs.volume.lease,
+    glidefs.volume.pace,
+    glidefs.volume.reader,
+    glidefs.volume.scheduler,
+    glidefs.volume.service,
+    glidefs.volume.uploader,
+    glidefs.volume.volume,
+)
+"""Modules that look at a clock or sleep. What the core takes for the age of a write is real time, and counts
+for nothing: no write of a simulation is old enough to be uploaded for its age alone."""
+
+WAITING: tuple[Any, ...] = (
+    glidefs.store.breaker,
+    glidefs.volume.compactor,
+    glidefs.volume.scheduler,
+    glidefs.volume.service,
+)
+"""Modules that wait for conditions and events."""
+
+POOLED: tuple[Any, ...] = (
+    glidefs.bases,
+    glidefs.gc,
+    glidefs.images.bases,
+    glidefs.opener,
+    glidefs.volume.host,
+    glidefs.volume.prefetch,
+    glidefs.volume.service,
+)
+"""Modules that have thread pools: their work is done at once."""
+
+
+class Clock:
+    """Stands in for the module ``time``. Unix seconds."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def time(self) -> float:
+        return self.now
+
+    monotonic = time
+
+    def sleep(self, seconds: float) -> None:
+        self.now += max(seconds, 0.0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+class Threading:
+    """Stands in for the module ``threading``: waits end at once, when their time has passed.
+
+    ``while_waiting`` runs before each wait for a condition and may make it true.
+    """
+
+    def __init__(self, clock: Clock, while_waiting: Callable[[], object] = lambda: None) -> None:
+        class Condition(threading.Condition):
+            def wait(self, timeout: float | None = None) -> bool:
+                while_waiting()
+                assert timeout is not None, "this wait would never end"
+                clock.sleep(timeout)
+                return False
+
+        class Event(threading.Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                if not self.is_set():
+                    assert timeout is not None, "this wait would never end"
+                    clock.sleep(timeout)
+                return self.is_set()
+
+        self.Condition = Condition
+        self.Event = Event
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(threading, name)
+
+
+@contextlib.contextmanager
+def patched(changes: list[tuple[Any, str, Any]]) -> Iterator[None]:
+    """Attributes (owner, name, value) inside of the context."""
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def simulated(clock: Clock, seed: int, while_drained: Callable[[], object]) -> Iterator[Threading]:
+    """The product's time, chance and threads are the simulation's inside of the context.
+
+    ``while_drained`` runs whenever a drain waits: it does what the uploader's threads would do.
+    """
+    ids = random.Random(f"ids {seed}")
+    waits = Threading(clock)
+    changes: list[tuple[Any, str, Any]] = [
+        (glidefs.clock, "elapsed", clock.monotonic),
+        (glidefs.volume.volume, "threading", Threading(clock, while_drained)),
+        (secrets, "token_bytes", lambda count=32: ids.randbytes(count)),
+        (secrets, "token_hex", lambda count=32: ids.randbytes(count).hex()),
+    ]
+    changes += [(module, "time", clock) for module in TIMED]
+    changes += [(module, "threading", waits) for module in WAITING]
+    changes += [(module, "ThreadPoolExecutor", InlinePool) for module in POOLED]
+    state = random.getstate()
+    random.seed(f"jitter {seed}")
+    try:
+        with patched(changes):
+            yield waits
+    finally:
+        random.setstate(state)

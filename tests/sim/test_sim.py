@@ -1,0 +1,71 @@
+"""The simulation over many seeds: see README.md for what one is, and how many there are."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from faulty_store import KINDS
+from handoff_step import VARIANTS
+from sim_seeds import REGRESSIONS
+from simulation import WEIGHTS, simulate
+
+LENGTH = os.environ.get("GLIDEFS_TEST_LENGTH", "normal")
+FIRST = int(os.environ.get("GLIDEFS_SIM_FIRST", "0"))
+COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 60, "long": 10_000}.get(LENGTH, 500))
+AT_ONCE = 20
+ROOT = Path(__file__).parents[2]
+
+counts: Counter[str] = Counter()
+
+
+def run(seed: int) -> None:
+    """One seed; if it fails, once more with a trace."""
+    try:
+        counts.update(simulate(seed).counts)
+    except Exception as error:
+        simulate(seed, keep_trace=True)
+        raise AssertionError(f"seed {seed} failed, and not when it was run again: {error}") from error
+
+
+@pytest.mark.parametrize("seed", sorted(REGRESSIONS))
+def test_a_seed_that_failed_once(seed: int) -> None:
+    run(seed)
+
+
+@pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, AT_ONCE))
+def test_seeds(first: int) -> None:
+    for seed in range(first, min(first + AT_ONCE, FIRST + COUNT)):
+        run(seed)
+
+
+@pytest.mark.skipif(COUNT < 500, reason="not enough seeds")
+def test_everything_happened() -> None:
+    """! What never happens is not tested: every step, every fault, every way to crash, and what follows."""
+    if not any(name.startswith("step") for name in counts):
+        pytest.skip("no seeds were run")
+    wanted = {f"step {name}" for name in WEIGHTS}
+    wanted |= {f"store {kind}" for kind in (*KINDS, "down")}
+    wanted |= {f"handoff {variant}" for variant in VARIANTS}
+    wanted |= {"crash", "power cut", "crash at store", "crash at file", "crash at disk", "crash of gc"}
+    wanted |= {"log write ENOSPC", "log write EIO", "log fsync EIO", "log directory fsync EIO"}
+    wanted |= {f"file {what} {err}" for what in ("write", "fsync") for err in ("ENOSPC", "EIO")}
+    wanted |= {"gc to its end", "verb worked", "verb failed"}
+    assert not wanted - set(counts), f"never: {sorted(wanted - set(counts))}"
+
+
+@pytest.mark.parametrize("seed", [FIRST + 1, FIRST + 2, FIRST + 3])
+def test_a_seed_is_the_same_every_time(seed: int) -> None:
+    """In another process too, whose sets are in another order."""
+    here = simulate(seed).digest
+    for hash_seed in ("1", "2"):
+        environment = dict(os.environ, PYTHONHASHSEED=hash_seed)
+        command = [sys.executable, "-m", "tests.sim.run", str(seed)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
+        )
+        assert f"seed {seed}: ok, {here[:16]}" in done.stdout
