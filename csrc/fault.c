@@ -228,12 +228,13 @@ void fault_resolve(struct volume *v, uint64_t block, int err)
 
 uint64_t fault_waiting(const struct volume *v) { return v->waiting; }
 
-/* Which blocks of the table to resolve: filled by a filter that removes nothing. */
+/* Which blocks of the table to resolve: filled by a filter that removes nothing. One whose waiters were all cancelled
+ * is chosen where neither a time nor a tag is asked for. */
 struct selection {
     uint64_t *blocks;
     uint64_t count;
     uint64_t first, end;  /* blocks */
-    uint64_t deadline_ns; /* with a waiter that came no later */
+    uint64_t deadline_ns; /* UINT64_MAX, or only with a waiter that came no later */
     const void *tag;      /* NULL, or only with a waiter of it */
 };
 
@@ -243,6 +244,10 @@ static bool select_block(uint64_t block, uint64_t value, void *arg)
 
     if (block < s->first || block >= s->end)
         return false;
+    if (!s->tag && s->deadline_ns == UINT64_MAX) {
+        s->blocks[s->count++] = block;
+        return false;
+    }
     for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w; w = w->next) {
         if (w->req->start_ns <= s->deadline_ns && (!s->tag || w->req->tag == s->tag)) {
             s->blocks[s->count++] = block;

@@ -32,7 +32,11 @@ static void start_freeze(struct call *call, struct worker *w)
     struct volume *v = call->arg;
 
     (void)w;
+    if (v->shadow) /* unaligned WRITEs that wait for it may be appended */
+        shadow_let_go(v, NULL);
     io_flush(v);
+    if (v->shadow) /* those of which the flush began the reads, too */
+        shadow_let_go(v, NULL);
     log_seal(&v->log);
     nbd_freeze(v);
     v->frozen = true;

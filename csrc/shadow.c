@@ -11,6 +11,8 @@
  * A READ may return a sector as it was at any time since it began. What is written in between is marked in every READ
  * under way (struct shadow_read) and left out of its comparison, so a difference is never a matter of timing.
  *
+ * While a volume is frozen for a handoff no READ waits: those that do are let go before, and none begins to.
+ *
  * Everything belongs to the volume's worker, which reads and writes the file in place: with this option, and nowhere
  * else, a worker may wait for a disk. When the file fails, the shadow ends (`broken`) and the volume goes on without.
  */
@@ -386,7 +388,7 @@ bool shadow_holds(struct io_req *req, int err)
     struct shadow_read *r = req->shadow;
 
     if (!err && !v->failed && !v->closing && !v->shadow->broken) {
-        if (lacks(v->shadow, r) && ask(v, r)) {
+        if (!v->frozen && lacks(v->shadow, r) && ask(v, r)) {
             r->parked_ns = now_ns();
             v->shadow->parked++;
             worker_want_tick(v->worker);
@@ -426,7 +428,7 @@ void shadow_let_go(struct volume *v, const void *tag)
 {
     list_each(at, &v->shadow->reads) {
         struct shadow_read *r = container_of(at, struct shadow_read, link);
-        r->go |= !tag || r->req->tag == tag;
+        r->go |= r->parked_ns && (!tag || r->req->tag == tag);
     }
     release(v);
 }

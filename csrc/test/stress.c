@@ -32,6 +32,7 @@
 #define VOLUMES 3
 #define CLIENTS 3
 #define BLOCKS 24
+#define END_SECONDS 100 /* for all to end once the time is over */
 #define SECTORS (BLOCKS * GLIDE_BLOCK_SECTORS)
 #define MUST(x)                                                                                                        \
     do {                                                                                                               \
@@ -507,6 +508,7 @@ int main(int argc, char **argv)
     }
     sleep((unsigned)atoi(argv[2]));
     atomic_store(&stop, true);
+    alarm(END_SECONDS); /* what hangs shall not hang for ever */
     for (int i = 3; i < n; i++)
         pthread_join(threads[i], NULL);
     for (int i = 0; i < VOLUMES; i++)

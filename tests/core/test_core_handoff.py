@@ -18,6 +18,7 @@ from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, Vol, pattern, wait
 
 from glidefs.core import handoff
 from glidefs.core.check import CoreError
+from glidefs.core.volume import install_retry
 
 READ, WRITE, DISC, FLUSH, TRIM, _, ZEROES = range(7)
 FUA = 1
@@ -246,6 +247,41 @@ def test_a_connection_goes_on(pair: Pair) -> None:
     assert client.reply(SECTOR) == (2, 0, pattern(1, SECTOR))
     client.send(request(DISC, 3))
     assert client.socket.recv(1) == b""
+
+def detached(pair: Pair) -> None:
+    """A connection was ended: its read of block 0 that waited for a fault was cancelled, the fault was not."""
+    client = connect(pair.vol, 9)
+    client.send(request(READ, 1, 0, BLOCK))
+    wait_for(lambda: pair.vol.core.info().parked == 1, "the read waits")
+    pair.vol.core.detach_nbd(9)
+    wait_for(lambda: pair.vol.core.info().parked == 0, "it is cancelled")
+
+
+def test_an_answer_that_nobody_waits_for_comes_while_frozen(pair: Pair) -> None:
+    """The next read of that block faults again and does not wait for an answer that has been."""
+    answers = pair.vol.answers
+    pair.vol.base = {0: pattern(7, BLOCK)}
+    with pair.old.hold():
+        detached(pair)
+        handoff.freeze(pair.vol.core)
+        pair.vol.answers = lambda _: [install_retry(0, 1)]  # type: ignore[method-assign]
+    wait_for(lambda: pair.old.faults_seen, "the fault is answered")
+    time.sleep(0.1)
+    pair.vol.answers = answers  # type: ignore[method-assign]
+    handoff.unfreeze(pair.vol.core)
+    assert Background(lambda: pair.vol.core.pread(0, BLOCK)).result() == pattern(7, BLOCK)
+
+
+def test_one_answer_for_many_blocks_of_which_one_is_waited_for_by_nobody(pair: Pair) -> None:
+    answers = pair.vol.answers
+    pair.vol.base = {0: pattern(7, BLOCK)}
+    with pair.old.hold():
+        detached(pair)
+        pair.vol.answers = lambda _: [install_retry(0, 100)]  # type: ignore[method-assign]
+    wait_for(lambda: pair.old.faults_seen, "the fault is answered")
+    time.sleep(0.1)
+    pair.vol.answers = answers  # type: ignore[method-assign]
+    assert Background(lambda: pair.vol.core.pread(0, BLOCK)).result() == pattern(7, BLOCK)
 
 
 def test_a_read_that_waits_for_the_store(pair: Pair) -> None:

@@ -14,6 +14,7 @@ from core_rig import BLOCK, MIB, SECTOR, SECTORS, Background, CoreRig, Vol, patt
 from shadow_rig import Shadows
 
 from glidefs.core.gather import LogRecord, log_record
+from glidefs.core.handoff import freeze, unfreeze
 from glidefs.core.shadow import Source
 from glidefs.core.testing import forget_sector
 
@@ -113,6 +114,24 @@ def test_a_close_lets_reads_go_that_wait(shadows: Shadows) -> None:
     wait_for(lambda: shadows.fills, "asked")
     Background(vol.close).result(15)  # it does not wait until patience ends
     assert read.result() == pattern(7, BLOCK)
+
+
+def test_a_freeze_lets_reads_go_that_wait(shadows: Shadows) -> None:
+    """Those of an unaligned write too: it is then in the log before the volume stands still."""
+    vol = shadows.vol(base={0: pattern(7, BLOCK), 1: pattern(8, BLOCK)})
+    shadows.go.clear()
+    read = Background(lambda: vol.core.pread(0, BLOCK))
+    write = Background(lambda: vol.core.pwrite(BLOCK + 512, b"u" * 512))
+    wait_for(lambda: vol.core.stats().cache_reads == 2 and shadows.fills, "both are read")
+    assert Background(lambda: freeze(vol.core)).result(15).last_end == 1
+    assert read.result(15) == pattern(7, BLOCK)
+    write.result(15)
+    assert figures(vol) == (0, 0, 0, SECTORS + 1)
+    shadows.go.set()
+    unfreeze(vol.core)
+    assert vol.core.pread(BLOCK, 1024) == pattern(8, 512) + b"u" * 512
+    assert vol.core.pread(0, BLOCK) == pattern(7, BLOCK)
+    assert figures(vol)[1] == 0
 
 
 def test_what_the_log_holds_at_open_is_known(shadows: Shadows) -> None:
@@ -271,7 +290,7 @@ def test_many_differences_are_counted_and_some_described(shadows: Shadows) -> No
 
 def test_no_false_alarm_under_concurrent_load(make_rig, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """Readers and writers over the same blocks, commits, retires, evictions and resizes."""
-    rig = make_rig(cache_bytes=8 * BLOCK, log_limit=4 * MIB, segment_bytes=16 * SECTOR)
+    rig = make_rig(cache_bytes=24 * BLOCK, log_limit=4 * MIB)  # two fault threads pin up to 8 each
     shadows = Shadows(rig)
     size = 24 * BLOCK
     vol = shadows.vol(size, base={b: pattern(b, BLOCK) for b in range(0, 24, 2)})
