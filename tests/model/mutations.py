@@ -21,10 +21,13 @@ from mutations_core import CORE, Mutation
 from mutations_volume import VOLUME
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests" / "sim"))
+from mutations_sim import SIM  # noqa: E402
+
 BUILD_ARGS = ["setup.py", "-q", "build_ext", "-i"]
 BUILD_TIMEOUT = 600
 TEST_TIMEOUT = 900
-MUTATIONS = CORE + VOLUME
+MUTATIONS = CORE + VOLUME + SIM
 
 
 def run(mutation: Mutation, tree: Path, python: str) -> tuple[bool, str]:
