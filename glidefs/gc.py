@@ -39,8 +39,8 @@ looks at the source once more after it has put a fork's root rules out the secon
 A checkpoint that is damaged names nothing, for a bless too, and goes like the others.
 
 The removal of a base leaves a tombstone, a root like any other until it is a grace old. It is then
-deleted, and what it named becomes garbage of later runs. Tombstones of volumes are left to creates,
-which may take them over.
+deleted, and what it named becomes garbage of later runs. So it is with the tombstone of a volume, unless a
+create takes its name before.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ from glidefs.formats.pack import ID_SIZE
 from glidefs.gc_mark import THREADS, Candidates, Checkpoint, Marker, Progress, in_parallel
 from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.clock import store_time
+from glidefs.volume import lease
 
 DEFAULT_LIMIT = 10_000
 """Objects that a run deletes at most."""
@@ -86,7 +87,7 @@ class GcResult(msgspec.Struct, frozen=True, kw_only=True):
 
     ``listed`` = ``marked`` + ``unreferenced``, ``unreferenced`` = ``waiting`` (for ``grace`` seconds to
     pass) + ``due``, ``due`` = ``deleted`` + ``left`` for the next run. A dry run deletes nothing.
-    ``roots`` were read, ``bases`` tombstones and ``checkpoints`` of blesses deleted. ``strays`` are objects
+    ``roots`` were read, ``tombstones`` and ``checkpoints`` of blesses deleted. ``strays`` are objects
     among packs and pages that bear no id; they are left alone. ``note`` says what an operator should know,
     or is empty.
     """
@@ -102,7 +103,7 @@ class GcResult(msgspec.Struct, frozen=True, kw_only=True):
     due: Tally = Tally()
     deleted: Tally = Tally()
     left: Tally = Tally()
-    bases: int = 0
+    tombstones: int = 0
     checkpoints: int = 0
     strays: int = 0
     note: str = ""
@@ -178,13 +179,13 @@ class _Run:
         if self._marker.damaged:
             some = ", ".join(sorted(self._marker.damaged)[:3])
             self._note = self._note or f"checkpoints of blesses that are damaged, and so keep nothing: {some}"
-        deleted, bases, checkpoints = Tally(), 0, 0
+        deleted, tombstones, checkpoints = Tally(), 0, 0
         if not self._dry_run:
             self._save_state()
-            bases = self._delete_bases()
-            checkpoints = self._delete_checkpoints(self._limit - 2 * bases)
-            deleted = self._delete(self._due()[: max(0, self._limit - 2 * bases - checkpoints)])
-        return self._result(deleted, bases, checkpoints)
+            tombstones = self._delete_tombstones()
+            checkpoints = self._delete_checkpoints(self._limit - 2 * tombstones)
+            deleted = self._delete(self._due()[: max(0, self._limit - 2 * tombstones - checkpoints)])
+        return self._result(deleted, tombstones, checkpoints)
 
     def _check_layout(self) -> bool:
         """Is there anything of ours? Raises GcRefused where a newer version may keep roots."""
@@ -267,20 +268,22 @@ class _Run:
         due.sort(key=lambda item: item[0])
         return due
 
-    def _delete_bases(self) -> int:
-        """Delete tombstones that are old enough, with the hot sets beside them. Returns how many."""
+    def _delete_tombstones(self) -> int:
+        """Delete tombstones that are old enough, with the hot sets of bases. Returns how many."""
         deleted = 0
         for key, tombstone in self._marker.tombstones.items():
             if tombstone.last_modified > self._started - self._grace or 2 * (deleted + 1) > self._limit:
                 continue
             # A store has no conditional delete. So the tombstone is replaced under its ETag first: the
-            # name may have been freed and blessed again, and another run must wait for the grace now.
-            claimed = msgspec.structs.replace(tombstone.root, sequence=tombstone.root.sequence + 1)
+            # name may have been freed and used again, another run must wait for the grace now, and no
+            # create takes the name of a doomed one.
+            claimed = lease.tombstone(tombstone.root, doomed=True)
             try:
                 self._store.put(key, encode_root(claimed), if_match=tombstone.etag)
             except (PreconditionFailed, Conflict):
                 continue
-            self._store.delete(key.removesuffix("manifest") + "hot-set")
+            if key.startswith(names.bases_prefix(self._prefix)):
+                self._store.delete(key.removesuffix("manifest") + "hot-set")
             self._store.delete(key)
             deleted += 1
         return deleted
@@ -329,7 +332,7 @@ class _Run:
 
     # -- the result ----------------------------------------------------------------------------
 
-    def _result(self, deleted: Tally, bases: int, checkpoints: int) -> GcResult:
+    def _result(self, deleted: Tally, tombstones: int, checkpoints: int) -> GcResult:
         kinds = self._kinds
         listed = Tally(sum(kind.listed for kind in kinds), sum(kind.listed_bytes for kind in kinds))
         unreferenced = Tally(
@@ -349,7 +352,7 @@ class _Run:
             due=due,
             deleted=deleted,
             left=_less(due, deleted),
-            bases=bases,
+            tombstones=tombstones,
             checkpoints=checkpoints,
             strays=sum(kind.strays for kind in kinds),
             note=self._note,

@@ -146,7 +146,7 @@ class Marker:
         self.roots = 0
         """Roots of the last listing."""
         self.tombstones: dict[str, Tombstone] = {}
-        """Removed bases by the key of their manifest."""
+        """Of removed bases and volumes, by the key of their manifest."""
         self.checkpoints: list[Checkpoint] = []
         """Those of the last listing."""
         self.damaged: set[str] = set()
@@ -250,12 +250,7 @@ class Marker:
         self._read_etags[key] = named.etag
         self.tombstones.pop(key, None)
         # Another ETag than the listing's: the time of this version is not known.
-        if (
-            named.root is not None
-            and named.root.removed_at
-            and key.startswith(f"{self._prefix}/bases/")
-            and named.etag == named.info.etag
-        ):
+        if named.root is not None and named.root.removed_at and named.etag == named.info.etag:
             self.tombstones[key] = Tombstone(named.root, named.etag, named.info.last_modified)
 
 

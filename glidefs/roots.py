@@ -1,19 +1,20 @@
 """The first and the last life event of a manifest root: put where the name is free, and taken away.
 
 A store has no conditional delete. So a root is first replaced, under its ETag, by a tombstone that
-names no owner: whoever lost the volume meanwhile is refused there, and a crash before the delete
-leaves a name that a create may take over, again under the ETag.
+names no owner: whoever lost the volume meanwhile is refused there. One that is about to be deleted
+says so, and for some time nobody takes the name, for the delete would hit the new volume; a crash
+before the delete leaves a name that a create takes over later, again under the ETag.
+
+The tombstone of a volume that has had more than one owner is left to gc. The node that made it may not
+know that the store ever had it, because no put was answered, and must not put it again.
 """
 
 from __future__ import annotations
 
-import time
 from typing import Protocol
 
-from msgspec.structs import replace
-
 from glidefs.errors import ExportExists, Fenced, UnknownExport
-from glidefs.formats.manifest import NO_ID, Root, encode_root
+from glidefs.formats.manifest import Root, encode_root
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
 from glidefs.volume import lease
@@ -67,13 +68,16 @@ def delete_root(store: ObjectStore, prefix: str, mine: Identity) -> bool:
             return True
         if found.volume_id != mine.volume_id or (found.log_id != mine.log_id and not found.removed_at):
             return False
-        if not found.removed_at:
-            tombstone = replace(
-                found, owner_node="", log_id=NO_ID, removed_at=int(time.time()), sequence=found.sequence + 1
-            )
-            try:
-                lease.commit_root(store, key, encode_root(tombstone), etag, mine.log_id)
-            except Fenced:
-                continue  # somebody was faster: look at what there is now
-        store.delete(key)
+        kept = found.epoch > 1
+        if kept and found.removed_at:
+            return True
+        try:
+            data = encode_root(lease.tombstone(found, doomed=not kept))
+            result = lease.commit_root(store, key, data, etag, mine.log_id)
+        except Fenced:
+            continue  # somebody was faster: look at what there is now
+        if result.adopted is not None:
+            continue  # a commit of ours came late
+        if not kept:
+            store.delete(key)
         return True

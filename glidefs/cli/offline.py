@@ -276,8 +276,8 @@ def _print_gc(result: GcResult) -> None:
         lines["due"] = f"{text(result.due)} (dry run: nothing was deleted)"
     else:
         lines |= {"deleted": text(result.deleted), "left": f"{text(result.left)} (for the next run)"}
-    if result.bases:
-        lines["bases"] = f"{result.bases} removed bases deleted"
+    if result.tombstones:
+        lines["tombstones"] = f"{result.tombstones} of removed bases and volumes deleted"
     if result.checkpoints:
         lines["checkpoints"] = f"{result.checkpoints} of interrupted blesses deleted"
     if result.strays:

@@ -86,7 +86,8 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     one page may carry it as ``inline_page`` instead, and its only page id is then ``b""``.
     ``log_id`` is the fencing token; ``last_segment`` of that log is the last one included (0: none).
     ``owner_node`` and ``epoch`` are labels for people. ``source`` says what it was forked from.
-    ``removed_at`` (unix seconds) makes a base's manifest a tombstone. ``content_hash`` (32 bytes, or
+    ``removed_at`` (unix seconds) makes it a tombstone, and ``doomed`` says that who put that is about to
+    delete it: nobody takes its name meanwhile. ``content_hash`` (32 bytes, or
     none) says what a blessed image holds, whatever packs it is in: see :class:`ContentHash`.
     """
 
@@ -109,6 +110,7 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     flush: Literal["local", "store"] = "local"
     created_at: Natural = 0
     removed_at: Natural = 0
+    doomed: bool = False
     content_hash: Annotated[bytes, Meta(max_length=CONTENT_HASH_SIZE)] = b""
 
 

@@ -29,6 +29,11 @@ from glidefs.names import manifest_key, volumes_prefix
 from glidefs.store.base import ObjectStore, dir_name
 
 CONFLICT_PAUSE = 0.05
+DOOMED_PATIENCE = 2.0
+"""Seconds to wait for a tombstone that somebody is about to delete."""
+DOOMED_FOR = 900.0
+"""Seconds after which somebody who was about to delete a tombstone has died before that. Far above the
+deadline of a request and what the clocks of two hosts differ by."""
 
 
 class CommitResult(NamedTuple):
@@ -120,8 +125,10 @@ def commit_root(store: ObjectStore, key: str, data: bytes, etag: str | None, log
 def commit_first(store: ObjectStore, key: str, data: bytes, log_id: bytes) -> CommitResult:
     """Put the first root of a volume, where there is none or the tombstone of one that was removed.
 
-    As :func:`commit_root`: Fenced means that another volume has the name.
+    As :func:`commit_root`: Fenced means that another volume has the name, or that this one was put before,
+    taken over and removed. Raises Conflict where somebody is about to delete a tombstone.
     """
+    deadline = time.monotonic() + DOOMED_PATIENCE
     while True:
         try:
             return commit_root(store, key, data, None, log_id)
@@ -130,8 +137,16 @@ def commit_first(store: ObjectStore, key: str, data: bytes, log_id: bytes) -> Co
                 found = store.get(key)
             except NotFound:
                 continue  # removed meanwhile
-            if not decode_root(key, found.data).removed_at:
+            there = decode_root(key, found.data)
+            if not there.removed_at:
                 raise
+            if there.volume_id == decode_root(key, data).volume_id:
+                raise Fenced(key, "another node took it over and removed it") from None
+            if there.doomed and time.time() - there.removed_at < DOOMED_FOR:
+                if time.monotonic() > deadline:
+                    raise Conflict(f"{key}: a volume of this name is being removed; try again") from None
+                time.sleep(CONFLICT_PAUSE)
+                continue
         try:
             return commit_root(store, key, data, found.etag, log_id)
         except Fenced:
@@ -171,6 +186,18 @@ def create(store: ObjectStore, prefix: str, root: Root) -> str:
     except Fenced as error:
         raise ExportExists(root.name) from error
     return result.etag
+
+
+def tombstone(root: Root, *, doomed: bool) -> Root:
+    """What replaces the root of a volume that is removed."""
+    return msgspec.structs.replace(
+        root,
+        owner_node="",
+        log_id=NO_ID,
+        removed_at=int(time.time()),
+        doomed=doomed,
+        sequence=root.sequence + 1,
+    )
 
 
 def read_root(store: ObjectStore, prefix: str, name: str) -> tuple[Root, str]:

@@ -248,8 +248,9 @@ def test_a_connection_goes_on(pair: Pair) -> None:
     client.send(request(DISC, 3))
     assert client.socket.recv(1) == b""
 
+
 def detached(pair: Pair) -> None:
-    """A connection was ended: its read of block 0 that waited for a fault was cancelled, the fault was not."""
+    """A connection was ended: its read that waited for a fault of block 0 was cancelled, the fault not."""
     client = connect(pair.vol, 9)
     client.send(request(READ, 1, 0, BLOCK))
     wait_for(lambda: pair.vol.core.info().parked == 1, "the read waits")

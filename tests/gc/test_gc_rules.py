@@ -9,18 +9,19 @@ import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
 
 from glidefs import gc_mark, names
-from glidefs.errors import AccessDenied, CorruptObject, GcRefused, GlideError, StoreUnavailable
+from glidefs.errors import AccessDenied, Conflict, CorruptObject, GcRefused, GlideError, StoreUnavailable
 from glidefs.formats.gc_state import decode_state, first_seen
-from glidefs.formats.manifest import encode_root
+from glidefs.formats.manifest import decode_root, encode_root
 from glidefs.gc import Tally
 from glidefs.store import open_store
+from glidefs.volume import lease
 
 STATE = names.gc_state_key(PREFIX)
 CLOCK = names.gc_clock_key(PREFIX)
 
 
 def test_every_root_keeps_what_it_names(store: ClockStore) -> None:
-    kept = [rig.put_pack(store) for _ in range(6)]
+    kept = [rig.put_pack(store) for _ in range(5)]
     page = rig.put_page(store, [kept[0]])
     store.put(names.manifest_key(PREFIX, "v"), encode_root(rig.paged_root("v", [page])))
     store.put(names.snapshot_key(PREFIX, "v", 3), encode_root(rig.inline_root("v", [kept[1]])))
@@ -28,13 +29,11 @@ def test_every_root_keeps_what_it_names(store: ClockStore) -> None:
     store.put(names.tag_key(PREFIX, "t"), encode_root(rig.inline_root("v", [kept[3]])))
     rig.put_base(store, "b", [kept[4]])
     store.put(names.hot_set_key(PREFIX, "b"), b"not decoded")
-    tombstone = rig.inline_root("x", [kept[5]], removed_at=1)
-    store.put(names.manifest_key(PREFIX, "x"), encode_root(tombstone))
     before = store.key_set()
     for _ in range(4):
         result = rig.run(store)
         rig.check_sums(result)
-        assert (result.roots, result.marked.objects, result.unreferenced.objects) == (6, 7, 0)
+        assert (result.roots, result.marked.objects, result.unreferenced.objects) == (5, 6, 0)
         store.now += GRACE
     assert store.key_set() == before | {STATE, CLOCK}
 
@@ -220,11 +219,11 @@ def test_a_removed_base_keeps_its_packs_for_the_grace(store: ClockStore) -> None
     rig.remove_base(store, "b")
     store.now += GRACE - 1
     result = rig.run(store)
-    assert (result.bases, result.unreferenced.objects) == (0, 0)
+    assert (result.tombstones, result.unreferenced.objects) == (0, 0)
     assert {key, hot_set} <= store.key_set()
     store.now += 1
     result = rig.run(store)
-    assert (result.bases, result.unreferenced.objects) == (1, 0)
+    assert (result.tombstones, result.unreferenced.objects) == (1, 0)
     assert not {key, hot_set} & store.key_set()
     assert rig.has_pack(store, pack)
     rig.run(store)
@@ -233,15 +232,45 @@ def test_a_removed_base_keeps_its_packs_for_the_grace(store: ClockStore) -> None
     assert not rig.has_pack(store, pack)
 
 
-def test_tombstones_of_volumes_and_strays_under_bases_stay(store: ClockStore) -> None:
-    tombstone = rig.inline_root("x", [], removed_at=1)
+def test_tombstones_of_volumes_go_after_the_grace(store: ClockStore) -> None:
+    """Until then they keep what they name."""
+    pack, key = rig.put_pack(store), names.manifest_key(PREFIX, "x")
+    store.put(key, encode_root(rig.inline_root("x", [pack], removed_at=1)))
+    store.now += GRACE - 1
+    result = rig.run(store)
+    assert (result.tombstones, result.marked.objects) == (0, 1)
+    store.now += 1
+    assert rig.run(store).tombstones == 1
+    assert key not in store.key_set()
+
+
+def test_a_name_is_not_taken_while_gc_deletes_its_tombstone(store: ClockStore) -> None:
+    """! The delete would hit the new volume."""
     key = names.manifest_key(PREFIX, "x")
-    store.put(key, encode_root(tombstone))
+    store.put(key, encode_root(rig.inline_root("x", [], removed_at=1)))
+    store.now += GRACE
+    fresh = lease.empty_root("x", 1 << 20, "n")
+    refused = []
+
+    def other(op: str, where: str) -> None:
+        if op == "delete" and where == key and not refused:
+            refused.append(1)
+            with pytest.raises(Conflict, match="is being removed"):
+                lease.create(store, PREFIX, fresh)
+
+    store.hook = other
+    assert rig.run(store).tombstones == 1
+    assert refused
+    lease.create(store, PREFIX, fresh)
+    assert decode_root(key, store.get(key).data) == fresh
+
+
+def test_strays_under_bases_stay(store: ClockStore) -> None:
     strays = {names.hot_set_key(PREFIX, "b"), f"{PREFIX}/packs/README"}
     for stray in strays:
         store.put(stray, b"?")
     assert rig.run_twice(store).strays == 1
-    assert {key} | strays <= store.key_set()
+    assert strays <= store.key_set()
 
 
 def test_a_base_blessed_anew_is_not_deleted(store: ClockStore) -> None:
@@ -259,7 +288,7 @@ def test_a_base_blessed_anew_is_not_deleted(store: ClockStore) -> None:
             rig.put_base(store, "b", [pack])
 
     store.hook = other
-    assert rig.run(store).bases == 0
+    assert rig.run(store).tombstones == 0
     assert key in store.key_set()
 
 

@@ -322,7 +322,7 @@ class ForkModel(RuleBasedStateMachine):
                 view = self.views[node_name, name]
                 self.check_read(node_name, name, view.size, view.content)
         self.check_store()
-        self.pass_time([(GRACE + 1.0, bool(self.removed))])  # old tombstones go
+        self.pass_time([(GRACE + 1.0, True)])  # old tombstones go
         assert not self.removed
         self.pass_time([(0.0, True), (GRACE, True)])
         left = self.world.objects() - self.world.named()

@@ -27,7 +27,6 @@ import glidefs.clock
 import glidefs.gc
 import glidefs.images.bases
 import glidefs.lineage
-import glidefs.roots
 import glidefs.volume.compactor
 import glidefs.volume.lease
 import glidefs.volume.pace
@@ -40,7 +39,6 @@ NODES = ("a", "b")
 CLOCKED: tuple[Any, ...] = (
     glidefs.images.bases,
     glidefs.lineage,
-    glidefs.roots,
     glidefs.volume.compactor,
     glidefs.volume.lease,
     glidefs.volume.uploader,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mutations_core import Mutation
 
+ROOTS = "tests/volume/test_roots.py::"
 OWNERSHIP = "tests/volume/test_volume_ownership.py::"
 UPLOAD = "tests/volume/test_volume_upload.py::"
 COMPACTION = "tests/volume/test_volume_compaction.py::"
@@ -59,6 +60,20 @@ VOLUME = [
         "gone_is_fence=False)\n            if found is not None:\n                return found\n"
         "            etag = None\n",
         (OWNERSHIP + "test_a_root_that_is_gone_fences",),
+    ),
+    Mutation(
+        "removed-elsewhere-and-put-again",
+        "glidefs/volume/lease.py",
+        "            if there.volume_id == decode_root(key, data).volume_id:",
+        "            if False:",
+        (ROOTS + "test_what_was_taken_over_and_removed_is_not_put_again",),
+    ),
+    Mutation(
+        "doomed-name-is-taken",
+        "glidefs/volume/lease.py",
+        "            if there.doomed and",
+        "            if False and",
+        (ROOTS + "test_nobody_takes_a_name_that_is_being_removed",),
     ),
     Mutation(
         "roots-are-put-without-a-condition",

@@ -24,7 +24,6 @@ import glidefs.images.bases
 import glidefs.lineage
 import glidefs.manifest_cache
 import glidefs.opener
-import glidefs.roots
 import glidefs.store.breaker
 import glidefs.store.resilient
 import glidefs.volume.commit
@@ -43,7 +42,6 @@ TIMED: tuple[Any, ...] = (
     glidefs.images.bases,
     glidefs.lineage,
     glidefs.manifest_cache,
-    glidefs.roots,
     glidefs.store.breaker,
     glidefs.store.resilient,
     glidefs.volume.commit,

@@ -298,6 +298,10 @@ class Model:
 
     def _manifest(self, key: str, before: Seen | None, root: Root, content: Content) -> None:
         name = root.name
+        if before is not None and before.root.removed_at and root.removed_at:
+            assert same(content, before.content), f"{key}: the tombstone holds something else"
+            assert root.doomed, f"{key}: a tombstone was put again for nothing"
+            return
         if before is None or before.root.removed_at:
             self._first(root, content)
             return
