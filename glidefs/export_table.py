@@ -23,6 +23,7 @@ from glidefs.exports import ExportStatus
 from glidefs.formats import export_record
 from glidefs.formats.atomic import fsync_dir, write_file_atomic
 from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root, encode_root, manifest_hash
 from glidefs.names import check_name
 from glidefs.transport.base import Endpoint, Transport
 from glidefs.volume.volume import Volume
@@ -134,6 +135,12 @@ class Entry:
     def is_fenced(self) -> bool:
         """Whether another host has the volume."""
         return self.fenced or (self.volume is not None and bool(self.volume.fenced))
+
+    def drain(self, timeout: float | None) -> None:
+        """Upload everything acknowledged before the call. Raises DrainTimeout when time is up, Fenced."""
+        if self.volume is None:
+            raise GlideError(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
+        self.volume.drain(timeout)
 
     def status(self, *, created: bool | None = None, note: str = "", figures: bool = True) -> ExportStatus:
         """What `show` prints, without the volume's figures if they are not asked for. Blocks on nothing."""
@@ -269,3 +276,24 @@ class ExportTable:
         with self._lock:
             if self._entries.get(entry.name) is entry:
                 del self._entries[entry.name]
+
+
+def new_record(root: Root, prefix: str, transport: str, *, published: bool) -> ExportRecord:
+    """The record of a volume with this root."""
+    data = encode_root(root)
+    return ExportRecord(
+        name=root.name,
+        volume_id=root.volume_id,
+        log_id=root.log_id,
+        prefix=prefix,
+        manifest_hash=manifest_hash(data),
+        root=b"" if published else data,
+        size=root.size,
+        transport=transport,
+        read_only=root.read_only,
+        flush=root.flush,
+        root_published=published,
+        source=root.source,
+        epoch=root.epoch,
+        created_at=root.created_at,
+    )

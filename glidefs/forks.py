@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from glidefs.bases import BaseLibrary
 from glidefs.errors import ConfigError, GlideError, NotSupported
-from glidefs.export_table import Entry, ExportTable, RecordDirectory
+from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.exports import (
     BlessRequest,
     ExportStatus,
@@ -28,7 +28,7 @@ from glidefs.images.bless import bless
 from glidefs.images.profile import IDLE, recording, wait
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import Source, check_name, check_prefix, manifest_key, parse_source
-from glidefs.opener import Opener, new_record
+from glidefs.opener import Opener
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import lease, local
 from glidefs.volume.host import Host

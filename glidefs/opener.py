@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from glidefs.core.handoff import Position
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
-from glidefs.export_table import Entry, ExportTable, RecordDirectory
+from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, decode_root, encode_root, manifest_hash
 from glidefs.names import volumes_prefix
@@ -481,24 +481,3 @@ class Opener:
         for entry in self._table.all():
             with entry.lock:
                 self.close_entry(entry, remove_device=False)
-
-
-def new_record(root: Root, prefix: str, transport: str, *, published: bool) -> ExportRecord:
-    """The record of a volume with this root."""
-    data = encode_root(root)
-    return ExportRecord(
-        name=root.name,
-        volume_id=root.volume_id,
-        log_id=root.log_id,
-        prefix=prefix,
-        manifest_hash=manifest_hash(data),
-        root=b"" if published else data,
-        size=root.size,
-        transport=transport,
-        read_only=root.read_only,
-        flush=root.flush,
-        root_published=published,
-        source=root.source,
-        epoch=root.epoch,
-        created_at=root.created_at,
-    )

@@ -32,20 +32,19 @@ from glidefs.errors import (
     Fenced,
     GlideError,
     NotSupported,
-    OwnedElsewhere,
     Refused,
     StoreError,
     UnknownExport,
 )
-from glidefs.export_table import Entry, ExportTable, RecordDirectory
+from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
 from glidefs.forks import ForkVerbs
-from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
+from glidefs.leaving import Leaving
 from glidefs.lineage import Lineage, Origin
 from glidefs.log_verbs import LogVerbs
 from glidefs.names import Source, check_name, check_prefix, parse_source
-from glidefs.opener import Opener, new_record
+from glidefs.opener import Opener
 from glidefs.roots import delete_root, put_first_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Transport, choose_transport
@@ -99,6 +98,7 @@ class ExportRouter:
         self.forks = ForkVerbs(
             self.table, self._records, self._opener, host, store, bases, self._lineage, stopping
         )
+        self._leaving = Leaving(self.table, self._records, self._opener, store, self._lineage)
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -392,126 +392,15 @@ class ExportRouter:
         It may wait as long as an outage lasts, so it holds no lock: other verbs go on.
         """
         entry = self.table.get(name)
-        self._drain(entry, timeout)
+        entry.drain(timeout)
         return entry.status()
 
-    def _drain(self, entry: Entry, timeout: float | None) -> None:
-        volume = entry.volume
-        if volume is None:
-            raise GlideError(f"{entry.name} is not served here now; 'glidefs show {entry.name}' says why")
-        volume.drain(timeout)
-
     def detach(self, name: str, timeout: float | None = None) -> dict[str, Any]:
-        """Stop serving, upload everything, give the volume up. If that fails it is served again.
-
-        Where the answer of the store was lost it is served again, or not, once the store says which it is.
-        """
+        """Stop serving, upload everything, give the volume up; see :meth:`Leaving.detach`."""
         self.check_changes()
-        entry = self.table.get(name)
-        if entry.volume is not None and not entry.is_fenced():
-            with contextlib.suppress(Fenced):
-                self._drain(entry, timeout)  # the bulk, while guests go on and nothing is locked
-        with self.table.locked(name) as entry:
-            record, note = self._record(entry), ""
-            if entry.is_fenced() or not self._give_up(entry):
-                self._opener.close_entry(entry, remove_device=True)
-                note = f"another host has the volume; the log of this one is set aside: {record.log_id.hex()}"
-            self._opener.forget(entry, keep_log=bool(note))
-            self.table.drop(entry)
-            return {
-                "name": name,
-                "prefix": record.prefix,
-                "size": record.size,
-                "detached": True,
-                "note": note,
-            }
-
-    def _give_up(self, entry: Entry) -> bool:
-        """Let guests go, drain what they wrote last, and commit a root that names no owner.
-
-        False if it turns out that another host has the volume.
-        """
-        record = self._record(entry)
-        self._opener.stop_transport(entry, remove_device=True)
-        try:
-            self._drain(entry, VERB_PATIENCE)
-            root, etag = self._opener.close_volume(entry)
-        except Fenced:
-            return False
-        except BaseException:
-            self._opener.restart_transport(entry)
-            raise
-        try:
-            if record.is_view:
-                return True  # owns nothing
-            self._records.set_intent(entry.name, "detach")
-            view = self._store.view("upload", VERB_PATIENCE)
-            if etag is None:  # read-only and never published
-                etag = put_first_root(view, record.prefix, root)
-            lease.detach(view, record.prefix, root, etag)
-        except Fenced:
-            return False  # a clean volume does not ask the store whose it is
-        except BaseException:
-            self._opener.reopen_after_failure(entry)
-            raise
-        return True
-
-    def _record(self, entry: Entry) -> ExportRecord:
-        if entry.record is None:
-            raise GlideError(f"{entry.name}: its record on this host is damaged; {entry.reason}")
-        return entry.record
+        return self._leaving.detach(name, timeout)
 
     def remove(self, name: str, *, purge: bool = False) -> dict[str, Any]:
-        """Delete the volume: its root in the store, its log and record here.
-
-        A volume that no host serves can be removed from any. Raises UnknownExport, OwnedElsewhere.
-        """
+        """Delete the volume here and in the store; see :meth:`Leaving.remove`."""
         self.check_changes()
-        if self.table.find(check_name("export", name)) is None:
-            return self._remove_unserved(name, purge)
-        with self.table.locked(name) as entry:
-            record = entry.record
-            if record is None:  # damaged: the store alone knows what it was
-                self._records.delete(name)
-                self.table.drop(entry)
-                return {"name": name, "removed": True, "note": "the volume may still be in the store"}
-            self._opener.close_entry(entry, remove_device=True)
-            try:
-                removed = record.is_view
-                if not removed:
-                    self._records.set_intent(name, "remove")
-                    view = self._store.view("upload", VERB_PATIENCE)
-                    removed = delete_root(view, record.prefix, record)
-            except BaseException:
-                self._opener.reopen_after_failure(entry)
-                raise
-            note = (
-                ""
-                if removed
-                else (
-                    "another host has the volume, so the store's was left alone; "
-                    f"the log of this host is set aside: {record.log_id.hex()}"
-                )
-            )
-            self._opener.forget(entry, keep_log=not removed)
-            self.table.drop(entry)
-        if purge and removed and not record.is_view:
-            self._lineage.delete_snapshots(record.prefix, name)
-        return {"name": name, "removed": True, "note": note}
-
-    def _remove_unserved(self, name: str, purge: bool) -> dict[str, Any]:
-        view = self._store.view("upload", VERB_PATIENCE)
-        for prefix in self._settings.prefixes:
-            try:
-                root, _ = lease.read_root(view, prefix, name)
-            except UnknownExport:
-                continue
-            if root.owner_node not in ("", self._settings.node):
-                raise OwnedElsewhere(name, root.owner_node)
-            delete_root(view, prefix, root)
-            if purge:
-                self._lineage.delete_snapshots(prefix, name)
-            return {"name": name, "removed": True, "note": ""}
-        if purge and any(self._lineage.delete_snapshots(prefix, name) for prefix in self._settings.prefixes):
-            return {"name": name, "removed": True, "note": "only snapshots of it were left"}
-        raise UnknownExport(name, "neither this host nor the store has a volume of that name")
+        return self._leaving.remove(name, purge)

@@ -198,6 +198,8 @@ class Compactor:
         ``settle``: bring chunks down to few packs, as when the volume is idle. ``chunks`` are those
         to look at, None for all. Raises Fenced, Closed, Superseded (call again), StoreError.
         """
+        if not volume.committer.published:
+            return 0  # its first root is the uploader's to put
         width = self._settings.settle_width + 1 if settle else self._settings.compact_width
         enough = self._settings.compact_commit_packs * self._settings.pack_bytes
         total = size = 0

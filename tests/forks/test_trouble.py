@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
 
+import glidefs.leaving
 import glidefs.opener
 import glidefs.router
 import glidefs.volume.uploader
@@ -52,6 +53,7 @@ def lose_answer(
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glidefs.router, "VERB_PATIENCE", 0.4)
+    monkeypatch.setattr(glidefs.leaving, "PATIENCE", 0.4)
     monkeypatch.setattr(glidefs.opener, "STORE_PATIENCE", 0.2)
 
 

@@ -124,8 +124,8 @@ SIM = [
     ),
     Mutation(
         "detach-does-not-drain",
-        "glidefs/router.py",
-        "            self._drain(entry, VERB_PATIENCE)\n            root, etag",
+        "glidefs/leaving.py",
+        "            entry.drain(PATIENCE)\n            root, etag",
         "            root, etag",
         SEEDS,
     ),

@@ -151,6 +151,7 @@ def simulated(clock: Clock, seed: int, while_drained: Callable[[], object]) -> I
         (secrets, "token_hex", lambda count=32: ids.randbytes(count).hex()),
     ]
     changes += [(module, "time", clock) for module in TIMED]
+    changes += [(glidefs.volume.lease, "DOOMED_FOR", 120.0)]  # of a grace of 1,000
     changes += [(module, "threading", waits) for module in WAITING]
     changes += [(module, "ThreadPoolExecutor", InlinePool) for module in POOLED]
     state = random.getstate()

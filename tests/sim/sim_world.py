@@ -306,6 +306,13 @@ class World:
             life.unchecked = False
             self.note(f"  {life} is as it should be")
 
+    def check_late(self) -> None:
+        """What had another's name when its node started may have it for itself now: see what is there."""
+        for node in self.nodes.values():
+            waiting = [life for life, _ in self.entries(node) if life.unchecked or life.cut_at is not None]
+            if node not in self.acting and not all(life.lost for life in waiting):
+                self.check_open(node)
+
     def check_fenced(self) -> None:
         """Nobody is fenced but for a reason."""
         for node in self.nodes.values():

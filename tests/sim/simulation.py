@@ -15,6 +15,7 @@ from sim_verbs import Verbs
 from sim_world import Result
 
 from glidefs.errors import GlideError
+from glidefs.volume import lease
 
 WEIGHTS = {
     "write": 12,
@@ -155,6 +156,7 @@ class Simulation(Verbs):
             if node.dead and node not in self.acting:
                 self.crash(node, self.draw_keep(), self.crash_at)
         self.model.observe()
+        self.check_late()
         self.check_fenced()
         assert not self.errors.unexpected, self.errors.unexpected
 
@@ -181,7 +183,7 @@ class Simulation(Verbs):
         self.plan.rates, self.plan.down_until, self.crash_rate = {}, 0.0, 0.0
         self.meanwhile_rate = self.meanwhile_gc_rate = 0.0
         self._armed.clear()
-        self.clock.sleep(self.plan.lag + 60.0)
+        self.clock.sleep(self.plan.lag + max(60.0, lease.DOOMED_FOR))
         for node in self.nodes.values():
             if not node.up:
                 self.boot(node)
