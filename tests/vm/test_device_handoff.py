@@ -61,14 +61,17 @@ def node(place: Path) -> Iterator[Generations]:
             made.kill_all()
 
 
-class Verified:
-    """fio that writes and verifies until it is told to end, on a device or an NBD URI."""
+class Load:
+    """fio that writes, and verifies, until it is told to end, on a device or an NBD URI."""
 
-    def __init__(self, target: str, directory: Path, seed: int) -> None:
+    def __init__(self, target: str, directory: Path, seed: int, *, verify: bool = True) -> None:
         self.target = target
         self.seed = seed
-        job = ["--rw=randwrite", "--bsrange=4k-32k", "--iodepth=8", "--verify_fatal=1", f"--size={SIZE}"]
-        job += ["--verify=crc32c", "--do_verify=1", "--verify_state_save=0", "--verify_backlog=64"]
+        self.verify = verify
+        job = ["--rw=randwrite", "--bsrange=4k-32k", "--iodepth=8", f"--size={SIZE}"]
+        if verify:
+            job += ["--verify=crc32c", "--do_verify=1", "--verify_state_save=0", "--verify_backlog=64"]
+            job += ["--verify_fatal=1"]
         job += ["--time_based", "--runtime=36000", f"--randseed={seed}", "--rate_iops=300"]
         self.output = (directory / f"fio{seed}.log").open("w+")
         self.process = subprocess.Popen(fio_command(target, *job), stdout=self.output, stderr=self.output)
@@ -87,7 +90,7 @@ class Verified:
         assert code in (0, 128), text
         job: dict[str, Any] = json.loads(text[text.index("{\n") :])["jobs"][0]
         assert job["error"] == 0, text
-        assert job["read"]["io_bytes"], text
+        assert job["read" if self.verify else "write"]["io_bytes"], text
         return job
 
     def kill(self) -> None:
@@ -124,11 +127,15 @@ class Oracle(threading.Thread):
         except OSError as error:
             self._error = error
 
-    def finish(self) -> None:
-        """Stop, and look at every block."""
+    def end(self) -> None:
+        """Stop."""
         self._ended.set()
         self.join(rig.STEP)
         assert self._error is None
+
+    def finish(self) -> None:
+        """Stop, and look at every block."""
+        self.end()
         buffer = mmap.mmap(-1, MIB)
         for at in range(0, len(self.expected), MIB):
             assert os.preadv(self._fd, [buffer], self.first + at) == MIB
@@ -137,9 +144,15 @@ class Oracle(threading.Thread):
 
 
 def null_stalls(place: Path, count: int) -> list[float]:
-    """How long a device that holds nothing is away when another process waits for the death of its own."""
+    """How long a device that holds nothing is away when another process waits for the death of its own.
+
+    Under the same load as ours, but that nothing is verified.
+    """
     program = build(place)
     old = NullServer(program, "add")
+    load = Load(str(old.device), place, 1, verify=False)
+    writer = Oracle(str(old.device), SIZE, 128 * MIB)
+    writer.start()
     stalls = []
     for _ in range(count):
         new = subprocess.Popen([str(program), "recover", str(old.id)], stdout=subprocess.PIPE, text=True)
@@ -151,11 +164,13 @@ def null_stalls(place: Path, count: int) -> list[float]:
         stalls.append(time.monotonic() - began)
         old.process.wait()
         old.process = new
+    load.finish()
+    writer.end()
     old.stop()
     return stalls
 
 
-def handoffs(node: Generations, jobs: list[Verified], count: int) -> list[float]:
+def handoffs(node: Generations, jobs: list[Load], count: int) -> list[float]:
     stalls = []
     for number in range(count):
         for job in jobs:
@@ -177,7 +192,7 @@ def test_one_device(node: Generations, place: Path, figure: Figures) -> None:
     node.start()
     device = rig.create(node, "disk", "128MiB")
     before = len(rig.kernel_log())
-    job = Verified(device, place, 1)
+    job = Load(device, place, 1)
     oracle = Oracle(device, SIZE, 128 * MIB)
     oracle.start()
     try:
@@ -210,7 +225,7 @@ def test_five_exports(node: Generations, place: Path, figure: Figures) -> None:
     for i in range(2):
         node.json("create", f"n{i}", "--size", "64MiB", "--transport", "nbd")
         targets.append(node.uri(f"n{i}"))
-    jobs = [Verified(target, place, seed) for seed, target in enumerate(targets, 1)]
+    jobs = [Load(target, place, seed) for seed, target in enumerate(targets, 1)]
     try:
         stalls = handoffs(node, jobs, HANDOFFS)
         for job in jobs:
@@ -248,7 +263,7 @@ def test_either_side_dies(node: Generations, place: Path, die: str) -> None:
     node.start()
     device = rig.create(node, "disk", "64MiB")
     before = len(rig.kernel_log())
-    job = Verified(device, place, 1)
+    job = Load(device, place, 1)
     try:
         time.sleep(2)
         first = node.pid
