@@ -145,6 +145,7 @@ class Simulation(Verbs):
         self.crash_at = None
         self.depth += 1
         try:
+            self.check_late()
             action()
         except Crash:
             self.faults.stop()
@@ -156,7 +157,6 @@ class Simulation(Verbs):
             if node.dead and node not in self.acting:
                 self.crash(node, self.draw_keep(), self.crash_at)
         self.model.observe()
-        self.check_late()
         self.check_fenced()
         assert not self.errors.unexpected, self.errors.unexpected
 
