@@ -178,6 +178,7 @@ def handoffs(node: Generations, jobs: list[Load], count: int) -> list[float]:
         answer = node.handoff()
         assert answer["outcome"] == "succeeded", answer
         stalls.append(float(answer["stall"]))
+        print(f"handoff {number + 1}: {stalls[-1] * 1e3:.1f} ms", flush=True)
         wait_for(node.ready, "the successor is ready")
     return stalls
 
