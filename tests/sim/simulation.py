@@ -145,7 +145,8 @@ class Simulation(Verbs):
         self.crash_at = None
         self.depth += 1
         try:
-            self.check_late()
+            if self.depth == 1:
+                self.check_late()
             action()
         except Crash:
             self.faults.stop()
