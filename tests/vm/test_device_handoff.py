@@ -64,7 +64,9 @@ def node(place: Path) -> Iterator[Generations]:
 class Load:
     """fio that writes, and verifies, until it is told to end, on a device or an NBD URI."""
 
-    def __init__(self, target: str, directory: Path, seed: int, *, verify: bool = True) -> None:
+    def __init__(
+        self, target: str, directory: Path, seed: int, *, verify: bool = True, rate: int = 300
+    ) -> None:
         self.target = target
         self.seed = seed
         self.verify = verify
@@ -72,7 +74,7 @@ class Load:
         if verify:
             job += ["--verify=crc32c", "--do_verify=1", "--verify_state_save=0", "--verify_backlog=64"]
             job += ["--verify_fatal=1"]
-        job += ["--time_based", "--runtime=36000", f"--randseed={seed}", "--rate_iops=300"]
+        job += ["--time_based", "--runtime=36000", f"--randseed={seed}", f"--rate_iops={rate}"]
         self.output = (directory / f"fio{seed}.log").open("w+")
         self.process = subprocess.Popen(fio_command(target, *job), stdout=self.output, stderr=self.output)
 
@@ -226,7 +228,7 @@ def test_five_exports(node: Generations, place: Path, figure: Figures) -> None:
     for i in range(2):
         node.json("create", f"n{i}", "--size", "64MiB", "--transport", "nbd")
         targets.append(node.uri(f"n{i}"))
-    jobs = [Load(target, place, seed) for seed, target in enumerate(targets, 1)]
+    jobs = [Load(target, place, seed, rate=60) for seed, target in enumerate(targets, 1)]
     try:
         stalls = handoffs(node, jobs, HANDOFFS)
         for job in jobs:
