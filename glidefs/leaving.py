@@ -140,6 +140,8 @@ class Leaving:
                 root, _ = lease.read_root(view, prefix, name)
             except UnknownExport:
                 continue
+            if root.removed_at and not root.doomed:
+                continue
             if root.owner_node not in ("", self._opener.places.node):
                 raise OwnedElsewhere(name, root.owner_node)
             delete_root(view, prefix, root)

@@ -18,7 +18,7 @@ import glidefs.router
 import glidefs.volume.uploader
 from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
-from glidefs.errors import AccessDenied, StoreError, StoreUnavailable
+from glidefs.errors import AccessDenied, StoreError, StoreUnavailable, UnknownExport
 from glidefs.exports import AttachRequest
 from glidefs.formats.manifest import Root, decode_root
 from glidefs.store.base import join_body
@@ -165,6 +165,21 @@ def test_after_a_failed_sync_the_store_is_asked_for_the_root(node: Node) -> None
     node.engine.cache.evict_all()
     assert node.core("v").pread(0, 4096) == b"b" * 4096
     node.core("v").flush()
+
+
+def test_a_volume_that_had_another_owner_can_be_removed_once(make_node: MakeNode) -> None:
+    """Its tombstone stays for gc, and is nothing that anybody has."""
+    node, other = make_node("a"), make_node("b")
+    node.create("v", SIZE)
+    other.router.attach("v", AttachRequest(transport="nbd", take_over=True))
+    assert other.router.remove("v")["removed"]
+    assert root_of(other, "v").removed_at
+    with pytest.raises(UnknownExport, match="neither this host nor the store"):
+        other.router.remove("v")
+    with pytest.raises(UnknownExport, match="it was removed"):
+        other.router.attach("v", AttachRequest(transport="nbd"))
+    other.create("v", SIZE)
+    assert not root_of(other, "v").removed_at
 
 
 def test_an_export_that_the_disk_kept_from_being_opened_is_tried_again(
