@@ -106,6 +106,7 @@ class Oracle(threading.Thread):
 
     def __init__(self, device: str, first: int, end: int) -> None:
         super().__init__(daemon=True)
+        self.device = device
         self.first = first
         self.expected = bytearray(end - first)
         self.rounds = 0
@@ -130,19 +131,21 @@ class Oracle(threading.Thread):
             self._error = error
 
     def end(self) -> None:
-        """Stop."""
+        """Stop writing."""
         self._ended.set()
         self.join(rig.STEP)
+        os.close(self._fd)
         assert self._error is None
 
     def finish(self) -> None:
         """Stop, and look at every block."""
         self.end()
+        fd = os.open(self.device, os.O_RDONLY | os.O_DIRECT)
         buffer = mmap.mmap(-1, MIB)
         for at in range(0, len(self.expected), MIB):
-            assert os.preadv(self._fd, [buffer], self.first + at) == MIB
+            assert os.preadv(fd, [buffer], self.first + at) == MIB
             assert buffer[:] == self.expected[at : at + MIB], f"wrong data in the MiB at {self.first + at}"
-        os.close(self._fd)
+        os.close(fd)
 
 
 def null_stalls(place: Path, count: int) -> list[float]:
