@@ -9,6 +9,7 @@ REGRESSIONS: dict[int, str] = {
 
 OPEN: dict[int, str] = {
     4601: "a pack that only forks under way hold at two runs of gc a grace apart, and that was named in "
-    "between, but at no run (see glidefs/gc.py): the volume that named it was removed before the fork's root was put",
+    "between, but at no run (see glidefs/gc.py): the volume that named it was removed before the fork's "
+    "root was put",
 }
 """Seeds that fail still, each an expected failure of its own; the others of its twenty are run without it."""
