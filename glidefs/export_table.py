@@ -136,6 +136,12 @@ class Entry:
         """Whether another host has the volume."""
         return self.fenced or (self.volume is not None and bool(self.volume.fenced))
 
+    def known_record(self) -> ExportRecord:
+        """The record. Raises GlideError where that on this host is damaged."""
+        if self.record is None:
+            raise GlideError(f"{self.name}: its record on this host is damaged; {self.reason}")
+        return self.record
+
     def drain(self, timeout: float | None) -> None:
         """Upload everything acknowledged before the call. Raises DrainTimeout when time is up, Fenced."""
         if self.volume is None:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from glidefs.errors import Fenced, GlideError, OwnedElsewhere, UnknownExport
+from glidefs.errors import Fenced, OwnedElsewhere, UnknownExport
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
-from glidefs.formats.export_record import ExportRecord
-from glidefs.lineage import Lineage
+from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import check_name
 from glidefs.opener import Opener
 from glidefs.roots import delete_root, put_first_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import lease
-
-PATIENCE = 30.0
-"""Seconds that a verb gives the store."""
 
 
 class Leaving:
@@ -46,7 +42,7 @@ class Leaving:
             with contextlib.suppress(Fenced):
                 entry.drain(timeout)  # the bulk, while guests go on and nothing is locked
         with self._table.locked(name) as entry:
-            record, note = self._record(entry), ""
+            record, note = entry.known_record(), ""
             if entry.is_fenced() or not self._give_up(entry):
                 self._opener.close_entry(entry, remove_device=True)
                 note = f"another host has the volume; the log of this one is set aside: {record.log_id.hex()}"
@@ -65,7 +61,7 @@ class Leaving:
 
         False if it turns out that another host has the volume.
         """
-        record = self._record(entry)
+        record = entry.known_record()
         self._opener.stop_transport(entry, remove_device=True)
         try:
             entry.drain(PATIENCE)
@@ -89,11 +85,6 @@ class Leaving:
             self._opener.reopen_after_failure(entry)
             raise
         return True
-
-    def _record(self, entry: Entry) -> ExportRecord:
-        if entry.record is None:
-            raise GlideError(f"{entry.name}: its record on this host is damaged; {entry.reason}")
-        return entry.record
 
     def remove(self, name: str, purge: bool) -> dict[str, Any]:
         """Delete the volume: its root in the store, its log and record here.

@@ -339,9 +339,7 @@ class ExportRouter:
                     self._lineage.confirm(entry.volume)
             if entry.serves():
                 return entry.status()
-            record = entry.record
-            if record is None:
-                raise GlideError(f"{entry.name}: its record on this host is damaged; {entry.reason}")
+            record = entry.known_record()
             if entry.is_fenced() or wanted.take_over:
                 # The log of the fenced life stays where it is, set aside by its id.
                 self._opener.close_entry(entry, remove_device=True)

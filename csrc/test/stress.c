@@ -32,8 +32,8 @@
 #define VOLUMES 3
 #define CLIENTS 3
 #define BLOCKS 24
-#define END_SECONDS 100 /* for all to end once the time is over */
 #define SECTORS (BLOCKS * GLIDE_BLOCK_SECTORS)
+#define END_SECONDS 100 /* for all to end once the time is over */
 #define MUST(x)                                                                                                        \
     do {                                                                                                               \
         int64_t must_result = (x);                                                                                     \

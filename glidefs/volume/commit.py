@@ -149,7 +149,7 @@ class Committer:
             if self.etag is not None:
                 return
             data = encode_root(self.root)
-            self._published(lease.commit_first(store, self._key, data, self.root.log_id), data)
+            self._published(lease.commit_first(store, self._key, self.root, data), data)
 
     def was_published(self, store: ObjectStore) -> bool:
         """Whether the store has our first root already, from a put whose answer was lost; then it is in use.

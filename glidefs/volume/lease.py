@@ -122,16 +122,17 @@ def commit_root(store: ObjectStore, key: str, data: bytes, etag: str | None, log
                 return found
 
 
-def commit_first(store: ObjectStore, key: str, data: bytes, log_id: bytes) -> CommitResult:
-    """Put the first root of a volume, where there is none or the tombstone of one that was removed.
+def commit_first(store: ObjectStore, key: str, root: Root, data: bytes) -> CommitResult:
+    """Put the first root of a volume where there is none, or the tombstone of one that was removed.
 
+    ``data`` is the root, encoded.
     As :func:`commit_root`: Fenced means that another volume has the name, or that this one was put before,
     taken over and removed. Raises Conflict where somebody is about to delete a tombstone.
     """
     deadline = time.monotonic() + DOOMED_PATIENCE
     while True:
         try:
-            return commit_root(store, key, data, None, log_id)
+            return commit_root(store, key, data, None, root.log_id)
         except Fenced:
             try:
                 found = store.get(key)
@@ -140,7 +141,7 @@ def commit_first(store: ObjectStore, key: str, data: bytes, log_id: bytes) -> Co
             there = decode_root(key, found.data)
             if not there.removed_at:
                 raise
-            if there.volume_id == decode_root(key, data).volume_id:
+            if there.volume_id == root.volume_id:
                 raise Fenced(key, "another node took it over and removed it") from None
             if there.doomed and time.time() - there.removed_at < DOOMED_FOR:
                 if time.monotonic() > deadline:
@@ -148,7 +149,7 @@ def commit_first(store: ObjectStore, key: str, data: bytes, log_id: bytes) -> Co
                 time.sleep(CONFLICT_PAUSE)
                 continue
         try:
-            return commit_root(store, key, data, found.etag, log_id)
+            return commit_root(store, key, data, found.etag, root.log_id)
         except Fenced:
             continue  # the tombstone went, or somebody was faster
 
@@ -182,7 +183,7 @@ def create(store: ObjectStore, prefix: str, root: Root) -> str:
     Raises ExportExists if the name is taken, StoreError.
     """
     try:
-        result = commit_first(store, manifest_key(prefix, root.name), encode_root(root), root.log_id)
+        result = commit_first(store, manifest_key(prefix, root.name), root, encode_root(root))
     except Fenced as error:
         raise ExportExists(root.name) from error
     return result.etag

@@ -9,12 +9,11 @@ import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
 
 from glidefs import gc_mark, names
-from glidefs.errors import AccessDenied, Conflict, CorruptObject, GcRefused, GlideError, StoreUnavailable
+from glidefs.errors import AccessDenied, CorruptObject, GcRefused, GlideError, StoreUnavailable
 from glidefs.formats.gc_state import decode_state, first_seen
-from glidefs.formats.manifest import decode_root, encode_root
+from glidefs.formats.manifest import encode_root
 from glidefs.gc import Tally
 from glidefs.store import open_store
-from glidefs.volume import lease
 
 STATE = names.gc_state_key(PREFIX)
 CLOCK = names.gc_clock_key(PREFIX)
@@ -206,90 +205,12 @@ def test_shared_pages_are_read_once(store: ClockStore) -> None:
     assert store.requests["get"] <= 41 + 4 * gc_mark.THREADS
 
 
-# -- bases ----------------------------------------------------------------------------------------
-
-
-def test_a_removed_base_keeps_its_packs_for_the_grace(store: ClockStore) -> None:
-    pack = rig.put_pack(store)
-    key = rig.put_base(store, "b", [pack])
-    hot_set = names.hot_set_key(PREFIX, "b")
-    store.put(hot_set, b"hot")
-    store.now += 3 * GRACE
-    rig.run(store)
-    rig.remove_base(store, "b")
-    store.now += GRACE - 1
-    result = rig.run(store)
-    assert (result.tombstones, result.unreferenced.objects) == (0, 0)
-    assert {key, hot_set} <= store.key_set()
-    store.now += 1
-    result = rig.run(store)
-    assert (result.tombstones, result.unreferenced.objects) == (1, 0)
-    assert not {key, hot_set} & store.key_set()
-    assert rig.has_pack(store, pack)
-    rig.run(store)
-    store.now += GRACE
-    rig.run(store)
-    assert not rig.has_pack(store, pack)
-
-
-def test_tombstones_of_volumes_go_after_the_grace(store: ClockStore) -> None:
-    """Until then they keep what they name."""
-    pack, key = rig.put_pack(store), names.manifest_key(PREFIX, "x")
-    store.put(key, encode_root(rig.inline_root("x", [pack], removed_at=1)))
-    store.now += GRACE - 1
-    result = rig.run(store)
-    assert (result.tombstones, result.marked.objects) == (0, 1)
-    store.now += 1
-    assert rig.run(store).tombstones == 1
-    assert key not in store.key_set()
-
-
-def test_a_name_is_not_taken_while_gc_deletes_its_tombstone(store: ClockStore) -> None:
-    """! The delete would hit the new volume."""
-    key = names.manifest_key(PREFIX, "x")
-    store.put(key, encode_root(rig.inline_root("x", [], removed_at=1)))
-    store.now += GRACE
-    fresh = lease.empty_root("x", 1 << 20, "n")
-    refused = []
-
-    def other(op: str, where: str) -> None:
-        if op == "delete" and where == key and not refused:
-            refused.append(1)
-            with pytest.raises(Conflict, match="is being removed"):
-                lease.create(store, PREFIX, fresh)
-
-    store.hook = other
-    assert rig.run(store).tombstones == 1
-    assert refused
-    lease.create(store, PREFIX, fresh)
-    assert decode_root(key, store.get(key).data) == fresh
-
-
 def test_strays_under_bases_stay(store: ClockStore) -> None:
     strays = {names.hot_set_key(PREFIX, "b"), f"{PREFIX}/packs/README"}
     for stray in strays:
         store.put(stray, b"?")
     assert rig.run_twice(store).strays == 1
     assert strays <= store.key_set()
-
-
-def test_a_base_blessed_anew_is_not_deleted(store: ClockStore) -> None:
-    """Another run deletes the tombstone and the name is used again, while this one is about to."""
-    pack = rig.put_pack(store)
-    key = rig.put_base(store, "b", [pack])
-    rig.remove_base(store, "b")
-    store.now += GRACE
-    done = []
-
-    def other(op: str, where: str) -> None:
-        if op == "put" and where == STATE and not done:
-            done.append(1)
-            store.delete(key)
-            rig.put_base(store, "b", [pack])
-
-    store.hook = other
-    assert rig.run(store).tombstones == 0
-    assert key in store.key_set()
 
 
 # -- failing closed -------------------------------------------------------------------------------

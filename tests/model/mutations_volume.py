@@ -64,7 +64,7 @@ VOLUME = [
     Mutation(
         "removed-elsewhere-and-put-again",
         "glidefs/volume/lease.py",
-        "            if there.volume_id == decode_root(key, data).volume_id:",
+        "            if there.volume_id == root.volume_id:",
         "            if False:",
         (ROOTS + "test_what_was_taken_over_and_removed_is_not_put_again",),
     ),

@@ -111,7 +111,7 @@ SIM = [
     Mutation(
         "tombstone-fences-a-fork",
         "glidefs/volume/commit.py",
-        "lease.commit_first(store, self._key, data, self.root.log_id)",
+        "lease.commit_first(store, self._key, self.root, data)",
         "lease.commit_root(store, self._key, data, None, self.root.log_id)",
         SEEDS,
     ),

@@ -159,17 +159,20 @@ def null_stalls(place: Path, count: int) -> list[float]:
     writer = Oracle(str(old.device), SIZE, 128 * MIB)
     writer.start()
     stalls = []
-    for _ in range(count):
-        new = subprocess.Popen([str(program), "recover", str(old.id)], stdout=subprocess.PIPE, text=True)
-        time.sleep(1.0 if rig.EMULATED else 0.1)  # it asks the kernel again and again by now
-        began = time.monotonic()
-        old.process.kill()
-        assert new.stdout is not None
-        assert new.stdout.readline().startswith("ready ")
-        stalls.append(time.monotonic() - began)
-        old.process.wait()
-        old.process = new
-    load.finish()
+    try:
+        for _ in range(count):
+            new = subprocess.Popen([str(program), "recover", str(old.id)], stdout=subprocess.PIPE, text=True)
+            time.sleep(1.0 if rig.EMULATED else 0.1)  # it asks the kernel again and again by now
+            began = time.monotonic()
+            old.process.kill()
+            assert new.stdout is not None
+            assert new.stdout.readline().startswith("ready ")
+            stalls.append(time.monotonic() - began)
+            old.process.wait()
+            old.process = new
+        load.finish()
+    finally:
+        load.kill()
     writer.end()
     old.stop()
     return stalls

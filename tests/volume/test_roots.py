@@ -24,7 +24,7 @@ def volume() -> Root:
 
 def put_again(store: MemoryStore, root: Root) -> None:
     """What a node does that never had an answer to its first put."""
-    lease.commit_first(store, KEY, encode_root(root), root.log_id)
+    lease.commit_first(store, KEY, root, encode_root(root))
 
 
 def stored(store: MemoryStore) -> Root:
