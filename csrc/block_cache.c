@@ -269,8 +269,10 @@ int glide_cache_take(glide_engine *engine)
     return err;
 }
 
-void cache_shutdown(struct block_cache *c)
+void glide_cache_shutdown(glide_engine *engine)
 {
+    struct block_cache *c = &engine->cache;
+
     pthread_mutex_lock(&c->lock);
     c->closed = true;
     pthread_cond_broadcast(&c->changed);

@@ -40,8 +40,6 @@ struct block_cache {
 
 /* `standby`: the files are another process's until glide_cache_take. */
 int cache_open(struct block_cache *c, const char *dir, uint64_t bytes, bool standby);
-/* Who waits to write gets -ESHUTDOWN, now and later. */
-void cache_shutdown(struct block_cache *c);
 void cache_close(struct block_cache *c);
 
 /* False: the slot holds something else by now. Any thread, no lock. */

@@ -90,15 +90,23 @@ void glide_engine_shutdown(glide_engine *e)
 {
     outbox_close(&e->faults);
     outbox_close(&e->events);
-    cache_shutdown(&e->cache);
+    glide_cache_shutdown(e);
     outbox_close(&e->shadows);
+}
+
+void glide_engine_end_workers(glide_engine *e)
+{
+    if (e->workers_ended)
+        return;
+    e->workers_ended = true;
+    for (unsigned i = 0; i < e->worker_count; i++)
+        worker_stop(&e->workers[i]);
+    ublk_free_released(e);
 }
 
 void glide_engine_close(glide_engine *e)
 {
-    for (unsigned i = 0; i < e->worker_count; i++)
-        worker_stop(&e->workers[i]);
-    ublk_free_released(e);
+    glide_engine_end_workers(e);
     free(e->workers);
     outbox_destroy(&e->faults);
     outbox_destroy(&e->events);

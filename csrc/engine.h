@@ -28,6 +28,7 @@ struct engine {
     struct outbox events;         /* of struct event (fault.c) */
     struct outbox shadows;        /* of struct shadow_item (shadow.c) */
     unsigned worker_count;
+    bool workers_ended;
     struct worker *workers;
     struct ublk_device *released; /* open until the workers have ended: ublk_device.c */
 };

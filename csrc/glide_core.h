@@ -42,6 +42,9 @@ struct glide_engine_config {
 int glide_engine_open(const struct glide_engine_config *config, glide_engine **out);
 /* Every thread in glide_faults_next and glide_events_next gets -ESHUTDOWN, now and later. */
 void glide_engine_shutdown(glide_engine *engine);
+/* End the workers and let go of released ublk devices, which the kernel then gives to another server. All volumes
+ * must be closed. Other threads may be in the calls that glide_engine_shutdown ends, or ask for numbers. */
+void glide_engine_end_workers(glide_engine *engine);
 /* All volumes must be closed, and no other call be running. */
 void glide_engine_close(glide_engine *engine);
 
@@ -355,6 +358,8 @@ int glide_volume_activate(glide_volume *volume, const struct glide_cutover *expe
 int glide_cache_give(glide_engine *engine);
 /* The files are this process's: look at the index again. */
 int glide_cache_take(glide_engine *engine);
+/* It will not take them back: whoever waits for that gets -ESHUTDOWN. Part of glide_engine_shutdown. */
+void glide_cache_shutdown(glide_engine *engine);
 
 /* A connection of a frozen volume, as another process can go on with it. */
 struct glide_nbd_state {

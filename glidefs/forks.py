@@ -29,6 +29,7 @@ from glidefs.images.profile import IDLE, recording, wait
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import Source, check_name, check_prefix, manifest_key, parse_source
 from glidefs.opener import Opener
+from glidefs.roots import put_first_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import lease, local
 from glidefs.volume.host import Host
@@ -86,10 +87,10 @@ class ForkVerbs:
         _, volume = self._volume(name)
         if volume.read_only:
             raise NotSupported(f"{name} is read-only; fork or tag what it shows instead")
-        root = self._lineage.committed(volume, wanted.timeout)
-        sequence = self._lineage.keep(volume.prefix, root)
-        if wanted.tag is not None:
-            self._lineage.tag(volume.prefix, wanted.tag, root)
+        with self._lineage.committed(volume, wanted.timeout) as root:
+            sequence = self._lineage.keep(volume.prefix, root)
+            if wanted.tag is not None:
+                self._lineage.tag(volume.prefix, wanted.tag, root)
         return {
             "name": name,
             "sequence": sequence,
@@ -112,9 +113,9 @@ class ForkVerbs:
         check_name("tag", wanted.tag)
         source = _source(name, wanted.sequence)
         prefix = self._prefix(name, None)
-        origin = self._lineage.origin(prefix, source)
-        self._lineage.tag(prefix, wanted.tag, origin.root)
-        return {"tag": wanted.tag, "source": str(source), "prefix": prefix, "note": origin.note}
+        with self._lineage.origin(prefix, source) as origin:
+            self._lineage.tag(prefix, wanted.tag, origin.root)
+            return {"tag": wanted.tag, "source": str(source), "prefix": prefix, "note": origin.note}
 
     # -- promote -----------------------------------------------------------------------------------
 
@@ -157,19 +158,20 @@ class ForkVerbs:
         """The root of the read-write export: a fork's, or the volume's own without the label."""
         assert entry.record is not None
         record = entry.record
-        if record.is_view:
-            self._lineage.check_shown(record.prefix, parse_source(record.source), root)
-            fork = lease.fork_root(
-                root,
-                root.name,
-                root.size,
-                self._opener.places.node,
-                source=record.source,
-                transport=root.transport,
-                flush=root.flush,
-            )
-            return fork, None
         view = self._store.view("upload", PATIENCE)
+        if record.is_view:
+            source = parse_source(record.source)
+            with self._lineage.shown(record.prefix, source, root):
+                fork = lease.fork_root(
+                    root,
+                    root.name,
+                    root.size,
+                    self._opener.places.node,
+                    source=record.source,
+                    transport=root.transport,
+                    flush=root.flush,
+                )
+                return fork, None if source.kind == "base" else put_first_root(view, record.prefix, fork)
         own = replace(root, read_only=False, sequence=root.sequence + 1)
         result = lease.commit_root(
             view, manifest_key(record.prefix, root.name), encode_root(own), etag, own.log_id

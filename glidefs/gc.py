@@ -30,11 +30,14 @@ It works on the store alone, while hosts write to it. Why nothing that is needed
   the one that gets there later deletes nothing. It still lists what is about to be deleted, so a
   crash in between costs nothing: the next run goes on.
 
-What is left: a store has no transactions, so two chains of events escape that need a fork of a fork.
-A root handed on twice, each time to a fork put behind the listing while its source is removed ahead of
-it, in every look of both runs. And a pack that only forks under way hold at two runs a grace
-apart, which was named in between, but at no run. More runs per grace make both rarer; a host that
-looks at the source once more after it has put a fork's root rules out the second.
+- *Copies.* A fork, snapshot, tag or base is made of a pin: a root put while the source still named it all,
+  which goes when the copy is there (see glidefs/pins.py). A fork of a base is put later, but the base does
+  not change, and its tombstone stays for the grace. So what no root names, and no upload is about to
+  commit, is never named again: what a run saw of it still holds at the next. Pins that a crash left go
+  when they are older than the grace.
+
+What is left: a store has no transactions. A root handed on twice, each time to a fork put behind the
+listing while its source is removed ahead of it, in every look of both runs, escapes.
 
 A checkpoint that is damaged names nothing, for a bless too, and goes like the others.
 
@@ -87,9 +90,9 @@ class GcResult(msgspec.Struct, frozen=True, kw_only=True):
 
     ``listed`` = ``marked`` + ``unreferenced``, ``unreferenced`` = ``waiting`` (for ``grace`` seconds to
     pass) + ``due``, ``due`` = ``deleted`` + ``left`` for the next run. A dry run deletes nothing.
-    ``roots`` were read, ``tombstones`` and ``checkpoints`` of blesses deleted. ``strays`` are objects
-    among packs and pages that bear no id; they are left alone. ``note`` says what an operator should know,
-    or is empty.
+    ``roots`` were read, ``tombstones``, ``checkpoints`` of blesses and ``pins`` of copies deleted.
+    ``strays`` are objects among packs and pages that bear no id; they are left alone. ``note`` says what an
+    operator should know, or is empty.
     """
 
     prefix: str
@@ -105,6 +108,7 @@ class GcResult(msgspec.Struct, frozen=True, kw_only=True):
     left: Tally = Tally()
     tombstones: int = 0
     checkpoints: int = 0
+    pins: int = 0
     strays: int = 0
     note: str = ""
 
@@ -179,13 +183,14 @@ class _Run:
         if self._marker.damaged:
             some = ", ".join(sorted(self._marker.damaged)[:3])
             self._note = self._note or f"checkpoints of blesses that are damaged, and so keep nothing: {some}"
-        deleted, tombstones, checkpoints = Tally(), 0, 0
+        deleted, tombstones, checkpoints, pins = Tally(), 0, 0, 0
         if not self._dry_run:
             self._save_state()
             tombstones = self._delete_tombstones()
             checkpoints = self._delete_checkpoints(self._limit - 2 * tombstones)
-            deleted = self._delete(self._due()[: max(0, self._limit - 2 * tombstones - checkpoints)])
-        return self._result(deleted, tombstones, checkpoints)
+            pins = self._delete_pins(self._limit - 2 * tombstones - checkpoints)
+            deleted = self._delete(self._due()[: max(0, self._limit - 2 * tombstones - checkpoints - pins)])
+        return self._result(deleted, tombstones, checkpoints, pins)
 
     def _check_layout(self) -> bool:
         """Is there anything of ours? Raises GcRefused where a newer version may keep roots."""
@@ -310,6 +315,13 @@ class _Run:
             deleted += 1
         return deleted
 
+    def _delete_pins(self, limit: int) -> int:
+        """Delete pins that were left behind, at most ``limit``. Returns how many."""
+        left = [pin for pin in self._marker.pins if pin.last_modified <= self._started - self._grace]
+        for pin in left[: max(0, limit)]:
+            self._store.delete(pin.key)
+        return min(len(left), max(0, limit))
+
     def _delete(self, todo: list[tuple[float, Candidates, bytes]]) -> Tally:
         """Delete, a batch at a time, what still no root names."""
         objects = nbytes = 0
@@ -332,7 +344,7 @@ class _Run:
 
     # -- the result ----------------------------------------------------------------------------
 
-    def _result(self, deleted: Tally, tombstones: int, checkpoints: int) -> GcResult:
+    def _result(self, deleted: Tally, tombstones: int, checkpoints: int, pins: int) -> GcResult:
         kinds = self._kinds
         listed = Tally(sum(kind.listed for kind in kinds), sum(kind.listed_bytes for kind in kinds))
         unreferenced = Tally(
@@ -354,6 +366,7 @@ class _Run:
             left=_less(due, deleted),
             tombstones=tombstones,
             checkpoints=checkpoints,
+            pins=pins,
             strays=sum(kind.strays for kind in kinds),
             note=self._note,
         )

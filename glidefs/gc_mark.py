@@ -149,6 +149,8 @@ class Marker:
         """Of removed bases and volumes, by the key of their manifest."""
         self.checkpoints: list[Checkpoint] = []
         """Those of the last listing."""
+        self.pins: list[ObjectInfo] = []
+        """Those of the last listing: roots too."""
         self.damaged: set[str] = set()
         """Keys of checkpoints that cannot be decoded. A bless begins anew there, so they name nothing."""
 
@@ -167,6 +169,8 @@ class Marker:
             for key, info in listed.items()
             if _is_checkpoint(key)
         ]
+        pins = names.pins_prefix(self._prefix)
+        self.pins = [info for key, info in listed.items() if key.startswith(pins)]
         self.roots = len(listed) - len(self.checkpoints)
         fresh = [info for info in listed.values() if self._read_etags.get(info.key) != info.etag]
         for done, named in enumerate(in_parallel(self._pool, self._read, fresh), 1):

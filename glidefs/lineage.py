@@ -6,7 +6,8 @@ belongs to no host: it has no owner and no log.
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
@@ -14,7 +15,7 @@ from msgspec.structs import replace
 from glidefs.bases import BaseLibrary
 from glidefs.errors import Fenced, GlideError, NotFound, NotSupported, PreconditionFailed, UnknownExport
 from glidefs.export_table import ExportTable
-from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root
+from glidefs.formats.manifest import Root, decode_root, encode_root
 from glidefs.images.bases import base_root, publish_base
 from glidefs.names import (
     MAX_SEQUENCE,
@@ -24,6 +25,7 @@ from glidefs.names import (
     snapshots_prefix,
     tag_key,
 )
+from glidefs.pins import kept_copy, pinned
 from glidefs.store.base import ObjectStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.volume import Volume
@@ -40,19 +42,6 @@ class Origin(NamedTuple):
     source: Source
     root: Root
     note: str = ""
-
-
-def kept_copy(root: Root) -> Root:
-    """The root as a snapshot or tag keeps it."""
-    return replace(
-        root,
-        owner_node="",
-        log_id=NO_ID,
-        last_segment=0,
-        epoch=0,
-        read_only=True,
-        created_at=int(time.time()),
-    )
 
 
 def _inline_packs(root: Root) -> set[bytes]:
@@ -72,47 +61,46 @@ class Lineage:
 
     # -- sources ---------------------------------------------------------------------------------
 
-    def origin(self, prefix: str, source: Source) -> Origin:
-        """The root to fork. A volume that is served here is committed first.
+    @contextlib.contextmanager
+    def origin(self, prefix: str, source: Source) -> Iterator[Origin]:
+        """The root to copy, which must be there when the block ends: so long the store names all of it.
 
-        Raises UnknownExport, CorruptObject, DrainTimeout, StoreError.
+        Of a base that holds for long: it, or its tombstone, stays. A volume that is served here is
+        committed first. Raises UnknownExport, CorruptObject, DrainTimeout, StoreError, GlideError.
         """
         if source.kind == "base":
-            return Origin(source, self._bases.get(prefix, source.name).root)
+            yield Origin(source, self._bases.get(prefix, source.name).root)
+            return
         volume = self._served(prefix, source)
         if volume is not None:
-            return Origin(source, self.committed(volume, COMMIT_PATIENCE))
-        root = self._stored(prefix, source)
-        owner = root.owner_node if source.kind == "volume" else ""
-        note = (
-            f"as node {owner} committed it last; what that node has not uploaded is not in it"
-            if owner
-            else ""
-        )
-        return Origin(source, root, note)
+            with self.committed(volume, COMMIT_PATIENCE) as root:
+                yield Origin(source, root)
+            return
+        with pinned(self._view(), prefix, source, None) as root:
+            owner = root.owner_node if source.kind == "volume" else ""
+            note = (
+                f"as node {owner} committed it last; what that node has not uploaded is not in it"
+                if owner
+                else ""
+            )
+            yield Origin(source, root, note)
 
-    def _stored(self, prefix: str, source: Source) -> Root:
-        key = source.key(prefix)
-        try:
-            root = decode_root(key, self._store.view("read", PATIENCE).get(key).data)
-        except NotFound:
-            raise UnknownExport(str(source), f"prefix {prefix} has no such {source.kind}") from None
-        if root.removed_at:
-            raise UnknownExport(str(source), "it was removed")
-        return root
+    @contextlib.contextmanager
+    def shown(self, prefix: str, source: Source, shown: Root) -> Iterator[None]:
+        """The store names all that ``shown``, read from ``source`` long ago, is made of until the block ends.
 
-    def check_shown(self, prefix: str, source: Source, shown: Root) -> None:
-        """Make sure that ``source`` still names all that ``shown``, read from it long ago, is made of.
-
-        What it does not name gc may have deleted. Raises UnknownExport, NotSupported, StoreError.
+        What the source does not name any more gc may have deleted. Raises UnknownExport, NotSupported,
+        StoreError.
         """
-        if source.kind == "base":
-            now = self._bases.get(prefix, source.name).root
-        else:
-            now = self._stored(prefix, source)
-        pages = {page_id for page_id in shown.page_ids if page_id}
-        if not (pages <= set(now.page_ids) and _inline_packs(shown) <= _inline_packs(now)):
-            raise NotSupported(f"{source} has changed since; make a new fork of it")
+        with contextlib.ExitStack() as stack:
+            if source.kind == "base":
+                now = self._bases.get(prefix, source.name).root
+            else:
+                now = stack.enter_context(pinned(self._view(), prefix, source, None))
+            pages = {page_id for page_id in shown.page_ids if page_id}
+            if not (pages <= set(now.page_ids) and _inline_packs(shown) <= _inline_packs(now)):
+                raise NotSupported(f"{source} has changed since; make a new fork of it")
+            yield
 
     def _served(self, prefix: str, source: Source) -> Volume | None:
         """The volume of a source, if this host may commit to it."""
@@ -127,15 +115,22 @@ class Lineage:
             )
         return entry.volume
 
-    def committed(self, volume: Volume, timeout: float | None) -> Root:
-        """The root of a volume that is served here, with all that was acknowledged before the call.
+    @contextlib.contextmanager
+    def committed(self, volume: Volume, timeout: float | None) -> Iterator[Root]:
+        """The root of a volume that is served here, with all that was acknowledged before the call; pinned.
 
         One with nothing to upload does not learn by itself that another host took it, and its root may
         name what gc has deleted since: so the store is asked. Raises DrainTimeout, Fenced, StoreError.
         """
         volume.drain(timeout)
-        self.confirm(volume)
-        return volume.root
+        source = Source("volume", volume.name)
+        with contextlib.ExitStack() as stack:
+            try:
+                root = stack.enter_context(pinned(self._view(), volume.prefix, source, volume))
+            except Fenced as error:
+                volume.fence(error.why)
+                raise
+            yield root
 
     def confirm(self, volume: Volume) -> None:
         """Ask the store whether the volume is still this host's; one that is not is fenced. Raises Fenced."""
@@ -232,7 +227,13 @@ class Lineage:
         """
         if source.kind == "base":
             raise UnknownExport(str(source), "a base already; promote a volume, snapshot or tag")
-        origin = self.origin(prefix, source)
-        root = replace(base_root(origin.root, check_name("base", base)), source=str(source))
-        publish_base(self._view(), prefix, root)
-        return {"base": base, "prefix": prefix, "source": str(source), "size": root.size, "note": origin.note}
+        with self.origin(prefix, source) as origin:
+            root = replace(base_root(origin.root, check_name("base", base)), source=str(source))
+            publish_base(self._view(), prefix, root)
+            return {
+                "base": base,
+                "prefix": prefix,
+                "source": str(source),
+                "size": root.size,
+                "note": origin.note,
+            }

@@ -90,6 +90,11 @@ def tag_key(prefix: str, tag: str) -> str:
     return f"{tags_prefix(prefix)}{check_name('tag', tag)}"
 
 
+def pin_key(prefix: str, id_hex: str) -> str:
+    """Key of a pin; no tag has such a name."""
+    return f"{pins_prefix(prefix)}{check_id(id_hex)}"
+
+
 def gc_state_key(prefix: str) -> str:
     """Key of what one run of gc leaves for the next."""
     return f"{check_prefix(prefix)}/gc/state"
@@ -128,6 +133,11 @@ def bases_prefix(prefix: str) -> str:
 def tags_prefix(prefix: str) -> str:
     """Where the tags of a prefix are."""
     return f"{check_prefix(prefix)}/tags/"
+
+
+def pins_prefix(prefix: str) -> str:
+    """What the keys of pins begin with."""
+    return f"{tags_prefix(prefix)}.pin-"
 
 
 class Source(NamedTuple):

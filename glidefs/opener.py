@@ -13,6 +13,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -232,11 +233,13 @@ class Opener:
         root, etag = self._find_root(entry.record)
         entry.volume = self._host.open(entry.record, root, etag, standby=True)
         self._watch(entry, entry.volume)
+        self._transports[choose_transport(entry.record.transport).kind].prepare(entry.record.device_id)
 
     def take_up(self, entry: Entry, position: Position) -> None:
         """The process before has stopped: bring the volume up to date; it stays frozen. Raises."""
         assert entry.volume is not None
         self._host.activate(entry.volume, position)
+        self._host.confirm(entry.volume)
 
     def _watch(self, entry: Entry, volume: Volume) -> None:
         volume.on_fenced = lambda volume, why: log.error("%s: fenced: %s", volume.name, why)
@@ -255,6 +258,8 @@ class Opener:
         try:
             root, etag = self._find_root(entry.record)
             self.open(entry, root, etag)
+            if entry.volume is not None:
+                self._host.confirm(entry.volume)
         except Exception as error:
             self._failed(entry, error)
 
@@ -468,8 +473,13 @@ class Opener:
     def abandon(self) -> None:
         """Another process has the volumes, which are frozen: close them and touch nothing of theirs."""
         self._abandoned = True
+        close = partial(self.close_entry, remove_device=False)
+        entries = self._table.all()
+        if len(entries) < 2:  # guests wait: not even for a thread to start
+            list(map(close, entries))
+            return
         with ThreadPoolExecutor(OPEN_THREADS * 2, "abandon") as pool:
-            list(pool.map(lambda entry: self.close_entry(entry, remove_device=False), self._table.all()))
+            list(pool.map(close, entries))
 
     def close(self) -> None:
         """End the background thread, close what is open."""

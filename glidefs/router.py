@@ -209,8 +209,7 @@ class ExportRouter:
         present = self.table.find(name)
         if present is not None:
             return self._present(present, wanted, source, size, prefix)
-        with self.table.reserved(name) as entry:
-            origin = None if source is None else self._lineage.origin(prefix, source)
+        with self.table.reserved(name) as entry, self._origin(prefix, source) as origin:
             root, size = self._first_root(name, wanted, origin, size)
             entry.record = replace(new_record(root, prefix, wanted.transport, published=False), size=size)
             try:
@@ -221,6 +220,9 @@ class ExportRouter:
                 raise
             self._prefetch(entry, wanted, source)
             return entry.status(created=True, note=origin.note if origin else "", figures=False)
+
+    def _origin(self, prefix: str, source: Source | None) -> contextlib.AbstractContextManager[Origin | None]:
+        return contextlib.nullcontext() if source is None else self._lineage.origin(prefix, source)
 
     def _first_root(
         self, name: str, wanted: CreateRequest, origin: Origin | None, size: int | None
@@ -243,24 +245,30 @@ class ExportRouter:
         return replace(root, read_only=wanted.read_only), size
 
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:
+        """Root, record, volume. Nobody else can know a fork of a base yet: it is served first, and put later.
+
+        The source of another fork is pinned until the fork is in the store, and only for so long. So there is
+        no record before, with which a crash would leave a fork that is put later. A view is never put.
+        """
         assert entry.record is not None
-        prefix = entry.record.prefix
-        self._records.save(entry.record)
+        prefix, view = entry.record.prefix, entry.record.is_view
+        of_base = root.source.startswith("base:")
         etag: str | None = None
-        # Nobody else can know a fork yet: it is served first and put in the background. A view never is.
-        if not root.source or (wait and not entry.record.is_view):
-            etag = self._publish(entry, prefix, root, wait)
+        if root.source and not of_base and not view:
+            etag = self._publish(entry, prefix, root, must=True)
         try:
+            self._records.save(entry.record)
+            if not root.source or (of_base and wait and not view):
+                # Nobody commits for a read-only export, so its root cannot come later.
+                etag = self._publish(entry, prefix, root, must=wait or root.read_only)
             self._opener.open(entry, root, etag)
         except BaseException:
             if etag is not None:
                 self._undo_root(prefix, root)
             raise
 
-    def _publish(self, entry: Entry, prefix: str, root: Root, wait: bool) -> str | None:
+    def _publish(self, entry: Entry, prefix: str, root: Root, *, must: bool) -> str | None:
         """Put the first root; None if the store does not take it now. Raises ExportExists, StoreError."""
-        # Nobody commits for a read-only export, so its root cannot come later.
-        must = wait or root.read_only
         try:
             view = self._store.view("upload", VERB_PATIENCE if must else PUBLISH_PATIENCE)
             return put_first_root(view, prefix, root)

@@ -278,6 +278,8 @@ def _print_gc(result: GcResult) -> None:
         lines |= {"deleted": text(result.deleted), "left": f"{text(result.left)} (for the next run)"}
     if result.tombstones:
         lines["tombstones"] = f"{result.tombstones} of removed bases and volumes deleted"
+    if result.pins:
+        lines["pins"] = f"{result.pins} that interrupted forks and copies left behind deleted"
     if result.checkpoints:
         lines["checkpoints"] = f"{result.checkpoints} of interrupted blesses deleted"
     if result.strays:

@@ -121,6 +121,14 @@ class Engine(Handle):
         with self._use() as engine:
             lib.glide_engine_shutdown(engine)
 
+    def end_workers(self) -> None:
+        """End the worker threads; the kernel then gives released ublk devices to another server.
+
+        All volumes are closed. Then only :meth:`shutdown`, :meth:`stats` and :meth:`close` are left to call.
+        """
+        with self._use() as engine:
+            lib.glide_engine_end_workers(engine)
+
     def open_volume(
         self, config: VolumeConfig, shadow: ShadowFile | None = None
     ) -> tuple[CoreVolume, Recovery]:

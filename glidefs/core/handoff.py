@@ -125,6 +125,12 @@ def give_cache(engine: Engine) -> None:
         check(lib.glide_cache_give(pointer), "give the block cache away")
 
 
+def end_cache(engine: Engine) -> None:
+    """It will not be taken back: fills that wait for that end."""
+    with engine._use() as pointer:
+        lib.glide_cache_shutdown(pointer)
+
+
 def take_cache(engine: Engine) -> None:
     """The files of the block cache are this process's. Raises CoreError (ENOSPC)."""
     with engine._use() as pointer:

@@ -114,13 +114,16 @@ class HandoffCoordinator:
     def take_ublk_server(self) -> None:
         """Let go of the ublk devices, and of everything else: workers, volumes, connections.
 
-        Before Linux 6.16 a device can be recovered only when the threads that served it have ended.
-        Nothing is sent to guests, and nothing written. Guests wait for this, so it does not wait for threads
-        that may wait for the store.
+        Before Linux 6.16 a device can be recovered only when the threads that served it have ended. So they
+        go first; what only this process waits for comes after that. Nothing is sent to guests, and
+        nothing written. Guests wait for this, so it does not wait for threads that may wait for the store.
         """
+        handoff.end_cache(self._engine)
+        self._server.forget()
+        self._router.abandon()
+        self._engine.end_workers()
         self._engine.shutdown()
         self._server.close(handed_over=True)
-        self._router.abandon()
         self._engine.close()
 
     # -- the successor -----------------------------------------------------------------------------

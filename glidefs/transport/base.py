@@ -56,6 +56,12 @@ class Transport(Protocol):
 
     kind: str
 
+    def prepare(self, device_id: int | None) -> None:
+        """Do what is slow the first time: an export is to be started while guests wait.
+
+        ``device_id`` is its device, if it had one. Raises DeviceError.
+        """
+
     def start(self, export: Attachment) -> Endpoint:
         """Serve `export`. Raises DeviceError, NotSupported."""
         ...
@@ -114,6 +120,9 @@ class NbdTransport:
         entry = NbdExport(name=export.name, size=export.size, read_only=export.read_only, core=export.core)
         with self._lock:
             self._exports[export.name] = entry
+
+    def prepare(self, device_id: int | None) -> None:
+        """Nothing is slow."""
 
     def start(self, export: Attachment) -> Endpoint:
         """Answer the name from now on."""

@@ -121,12 +121,16 @@ class NbdServer:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
         if handed_over:
-            self._own_files.clear()
-            self._table.forget()
+            self.forget()
         else:
             self._table.detach()
         self._pool.shutdown(wait=True)
         self._close_listeners()
+
+    def forget(self) -> None:
+        """Another process has the listeners and connections: they are left as they are."""
+        self._own_files.clear()
+        self._table.forget()
 
     def _close_listeners(self) -> None:
         for path, identity in self._own_files.items():

@@ -87,6 +87,12 @@ class UblkTransport:
         self._devices: dict[str, tuple[UblkDevice, str]] = {}
         """By export: the device, and the key that udev knows it by."""
 
+    def prepare(self, device_id: int | None) -> None:
+        """Read whose devices are ours, and open the way to the driver."""
+        if device_id is not None:
+            self._own_tags()
+            query(device_id)
+
     def start(self, export: Attachment) -> Endpoint:
         """Recover the device of this export, or add one, by preference with its old id."""
         missing = ublk_missing()

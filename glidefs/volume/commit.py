@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from math import inf
 from pathlib import Path
 
 import msgspec
@@ -73,6 +74,7 @@ class Committer:
         self.adoptions = 0
         """How often a root came from the store: plans made before are void."""
         self.last_contact = time.monotonic()
+        """When the store was known to have this root; -inf for a local copy that was not compared since."""
         self.known_segment = root.last_segment
         """The last segment that the store may have from this host: replayed here, or committed since."""
         self.local_segment = 0
@@ -91,6 +93,15 @@ class Committer:
     def published(self) -> bool:
         """Whether the store has had a root of this volume."""
         return self.etag is not None
+
+    @property
+    def confirmed(self) -> bool:
+        """False for a local copy that may be older than the root of ours in the store."""
+        return self.etag is None or self.last_contact != -inf
+
+    def doubt(self) -> None:
+        """The root is a local copy: a crash may have come between a commit and its copy."""
+        self.last_contact = -inf
 
     def manifest(self, store: ObjectStore) -> Manifest:
         """The manifest in use now."""
@@ -173,17 +184,34 @@ class Committer:
     def poll(self, store: ObjectStore) -> None:
         """Find out whether the root in the store is still ours. Raises Fenced, StoreError."""
         with self._lock:
-            if self.etag is None:
-                return
-            try:
-                etag: str | None = store.head(self._key).etag
-            except NotFound:
-                etag = None
-            if etag != self.etag:
-                found = lease.resolve(store, self._key, None, self.root.log_id)
-                if found is not None and found.adopted is not None:
-                    self._adopt(found.adopted, found.etag)
-            self.last_contact = time.monotonic()
+            self._poll(store)
+
+    def copy(self, store: ObjectStore, put: Callable[[Root], None]) -> Root:
+        """Call ``put`` with the root in use, which was published; returns it.
+
+        The store names all of it until then: no commit comes in between, from here or from elsewhere.
+        Raises Fenced, StoreError.
+        """
+        with self._lock:
+            while True:
+                root = self.root
+                put(root)
+                self._poll(store)
+                if self.root is root:
+                    return root
+
+    def _poll(self, store: ObjectStore) -> None:
+        if self.etag is None:
+            return
+        try:
+            etag: str | None = store.head(self._key).etag
+        except NotFound:
+            etag = None
+        if etag != self.etag:
+            found = lease.resolve(store, self._key, None, self.root.log_id)
+            if found is not None and found.adopted is not None:
+                self._adopt(found.adopted, found.etag)
+        self.last_contact = time.monotonic()
 
     def _put_pages(
         self, store: ObjectStore, root: Root, pages: dict[int, Page]

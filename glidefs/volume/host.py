@@ -168,6 +168,15 @@ class Host:
         recovery = handoff.activate(volume.core, position)
         self._opened(volume, recovery, time.monotonic() - began)
 
+    def confirm(self, volume: Volume) -> None:
+        """Compare the root, a local copy, with the store's in the background.
+
+        A volume with nothing to upload would go on with an old one, and gc deletes what only that names.
+        """
+        if not volume.read_only:
+            volume.committer.doubt()
+            self.scheduler.request(volume)
+
     def save_roots(self) -> None:
         """Make the local copies of all roots durable: until then nothing that was taken over is retired."""
         for volume in self.volumes():

@@ -286,7 +286,8 @@ class Scheduler:
             if not (
                 seal or backlog >= self.batch_bytes() or volume.size_dirty or not volume.committer.published
             ):
-                if info.dirty_bytes and self._unseen_for(volume) >= self._settings.poll_interval:
+                asks = info.dirty_bytes or not volume.committer.confirmed
+                if asks and self._unseen_for(volume) >= self._settings.poll_interval:
                     self._uploader.poll(volume)
                 return
         sealed = volume.core.seal() if seal else volume.core.info().sealed_seq
@@ -323,7 +324,7 @@ class Scheduler:
         if volume.committer.copy_lags:
             return self._settings.backoff
         if not info.dirty_bytes:
-            return None
+            return None if volume.committer.confirmed else _SOON
         until_due = self._patience - info.dirty_age
         until_poll = self._settings.poll_interval - self._unseen_for(volume)
         return max(_SOON, min(until_due, until_poll))

@@ -60,6 +60,9 @@ class NoGuests:
 
     kind = "nbd"
 
+    def prepare(self, device_id: int | None) -> None:
+        pass
+
     def start(self, export: Attachment) -> Endpoint:
         return Endpoint(device=f"none://{export.name}")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
+from msgspec.structs import replace
 
 import glidefs.leaving
 import glidefs.opener
@@ -20,7 +21,8 @@ from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
 from glidefs.errors import AccessDenied, StoreError, StoreUnavailable, UnknownExport
 from glidefs.exports import AttachRequest
-from glidefs.formats.manifest import Root, decode_root
+from glidefs.formats.manifest import Root, decode_root, encode_root
+from glidefs.names import manifest_key
 from glidefs.store.base import join_body
 from glidefs.volume import lease
 from glidefs.volume.volume import DrainTimeout
@@ -204,3 +206,43 @@ def test_an_export_that_the_disk_kept_from_being_opened_is_tried_again(
 
 def full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "no space")
+
+
+def test_a_commit_whose_local_copy_is_lost_is_found_after_the_start(
+    make_node: MakeNode, memory: CountingStore
+) -> None:
+    """! With nothing to upload the old root would be in use for good, and gc deletes what only that names."""
+    node = make_node()
+    node.create("v", SIZE, wait=True)
+    node.core("v").pwrite(0, b"v" * 4096)
+    node.router.drain("v")
+    node.close()
+    key = manifest_key(PREFIX, "v")
+    root = root_of(node, "v")
+    newer = replace(root, sequence=root.sequence + 1)
+    memory.put(key, encode_root(newer))
+    memory.set_down(True)
+    again = make_node()
+    again.router.start()
+    assert again.router.wait_tried(20)
+    volume = again.router.table.get("v").volume
+    assert volume is not None
+    assert volume.root.sequence == root.sequence
+    memory.set_down(False)
+    wait_for(lambda: volume.root.sequence == newer.sequence, "the root that the store has")
+
+
+def test_a_clean_volume_that_was_taken_over_is_fenced_after_a_start(
+    make_node: MakeNode, memory: CountingStore
+) -> None:
+    node = make_node()
+    node.create("v", SIZE, wait=True)
+    node.close()
+    make_node("b").router.attach("v", AttachRequest(transport="nbd", take_over=True))
+    again = make_node()
+    again.router.start()
+    assert again.router.wait_tried(20)
+    wait_for(lambda: again.router.table.get("v").is_fenced(), "the fence")
+    before = memory.total()
+    time.sleep(0.5)
+    assert memory.total() == before, "it asks once"

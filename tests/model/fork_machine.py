@@ -266,9 +266,9 @@ class ForkMachine(ForkModel):
         name, source = pick(names, number), pick(sources, which)
         kept = self.of_source(node, source)
         size = LARGE if large else kept.size
-        if wait and name in self.volumes:
+        if name in self.volumes and not (self.is_put_later(source) and not wait):
             with pytest.raises(ExportExists):
-                self.node(node).fork(name, source, wait=True, prefetch=False)
+                self.node(node).fork(name, source, wait=wait, prefetch=False)
             return
         status = self.node(node).fork(name, source, size=size, wait=wait, prefetch=False)
         self.known_id(status.volume_id)
@@ -276,7 +276,7 @@ class ForkMachine(ForkModel):
 
     @rule(node=node_names, number=choices, which=choices, steps=waits, drop=st.booleans())
     def fork_late(self, node: str, number: int, which: int, steps: Steps, drop: bool) -> None:
-        """! The root of a fork is put within a quarter of the grace, or not at all."""
+        """! The root of a fork of a base is put within a quarter of the grace, or not at all."""
         names, sources = self.free(node), [s for s in self.sources() if self.usable(node, s)]
         if names and sources:
             self.fork_slowly(node, pick(names, number), pick(sources, which), steps, drop)

@@ -19,7 +19,7 @@ from history import SECTOR
 from hypothesis.stateful import RuleBasedStateMachine
 
 from glidefs.core.volume import CoreVolume
-from glidefs.errors import GlideError, UnknownExport
+from glidefs.errors import ExportExists, GlideError, UnknownExport
 from glidefs.exports import PromoteRequest, TagRequest
 from glidefs.names import Source, manifest_key, parse_source
 from glidefs.volume.volume import Volume
@@ -240,19 +240,26 @@ class ForkModel(RuleBasedStateMachine):
         return vol.owner
 
     def fork_slowly(self, node: str, name: str, source: str, steps: Steps, drop: bool) -> None:
-        """The root of a fork is put after some time, in which its source may go."""
+        """The source of a fork may go, and time passes, before the root of one of a base is put."""
         kept = self.of_source(node, source)
         if source.startswith("volume:") and self.volumes[source[7:]].owner == node:
             self.node(node).router.drain(source[7:], 60.0)
         with self.held(node):
-            self.known_id(self.node(node).fork(name, source, prefetch=False).volume_id)
+            try:
+                self.known_id(self.node(node).fork(name, source, prefetch=False).volume_id)
+            except ExportExists:
+                assert name in self.volumes
+                return
             dropper = self.who_drops(source) if drop else None
             if dropper is not None:
                 self.drop(dropper, source)
             took = self.pass_time(steps)
-        self.forked(node, name, kept.size, kept.content, late=took > GRACE / 4)
-        # Else it could be in the gap that gc.py leaves to forks of forks.
-        self.collect()
+        self.forked(node, name, kept.size, kept.content, late=self.is_put_later(source) and took > GRACE / 4)
+
+    @staticmethod
+    def is_put_later(source: str) -> bool:
+        """Whether a fork of it is served before its root is put."""
+        return source.startswith("base:")
 
     def fork_from_cache(self, node: str, name: str, base: str) -> bool:
         """Fork a base that was removed: from a cache that was checked lately, or not at all."""
@@ -286,6 +293,9 @@ class ForkModel(RuleBasedStateMachine):
         kept = self.is_kept(node, name)
         try:
             status = self.node(node).router.forks.promote(name)
+        except ExportExists:
+            assert name in self.volumes
+            return
         except GlideError:
             assert not kept, "a view could not be promoted"
             return

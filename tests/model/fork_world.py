@@ -26,7 +26,7 @@ from stored import Stored
 import glidefs.clock
 import glidefs.gc
 import glidefs.images.bases
-import glidefs.lineage
+import glidefs.pins
 import glidefs.volume.compactor
 import glidefs.volume.lease
 import glidefs.volume.pace
@@ -38,7 +38,7 @@ GRACE = 1000.0
 NODES = ("a", "b")
 CLOCKED: tuple[Any, ...] = (
     glidefs.images.bases,
-    glidefs.lineage,
+    glidefs.pins,
     glidefs.volume.compactor,
     glidefs.volume.lease,
     glidefs.volume.uploader,

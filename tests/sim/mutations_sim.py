@@ -132,15 +132,15 @@ SIM = [
     Mutation(
         "snapshot-does-not-commit",
         "glidefs/lineage.py",
-        "        volume.drain(timeout)\n        self.confirm(volume)\n",
-        "        self.confirm(volume)\n",
+        "        volume.drain(timeout)\n",
+        "        pass\n",
         SEEDS,
     ),
     Mutation(
         "owner-is-not-asked-for-before-a-copy",
-        "glidefs/lineage.py",
-        "        volume.drain(timeout)\n        self.confirm(volume)\n",
-        "        volume.drain(timeout)\n",
+        "glidefs/volume/commit.py",
+        "                put(root)\n                self._poll(store)\n",
+        "                put(root)\n",
         SEEDS,
     ),
 ]

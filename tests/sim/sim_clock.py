@@ -21,9 +21,9 @@ import glidefs.bases
 import glidefs.clock
 import glidefs.gc
 import glidefs.images.bases
-import glidefs.lineage
 import glidefs.manifest_cache
 import glidefs.opener
+import glidefs.pins
 import glidefs.store.breaker
 import glidefs.store.resilient
 import glidefs.volume.commit
@@ -40,7 +40,7 @@ import glidefs.volume.volume
 
 TIMED: tuple[Any, ...] = (
     glidefs.images.bases,
-    glidefs.lineage,
+    glidefs.pins,
     glidefs.manifest_cache,
     glidefs.store.breaker,
     glidefs.store.resilient,

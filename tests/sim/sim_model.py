@@ -61,7 +61,9 @@ class SimStore(ClockStore):
 
 def _is_root(key: str) -> bool:
     match key.split("/"):
-        case [_, "volumes", _, "manifest"] | [_, "volumes", _, "snapshots", _] | [_, "tags", _]:
+        case [_, "tags", name]:
+            return not name.startswith(".")  # a pin, of which the copy itself is checked
+        case [_, "volumes", _, "manifest"] | [_, "volumes", _, "snapshots", _]:
             return True
         case [_, "bases", _, "manifest"]:
             return True
@@ -315,7 +317,8 @@ class Model:
         if was.log_id in self.lives:
             self.lives[was.log_id].stale = True
         if root.removed_at:
-            assert name in self.removers, f"{key} was removed"
+            undone = was.sequence == 0 and (was.owner_node, name) in self.births  # by a create that failed
+            assert undone or name in self.removers, f"{key} was removed"
         elif root.log_id == NO_ID:
             assert (was.owner_node, name) in self.leavers, f"{key} was given up"
         else:

@@ -133,6 +133,8 @@ class Verbs(Steps):
         if self.rng.random() < 0.5:
             self.clock.sleep(GRACE + 1.0)
             self.gc()
+            if not node.up:
+                return
         self.model.births[node.name, name] += self.origins_of(node, source)
         with self.verb(node, f"fork {name} from {source}, which goes"):
             request = CreateRequest(source=source, transport="nbd", prefetch=False)

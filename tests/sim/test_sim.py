@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from faulty_store import KINDS
 from handoff_step import VARIANTS
-from sim_seeds import OPEN, REGRESSIONS
+from sim_seeds import REGRESSIONS
 from simulation import WEIGHTS, simulate
 
 LENGTH = os.environ.get("GLIDEFS_TEST_LENGTH", "normal")
@@ -40,16 +40,7 @@ def test_a_seed_that_failed_once(seed: int) -> None:
 @pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, AT_ONCE))
 def test_seeds(first: int) -> None:
     for seed in range(first, min(first + AT_ONCE, FIRST + COUNT)):
-        if seed not in OPEN:
-            run(seed)
-
-
-@pytest.mark.parametrize("seed", sorted(OPEN))
-@pytest.mark.xfail(
-    strict=True, raises=KeyError, reason="an object that a root names is gone: see sim_seeds.py"
-)
-def test_a_seed_that_fails_still(seed: int) -> None:
-    simulate(seed)
+        run(seed)
 
 
 @pytest.mark.skipif(COUNT < 500, reason="not enough seeds")
