@@ -101,6 +101,8 @@ void glide_engine_end_workers(glide_engine *e)
     e->workers_ended = true;
     for (unsigned i = 0; i < e->worker_count; i++)
         worker_stop(&e->workers[i]);
+    for (unsigned i = 0; i < e->worker_count; i++)
+        worker_join(&e->workers[i]);
     ublk_free_released(e);
 }
 

@@ -338,9 +338,10 @@ static int stop_now(struct worker *w, void *arg)
     return 0;
 }
 
-void worker_stop(struct worker *w)
+void worker_stop(struct worker *w) { worker_call(w, stop_now, NULL); }
+
+void worker_join(struct worker *w)
 {
-    worker_call(w, stop_now, NULL);
     pthread_join(w->thread, NULL);
     close(w->wake_fd);
     free(w->append);

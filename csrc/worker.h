@@ -55,8 +55,10 @@ struct worker {
 };
 
 int worker_start(struct worker *w, struct engine *engine, unsigned index, uint64_t busy_poll_ns);
-/* Ask the thread to end and join it; no volumes may be left. */
+/* Tell the thread to end; no volumes may be left. */
 void worker_stop(struct worker *w);
+/* Wait until it has, and free what it had. */
+void worker_join(struct worker *w);
 
 /* ---- any thread ---- */
 void worker_post(struct worker *w, struct task *task);

@@ -40,6 +40,11 @@ class RecordDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def sync(self) -> None:
+        """Make durable what is there: who saved or deleted it may have died on the way. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            fsync_dir(self.path)
+
     def load(self) -> tuple[list[ExportRecord], dict[str, str]]:
         """All records, and for each file that is damaged its name and why."""
         records: list[ExportRecord] = []

@@ -92,6 +92,7 @@ class Opener:
 
     def load(self) -> list[Entry]:
         """List what the records name; nothing is opened yet."""
+        self._records.sync()
         records, damaged = self._records.load()
         for name, why in damaged.items():
             entry = Entry(name)
@@ -224,8 +225,8 @@ class Opener:
         except BaseException:
             self.close_volume(entry)
             raise
-        if entry.volume.committer.published and not entry.record.root_published:
-            self._published(entry)
+        if entry.volume.committer.published or entry.volume.fenced:
+            self._published(entry)  # before anybody listened
 
     def prepare(self, entry: Entry) -> None:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
@@ -242,7 +243,7 @@ class Opener:
         self._host.confirm(entry.volume)
 
     def _watch(self, entry: Entry, volume: Volume) -> None:
-        volume.on_fenced = lambda volume, why: log.error("%s: fenced: %s", volume.name, why)
+        volume.on_fenced = lambda volume, why: self._published(entry)
         volume.on_published = lambda volume: self._published(entry)
 
     def try_open(self, entry: Entry, root: Root, etag: str | None) -> None:
@@ -306,13 +307,18 @@ class Opener:
             root, etag, data = saved
             if etag is None and manifest_hash(data) != record.manifest_hash:
                 raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
-            if root.volume_id == record.volume_id and root.log_id == record.log_id:
+            ours = root.volume_id == record.volume_id and root.log_id == record.log_id
+            if ours and not (etag is None and record.root_published):
                 return self._newest(record, root, etag)
         if record.root and manifest_hash(record.root) == record.manifest_hash:
             return self._newest(record, decode_root(record.name, record.root), None)
         if not record.root_published:
             raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
-        found, etag = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
+        view = self._store.view("read", STORE_PATIENCE)
+        try:
+            found, etag = lease.read_root(view, record.prefix, record.name)
+        except UnknownExport:
+            raise Fenced(record.name, "its manifest is not in the store: another node removed it") from None
         if found.volume_id != record.volume_id or found.log_id != record.log_id:
             raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
         return found, etag
@@ -340,7 +346,10 @@ class Opener:
         raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
 
     def _published(self, entry: Entry) -> None:
-        """The store has the first root: note it, so that one that is missing later means a fence."""
+        """The store has the first root, or had it: note it. One that is missing later was removed.
+
+        It must not be put again then, neither after a restart nor when the tombstone is gone.
+        """
         record = entry.record
         if record is None or record.root_published or entry.gone:
             return

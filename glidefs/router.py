@@ -330,9 +330,6 @@ class ExportRouter:
 
     def _attach(self, entry: Entry, prefix: str, wanted: AttachRequest) -> None:
         store = self._store.view("upload", VERB_PATIENCE)
-        found, _ = lease.read_root(store, prefix, entry.name)
-        if found.removed_at:
-            raise UnknownExport(entry.name, f"it was removed from prefix {prefix}")
         root, etag = lease.attach(store, prefix, entry.name, self._settings.node, take_over=wanted.take_over)
         transport = wanted.transport if wanted.transport != "auto" else root.transport
         self._opener.take(entry, prefix, root, etag, transport)

@@ -123,6 +123,8 @@ class Committer:
             if saved is None or saved[:2] != (self.root, self.etag):
                 data = encode_root(self.root)
                 local.save(self._state_dir, self.root.volume_id, self.root, data, self.etag, {})
+            else:
+                local.sync(self._state_dir, self.root.volume_id)
             self.local_segment = self.root.last_segment
 
     def save_again(self) -> None:

@@ -217,10 +217,12 @@ def attach(
     """Make ``node`` the owner, with a new log id. Returns the root and its ETag.
 
     Raises OwnedElsewhere where another node owns it (unless ``take_over``, which fences that node)
-    or was faster.
+    or was faster, UnknownExport where there is none, or only a tombstone.
     """
     while True:
         root, etag = read_root(store, prefix, name)
+        if root.removed_at:
+            raise UnknownExport(name, f"it was removed from prefix {prefix}")
         if root.owner_node not in ("", node) and not take_over:
             raise OwnedElsewhere(name, root.owner_node)
         mine = msgspec.structs.replace(

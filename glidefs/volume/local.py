@@ -67,6 +67,18 @@ def save(
                 path.unlink()
 
 
+def sync(state_dir: Path, volume_id: bytes) -> None:
+    """Make a copy that was found durable: the process that saved it may have died on the way. Raises OSError.
+
+    Files are synced before they get their names, so it is the names that may be lost with the power.
+    """
+    directory = volume_dir(state_dir, volume_id)
+    with contextlib.suppress(FileNotFoundError):
+        fsync_dir(directory / "pages")
+    for place in (directory, directory.parent, directory.parent.parent):
+        fsync_dir(place)
+
+
 def load(state_dir: Path, volume_id: bytes) -> tuple[Root, str | None, bytes] | None:
     """The saved root, its ETag and its encoded bytes, or None. Raises CorruptObject."""
     path = volume_dir(state_dir, volume_id) / "root"

@@ -13,6 +13,7 @@ import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
 from msgspec.structs import replace
 
+import glidefs.export_table
 import glidefs.leaving
 import glidefs.opener
 import glidefs.router
@@ -24,7 +25,7 @@ from glidefs.exports import AttachRequest
 from glidefs.formats.manifest import Root, decode_root, encode_root
 from glidefs.names import manifest_key
 from glidefs.store.base import join_body
-from glidefs.volume import lease
+from glidefs.volume import lease, local
 from glidefs.volume.volume import DrainTimeout
 
 MakeNode = Callable[..., Node]
@@ -243,6 +244,67 @@ def test_a_clean_volume_that_was_taken_over_is_fenced_after_a_start(
     again.router.start()
     assert again.router.wait_tried(20)
     wait_for(lambda: again.router.table.get("v").is_fenced(), "the fence")
-    before = memory.total()
+
+
+def test_a_start_asks_for_each_root_once(make_node: MakeNode, memory: CountingStore) -> None:
+    node = make_node()
+    node.create("v", SIZE, wait=True)
+    node.close()
+    before = memory.requests["head"]
+    again = make_node()
+    again.router.start()
+    assert again.router.wait_tried(20)
+    wait_for(lambda: memory.requests["head"] > before, "the question")
     time.sleep(0.5)
-    assert memory.total() == before, "it asks once"
+    assert memory.requests["head"] == before + 1
+
+
+def test_a_fork_that_was_taken_over_and_removed_is_not_put_after_a_start(
+    make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! Nobody would know why the volume is there again, nor keep what it names."""
+    node = make_node()
+    node.base("deb", b"d" * 4096)
+    node.bases.get(PREFIX, "deb")
+    lose_answer(memory, monkeypatch, lambda root: root.name == "f")
+    node.fork("f", "base:deb")
+    wait_for(lambda: memory._down, "the put")
+    node.host.pause(20.0)
+    memory.set_down(False)
+    other = make_node("b")
+    other.router.attach("f", AttachRequest(transport="nbd", take_over=True))
+    other.router.remove("f")
+    node.host.resume()
+    wait_for(lambda: node.router.table.get("f").is_fenced(), "the fence")
+    node.close()
+    memory.delete(manifest_key(PREFIX, "f"))  # gc, when the tombstone is old enough
+    again = make_node()
+    again.router.start()
+    assert again.router.wait_tried(20)
+    assert again.router.table.get("f").is_fenced()
+    assert "not in the store" in again.router.show("f").reason
+    with pytest.raises(UnknownExport):
+        root_of(again, "f")
+    assert again.router.remove("f")["removed"]
+
+
+def test_what_a_start_finds_is_made_durable(
+    make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! The process before may have died between a rename and its sync, and log space goes after that."""
+    node = make_node()
+    node.create("v", SIZE, wait=True)
+    node.core("v").pwrite(0, b"v" * 4096)
+    node.router.drain("v")
+    volume = node.router.table.get("v").volume
+    assert volume is not None
+    copies = local.volume_dir(node.home / "state", volume.id)
+    node.close()
+    synced: set[str] = set()
+    for module in (local, glidefs.export_table):
+        sync = module.fsync_dir
+        monkeypatch.setattr(module, "fsync_dir", lambda path, sync=sync: (synced.add(str(path)), sync(path)))
+    again = make_node()
+    again.router.start()
+    assert again.router.wait_tried(20)
+    assert {str(again.home / "exports"), str(copies), str(copies.parent), str(copies.parent.parent)} <= synced

@@ -48,13 +48,14 @@ class ClockStore(MemoryStore):
         super()._enter(op, key)
 
     def put(self, key: str, data: Body, *, if_match: str | None = None, if_none_match: bool = False) -> str:
+        before = self.etag_of(key)
         try:
             return super().put(key, data, if_match=if_match, if_none_match=if_none_match)
         finally:
             with self._lock:
                 body, info = self._objects.get(key, (b"", None))
                 # New, also where its answer was lost: stamped by the machine's clock.
-                if info is not None and info.etag == f'"{self._generation:x}"':
+                if info is not None and info.etag == f'"{self._generation:x}"' and info.etag != before:
                     self._objects[key] = (body, msgspec.structs.replace(info, last_modified=self.now))
 
     def list_page(self, prefix: str, token: str = "") -> ListPage:
