@@ -371,7 +371,7 @@ class Model:
         assert self._matches(self.births[node, root.name], content), (
             f"{root.name} of {node} came from nowhere"
         )
-        life = Life(root, node, size, content, self.store.now)
+        life = Life(root, node, size, content, float(root.created_at))  # its node may have died since
         self._born(life, published=False)
         seen = self.roots.get(manifest_key(PREFIX, root.name))
         life.contested = seen is not None and not seen.root.removed_at
