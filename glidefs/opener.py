@@ -21,7 +21,7 @@ from msgspec.structs import replace
 
 from glidefs.core.handoff import Position
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
-from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
+from glidefs.export_table import Each, Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, decode_root, encode_root, manifest_hash
 from glidefs.names import volumes_prefix
@@ -479,16 +479,10 @@ class Opener:
                 log.error("%s: its log cannot be synced: %s", entry.name, error)
             self.close_entry(entry, remove_device=remove_device)
 
-    def abandon(self) -> None:
+    def abandon(self, each: Each) -> None:
         """Another process has the volumes, which are frozen: close them and touch nothing of theirs."""
         self._abandoned = True
-        close = partial(self.close_entry, remove_device=False)
-        entries = self._table.all()
-        if len(entries) < 2:  # guests wait: not even for a thread to start
-            list(map(close, entries))
-            return
-        with ThreadPoolExecutor(OPEN_THREADS * 2, "abandon") as pool:
-            list(pool.map(close, entries))
+        each(partial(self.close_entry, remove_device=False), self._table.all())
 
     def close(self) -> None:
         """End the background thread, close what is open."""

@@ -36,7 +36,7 @@ from glidefs.errors import (
     StoreError,
     UnknownExport,
 )
-from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
+from glidefs.export_table import Each, Entry, ExportTable, RecordDirectory, in_turn, new_record
 from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
 from glidefs.forks import ForkVerbs
 from glidefs.formats.manifest import Root
@@ -134,13 +134,14 @@ class ExportRouter:
         """For the handoff: it opens and closes entries whose locks it holds."""
         return self._opener
 
-    def abandon(self) -> None:
+    def abandon(self, each: Each = in_turn) -> None:
         """Another process has the exports: forget them without a word to guests, disk or store.
 
-        Waits for nothing that may wait for the store: :meth:`close` does.
+        ``each`` runs something for all of them. Waits for nothing that may wait for the store:
+        :meth:`close` does.
         """
         self._stopping.set()
-        self._opener.abandon()
+        self._opener.abandon(each)
 
     def _prefixes(self) -> set[str]:
         """Those configured and those of the exports."""

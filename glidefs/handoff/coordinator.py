@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import TypeVar
 
@@ -45,6 +46,7 @@ class HandoffCoordinator:
         self._engine = engine
         self._server = server
         self.entries = list(entries)
+        self._threads = _Threads(len(self.entries))
         self._positions: dict[str, Position] = {}
 
     def _volumes(self) -> list[tuple[Entry, Volume]]:
@@ -54,7 +56,7 @@ class HandoffCoordinator:
 
     def sync_all(self) -> None:
         """Make logs durable while guests go on: little is left for the first FLUSH of the successor."""
-        _each(lambda pair: pair[1].core.sync(), self._volumes())
+        self._threads.each(lambda pair: pair[1].core.sync(), self._volumes())
 
     def pause_listeners(self) -> None:
         """New NBD clients wait in the kernel; those that negotiate get a moment to end it."""
@@ -69,10 +71,10 @@ class HandoffCoordinator:
         """Freeze or unfreeze the volumes only."""
         if frozen:
             self._positions = dict(
-                _each(lambda pair: (pair[0].name, handoff.freeze(pair[1].core)), self._volumes())
+                self._threads.each(lambda pair: (pair[0].name, handoff.freeze(pair[1].core)), self._volumes())
             )
             return
-        _each(lambda pair: handoff.unfreeze(pair[1].core), self._volumes())
+        self._threads.each(lambda pair: handoff.unfreeze(pair[1].core), self._volumes())
 
     def unfreeze_all(self) -> None:
         """The handoff was called off before the cut-over: go on as if nothing had been."""
@@ -120,7 +122,7 @@ class HandoffCoordinator:
         """
         handoff.end_cache(self._engine)
         self._server.forget()
-        self._router.abandon()
+        self._router.abandon(self._threads.each)
         self._engine.end_workers()
         self._engine.shutdown()
         self._server.close(handed_over=True)
@@ -130,7 +132,7 @@ class HandoffCoordinator:
 
     def take_up_logs(self, cuts: Iterable[ExportCut]) -> None:
         """Bring the volumes, open in standby, up to date. Raises GlideError where one is not what it was."""
-        _each(self._take_up, list(cuts))
+        self._threads.each(self._take_up, list(cuts))
 
     def _take_up(self, cut: ExportCut) -> None:
         entry = self.get_handler_sync(cut.name)
@@ -147,7 +149,7 @@ class HandoffCoordinator:
 
         Raises DeviceError, GlideError.
         """
-        _each(self._start_transport, list(cuts))
+        self._threads.each(self._start_transport, list(cuts))
 
     def _start_transport(self, cut: ExportCut) -> None:
         entry = self.get_handler_sync(cut.name)
@@ -225,9 +227,20 @@ def as_sockets(descriptors: Iterable[int]) -> list[socket.socket]:
     return [socket.socket(fileno=fd) for fd in descriptors]
 
 
-def _each(action: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Run ``action`` for all, side by side. Raises what the first of them raised, after all have ended."""
-    if len(items) <= 1:
-        return [action(item) for item in items]
-    with ThreadPoolExecutor(min(THREADS, len(items)), "handoff") as pool:
-        return [future.result() for future in [pool.submit(partial(action, item)) for item in items]]
+class _Threads:
+    """Threads that are there before guests wait for what they do. With one export there are none."""
+
+    def __init__(self, exports: int) -> None:
+        count = min(THREADS, exports)
+        self._pool = ThreadPoolExecutor(count, "handoff") if count > 1 else None
+        if self._pool is not None:
+            there = threading.Barrier(count)
+            wait([self._pool.submit(there.wait) for _ in range(count)])
+
+    def each(self, action: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """Run ``action`` for all, side by side. When all have ended raises what the first of them raised."""
+        if self._pool is None or len(items) <= 1:
+            return [action(item) for item in items]
+        futures = [self._pool.submit(partial(action, item)) for item in items]
+        wait(futures)
+        return [future.result() for future in futures]
