@@ -187,9 +187,11 @@ class _Run:
         if not self._dry_run:
             self._save_state()
             tombstones = self._delete_tombstones()
-            checkpoints = self._delete_checkpoints(self._limit - 2 * tombstones)
-            pins = self._delete_pins(self._limit - 2 * tombstones - checkpoints)
-            deleted = self._delete(self._due()[: max(0, self._limit - 2 * tombstones - checkpoints - pins)])
+            room = self._limit - 2 * tombstones
+            checkpoints = self._delete_checkpoints(room)
+            room -= checkpoints
+            pins = self._delete_pins(room)
+            deleted = self._delete(self._due()[: room - pins])
         return self._result(deleted, tombstones, checkpoints, pins)
 
     def _check_layout(self) -> bool:
@@ -259,16 +261,20 @@ class _Run:
                 ) from error
             self._state_etag = found.etag
 
+    @property
+    def _newest(self) -> float:
+        """What is to be deleted is of this time, or older."""
+        return self._started - self._grace
+
     # -- deleting ------------------------------------------------------------------------------
 
     def _due(self) -> list[tuple[float, Candidates, bytes]]:
         """What may be deleted, with when it was first seen; the oldest first."""
-        newest = self._started - self._grace
         due = [
             (since, kind, id_)
             for kind in self._kinds
             for id_, since in kind.seen.items()
-            if since <= newest and id_ in kind.sizes and id_ not in kind.young
+            if since <= self._newest and id_ in kind.sizes and id_ not in kind.young
         ]
         due.sort(key=lambda item: item[0])
         return due
@@ -277,7 +283,7 @@ class _Run:
         """Delete tombstones that are old enough, with the hot sets of bases. Returns how many."""
         deleted = 0
         for key, tombstone in self._marker.tombstones.items():
-            if tombstone.last_modified > self._started - self._grace or 2 * (deleted + 1) > self._limit:
+            if tombstone.last_modified > self._newest or 2 * (deleted + 1) > self._limit:
                 continue
             # A store has no conditional delete. So the tombstone is replaced under its ETag first: the
             # name may have been freed and used again, another run must wait for the grace now, and no
@@ -294,10 +300,9 @@ class _Run:
         return deleted
 
     def _is_stale(self, checkpoint: Checkpoint) -> bool:
-        newest = self._started - self._grace
         info = checkpoint.info
         since = self._seen_checkpoints.get((checkpoint.base, info.etag), self._marked)
-        return checkpoint.is_done or max(since, info.last_modified) <= newest
+        return checkpoint.is_done or max(since, info.last_modified) <= self._newest
 
     def _delete_checkpoints(self, limit: int) -> int:
         """Delete checkpoints that no bless will go on with, at most ``limit``. Returns how many."""
@@ -317,10 +322,10 @@ class _Run:
 
     def _delete_pins(self, limit: int) -> int:
         """Delete pins that were left behind, at most ``limit``. Returns how many."""
-        left = [pin for pin in self._marker.pins if pin.last_modified <= self._started - self._grace]
-        for pin in left[: max(0, limit)]:
+        stale = [pin for pin in self._marker.pins if pin.last_modified <= self._newest]
+        for pin in stale[:limit]:
             self._store.delete(pin.key)
-        return min(len(left), max(0, limit))
+        return len(stale[:limit])
 
     def _delete(self, todo: list[tuple[float, Candidates, bytes]]) -> Tally:
         """Delete, a batch at a time, what still no root names."""

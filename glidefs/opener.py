@@ -93,6 +93,7 @@ class Opener:
     def load(self) -> list[Entry]:
         """List what the records name; nothing is opened yet."""
         self._records.sync()
+        local.sync_volumes(self.places.state_dir)
         records, damaged = self._records.load()
         for name, why in damaged.items():
             entry = Entry(name)

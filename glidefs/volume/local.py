@@ -72,11 +72,16 @@ def sync(state_dir: Path, volume_id: bytes) -> None:
 
     Files are synced before they get their names, so it is the names that may be lost with the power.
     """
-    directory = volume_dir(state_dir, volume_id)
     with contextlib.suppress(FileNotFoundError):
-        fsync_dir(directory / "pages")
-    for place in (directory, directory.parent, directory.parent.parent):
-        fsync_dir(place)
+        fsync_dir(page_dir(state_dir, volume_id))
+    fsync_dir(volume_dir(state_dir, volume_id))
+
+
+def sync_volumes(state_dir: Path) -> None:
+    """The same for which volumes there are copies of: once for a start, not once for each. Raises OSError."""
+    for place in (state_dir / "volumes", state_dir):
+        with contextlib.suppress(FileNotFoundError):
+            fsync_dir(place)
 
 
 def load(state_dir: Path, volume_id: bytes) -> tuple[Root, str | None, bytes] | None:
