@@ -243,6 +243,8 @@ class Model:
         self.takers: set[tuple[str, str]] = set()
         self.leavers: set[tuple[str, str]] = set()
         self.removers: set[str] = set()
+        self.making: dict[str, str] = {}
+        """By node: the volume of its last create, unless that worked. It may take back what it put."""
         self.deleted: set[str] = set()
         """Keys that may be deleted."""
 
@@ -317,7 +319,7 @@ class Model:
         if was.log_id in self.lives:
             self.lives[was.log_id].stale = True
         if root.removed_at:
-            undone = was.sequence == 0 and (was.owner_node, name) in self.births  # by a create that failed
+            undone = was.sequence == 0 and self.making.get(was.owner_node) == name
             assert undone or name in self.removers, f"{key} was removed"
         elif root.log_id == NO_ID:
             assert (was.owner_node, name) in self.leavers, f"{key} was given up"

@@ -94,6 +94,15 @@ class Verbs(Steps):
                 origins.append(Origin(life.now()))
         return origins
 
+    @contextlib.contextmanager
+    def making(self, node: SimNode, name: str, origins: list[Origin], what: str) -> Iterator[None]:
+        """A verb that makes a volume of one of these."""
+        self.model.births[node.name, name] += origins
+        self.model.making[node.name] = name
+        with self.verb(node, what):
+            yield
+            del self.model.making[node.name]
+
     # -- volumes ---------------------------------------------------------------------------------------
 
     def create(self) -> None:
@@ -103,8 +112,8 @@ class Verbs(Steps):
         name = self.rng.choice(VOLUMES)
         size = LARGE if self.rng.random() < 0.25 else SMALL
         flush = "store" if self.rng.random() < 0.15 else "local"
-        self.model.births[node.name, name].append(Origin({}))
-        with self.verb(node, f"create {name} of {size >> 20} MiB, flush {flush}"):
+        what = f"create {name} of {size >> 20} MiB, flush {flush}"
+        with self.making(node, name, [Origin({})], what):
             wait = self.rng.random() < 0.3
             node.router.create(name, CreateRequest(size=size, transport="nbd", flush=flush, wait=wait))
         self.look()
@@ -115,8 +124,7 @@ class Verbs(Steps):
             return
         name = self.rng.choice(VOLUMES)
         size = LARGE if self.rng.random() < 0.1 else None
-        self.model.births[node.name, name] += self.origins_of(node, source)
-        with self.verb(node, f"fork {name} from {source}"):
+        with self.making(node, name, self.origins_of(node, source), f"fork {name} from {source}"):
             wait = self.rng.random() < 0.3
             request = CreateRequest(source=source, size=size, transport="nbd", wait=wait, prefetch=False)
             node.router.create(name, request)
@@ -135,8 +143,8 @@ class Verbs(Steps):
             self.gc()
             if not node.up:
                 return
-        self.model.births[node.name, name] += self.origins_of(node, source)
-        with self.verb(node, f"fork {name} from {source}, which goes"):
+        what = f"fork {name} from {source}, which goes"
+        with self.making(node, name, self.origins_of(node, source), what):
             request = CreateRequest(source=source, transport="nbd", prefetch=False)
             node.router.create(name, request)
         self.look()
