@@ -103,14 +103,14 @@ CORE = [
     Mutation(
         "later-syncs-vouch-for-what-recovery-dropped",
         "csrc/recover.c",
-        "    log->vouch_from = r->damage_end;",
+        "    log->vouch_from = max_u64(log->vouch_from, r->damage_end);",
         "    log->vouch_from = 0;",
         (RECOVERY + "test_what_was_dropped_once_stays_dropped",),
     ),
     Mutation(
         "later-syncs-vouch-for-what-recovery-dropped-model",
         "csrc/recover.c",
-        "    log->vouch_from = r->damage_end;",
+        "    log->vouch_from = max_u64(log->vouch_from, r->damage_end);",
         "    log->vouch_from = 0;",
         (MODEL,),
     ),
@@ -183,8 +183,8 @@ CORE = [
     Mutation(
         "uploaders-sync-vouches-after-a-failed-one",
         "csrc/sync.c",
-        "    if (!err && !lost_data(v))",
-        "    if (!err)",
+        "    if (!err && !v->frozen && !lost_data(v))",
+        "    if (!err && !v->frozen)",
         (LOG + "test_no_sync_vouches_for_what_an_earlier_one_lost",),
     ),
     # -- section 4: space, segments, retire
@@ -276,8 +276,8 @@ CORE = [
     Mutation(
         "shrink-does-not-zero",
         "csrc/volume.c",
-        "    if (size >= old) {",
-        "    if (size != old) {",
+        "    if (size >= old)\n",
+        "    if (size != old)\n",
         (LOG + "test_a_shrink_and_a_grow_bring_zeros",),
     ),
     # -- section 5
@@ -322,14 +322,14 @@ CORE = [
     Mutation(
         "index-believed-after-a-restart",
         "csrc/block_cache.c",
-        "            c->touched = slot + 1;",
-        "            c->touched = slot + 1;\n            s->verified = 1;",
+        "    c->touched = (uint32_t)max_u64(c->touched, slot + 1);\n",
+        "    c->touched = (uint32_t)max_u64(c->touched, slot + 1);\n    s->verified = 1;\n",
         (CACHE + "test_a_restart_finds_its_blocks_unverified",),
     ),
     Mutation(
         "index-not-checked",
         "csrc/block_cache.c",
-        "e[i].slot != slot ||",
+        "e->slot == slot && ",
         "",
         (CACHE + "test_a_damaged_index_costs_hits_never_data[swapped]",),
     ),

@@ -107,15 +107,15 @@ VOLUME = [
     Mutation(
         "retired-without-a-local-copy",
         "glidefs/volume/commit.py",
-        'be written: %s", root.name, error)\n            return\n',
-        'be written: %s", root.name, error)\n',
+        "            self.copy_lags = True\n            return\n",
+        "            self.copy_lags = True\n",
         (OWNERSHIP + "test_local_copy_is_durable_before_a_segment_may_go",),
     ),
     Mutation(
         "log-opened-before-the-local-copy",
         "glidefs/volume/host.py",
-        "            volume.committer.save_local()\n",
-        "            pass\n",
+        "must be durable here first.\n            volume.committer.save_local()\n",
+        "must be durable here first.\n            pass\n",
         (OWNERSHIP + "test_the_local_copy_is_there_before_the_log_is_opened",),
     ),
     Mutation(
