@@ -101,14 +101,17 @@ void glide_engine_end_workers(glide_engine *e)
     e->workers_ended = true;
     for (unsigned i = 0; i < e->worker_count; i++)
         worker_stop(&e->workers[i]);
-    for (unsigned i = 0; i < e->worker_count; i++)
+    for (unsigned i = 0; i < e->worker_count; i++) {
         worker_join(&e->workers[i]);
-    ublk_free_released(e);
+        ublk_free_released(&e->workers[i]);
+    }
 }
 
 void glide_engine_close(glide_engine *e)
 {
     glide_engine_end_workers(e);
+    for (unsigned i = 0; i < e->worker_count; i++)
+        worker_destroy(&e->workers[i]);
     free(e->workers);
     outbox_destroy(&e->faults);
     outbox_destroy(&e->events);
@@ -171,7 +174,8 @@ static void tell_workers(struct engine *e, bool wanted)
             return; /* who waits looks again at the next tick */
         t->task.run = look_around;
         t->wanted = wanted;
-        worker_post(&e->workers[i], &t->task);
+        if (!worker_post(&e->workers[i], &t->task))
+            free(t);
     }
 }
 

@@ -30,7 +30,6 @@ struct engine {
     unsigned worker_count;
     bool workers_ended;
     struct worker *workers;
-    struct ublk_device *released; /* open until the workers have ended: ublk_device.c */
 };
 
 /* Bytes of map memory in use. Any thread. */
@@ -39,7 +38,9 @@ uint64_t engine_map_bytes(struct engine *e);
 void engine_space_freed(struct engine *e);
 /* Somebody waits for log space: spares of all volumes go. Any thread. */
 void engine_space_wanted(struct engine *e);
-/* Close what glide_ublk_release left open; no worker runs any more. */
-void ublk_free_released(struct engine *e);
+/* The worker that serves the device ends. */
+void ublk_leave_behind(struct ublk_device *d);
+/* Close the devices that the worker, which has ended, served to its end. */
+void ublk_free_released(struct worker *w);
 
 #endif

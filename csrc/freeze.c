@@ -13,12 +13,32 @@
 #include "ublk_queue.h"
 #include "volume.h"
 
+struct freeze_call {
+    struct call call;
+    struct glide_cutover *out;
+};
+
+static struct glide_cutover log_extent(const struct write_log *log)
+{
+    struct glide_cutover at = {0};
+
+    if (log->count) {
+        at.first_seq = log->segments[0]->seq;
+        at.last_seq = log->segments[log->count - 1]->seq;
+        at.last_end = log->segments[log->count - 1]->end;
+    }
+    return at;
+}
+
 static void freeze_check(struct volume *v)
 {
     if (v->reading)
         return;
-    for (struct list *e; (e = list_pop(&v->freeze_calls));)
-        call_done(container_of(e, struct call, link), 0);
+    for (struct list *e; (e = list_pop(&v->freeze_calls));) {
+        struct freeze_call *f = container_of(container_of(e, struct call, link), struct freeze_call, call);
+        *f->out = log_extent(&v->log);
+        call_done(&f->call, 0);
+    }
 }
 
 void volume_read_done(struct volume *v)
@@ -44,33 +64,11 @@ static void start_freeze(struct call *call, struct worker *w)
     freeze_check(v);
 }
 
-struct cutover_call {
-    struct volume *v;
-    struct glide_cutover *out;
-    struct glide_recovery *recovery;
-};
-
-static int tell_position(struct worker *w, void *arg)
-{
-    struct cutover_call *c = arg;
-    const struct write_log *log = &c->v->log;
-
-    (void)w;
-    *c->out = (struct glide_cutover){0};
-    if (log->count) {
-        c->out->first_seq = log->segments[0]->seq;
-        c->out->last_seq = log->segments[log->count - 1]->seq;
-        c->out->last_end = log->segments[log->count - 1]->end;
-    }
-    return 0;
-}
-
 int glide_volume_freeze(glide_volume *volume, struct glide_cutover *out)
 {
-    struct call call;
+    struct freeze_call f = {.out = out};
 
-    call_run(volume->worker, &call, start_freeze, volume);
-    return worker_call(volume->worker, tell_position, &(struct cutover_call){.v = volume, .out = out});
+    return call_run(volume->worker, &f.call, start_freeze, volume);
 }
 
 static int unfreeze(struct worker *w, void *arg)
@@ -95,15 +93,22 @@ static int unfreeze(struct worker *w, void *arg)
 
 int glide_volume_unfreeze(glide_volume *volume) { return worker_call(volume->worker, unfreeze, volume); }
 
+struct activate_call {
+    struct volume *v;
+    const struct glide_cutover *expected;
+    struct glide_recovery *recovery;
+};
+
 static int activate(struct worker *w, void *arg)
 {
-    struct cutover_call *c = arg;
-    struct glide_cutover found, expected = *c->out;
+    struct activate_call *c = arg;
+    struct glide_cutover found, expected = *c->expected;
     int err = volume_recover_tail(c->v, c->recovery);
 
+    (void)w;
     if (err)
         return err;
-    tell_position(w, &(struct cutover_call){.v = c->v, .out = &found});
+    found = log_extent(&c->v->log);
     if (found.first_seq != expected.first_seq || found.last_seq != expected.last_seq ||
         found.last_end != expected.last_end)
         return fail(-ESTALE,
@@ -118,8 +123,6 @@ static int activate(struct worker *w, void *arg)
 
 int glide_volume_activate(glide_volume *volume, const struct glide_cutover *expected, struct glide_recovery *recovery)
 {
-    struct glide_cutover copy = *expected;
-
     return worker_call(volume->worker, activate,
-                       &(struct cutover_call){.v = volume, .out = &copy, .recovery = recovery});
+                       &(struct activate_call){.v = volume, .expected = expected, .recovery = recovery});
 }

@@ -42,8 +42,12 @@ struct glide_engine_config {
 int glide_engine_open(const struct glide_engine_config *config, glide_engine **out);
 /* Every thread in glide_faults_next and glide_events_next gets -ESHUTDOWN, now and later. */
 void glide_engine_shutdown(glide_engine *engine);
-/* End the workers and let go of released ublk devices, which the kernel then gives to another server. All volumes
- * must be closed. Other threads may be in the calls that glide_engine_shutdown ends, or ask for numbers. */
+/*
+ * End the workers: the kernel then gives the ublk devices that they served to another server. Volumes that are open
+ * are let go as they are: those that are frozen without a word to guests. From then on calls on them fail with
+ * -ESHUTDOWN; their devices are still to be released and they to be closed, which only frees them. Other threads may
+ * be in any call but those that start, end, open or close something.
+ */
 void glide_engine_end_workers(glide_engine *engine);
 /* All volumes must be closed, and no other call be running. */
 void glide_engine_close(glide_engine *engine);

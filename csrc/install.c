@@ -74,8 +74,10 @@ int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glid
     t->stamp = stamp;
     t->count = count;
     memcpy(t->list, list, count * sizeof(*list));
-    worker_post(volume->worker, &t->task);
-    return 0;
+    if (worker_post(volume->worker, &t->task))
+        return 0;
+    free(t);
+    return fail(-ESHUTDOWN, "the volume was handed over");
 }
 
 /* Insert up to PINNED_AT_ONCE blocks and install them. How many were done; the error if none. */

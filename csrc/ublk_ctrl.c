@@ -33,6 +33,7 @@
 /* How long a cancelled command may take to come back. */
 #define CANCEL_GRACE_MS 2000
 #define RECOVERY_STEP_MS 1
+#define CANCEL_WORK_MS 10
 #define OPEN_STEP_MS 10
 #define OPEN_TIMEOUT_MS 3000
 
@@ -396,11 +397,36 @@ int ublk_ctrl_del_async(struct ublk_ctrl *ctrl, uint32_t id)
     return simple_command(ctrl, UBLK_CMD_DEL_DEV_ASYNC, id, 0, 0);
 }
 
+/*
+ * Up to Linux 6.14 a work item of the driver marks the device QUIESCED, lets its lock go, and then cancels the
+ * commands of the dead server once more. A recovery that begins in between gets its own commands cancelled, or the
+ * kernel oopses; whoever waits for the lock begins just then. So the state is watched without the lock, and the work
+ * item gets time to end: nothing tells when it has.
+ */
+static int wait_quiesced(struct ublk_ctrl *ctrl, uint32_t id, int64_t deadline)
+{
+    struct ublk_dev_info info;
+    uint64_t features = 0;
+    int err = ublk_ctrl_get_info(ctrl, id, &info);
+
+    while (!err && info.state == UBLK_S_DEV_LIVE) {
+        if (now_ms() >= deadline)
+            return -EBUSY;
+        sleep_ms(RECOVERY_STEP_MS);
+        err = ublk_ctrl_get_info(ctrl, id, &info);
+    }
+    if (!err && (ublk_ctrl_features(ctrl, &features) || !(features & UBLK_F_QUIESCE)))
+        sleep_ms(CANCEL_WORK_MS);
+    return err;
+}
+
 int ublk_ctrl_start_recovery(struct ublk_ctrl *ctrl, uint32_t id, unsigned timeout_ms)
 {
     int64_t deadline = deadline_of(timeout_ms);
-    int res;
+    int res = wait_quiesced(ctrl, id, deadline);
 
+    if (res)
+        return res;
     for (;;) {
         int64_t left = deadline - now_ms();
 

@@ -3,8 +3,8 @@
  * release. Each public call does its kernel commands in the calling thread and
  * hands the queue to, or takes it from, the volume's worker.
  *
- * A released device stays open until the engine closes: its slots are bound to
- * the worker thread, and only the end of the thread's ring gives them back.
+ * A released device stays open until its worker has ended: its slots are bound to
+ * that thread, and only the end of the thread's ring gives them back.
  */
 #include "fault.h"
 #include "ublk_ctrl.h"
@@ -88,7 +88,7 @@ int glide_ublk_delete(uint32_t dev_id, uint64_t expected_tag)
 
 /* ---- memory and descriptors of a device ------------------------------------------------------- */
 
-static void device_free(struct ublk_device *d)
+static void device_close(struct ublk_device *d)
 {
     if (d->descriptors)
         munmap((void *)(uintptr_t)d->descriptors, d->descriptor_bytes);
@@ -96,6 +96,11 @@ static void device_free(struct ublk_device *d)
         close(d->cdev);
     free(d->buffers);
     free(d->tags);
+}
+
+static void device_free(struct ublk_device *d)
+{
+    device_close(d);
     free(d);
 }
 
@@ -227,6 +232,22 @@ static int detach_queue(struct worker *w, void *arg)
     return 0;
 }
 
+static int keep_released(struct worker *w, void *arg)
+{
+    struct ublk_device *d = arg;
+
+    d->volume->ublk = NULL;
+    d->next_released = w->released;
+    w->released = d;
+    return 0;
+}
+
+void ublk_leave_behind(struct ublk_device *d)
+{
+    d->left_behind = true;
+    keep_released(d->worker, d);
+}
+
 static void wait_queue(struct call *call, struct worker *w)
 {
     struct ublk_device *d = call->arg;
@@ -242,7 +263,7 @@ static void wait_release(struct call *call, struct worker *w)
 
     d->releasing = true;
     if (d->volume->frozen) { /* handed over: the kernel asks the next server again */
-        d->dropping = true;
+        ublk_queue_let_go(d);
         d->volume->failed = ESHUTDOWN;
         io_fail_parked(d->volume, ESHUTDOWN);
     }
@@ -321,21 +342,24 @@ int glide_ublk_stop(glide_ublk *d)
 int glide_ublk_release(glide_ublk *d)
 {
     struct call call;
-    struct engine *e = d->volume->engine;
 
+    if (d->left_behind) {
+        free(d);
+        return 0;
+    }
     call_run(d->volume->worker, &call, wait_release, d);
-    worker_call(d->volume->worker, detach_queue, d);
-    d->next_released = e->released;
-    e->released = d;
-    return 0;
+    return worker_call(d->volume->worker, keep_released, d);
 }
 
-void ublk_free_released(struct engine *e)
+void ublk_free_released(struct worker *w)
 {
-    while (e->released) {
-        struct ublk_device *d = e->released;
-        e->released = d->next_released;
-        device_free(d);
+    while (w->released) {
+        struct ublk_device *d = w->released;
+        w->released = d->next_released;
+        if (d->left_behind)
+            device_close(d);
+        else
+            device_free(d);
     }
 }
 

@@ -33,8 +33,11 @@ void ublk_queue_start(struct ublk_device *d)
     }
 }
 
+void ublk_queue_let_go(struct ublk_device *d) { d->releasing = d->dropping = true; }
+
 void ublk_queue_check(struct ublk_device *d)
 {
+    worker_stop_check(d->worker);
     if (!d->waiting || (d->releasing ? d->busy > 0 : d->gone < d->info.queue_depth))
         return;
     struct call *call = d->waiting;

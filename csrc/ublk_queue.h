@@ -36,6 +36,7 @@ struct ublk_device {
     uint8_t *buffers;      /* copy mode */
     uint32_t busy, gone;
     bool releasing;       /* new requests are left to the next server */
+    bool left_behind;     /* its worker ended first; what is left of it is the handle */
     bool dropping;        /* so are those that fail: nobody saw an answer to them */
     struct call *waiting; /* stop or release: until gone == depth, or busy == 0 */
     struct ublk_device *next_released;
@@ -46,6 +47,8 @@ struct ublk_device {
 void ublk_queue_start(struct ublk_device *d);
 /* Begin what came while the volume was frozen. */
 void ublk_queue_unfreeze(struct ublk_device *d);
+/* Leave what has no answer yet to the next server. */
+void ublk_queue_let_go(struct ublk_device *d);
 /* Finish the call when the device has what it waits for. */
 void ublk_queue_check(struct ublk_device *d);
 

@@ -7,6 +7,7 @@
 
 #include "fault.h"
 #include "nbd_conn.h"
+#include "ublk_queue.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -29,8 +30,11 @@ void volume_count_memory(struct volume *v)
     }
 }
 
+bool volume_is_idle(const struct volume *v) { return !v->inflight && !v->conn_count && !(v->ublk && v->ublk->busy); }
+
 void volume_idle_check(struct volume *v)
 {
+    worker_stop_check(v->worker);
     if (v->inflight || v->conn_count)
         return;
     for (struct list *e; (e = list_pop(&v->idle_calls));)
@@ -40,7 +44,7 @@ void volume_idle_check(struct volume *v)
 void volume_request_done(struct volume *v)
 {
     v->inflight--;
-    if (!list_empty(&v->idle_calls))
+    if (v->closing)
         volume_idle_check(v);
 }
 
@@ -97,13 +101,16 @@ static void enter(struct task *task, struct worker *w)
     volume_count_memory(v);
 }
 
-static int leave(struct worker *w, void *arg)
+void volume_leave(struct volume *v)
 {
-    struct volume *v = arg;
-
-    (void)w;
     list_remove(&v->link);
     list_remove(&v->batch_link);
+}
+
+static int leave(struct worker *w, void *arg)
+{
+    (void)w;
+    volume_leave(arg);
     return 0;
 }
 
@@ -166,9 +173,26 @@ int glide_volume_open(glide_engine *engine, const struct glide_volume_config *co
     v->event_dirty = v->log.count > 0;
     v->worker = least_loaded(engine);
     v->enter_task.run = enter;
-    worker_post(v->worker, &v->enter_task); /* nobody waits: whatever comes later is behind it */
+    if (!worker_post(v->worker, &v->enter_task)) { /* nobody waits: whatever comes later is behind it */
+        volume_free(v);
+        return fail(-ESHUTDOWN, "the engine's workers have ended");
+    }
     *out = v;
     return 0;
+}
+
+static void end_requests(struct volume *v)
+{
+    v->closing = true;
+    nbd_close_all(v);
+    io_fail_parked(v, ESHUTDOWN);
+}
+
+void volume_let_go(struct volume *v)
+{
+    if (v->ublk)
+        ublk_queue_let_go(v->ublk);
+    end_requests(v);
 }
 
 static void start_close(struct call *call, struct worker *w)
@@ -176,9 +200,7 @@ static void start_close(struct call *call, struct worker *w)
     struct volume *v = call->arg;
 
     (void)w;
-    v->closing = true;
-    nbd_close_all(v);
-    io_fail_parked(v, ESHUTDOWN);
+    end_requests(v);
     list_append(&v->idle_calls, &call->link);
     volume_idle_check(v);
 }
@@ -189,7 +211,7 @@ int glide_volume_close(glide_volume *v)
 
     if (v->ublk)
         return fail(-EBUSY, "stop or release the ublk device first");
-    call_run(v->worker, &call, start_close, v);
+    call_run(v->worker, &call, start_close, v); /* these two say that they cannot: it is out of the worker already */
     worker_call(v->worker, leave, v);
     fault_forget(v->engine, v->cookie);
     atomic_fetch_sub(&v->worker->volume_count, 1);

@@ -76,6 +76,11 @@ bool volume_tick(struct volume *v);
 void volume_count_memory(struct volume *v);
 /* Let a close that waits go on when nothing is in flight. */
 void volume_idle_check(struct volume *v);
+bool volume_is_idle(const struct volume *v);
+/* End what it has under way, without a word to guests if it is frozen; nothing begins any more. */
+void volume_let_go(struct volume *v);
+/* Take it out of its worker's lists. */
+void volume_leave(struct volume *v);
 /* A request ended; wakes who waits for none in flight. */
 void volume_request_done(struct volume *v);
 

@@ -33,17 +33,20 @@
 
 /* ---- posting ---------------------------------------------------------------------------- */
 
-void worker_post(struct worker *w, struct task *task)
+bool worker_post(struct worker *w, struct task *task)
 {
     uint64_t one = 1;
 
     pthread_mutex_lock(&w->lock);
-    list_append(&w->inbox, &task->link);
+    bool ended = w->ended;
+    if (!ended)
+        list_append(&w->inbox, &task->link);
     pthread_mutex_unlock(&w->lock);
-    if (atomic_exchange(&w->sleeping, false)) {
+    if (!ended && atomic_exchange(&w->sleeping, false)) {
         while (write(w->wake_fd, &one, sizeof(one)) < 0 && errno == EINTR)
             ;
     }
+    return !ended;
 }
 
 static void run_call(struct task *task, struct worker *w)
@@ -64,11 +67,15 @@ int call_run(struct worker *w, struct call *call, void (*start)(struct call *, s
     list_init(&call->link);
     pthread_mutex_init(&call->lock, NULL);
     pthread_cond_init(&call->cond, NULL);
-    worker_post(w, &call->task);
-    pthread_mutex_lock(&call->lock);
-    while (!call->done)
-        pthread_cond_wait(&call->cond, &call->lock);
-    pthread_mutex_unlock(&call->lock);
+    if (worker_post(w, &call->task)) {
+        pthread_mutex_lock(&call->lock);
+        while (!call->done)
+            pthread_cond_wait(&call->cond, &call->lock);
+        pthread_mutex_unlock(&call->lock);
+    } else {
+        call->result = -ESHUTDOWN;
+        snprintf(call->error, sizeof(call->error), "the volume was handed over");
+    }
     pthread_cond_destroy(&call->cond);
     pthread_mutex_destroy(&call->lock);
     if (call->result < 0)
@@ -246,6 +253,28 @@ static void complete_all(struct worker *w)
     io_uring_cq_advance(&w->ring, seen);
 }
 
+/* What was posted in time is answered still; on volumes that are closing nothing begins. */
+static void refuse_tasks(struct worker *w)
+{
+    pthread_mutex_lock(&w->lock);
+    w->ended = true;
+    pthread_mutex_unlock(&w->lock);
+    do
+        run_tasks(w);
+    while (!list_empty(&w->inbox) || !list_empty(&w->ready));
+}
+
+/* Nothing of them is in flight, so whoever closes them does not need this thread. */
+static void volumes_leave(struct worker *w)
+{
+    while (!list_empty(&w->volumes)) {
+        struct volume *v = container_of(w->volumes.next, struct volume, link);
+        if (v->ublk)
+            ublk_leave_behind(v->ublk);
+        volume_leave(v);
+    }
+}
+
 static int set_up(struct worker *w)
 {
     struct io_uring_params p = {.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_CQSIZE |
@@ -286,8 +315,9 @@ static void *worker_main(void *arg)
         complete_all(w);
         end_round(w);
     }
-    io_uring_queue_exit(&w->ring);
-    return NULL;
+    refuse_tasks(w);
+    volumes_leave(w);
+    return NULL; /* with the ring open: see worker_join */
 }
 
 /* ---- start, stop ---------------------------------------------------------------------------------- */
@@ -331,21 +361,45 @@ int worker_start(struct worker *w, struct engine *engine, unsigned index, uint64
     return 0;
 }
 
-static int stop_now(struct worker *w, void *arg)
+static void start_stop(struct task *task, struct worker *w)
 {
-    (void)arg;
-    w->stop = true;
-    return 0;
+    (void)task;
+    w->leaving = true;
+    list_each(at, &w->volumes)
+        volume_let_go(container_of(at, struct volume, link));
+    worker_stop_check(w);
 }
 
-void worker_stop(struct worker *w) { worker_call(w, stop_now, NULL); }
+void worker_stop_check(struct worker *w)
+{
+    if (!w->leaving)
+        return;
+    list_each(at, &w->volumes) {
+        if (!volume_is_idle(container_of(at, struct volume, link)))
+            return;
+    }
+    w->stop = true;
+}
+
+void worker_stop(struct worker *w)
+{
+    w->stop_task.run = start_stop;
+    worker_post(w, &w->stop_task);
+}
 
 void worker_join(struct worker *w)
 {
     pthread_join(w->thread, NULL);
+    /* Not sooner: the driver of ublk expects that what cancels its commands and the thread that gave them do not run
+     * at once. Up to Linux 6.14 requests of guests are lost to it else, and the device never is QUIESCED. */
+    io_uring_queue_exit(&w->ring);
     close(w->wake_fd);
     free(w->append);
     free(w->scratch);
+}
+
+void worker_destroy(struct worker *w)
+{
     pthread_cond_destroy(&w->started_cond);
     pthread_mutex_destroy(&w->lock);
 }

@@ -270,6 +270,7 @@ class Daemon:
         """The exports are served: listen, and look after everything from now on."""
         for lock in self._locks:
             lock.sign()
+        self.host.settle()
         self.host.save_roots()
         self.host.resume()
         self.router.end_standby()

@@ -11,10 +11,10 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 
@@ -186,15 +186,6 @@ class Entry:
             note=note,
             volume=numbers,
         )
-
-
-Each: TypeAlias = Callable[[Callable[[Entry], None], Sequence[Entry]], object]
-
-
-def in_turn(action: Callable[[Entry], None], entries: Sequence[Entry]) -> None:
-    """Run ``action`` for all, one after the other."""
-    for entry in entries:
-        action(entry)
 
 
 class ExportTable:

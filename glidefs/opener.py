@@ -13,7 +13,6 @@ import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +20,7 @@ from msgspec.structs import replace
 
 from glidefs.core.handoff import Position
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
-from glidefs.export_table import Each, Entry, ExportTable, RecordDirectory, new_record
+from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, decode_root, encode_root, manifest_hash
 from glidefs.names import volumes_prefix
@@ -241,7 +240,6 @@ class Opener:
         """The process before has stopped: bring the volume up to date; it stays frozen. Raises."""
         assert entry.volume is not None
         self._host.activate(entry.volume, position)
-        self._host.confirm(entry.volume)
 
     def _watch(self, entry: Entry, volume: Volume) -> None:
         volume.on_fenced = lambda volume, why: self._published(entry)
@@ -480,10 +478,11 @@ class Opener:
                 log.error("%s: its log cannot be synced: %s", entry.name, error)
             self.close_entry(entry, remove_device=remove_device)
 
-    def abandon(self, each: Each) -> None:
+    def abandon(self) -> None:
         """Another process has the volumes, which are frozen: close them and touch nothing of theirs."""
         self._abandoned = True
-        each(partial(self.close_entry, remove_device=False), self._table.all())
+        for entry in self._table.all():
+            self.close_entry(entry, remove_device=False)
 
     def close(self) -> None:
         """End the background thread, close what is open."""

@@ -36,7 +36,7 @@ from glidefs.errors import (
     StoreError,
     UnknownExport,
 )
-from glidefs.export_table import Each, Entry, ExportTable, RecordDirectory, in_turn, new_record
+from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
 from glidefs.forks import ForkVerbs
 from glidefs.formats.manifest import Root
@@ -134,14 +134,13 @@ class ExportRouter:
         """For the handoff: it opens and closes entries whose locks it holds."""
         return self._opener
 
-    def abandon(self, each: Each = in_turn) -> None:
+    def abandon(self) -> None:
         """Another process has the exports: forget them without a word to guests, disk or store.
 
-        ``each`` runs something for all of them. Waits for nothing that may wait for the store:
-        :meth:`close` does.
+        Waits for nothing that may wait for the store: :meth:`close` does.
         """
         self._stopping.set()
-        self._opener.abandon(each)
+        self._opener.abandon()
 
     def _prefixes(self) -> set[str]:
         """Those configured and those of the exports."""

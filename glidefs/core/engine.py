@@ -122,9 +122,10 @@ class Engine(Handle):
             lib.glide_engine_shutdown(engine)
 
     def end_workers(self) -> None:
-        """End the worker threads; the kernel then gives released ublk devices to another server.
+        """End the worker threads; the kernel then gives the ublk devices that they served to another server.
 
-        All volumes are closed. Then only :meth:`shutdown`, :meth:`stats` and :meth:`close` are left to call.
+        Volumes that are open, frozen, are let go without a word to guests. What is called on them from then
+        on raises Closed; they and their devices are still to be closed.
         """
         with self._use() as engine:
             lib.glide_engine_end_workers(engine)

@@ -91,7 +91,7 @@ class HandoffCoordinator:
         sockets: list[int] = []
         for entry, volume in self._volumes():
             connections = []
-            for fd, state in handoff.connections(volume.core):
+            for fd, state in [] if _has_device(entry) else handoff.connections(volume.core):
                 about = self._server.table.about(state.conn_id)
                 if about is None:
                     continue  # it has ended, and the event is on its way
@@ -111,28 +111,37 @@ class HandoffCoordinator:
 
     def has_devices(self) -> bool:
         """Whether a ublk device is among the exports: then the successor waits for this process to let go."""
-        return any(entry.transport is not None and entry.transport.kind == "ublk" for entry in self.entries)
+        return any(_has_device(entry) for entry in self.entries)
 
     def take_ublk_server(self) -> None:
-        """Let go of the ublk devices, and of everything else: workers, volumes, connections.
+        """Let go of the ublk devices and the NBD connections, without a word to guests or the disk.
 
-        Before Linux 6.16 a device can be recovered only when the threads that served it have ended. So they
-        go first; what only this process waits for comes after that. Nothing is sent to guests, and
-        nothing written. Guests wait for this, so it does not wait for threads that may wait for the store.
+        Before Linux 6.16 a device can be recovered only when the threads that served it have ended. Guests
+        wait for this; what only this process needs, if it is to go on, is :meth:`forget`.
         """
         handoff.end_cache(self._engine)
         self._server.forget()
-        self._router.abandon(self._threads.each)
         self._engine.end_workers()
+
+    def forget(self) -> None:
+        """Close all that was let go. Waits for no thread that may wait for the store."""
+        self._router.abandon()
         self._engine.shutdown()
         self._server.close(handed_over=True)
         self._engine.close()
 
     # -- the successor -----------------------------------------------------------------------------
 
-    def take_up_logs(self, cuts: Iterable[ExportCut]) -> None:
-        """Bring the volumes, open in standby, up to date. Raises GlideError where one is not what it was."""
-        self._threads.each(self._take_up, list(cuts))
+    def recover_handoff_devices(self, cuts: Sequence[ExportCut], sockets: list[int]) -> None:
+        """Bring the volumes, open in standby, up to date, recover the ublk devices and adopt connections.
+
+        Guests of a device go on as soon as theirs is recovered, NBD clients with :meth:`go_on`. Raises
+        DeviceError, and GlideError where a volume is not what it was: then this process must end.
+        """
+        devices_first = sorted(cuts, key=lambda cut: cut.transport != "ublk")  # theirs is the longest way
+        steps: list[Callable[[], None]] = [partial(self._take_up, cut) for cut in devices_first]
+        steps.append(partial(self.adopt_connections, cuts, sockets))
+        self._threads.each(_run, steps)
 
     def _take_up(self, cut: ExportCut) -> None:
         entry = self.get_handler_sync(cut.name)
@@ -143,19 +152,8 @@ class HandoffCoordinator:
                 f"{cut.name}: its root here is number {volume.root.sequence}, not {cut.sequence}"
             )
         self._router.opener.take_up(entry, cut.position)
-
-    def recover_handoff_devices(self, cuts: Iterable[ExportCut]) -> None:
-        """Recover the ublk devices; their guests go on at once. NBD exports answer to their names.
-
-        Raises DeviceError, GlideError.
-        """
-        self._threads.each(self._start_transport, list(cuts))
-
-    def _start_transport(self, cut: ExportCut) -> None:
-        entry = self.get_handler_sync(cut.name)
-        assert entry.volume is not None
         if cut.transport == "ublk":
-            handoff.unfreeze(entry.volume.core)  # the kernel has what guests asked for meanwhile
+            handoff.unfreeze(volume.core)  # the kernel has what guests asked for meanwhile
         self._router.opener.start_transport(entry)
 
     def adopt_connections(self, cuts: Iterable[ExportCut], sockets: list[int]) -> None:
@@ -188,8 +186,9 @@ class HandoffCoordinator:
                 handoff.unfreeze(entry.volume.core)
 
     def go_on(self) -> None:
-        """Guests are served from here on."""
-        self.set_all_logs_freeze(frozen=False)
+        """All guests are served from here on."""
+        waiting = [pair for pair in self._volumes() if not _has_device(pair[0])]
+        self._threads.each(lambda pair: handoff.unfreeze(pair[1].core), waiting)
         handoff.take_cache(self._engine)
 
     # -- both ----------------------------------------------------------------------------------------
@@ -208,6 +207,14 @@ class HandoffCoordinator:
             return bool(ublk.features() & F_PER_IO_DAEMON)
         except DeviceError:
             return False
+
+
+def _has_device(entry: Entry) -> bool:
+    return entry.transport is not None and entry.transport.kind == "ublk"
+
+
+def _run(step: Callable[[], None]) -> None:
+    step()
 
 
 def transports_of(cuts: Iterable[ExportCut]) -> set[str]:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -45,6 +45,7 @@ from glidefs.handoff.protocol import (
     PeerSilent,
     ProtocolError,
     Ready,
+    Served,
     common_version,
 )
 from glidefs.volume.host import Host
@@ -64,7 +65,8 @@ HELLO = 60.0
 READY = 300.0
 ALIVE = 60.0
 """Seconds that the successor has for each step; then it is ended, and this process goes on."""
-EXIT = 10.0
+SERVED = 1.0
+"""Seconds that it has to say how long guests waited."""
 
 
 class HandoffFailed(GlideError):
@@ -266,7 +268,7 @@ class Predecessor:
         self._torn_down = True  # nothing of this process goes on
         self._daemon.stop_listening()
         close_all(self._sockets)
-        return Outcome("succeeded", "", pid, len(self._cuts), connections, alive.stall)
+        return Outcome("succeeded", "", pid, len(self._cuts), connections, _stall(channel, alive))
 
     def _wait_alive(self, channel: Channel) -> Alive:
         """Raises PeerGone or GlideError once the successor is certainly dead."""
@@ -290,14 +292,12 @@ class Predecessor:
         """The exports are the successor's, or nobody's: nothing that fails here changes that."""
         if not self._torn_down:
             self._torn_down = True
-            try:
-                coordinator.take_ublk_server()
-            except Exception:
-                log.exception("not everything could be let go")
+            _quietly(coordinator.take_ublk_server)
 
     def _revive(self, coordinator: HandoffCoordinator, reason: str, connections: int) -> Outcome:
         """The successor is dead, and the exports are nobody's: this process opens them again."""
         log.error("the handoff failed after the cut-over: %s; this process goes on", reason)
+        _quietly(coordinator.forget)
         self.revive_after_failed_handoff()
         stall = (time.monotonic_ns() - self._frozen_at) / 1e9
         self._daemon.history.add("revived", stall)
@@ -317,6 +317,21 @@ def _expect(channel: Channel, kind: type[M], patience: float) -> M:
     if isinstance(message, Abort):
         raise HandoffFailed(message.reason)
     raise ProtocolError(f"the successor said {type(message).__name__}, not {kind.__name__}")
+
+
+def _quietly(step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception:
+        log.exception("not everything could be let go")
+
+
+def _stall(channel: Channel, alive: Alive) -> float:
+    """How long guests waited, as exactly as the successor says it."""
+    try:
+        return _expect(channel, Served, SERVED).stall
+    except (PeerGone, GlideError):
+        return alive.stall
 
 
 def _abort(channel: Channel, reason: str) -> HandoffFailed:

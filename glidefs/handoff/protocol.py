@@ -10,6 +10,7 @@
                                                  connections (descriptors)
         (brings logs up to date, recovers ublk devices, adopts connections)
         alive            ──►                     the predecessor only exits
+        served           ──►                     how long guests waited, for the answer
     abort                either side, any time before alive: why
 
 A packet is one message in MessagePack with up to 250 descriptors. One that is too long for a packet
@@ -110,7 +111,13 @@ class CutOver(Struct, frozen=True, tag="cut-over", tag_field="type"):
 
 
 class Alive(Struct, frozen=True, tag="alive", tag_field="type"):
-    """From the successor: it serves; `stall` in seconds."""
+    """From the successor: it serves; `stall` in seconds, for NBD clients a little longer."""
+
+    stall: float
+
+
+class Served(Struct, frozen=True, tag="served", tag_field="type"):
+    """From the successor: no guest waits any more, the last one waited `stall` seconds."""
 
     stall: float
 
@@ -121,7 +128,7 @@ class Abort(Struct, frozen=True, tag="abort", tag_field="type"):
     reason: str
 
 
-Message = Hello | HelloAck | Ready | CutOver | Alive | Abort
+Message = Hello | HelloAck | Ready | CutOver | Alive | Served | Abort
 
 
 class _Part(Struct, frozen=True, tag="part", tag_field="type"):

@@ -31,6 +31,7 @@ from glidefs.handoff.protocol import (
     PeerGone,
     ProtocolError,
     Ready,
+    Served,
 )
 
 log = logging.getLogger(__name__)
@@ -127,17 +128,23 @@ class Successor:
 
     def _cut_over(self, coordinator: HandoffCoordinator, cut: CutOver, sockets: list[int]) -> None:
         """From here on nobody but this process serves."""
-        coordinator.take_up_logs(cut.exports)
-        coordinator.adopt_connections(cut.exports, sockets)
-        coordinator.recover_handoff_devices(cut.exports)
-        stall = (time.monotonic_ns() - cut.frozen_at) / 1e9
-        try:
-            self._channel.send(Alive(stall))
-        except PeerGone:
-            log.warning("the predecessor died after the cut-over")
+        coordinator.recover_handoff_devices(cut.exports, sockets)
+        self._tell(Alive(_since(cut.frozen_at)))
         coordinator.go_on()
+        stall = _since(cut.frozen_at)
+        self._tell(Served(stall))
         self._daemon.history.add("succeeded", stall)
         log.info("took over %d exports, guests waited %.1f ms", len(cut.exports), stall * 1e3)
+
+    def _tell(self, message: Message) -> None:
+        try:
+            self._channel.send(message)
+        except PeerGone:
+            log.warning("the predecessor died after the cut-over")
+
+
+def _since(frozen_at: int) -> float:
+    return (time.monotonic_ns() - frozen_at) / 1e9
 
 
 def _expect(channel: Channel, kind: type[M], patience: float) -> tuple[M, list[int]]:

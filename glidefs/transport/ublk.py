@@ -194,8 +194,8 @@ class UblkTransport:
 
     def _recover(self, export: Attachment, found: UblkInfo) -> tuple[UblkDevice, str]:
         config = replace(self._config(export, found.tag, found.dev_id), recover=True)
+        device = export.core.start_ublk(config)  # its guests wait; udev has seen it
         key = self._names.announce(found.dev_id, export.name)
-        device = export.core.start_ublk(config)
         log.info("%s: recovered /dev/ublkb%d", export.name, found.dev_id)
         if found.dev_sectors and found.dev_sectors * 512 != export.size:
             if self._can_update():

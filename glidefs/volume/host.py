@@ -59,6 +59,7 @@ class Host:
         self._lock = threading.Lock()
         self._volumes: dict[int, Volume] = {}
         self._cookies = itertools.count(1)
+        self._activated: list[tuple[Volume, Recovery, float]] = []
         self._puts = ThreadPoolExecutor(
             settings.put_threads, "glide-put", initializer=partial(lower_priority, settings.nice)
         )
@@ -162,11 +163,19 @@ class Host:
     def activate(self, volume: Volume, position: Position) -> None:
         """The process that served the volume has stopped where ``position`` says. It stays frozen.
 
-        Raises CoreError (ESTALE) if its log ends elsewhere, CorruptLog.
+        Guests wait: :meth:`settle` does the rest. Raises CoreError (ESTALE) if its log ends elsewhere,
+        CorruptLog.
         """
         began = time.monotonic()
         recovery = handoff.activate(volume.core, position)
-        self._opened(volume, recovery, time.monotonic() - began)
+        self._activated.append((volume, recovery, time.monotonic() - began))
+
+    def settle(self) -> None:
+        """Guests go on: look after the volumes that were activated, from :meth:`resume` on."""
+        activated, self._activated = self._activated, []
+        for volume, recovery, seconds in activated:
+            self._opened(volume, recovery, seconds)
+            self.confirm(volume)
 
     def confirm(self, volume: Volume) -> None:
         """Compare the root, a local copy, with the store's in the background.

@@ -155,7 +155,8 @@ class Scheduler:
         if due < job.due:
             job.due = due
             heapq.heappush(self._heap, (due, next(self._order), job))
-            self._wake.notify_all()
+            if not self._paused:  # else `resume` wakes them
+                self._wake.notify_all()
 
     def forget(self, volume: Volume) -> None:
         """The volume closes: wait for its job, if one runs, and start no more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 import socket
@@ -17,7 +18,7 @@ import pytest
 from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, Vol, pattern, wait_for
 
 from glidefs.core import handoff
-from glidefs.core.check import CoreError
+from glidefs.core.check import Closed, CoreError
 from glidefs.core.volume import install_retry
 
 READ, WRITE, DISC, FLUSH, TRIM, _, ZEROES = range(7)
@@ -202,6 +203,56 @@ def test_answers_to_faults_wait_too(pair: Pair) -> None:
     assert not read.done
     handoff.unfreeze(pair.vol.core)
     assert read.result() == pattern(7, BLOCK)
+
+
+def test_the_old_process_lets_everything_go_at_once(rig: CoreRig) -> None:
+    """Workers end below open volumes: nothing is answered, whoever calls is told, and closing works."""
+    client = Client()
+    one, other = rig.vol(), rig.vol()
+    one.core.pwrite(0, pattern(1, SECTOR))
+    one.core.attach_nbd(client.server, 1)
+    with rig.hold():
+        client.send(request(READ, 1, BLOCK, SECTOR))
+        waits = [Background(lambda vol=vol: vol.core.pread(BLOCK, SECTOR)) for vol in (one, other)]
+        wait_for(lambda: (one.core.info().parked, other.core.info().parked) == (2, 1), "the reads wait")
+        for vol in (one, other):
+            handoff.freeze(vol.core)
+        waits.append(Background(lambda: one.core.pwrite(0, pattern(2, SECTOR))))
+        client.send(request(WRITE, 2, 0, SECTOR), pattern(3, SECTOR))
+        moving = [os.dup(fd) for fd, _ in handoff.connections(one.core)]
+        before = {path: path.read_bytes() for path in one.dir.iterdir()}
+        rig.engine.end_workers()
+        for wait in waits:
+            with pytest.raises(Closed):
+                wait.result()
+    for call in (one.core.info, one.core.sync, one.core.seal, lambda: one.core.pread(0, SECTOR)):
+        with pytest.raises(Closed):
+            call()
+    one.close()
+    other.close()
+    assert client.quiet()
+    assert {path: path.read_bytes() for path in one.dir.iterdir()} == before
+    for fd in moving:
+        os.close(fd)
+
+
+def test_workers_end_while_they_are_asked(make_rig: MakeRig) -> None:
+    """Every call from any thread ends: answered, or told that it comes too late."""
+    for number in range(20):
+        rig = make_rig()
+        volumes = [rig.vol() for _ in range(3)]
+        callers = [Background(lambda vol=vol: ask_for_ever(vol)) for vol in volumes * 2]
+        time.sleep(0.002 * number)
+        rig.engine.end_workers()
+        for caller in callers:
+            with pytest.raises(Closed):
+                caller.result()
+
+
+def ask_for_ever(vol: Vol) -> None:
+    for i in itertools.count():
+        vol.core.pwrite(i % 64 * SECTOR, pattern(i, SECTOR))
+        vol.core.info()
 
 
 # -- the block cache --------------------------------------------------------------------------------
