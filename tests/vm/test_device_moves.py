@@ -6,6 +6,7 @@ What a handoff does to the kernel's driver, without the seconds that a daemon ta
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -78,6 +79,8 @@ def move(place: Path, old: CoreRig, vols: list[Vol], devices: list[UblkDevice]) 
 def test_devices_move_under_load() -> None:
     """Linux 6.12 lost requests once in twenty of these, or oopsed: see worker_join and wait_quiesced."""
     with rig.scratch() as place, rig.no_leftovers():
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # every move leaves a segment
         now = CoreRig(place, **LIMITS)
         vols = [now.vol(SIZE) for _ in range(DEVICES)]
         devices = [vol.core.start_ublk(UblkConfig(tag=7)) for vol in vols]
