@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -217,21 +216,11 @@ def _run(step: Callable[[], None]) -> None:
     step()
 
 
-def transports_of(cuts: Iterable[ExportCut]) -> set[str]:
-    """The transports of these exports."""
-    return {cut.transport for cut in cuts}
-
-
 def close_all(descriptors: Iterable[int]) -> None:
     """Close them; errors do not matter."""
     for fd in descriptors:
         with contextlib.suppress(OSError):
             os.close(fd)
-
-
-def as_sockets(descriptors: Iterable[int]) -> list[socket.socket]:
-    """Listening sockets that came from another process."""
-    return [socket.socket(fileno=fd) for fd in descriptors]
 
 
 class _Threads:
