@@ -111,6 +111,10 @@ static uint64_t durable_for(const struct recovery *r, uint64_t seq)
     return durable;
 }
 
+/* Was anything of segment `seq` synced? A sync that began between two segments names the next one's first index: that
+ * one may be there by the end of the sync, with nothing of it on the disk. */
+static bool was_synced(const struct recovery *r, uint64_t seq) { return durable_for(r, seq) > pos_make(seq, 0); }
+
 static void note_damage(struct recovery *r, uint64_t seq)
 {
     r->damage_end = max_u64(r->damage_end, pos_make(seq + 1, 0));
@@ -206,11 +210,11 @@ static int replay(struct recovery *r)
     for (int64_t i = 0; i < r->count; i++) {
         struct found *f = &r->found[i];
         f->durable = durable_for(r, f->seq);
-        if (!f->usable && pos_seq(f->durable) >= f->seq)
+        if (!f->usable && was_synced(r, f->seq))
             return fail(-EUCLEAN, "%s: the header of a synced segment is damaged (bit rot)", f->file.path);
         uint64_t before = i ? r->found[i - 1].seq : r->committed_seq;
         bool missing = f->usable && f->header.previous_seq > before;
-        if (missing && pos_seq(durable_for(r, f->header.previous_seq)) > f->header.previous_seq)
+        if (missing && was_synced(r, f->header.previous_seq))
             return fail(-EUCLEAN, "%s: log segment %016llx, which was synced, is missing", r->v->log.path,
                         (unsigned long long)f->header.previous_seq);
         if (missing || !f->usable)

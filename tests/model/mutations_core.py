@@ -17,6 +17,7 @@ class Mutation(NamedTuple):
 
 LOG = "tests/core/test_core_log.py::"
 IO = "tests/core/test_core_io.py::"
+SYNCS = "tests/core/test_core_sync.py::"
 RECOVERY = "tests/core/test_core_recovery.py::"
 CACHE = "tests/core/test_core_cache.py::"
 GATHER = "tests/core/test_core_gather.py::"
@@ -41,7 +42,7 @@ CORE = [
         "    int err = disk_pwritev(&s->file, &journal, 1, segment_record_offset(at));\n"
         "    if (!err)\n"
         "        err = disk_pwritev(&s->file, x->iov, (int)count, segment_data_offset(s->sectors, at));",
-        (LOG + "test_a_write_is_data_then_record",),
+        (SYNCS + "test_a_write_is_data_then_record",),
     ),
     Mutation(
         "write-does-not-mark-unsynced",
@@ -101,6 +102,13 @@ CORE = [
         (RECOVERY + "test_a_sync_covers_segments_before_its_own",),
     ),
     Mutation(
+        "sync-between-segments-vouches-for-the-next",
+        "csrc/recover.c",
+        "{ return durable_for(r, seq) > pos_make(seq, 0); }",
+        "{ return durable_for(r, seq) >= pos_make(seq, 0); }",
+        (SYNCS + "test_a_sync_does_not_vouch_for_the_segment_after_it",),
+    ),
+    Mutation(
         "later-syncs-vouch-for-what-recovery-dropped",
         "csrc/recover.c",
         "    log->vouch_from = max_u64(log->vouch_from, r->damage_end);",
@@ -127,7 +135,7 @@ CORE = [
         "csrc/sync.c",
         "        list_append(&v->sync.next, &req->link);",
         "        list_append(v->sync.running ? &v->sync.current : &v->sync.next, &req->link);",
-        (LOG + "test_a_flush_joins_only_a_sync_that_starts_after_it_came",),
+        (SYNCS + "test_a_flush_joins_only_a_sync_that_starts_after_it_came",),
     ),
     Mutation(
         "fua-is-ignored",
@@ -155,7 +163,7 @@ CORE = [
         "csrc/write_log.c",
         "            err = sync_parent(copy);",
         "            err = 0;",
-        (LOG + "test_flush_syncs_file_and_directory",),
+        (SYNCS + "test_flush_syncs_file_and_directory",),
     ),
     Mutation(
         "failed-sync-forgotten",
@@ -164,28 +172,28 @@ CORE = [
         "            return true;",
         "        if (v->log.segments[i]->sync_failed && v->log.segments[i]->seq > v->committed_seq)\n"
         "            return false;",
-        (LOG + "test_a_failed_sync_is_sticky",),
+        (SYNCS + "test_a_failed_sync_is_sticky",),
     ),
     Mutation(
         "failed-sync-not-durable",
         "csrc/recover.c",
         "    s->sync_failed = f->suspect;",
         "    s->sync_failed = false;",
-        (LOG + "test_a_failed_sync_is_sticky",),
+        (SYNCS + "test_a_failed_sync_is_sticky",),
     ),
     Mutation(
         "failed-sync-not-verified-on-replay",
         "csrc/recover.c",
         "r->always_verify || f->suspect ||",
         "r->always_verify ||",
-        (LOG + "test_a_segment_whose_sync_failed_is_verified_on_replay",),
+        (SYNCS + "test_a_segment_whose_sync_failed_is_verified_on_replay",),
     ),
     Mutation(
         "uploaders-sync-vouches-after-a-failed-one",
         "csrc/sync.c",
         "    if (!err && !v->frozen && !lost_data(v))",
         "    if (!err && !v->frozen)",
-        (LOG + "test_no_sync_vouches_for_what_an_earlier_one_lost",),
+        (SYNCS + "test_no_sync_vouches_for_what_an_earlier_one_lost",),
     ),
     # -- section 4: space, segments, retire
     Mutation(
@@ -360,6 +368,6 @@ CORE = [
         "csrc/sync.c",
         "        if (req->need_seq <= v->committed_seq) {\n            list_remove(at);",
         "        if (true) {\n            list_remove(at);",
-        (LOG + "test_flush_store_waits_for_the_commit",),
+        (SYNCS + "test_flush_store_waits_for_the_commit",),
     ),
 ]
