@@ -236,10 +236,9 @@ static int keep_released(struct worker *w, void *arg)
 {
     struct ublk_device *d = arg;
 
-    d->volume->ublk = NULL;
     d->next_released = w->released;
     w->released = d;
-    return 0;
+    return detach_queue(w, d);
 }
 
 void ublk_leave_behind(struct ublk_device *d)

@@ -174,6 +174,7 @@ int glide_volume_open(glide_engine *engine, const struct glide_volume_config *co
     v->worker = least_loaded(engine);
     v->enter_task.run = enter;
     if (!worker_post(v->worker, &v->enter_task)) { /* nobody waits: whatever comes later is behind it */
+        atomic_fetch_sub(&v->worker->volume_count, 1);
         volume_free(v);
         return fail(-ESHUTDOWN, "the engine's workers have ended");
     }
