@@ -4,8 +4,8 @@
 #include "ublk_ctrl.h"
 
 #include "ublk_ring.h"
+#include "util.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,10 +28,7 @@ static void sleep_ms(long ms)
     nanosleep(&ts, NULL);
 }
 
-static int64_t deadline_of(unsigned timeout_ms)
-{
-    return ublk_now_ms() + (timeout_ms ? timeout_ms : UBLK_CTRL_TIMEOUT_MS);
-}
+static int64_t deadline_of(unsigned timeout_ms) { return now_ms() + (timeout_ms ? timeout_ms : UBLK_CTRL_TIMEOUT_MS); }
 
 static int command(struct ublk_ctrl *ctrl, const struct ublk_command *c)
 {
@@ -41,7 +38,7 @@ static int command(struct ublk_ctrl *ctrl, const struct ublk_command *c)
 
     do
         res = ublk_rings_run(&ctrl->rings, c, deadline, &cancelled);
-    while (res == -EINTR && !cancelled && ublk_now_ms() < deadline);
+    while (res == -EINTR && !cancelled && now_ms() < deadline);
     if (res == -EINTR || res == -ECANCELED)
         return -ETIMEDOUT;
     return res;
@@ -121,7 +118,7 @@ int ublk_ctrl_del(struct ublk_ctrl *ctrl, uint32_t id, unsigned timeout_ms)
     /* An interrupted DEL_DEV goes on in the kernel, so the repetition may find nothing left to delete. */
     for (;;) {
         res = ublk_rings_run(&ctrl->rings, &c, deadline, &cancelled);
-        if (res != -EINTR || cancelled || ublk_now_ms() >= deadline)
+        if (res != -EINTR || cancelled || now_ms() >= deadline)
             break;
         repeated = true;
     }
@@ -150,7 +147,7 @@ static int wait_quiesced(struct ublk_ctrl *ctrl, uint32_t id, int64_t deadline)
     int err = ublk_ctrl_get_info(ctrl, id, &info);
 
     while (!err && info.state == UBLK_S_DEV_LIVE) {
-        if (ublk_now_ms() >= deadline)
+        if (now_ms() >= deadline)
             return -EBUSY;
         sleep_ms(RECOVERY_STEP_MS);
         err = ublk_ctrl_get_info(ctrl, id, &info);
@@ -168,10 +165,10 @@ int ublk_ctrl_start_recovery(struct ublk_ctrl *ctrl, uint32_t id, unsigned timeo
     if (res)
         return res;
     for (;;) {
-        int64_t left = deadline - ublk_now_ms();
+        int64_t left = deadline - now_ms();
 
         res = simple_command(ctrl, UBLK_CMD_START_USER_RECOVERY, id, 0, left > 1 ? (unsigned)left : 1);
-        if (res != -EBUSY || ublk_now_ms() >= deadline)
+        if (res != -EBUSY || now_ms() >= deadline)
             return res;
         sleep_ms(RECOVERY_STEP_MS);
     }
@@ -220,7 +217,7 @@ void ublk_ctrl_close(struct ublk_ctrl *ctrl)
 
 int ublk_open_char(uint32_t id)
 {
-    int64_t deadline = ublk_now_ms() + OPEN_TIMEOUT_MS;
+    int64_t deadline = now_ms() + OPEN_TIMEOUT_MS;
     char path[32];
 
     snprintf(path, sizeof(path), "/dev/ublkc%u", id);
@@ -231,7 +228,7 @@ int ublk_open_char(uint32_t id)
             return fd;
         if (err == EINTR)
             continue;
-        if ((err != ENOENT && err != ENXIO && err != EACCES) || ublk_now_ms() >= deadline)
+        if ((err != ENOENT && err != ENXIO && err != EACCES) || now_ms() >= deadline)
             return -err;
         sleep_ms(OPEN_STEP_MS);
     }

@@ -18,13 +18,13 @@
  */
 #include "ublk_ring.h"
 
+#include "util.h"
+
 #include <assert.h>
-#include <errno.h>
 #include <fcntl.h>
 #include <liburing.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 #define CTRL_PATH "/dev/ublk-control"
@@ -40,14 +40,6 @@ struct ublk_ring {
         uint64_t features;
     } payload;
 };
-
-int64_t ublk_now_ms(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_MONOTONIC, &ts);
-    return (int64_t)ts.tv_sec * 1000 + ts.tv_nsec / 1000000;
-}
 
 static int ring_new(struct ublk_ring **out)
 {
@@ -154,14 +146,14 @@ static int ring_push_cancel(struct ublk_ring *ring)
 }
 
 /*
- * Waits for the completion tagged `tag`; those of other tags are noted in *seen (a bit per tag) and, for the command,
- * its result in *res. False: the time was up.
+ * Waits for the completions whose tags are in `tags`, a bit each; all that come are noted in *seen and, for the
+ * command, its result in *res. False: the time was up.
  */
 static bool ring_wait(struct ublk_ring *ring, unsigned tags, int64_t deadline, unsigned *seen, int *res)
 {
     while ((*seen & tags) != tags) {
         struct io_uring_cqe *cqe = NULL;
-        int64_t left = deadline - ublk_now_ms();
+        int64_t left = deadline - now_ms();
         struct __kernel_timespec ts;
         int err;
 
@@ -238,7 +230,7 @@ int ublk_rings_run(struct ublk_rings *rings, const struct ublk_command *c, int64
         *cancelled = true;
         if (ring_push_cancel(ring) == 0)
             wanted |= cancel_bit;
-        if (!ring_wait(ring, wanted, ublk_now_ms() + UBLK_CANCEL_GRACE_MS, &seen, &res) && !(seen & command_bit)) {
+        if (!ring_wait(ring, wanted, now_ms() + UBLK_CANCEL_GRACE_MS, &seen, &res) && !(seen & command_bit)) {
             ring_put(rings, ring, true);
             return -ETIMEDOUT;
         }

@@ -24,6 +24,7 @@ static inline uint64_t clock_ns(clockid_t clock)
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
 static inline uint64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
+static inline int64_t now_ms(void) { return (int64_t)(now_ns() / 1000000u); }
 
 /* In a loop that waits for another CPU. */
 static inline void cpu_relax(void)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from core_rig import CoreRig, inject_nothing, trace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "model"))  # what reads a trace of the disk
 
 
 @pytest.fixture

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from core_rig import (
@@ -20,40 +19,39 @@ from core_rig import (
     WRITE,
     Background,
     CoreRig,
+    Vol,
     inject,
     pattern,
     trace,
     wait_for,
 )
+from power_cut import Record, read_trace
 
 from glidefs.core.check import CoreError
 from glidefs.core.engine import EventKind
 
 
-class Traced(NamedTuple):
-    """A record of a trace (csrc/disk.h); ``at`` is where it ends in the file."""
-
-    kind: int
-    name: str
-    offset: int
-    data: bytes
-    at: int
-
-
-def read_trace(path: Path) -> list[Traced]:
-    raw, at, out = path.read_bytes(), 0, []
-    while at < len(raw):
-        kind, _, name_length, _, offset, length = struct.unpack_from("<BBHIQQ", raw, at)
-        start = at + 24 + name_length
-        name = Path(raw[at + 24 : start].decode()).name
-        at = start + length
-        out.append(Traced(kind, name, offset, raw[start:at], at))
-    return out
+def trace_of(path: Path) -> list[Record]:
+    return read_trace(path.read_bytes())
 
 
 def sync_events(path: Path) -> list[tuple[int, str]]:
     """(kind, file name) of a trace."""
-    return [(record.kind, record.name) for record in read_trace(path)]
+    return [(record.kind, Path(record.path).name) for record in trace_of(path)]
+
+
+def write_much(vol: Vol) -> None:
+    """So that the next sync takes a while."""
+    for offset in range(0, 32 * MIB, 4 * MIB):
+        vol.core.pwrite(offset, os.urandom(4 * MIB))
+
+
+def begin_flush(vol: Vol, path: Path) -> Background:
+    """A flush whose sync has begun; ``path`` has the trace from there on."""
+    trace(path)
+    flush = Background(vol.core.flush)
+    wait_for(lambda: any(record.kind == SYNC for record in trace_of(path)), "a sync runs")
+    return flush
 
 
 @pytest.fixture
@@ -96,7 +94,7 @@ def test_a_write_is_data_then_record(rig: CoreRig, tmp_path: Path) -> None:
     for i in range(20):
         vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
     trace(None)
-    writes = [record.offset for record in read_trace(path) if record.kind == WRITE and record.offset]
+    writes = [record.offset for record in trace_of(path) if record.kind == WRITE and record.offset]
     data_at = SECTOR + SECTOR  # header and one sector of journal
     assert all(first >= data_at > second for first, second in zip(writes[::2], writes[1::2], strict=True))
 
@@ -110,17 +108,14 @@ def test_a_flush_joins_only_a_sync_that_starts_after_it_came(
     path = tmp_path / "trace"
     overlaps = 0
     for _ in range(5):
-        for offset in range(0, 32 * MIB, 4 * MIB):  # so that the sync takes a while
-            vol.core.pwrite(offset, os.urandom(4 * MIB))
-        trace(path)
-        first = Background(vol.core.flush)
-        wait_for(lambda: any(record.kind == SYNC for record in read_trace(path)), "a sync runs")
+        write_much(vol)
+        first = begin_flush(vol, path)
         vol.core.pwrite(48 * MIB, pattern(1, SECTOR))
         vol.core.flush()
         end = path.stat().st_size
         first.result()
         trace(None)
-        records = [record for record in read_trace(path) if record.at <= end]
+        records = [record for record in trace_of(path) if record.at <= end]
         written = next(i for i, record in enumerate(records) if pattern(1, SECTOR) in record.data)
         kinds = [record.kind for record in records]
         overlaps += SYNC_END not in kinds[:written]
@@ -138,12 +133,9 @@ def test_a_sync_does_not_vouch_for_the_segment_after_it(
     rig = make_rig(segment_bytes=64 * MIB, log_limit=512 * MIB)
     for attempt in range(20):
         vol = rig.vol(directory=tmp_path / f"on-disk-{attempt}" / "id", size=64 * MIB)
-        for offset in range(0, 32 * MIB, 4 * MIB):  # so that the sync takes a while
-            vol.core.pwrite(offset, os.urandom(4 * MIB))
+        write_much(vol)
         vol.core.seal()
-        trace(tmp_path / "trace")
-        flush = Background(vol.core.flush)
-        wait_for(lambda: (SYNC, "0000000000000001.seg") in sync_events(tmp_path / "trace"), "a sync runs")
+        flush = begin_flush(vol, tmp_path / "trace")
         vol.core.pwrite(0, pattern(2, SECTOR))
         vol.core.seal()
         vol.core.pwrite(SECTOR, pattern(3, SECTOR))
