@@ -18,12 +18,12 @@ import msgspec
 from blake3 import blake3
 from msgspec import Meta
 
-from glidefs.errors import CorruptObject
+from glidefs.errors import CorruptObject, NewerFormat
 from glidefs.formats.atomic import write_file_atomic
 from glidefs.formats.manifest import MAX_SIZE, Id, Label, Natural
 from glidefs.names import NAME_PATTERN
 
-VERSION = 1
+VERSION = 2
 MAX_ROOT = 64 << 20
 """Bytes of the largest encoded root that a record holds."""
 MAX_RECORD = 2 * MAX_ROOT + (1 << 20)
@@ -39,7 +39,9 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     copies must have, ``size`` in bytes. ``attached``: the export is to be served at start.
     ``device_id``: the ublk device to keep, if any. ``root_published``: the store has had a root of
     this volume, so one that is missing there fences the export. Until then ``root`` is that root as it
-    will be put, encoded: so one file makes a new volume durable.
+    will be put, encoded: so one file makes a new volume durable. ``fenced``: why this host may not serve
+    the volume any more, empty while it may; ``fenced_at``: since when, unix seconds. A fence is final for
+    this ``log_id``: a volume that is taken again has a new log, and a new record.
     """
 
     name: Annotated[str, Meta(pattern=NAME_PATTERN)]
@@ -59,6 +61,8 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     source: Label = ""
     epoch: Natural = 0
     created_at: Natural = 0
+    fenced: Label = ""
+    fenced_at: Natural = 0
 
     @property
     def is_view(self) -> bool:
@@ -86,24 +90,42 @@ def encode_record(record: ExportRecord) -> bytes:
     return msgspec.json.encode(document) + b"\n"
 
 
+class _OtherVersion(ValueError):
+    """The record is whole, but of another version."""
+
+
+def _other_version(version: object) -> str:
+    if isinstance(version, int) and 0 < version < VERSION:
+        return (
+            f"version {version} is that of an older GlideFS, this one reads version {VERSION}; "
+            "detach the volume with the older one, then attach it here"
+        )
+    return f"version {version!r} is not known here; a newer GlideFS wrote it"
+
+
 def _parse(body: bytes | msgspec.Raw) -> ExportRecord:
     fields = msgspec.json.decode(body, type=dict[str, Any])
     version = fields.get("version")
     if version != VERSION:
-        raise ValueError(f"version {version!r} is not known here; a newer GlideFS wrote it")
+        raise _OtherVersion(_other_version(version))
     for field in _BYTES_FIELDS:
         fields[field] = bytes.fromhex(fields.get(field, ""))
     return msgspec.convert(fields, ExportRecord)
 
 
 def decode_record(key: str, data: bytes) -> ExportRecord:
-    """The record in the bytes of a file; ``key`` names it in errors. Raises CorruptObject."""
+    """The record in the bytes of a file; ``key`` names it in errors.
+
+    Raises CorruptObject; of these NewerFormat for a record of another version.
+    """
     try:
         document = _file_decoder.decode(data)
         body = bytes(document.record)
         if blake3(body).hexdigest() != document.checksum:
             raise ValueError("checksum does not match")
         return _parse(body)
+    except _OtherVersion as error:
+        raise NewerFormat(key, 0, f"export record: {error}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptObject(key, 0, f"export record: {error}") from error
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from blake3 import blake3
 
-from glidefs.errors import CorruptObject
+from glidefs.errors import CorruptObject, NewerFormat
 from glidefs.formats import atomic, export_record
 from glidefs.formats.export_record import ExportRecord
 
@@ -31,7 +32,9 @@ def test_save_and_load(tmp_path: Path) -> None:
         export_record.load(path)
     export_record.save(path, RECORD)
     assert export_record.load(path) == RECORD
-    other = msgspec.structs.replace(RECORD, attached=False, device_id=None, root_published=True)
+    other = msgspec.structs.replace(
+        RECORD, attached=False, device_id=None, root_published=True, fenced="node b has it", fenced_at=7
+    )
     export_record.save(path, other)
     assert export_record.load(path) == other
     assert [entry.name for entry in tmp_path.iterdir()] == ["vm-1.json"]
@@ -57,12 +60,22 @@ def test_every_bit_flip_and_every_truncation() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"name": "../x"}, {"prefix": ".x"}, {"size": 100}, {"log_id": b""}, {"flush": "never"}, {"version": 2}],
+    [{"name": "../x"}, {"prefix": ".x"}, {"size": 100}, {"log_id": b""}, {"flush": "never"}, {"version": 1}],
     ids=str,
 )
 def test_illegal_records_are_not_written(changes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r".+"):
         export_record.encode_record(msgspec.structs.replace(RECORD, **changes))
+
+
+@pytest.mark.parametrize(("version", "why"), [(1, "an older GlideFS"), (3, "a newer GlideFS")])
+def test_another_version_is_refused_by_name(version: int, why: str) -> None:
+    document = json.loads(export_record.encode_record(RECORD))
+    document["record"]["version"] = version
+    body = msgspec.json.encode(document["record"])
+    document["checksum"] = blake3(body).hexdigest()
+    with pytest.raises(NewerFormat, match=rf"version {version} .*{why}"):
+        export_record.decode_record("f", msgspec.json.encode(document))
 
 
 def test_too_long_a_file(tmp_path: Path) -> None:
