@@ -109,6 +109,7 @@ class Daemon:
             marker = self.cache_dir / "store-probed"
             check = StoreCheck(self._store, self.config.store, marker, self._stopping)
             check.run(has_exports=self.router.has_records())
+            self._store.patient = True
             self._open_exports()
             self._listen(listeners or [])
         except BaseException:
@@ -260,6 +261,8 @@ class Daemon:
     def stand_by(self, locks: list[int], listeners: Listeners, names: tuple[str, ...]) -> HandoffCoordinator:
         """Open these exports while the predecessor serves them."""
         self._prepare(locks)
+        assert self._store is not None
+        self._store.patient = True
         self._open_core(standby=True)
         self._inherit(listeners)
         _api_server(self)  # what it takes to import is not to be waited for later
@@ -359,8 +362,9 @@ class Daemon:
         if router is not None:
             router.refuse_changes()
         if router is not None and store is not None and deadline > 0:
-            if store.metrics().breaker != "closed":
-                log.warning("the store does not answer; what is not uploaded stays safe in the log")
+            # Asked now: what was known of the store may be from before it came back.
+            if not store.answers():
+                log.warning("what is not uploaded stays safe in the log")
             else:
                 self._drain(router, time.monotonic() + deadline, hurry)
         if router is not None:

@@ -72,6 +72,8 @@ class StoreError(GlideError):
     """
 
     default_temporary: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
+    """Whether a daemon that serves waits for the end of it, though somebody must do something about it."""
 
     def __init__(
         self,
@@ -117,8 +119,16 @@ class Conflict(StoreError):
     default_temporary = True
 
 
+class StoreRefused(StoreError):
+    """The store refused the request."""
+
+    waits = True
+
+
 class AccessDenied(StoreError):
     """The store refused the credentials; check them and the bucket's policy."""
+
+    waits = True
 
 
 class NoSuchBucket(StoreError):
@@ -128,9 +138,13 @@ class NoSuchBucket(StoreError):
     has worked before raises it as temporary.
     """
 
+    waits = True
+
 
 class StoreUnsupported(StoreError):
     """The store ignores a feature that correctness rests on; use another store."""
+
+    waits = True
 
 
 class InvalidName(GlideError):

@@ -161,6 +161,10 @@ class ObjectStore(ABC):
         (SeaweedFS) also lists those whose objects are all gone.
         """
 
+    def forget(self, key: str) -> None:
+        """Forget what is kept here of ``key`` (a signed URL), so that it is asked for anew."""
+        return
+
     def close(self) -> None:
         """Give connections back. Calls after it are an error of the caller."""
         return

@@ -24,6 +24,8 @@ OPEN = "open"
 HALF_OPEN = "half-open"
 
 _FIRST_PROBE = 0.1
+_QUIET = 3.0
+"""Seconds without a failure after which nobody asks any more. Who waits is probed for each second."""
 _SLICE = 0.25
 """Longest uninterrupted wait in seconds, so that a cancellation is seen in time."""
 
@@ -42,6 +44,9 @@ class Breaker:
         self._next_probe = 0.0
         self._probing = 0
         self._opened_at = 0.0
+        self._opened_on = 0.0
+        self._last_failure = 0.0
+        self._reason = ""
 
     @property
     def state(self) -> str:
@@ -61,6 +66,11 @@ class Breaker:
         """Seconds since it opened, 0 while closed."""
         with self._changed:
             return time.monotonic() - self._opened_at if self._open else 0.0
+
+    def opened(self) -> tuple[float, str] | None:
+        """When it opened (unix seconds) and why the last call failed; None while closed."""
+        with self._changed:
+            return (self._opened_on, self._reason) if self._open else None
 
     def enter(self, until: float | None, cancelled: Callable[[], bool]) -> bool:
         """Wait for permission to call. True if the call is a probe, which :meth:`leave` wants to know.
@@ -85,31 +95,64 @@ class Breaker:
                 self._changed.wait(wait if until is None else min(wait, max(until - now, 0.0)))
             return False
 
-    def leave(self, probe: bool, ok: bool | None) -> None:
-        """Report a call: it worked, it failed, or (None) it says nothing about the store."""
+    def leave(self, probe: bool, ok: bool | None, reason: str = "") -> bool:
+        """Report a call: it worked, it failed for ``reason``, or (None) it says nothing about the store.
+
+        True if the breaker opened or closed by that.
+        """
         if ok and not probe and not self._open and not self._failures:
-            return  # nothing to change: the hot path takes no lock
+            return False  # nothing to change: the hot path takes no lock
         with self._changed:
+            was_open = self._open
             if probe:
                 self._probing -= 1
             if ok:
-                self._failures = 0
-                self._open = False
-                self._delay = _FIRST_PROBE
-                self._changed.notify_all()
+                self._close()
             elif ok is None:
                 if probe:
                     self._next_probe = min(self._next_probe, time.monotonic())
                     self._changed.notify()
-            elif probe:
-                self._schedule()
             else:
-                self._failures += 1
-                if self._failures >= self._threshold and not self._open:
-                    self._open = True
-                    self._opened_at = time.monotonic()
-                    self._delay = _FIRST_PROBE
-                    self._schedule()
+                self._fail(probe, reason)
+            return self._open != was_open
+
+    def hear(self, hurry: bool) -> bool:
+        """A call that goes through another breaker worked. True if this one closed by that.
+
+        Whoever waits here probes, at once if ``hurry``. Where nobody asked for some seconds the next
+        call finds out by itself.
+        """
+        with self._changed:
+            if not self._open:
+                return False
+            now = time.monotonic()
+            if not self._probing and now - self._last_failure > _QUIET:
+                self._close()
+                return True
+            if hurry:
+                self._next_probe = min(self._next_probe, now)
+                self._changed.notify()
+            return False
+
+    def _close(self) -> None:
+        self._failures = 0
+        self._open = False
+        self._delay = _FIRST_PROBE
+        self._changed.notify_all()
+
+    def _fail(self, probe: bool, reason: str) -> None:
+        self._reason = reason
+        self._last_failure = time.monotonic()
+        if probe:
+            self._schedule()
+            return
+        self._failures += 1
+        if self._failures >= self._threshold and not self._open:
+            self._open = True
+            self._opened_at = self._last_failure
+            self._opened_on = time.time()
+            self._delay = _FIRST_PROBE
+            self._schedule()
 
     def _schedule(self) -> None:
         """Set the time of the next probe; early ones come sooner, all with jitter."""

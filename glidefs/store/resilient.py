@@ -10,88 +10,78 @@ Each class of traffic has a *lane* with its own limit of concurrent requests, so
 queue behind uploads or prefetch. A request holds its place only while it runs, not while it
 waits for a retry.
 
+What the store says of itself is judged in one place, for all lanes: the first request that works tells that
+it is back, whichever it is; that it went away and came back is a line in the log each, and so is what
+waits for long (:mod:`glidefs.store.state`). An absence is believed only of the store that is meant:
+where ``identity`` is set, it is asked first.
+
 A put may be applied and its answer lost. Its retry then meets its own work, as PreconditionFailed: that
 error leaves here with ``ambiguous`` set, and who commits must read the key to find out.
 """
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Final, Literal, TypeVar
 
-import msgspec
 import tenacity
 
-from glidefs.errors import CorruptObject, StoreError, StoreUnavailable, Throttled
+from glidefs.errors import CorruptObject, NotFound, StoreError, StoreUnavailable, Throttled
 from glidefs.store.base import Body, Buffer, Keys, ListPage, Object, ObjectInfo, ObjectStore, body_length
 from glidefs.store.breaker import Breaker
+from glidefs.store.counters import Counters, StoreMetrics
+from glidefs.store.state import StoreState, Waits, waiting
+
+log = logging.getLogger(__name__)
+
+__all__ = ["ResilientStore", "StoreMetrics", "StoreState", "StoreView"]
 
 T = TypeVar("T")
 Kind = Literal["read", "upload", "background"]
 Outcome = Literal["ok", "retry", "error"]
 MetricsHook = Callable[[str, Outcome, float], None]
+Identity = Callable[[ObjectStore], None]
+"""Asks the bare store which one it is; raises a StoreError where that is not the one that is meant."""
 
 MAX_BACKOFF: Final = 1.0
 _FIRST_BACKOFF: Final = 0.05
 _SLICE: Final = 0.25
-
-
-class StoreMetrics(msgspec.Struct, frozen=True):
-    """Counters since the start. The maps are by operation; bytes are payload; state is the worse one.
-
-    ``errors`` counts failed attempts, ``retries`` those that were tried again, ``waiting`` the
-    calls that hold no place and wait (for a place, a retry, or the store).
-    """
-
-    requests: Mapping[str, int]
-    errors: Mapping[str, int]
-    retries: Mapping[str, int]
-    bytes_in: int
-    bytes_out: int
-    waiting: int
-    breaker: str
-    down_seconds: float
-
-
-class _Counters:
-    def __init__(self) -> None:
-        # Guards the counters, for the time of an addition.
-        self.lock = threading.Lock()
-        self.requests: Counter[str] = Counter()
-        self.errors: Counter[str] = Counter()
-        self.retries: Counter[str] = Counter()
-        self.bytes_in = 0
-        self.bytes_out = 0
-        self.waiting = 0
-
-    def count(self, op: str, *, failed: bool, again: bool = False, got: int = 0, sent: int = 0) -> None:
-        with self.lock:
-            self.requests[op] += 1
-            self.errors[op] += failed
-            self.retries[op] += again
-            self.bytes_in += got
-            self.bytes_out += sent
-
-    def wait(self, change: int) -> None:
-        with self.lock:
-            self.waiting += change
+_LOOK: Final = 1.0
+"""Seconds after which who waits looks at the clock."""
+_ANSWER: Final = 2.0
+"""Seconds that the store has to say whether it is there."""
 
 
 class _Call:
     """One call of a lane: its deadline, and what became of its attempts."""
 
-    __slots__ = ("key", "last", "op", "sent", "until")
+    __slots__ = ("key", "kind", "last", "op", "sent", "until")
 
-    def __init__(self, op: str, key: str, until: float | None, sent: int) -> None:
+    def __init__(self, kind: Kind, op: str, key: str, until: float | None, sent: int) -> None:
+        self.kind = kind
         self.op = op
         self.key = key
         self.until = until
         self.sent = sent
         self.last: StoreError | None = None
+
+    def waits(self, waits: Waits, why: str) -> None:
+        """It has no answer so far, for its last error or else for ``why``."""
+        reason = self.last.why if self.last is not None else why
+        waits.failed(waiting(self.kind, self.op, self.key), reason)
+
+    def is_over(self) -> bool:
+        """Whether its deadline passed."""
+        return self.until is not None and time.monotonic() >= self.until
+
+    def look(self) -> float:
+        """When to look at the clock again, at its deadline at the latest."""
+        then = time.monotonic() + _LOOK
+        return then if self.until is None else min(then, self.until)
 
     def failed(self, error: StoreError) -> None:
         """Note a failed attempt. A put without an answer may be done; so what follows it is ambiguous."""
@@ -117,10 +107,13 @@ class _Call:
 class StoreView(ObjectStore):
     """A store seen through one lane: same objects, own concurrency limit and deadline."""
 
-    def __init__(self, owner: ResilientStore, lane: threading.Semaphore, deadline: float | None) -> None:
+    def __init__(
+        self, owner: ResilientStore, kind: Kind, lane: threading.Semaphore, deadline: float | None
+    ) -> None:
         self.url = owner.url
         self._owner = owner
         self._inner = owner.inner
+        self._kind: Kind = kind
         self._lane = lane
         self._deadline = deadline
 
@@ -155,6 +148,9 @@ class StoreView(ObjectStore):
     def list_dirs(self, prefix: str) -> Keys:
         return self._run("list_dirs", prefix, lambda: self._inner.list_dirs(prefix))
 
+    def forget(self, key: str) -> None:
+        self._inner.forget(key)
+
     # -- one call ------------------------------------------------------------------------------
 
     def _run(
@@ -167,7 +163,7 @@ class StoreView(ObjectStore):
     ) -> T:
         owner = self._owner
         until = None if self._deadline is None else time.monotonic() + self._deadline
-        call = _Call(op, key, until, sent)
+        call = _Call(self._kind, op, key, until, sent)
         try:
             return self._attempt(call, request, size)
         except StoreError as error:
@@ -190,14 +186,20 @@ class StoreView(ObjectStore):
         probe = self._enter(call, breaker)
         started = time.monotonic()
         ok: bool | None = None
+        reason = ""
         try:
-            result = request()
+            result = self._believed(request)
             ok = True
         except StoreError as error:
+            if owner.patient and error.waits:
+                error.temporary = True
             # Asking for patience is a sign of life, though none that all is well.
             ok = None if isinstance(error, Throttled) else not error.temporary
             again = owner.may_retry(error, call.until)
+            reason = str(error)
             call.failed(error)
+            if error.temporary:
+                call.waits(owner.waits, reason)
             owner.counters.count(call.op, failed=True, again=again)
             owner.report(call.op, "retry" if again else "error", started)
             raise
@@ -209,10 +211,32 @@ class StoreView(ObjectStore):
         finally:
             if not probe:
                 self._lane.release()
-            breaker.leave(probe, ok)
+            owner.settle(breaker, probe, ok, reason)
+            if ok and owner.waits.any:
+                owner.waits.served(waiting(call.kind, call.op, call.key))
         owner.counters.count(call.op, failed=False, got=size(result) if size else 0, sent=call.sent)
         owner.report(call.op, "ok", started)
         return result
+
+    def _believed(self, request: Callable[[], T]) -> T:
+        """The answer. That something is not there counts only if the store is the one that is meant."""
+        identity = self._owner.identity
+        if identity is None:
+            return request()
+        try:
+            result = request()
+        except NotFound:
+            self._identify(identity)
+            raise
+        if result == [] or result == _EMPTY_PAGE:
+            self._identify(identity)
+        return result
+
+    def _identify(self, identity: Identity) -> None:
+        try:
+            identity(self._inner)
+        except NotFound as error:
+            raise StoreUnavailable(f"is it the right store? {error}", key=error.key, op=error.op) from error
 
     def _enter(self, call: _Call, breaker: Breaker) -> bool:
         """Get past the breaker and into the lane; true for a probe, which takes no place in the lane.
@@ -224,7 +248,9 @@ class StoreView(ObjectStore):
         owner = self._owner
         owner.counters.wait(1)
         try:
-            while not breaker.enter(call.until, owner.cancelled):
+            while True:
+                if self._passed(call, breaker):
+                    return True
                 left = _SLICE if call.until is None else min(_SLICE, call.until - time.monotonic())
                 if self._lane.acquire(timeout=max(left, 0.0)):
                     if breaker.is_closed:
@@ -234,13 +260,28 @@ class StoreView(ObjectStore):
                     raise InterruptedError
                 elif left <= 0:
                     raise TimeoutError
-            return True
+                else:
+                    call.waits(owner.waits, f"all requests that {call.kind} may make are under way")
         except TimeoutError:
             raise call.gave_up(breaker) from call.last
         except InterruptedError:
             raise call.error("given up: the daemon is stopping") from call.last
         finally:
             owner.counters.wait(-1)
+
+    def _passed(self, call: _Call, breaker: Breaker) -> bool:
+        """Wait for the breaker; true if the call is a probe. Raises TimeoutError, InterruptedError."""
+        while True:
+            try:
+                return breaker.enter(call.look(), self._owner.cancelled)
+            except TimeoutError:
+                opened = breaker.opened()
+                call.waits(self._owner.waits, opened[1] if opened else "")
+                if call.is_over():
+                    raise
+
+
+_EMPTY_PAGE = ListPage(())
 
 
 class ResilientStore(ObjectStore):
@@ -250,6 +291,10 @@ class ResilientStore(ObjectStore):
     and ``background`` limit the requests in flight per lane. ``cancel``: an event or callable that
     makes waiting calls raise StoreUnavailable. ``on_metrics(op, outcome, seconds)`` is called after
     each attempt, on the caller's thread.
+
+    ``patient`` is set by a daemon once the store was tried: from then on a store that refuses (no access, no
+    bucket, a request that it does not know) is one that has trouble, and callers wait.
+    ``identity`` is called before an absence is believed: a NotFound, an empty listing.
     """
 
     def __init__(
@@ -266,7 +311,10 @@ class ResilientStore(ObjectStore):
     ) -> None:
         self.inner = inner
         self.url = inner.url
-        self.counters = _Counters()
+        self.counters = Counters()
+        self.waits = Waits()
+        self.patient = False
+        self.identity: Identity | None = None
         self._deadline = deadline
         self._on_metrics = on_metrics
         self._cancel_event = cancel if isinstance(cancel, threading.Event) else None
@@ -278,12 +326,15 @@ class ResilientStore(ObjectStore):
         }
         self._read_breaker = Breaker(probe_every=probe_every)
         self._write_breaker = Breaker(probe_every=probe_every)
+        # Guards what was said last; held while it is said, so that lines come in their order.
+        self._saying = threading.Lock()
+        self._said_away = 0.0
         self._reads = self.view("read")
         self._writes = self.view("upload")
 
     def view(self, kind: Kind, deadline: float | Literal["default"] | None = "default") -> StoreView:
         """The same store with the limits of ``kind``; ``deadline`` replaces the store's own."""
-        return StoreView(self, self._lanes[kind], self._deadline if deadline == "default" else deadline)
+        return StoreView(self, kind, self._lanes[kind], self._deadline if deadline == "default" else deadline)
 
     def metrics(self) -> StoreMetrics:
         """A copy of the counters."""
@@ -302,11 +353,63 @@ class ResilientStore(ObjectStore):
                 down_seconds=worst.open_for,
             )
 
+    @property
+    def state(self) -> StoreState:
+        """Whether the store serves, by the requests of all lanes."""
+        wait, why = self.waits.longest()
+        opened = [found for b in (self._read_breaker, self._write_breaker) if (found := b.opened())]
+        if not opened:
+            return StoreState(longest_wait=wait, wait_reason=why)
+        since, reason = min(opened)
+        return StoreState(True, since, reason, wait, why)
+
+    def answers(self, patience: float = _ANSWER) -> bool:
+        """Ask the store now, whatever is known of it, whether it answers. For who is about to give it up.
+
+        If so, whoever waits for it goes on.
+        """
+        if not self.state.away:
+            return True
+        until = time.monotonic() + patience
+        while True:
+            try:
+                self.inner.list_page(".probe/")
+            except StoreError as error:
+                if time.monotonic() + _SLICE > until:
+                    log.warning("the store does not answer: %s", error)
+                    return False
+                time.sleep(_SLICE)
+                continue
+            for breaker in (self._read_breaker, self._write_breaker):
+                self.settle(breaker, False, True, "")
+            return True
+
     # -- for the views -------------------------------------------------------------------------
 
     def breaker_of(self, op: str) -> Breaker:
         """The breaker that requests of ``op`` go through."""
         return self._write_breaker if op in ("put", "delete") else self._read_breaker
+
+    def settle(self, breaker: Breaker, probe: bool, ok: bool | None, reason: str) -> None:
+        """An attempt ended: tell both breakers, and say so if the store went away or is back."""
+        changed = breaker.leave(probe, ok, reason)
+        if ok:
+            other = self._read_breaker if breaker is self._write_breaker else self._write_breaker
+            if not other.is_closed:
+                changed |= other.hear(hurry=changed)
+        if changed:
+            self._say()
+
+    def _say(self) -> None:
+        with self._saying:
+            state = self.state
+            if state.away and not self._said_away:
+                self._said_away = time.monotonic()
+                log.warning("the store is away; what needs it waits: %s", state.reason)
+            elif not state.away and self._said_away:
+                seconds = time.monotonic() - self._said_away
+                self._said_away = 0.0
+                log.warning("the store is back after %.1f s", seconds)
 
     def cancelled(self) -> bool:
         """Have waiting calls been told to give up?"""
@@ -361,6 +464,9 @@ class ResilientStore(ObjectStore):
 
     def list_dirs(self, prefix: str) -> Keys:
         return self._reads.list_dirs(prefix)
+
+    def forget(self, key: str) -> None:
+        self.inner.forget(key)
 
     def close(self) -> None:
         self.inner.close()

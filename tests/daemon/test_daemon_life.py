@@ -274,3 +274,18 @@ def test_an_outage_from_the_first_start_on(make_daemon: Make) -> None:
         assert daemon.has("v1", 6, "1M", "1M")
         daemon.stop()
     assert (daemon.base / "image").read_bytes()[: 2 << 20] == b"\x05" * (1 << 20) + b"\x06" * (1 << 20)
+
+
+def test_a_stop_after_an_outage_uploads(daemon: Daemon) -> None:
+    """Nobody asked the store since it came back: the stop must not go by what was known of it before."""
+    daemon.json("create", "v1", "--size", "64MiB")
+    away = daemon.store.with_name("unmounted")
+    daemon.store.rename(away)
+    daemon.io("v1", "write -P 5 0 1M", "flush")
+    daemon.fails("drain", "v1", "--timeout", "3s")
+    wait_for(lambda: "the store is away" in daemon.log_text, "the outage is noticed")
+    away.rename(daemon.store)
+    daemon.stop()
+    assert "safe in the log" not in daemon.log_text
+    daemon.json("export-image", "v1", "image")
+    assert (daemon.base / "image").read_bytes()[: 1 << 20] == b"\x05" * (1 << 20)

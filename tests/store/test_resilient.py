@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 
@@ -16,12 +17,17 @@ from glidefs.errors import (
     NoSuchBucket,
     NotFound,
     PreconditionFailed,
+    StoreError,
+    StoreRefused,
     StoreUnavailable,
+    StoreUnsupported,
     Throttled,
 )
+from glidefs.store.base import Object, ObjectStore
 from glidefs.store.breaker import Breaker
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
+from glidefs.store.state import StoreState, Waits, waiting
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -232,3 +238,189 @@ def test_breaker_needs_a_run_of_failures() -> None:
         breaker.enter(time.monotonic(), lambda: False)
     with pytest.raises(InterruptedError):
         breaker.enter(None, lambda: True)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records]
+
+
+def fail_until_open(store: ResilientStore, *calls: Callable[[], object]) -> None:
+    for call in calls:
+        for _ in range(6):
+            with pytest.raises(StoreUnavailable):
+                call()
+
+
+def test_away_and_back_are_said_once_each(inner: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    store = ResilientStore(inner, deadline=0.05)
+    assert store.state == StoreState()
+    inner.set_down(True)
+    before = time.time()
+    fail_until_open(store, lambda: store.get("k"), lambda: store.put("x", b""))
+    state = store.state
+    assert state.away
+    assert before <= state.since <= time.time()
+    assert "the store is down" in state.reason
+    inner.set_down(False)
+    wait_for(lambda: succeeds(lambda: store.get("k")))
+    wait_for(lambda: succeeds(lambda: store.put("x", b"")))
+    assert not store.state.away
+    said = messages(caplog)
+    assert [text.split(";")[0] for text in said if "away" in text] == ["the store is away"]
+    assert len([text for text in said if text.startswith("the store is back after")]) == 1
+
+
+def succeeds(call: Callable[[], object]) -> bool:
+    try:
+        call()
+    except StoreUnavailable:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("lane", ["read", "upload", "background"])
+def test_whichever_request_works_first_tells_that_the_store_is_back(inner: MemoryStore, lane: str) -> None:
+    """Nobody asks in the other direction any more: what was known of it must not outlive the outage."""
+    store = ResilientStore(inner, deadline=0.05)
+    inner.set_down(True)
+    fail_until_open(store, lambda: store.get("k"), lambda: store.put("x", b""))
+    inner.set_down(False)
+    view = store.view(lane, deadline=0.05)  # type: ignore[arg-type]
+    use = (lambda: view.put("y", b"")) if lane == "upload" else (lambda: view.get("k"))
+    wait_for(lambda: succeeds(use) and not store.state.away)
+    assert store.metrics().breaker == "closed"
+
+
+def test_who_stops_asks_the_store_anew(inner: MemoryStore) -> None:
+    store = ResilientStore(inner, deadline=0.05)
+    inner.set_down(True)
+    fail_until_open(store, lambda: store.put("x", b""))
+    assert not store.answers(0.1)
+    assert store.state.away
+    inner.set_down(False)
+    assert store.answers(5)
+    assert not store.state.away
+    store.put("x", b"")
+
+
+def test_a_store_that_takes_no_writes_stays_away_while_reads_work(inner: MemoryStore) -> None:
+    inner.fail_next("put", *[StoreUnavailable("no space left") for _ in range(10_000)])
+    store = ResilientStore(inner, probe_every=0.05)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            with suppress(StoreUnavailable):
+                store.view("upload", deadline=0.1).put("x", b"")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        wait_for(lambda: store.state.away)
+        since = store.state.since
+        until = time.monotonic() + 1.0
+        while time.monotonic() < until:
+            store.get("k")
+            assert store.state.since == since
+        assert "no space left" in store.state.reason
+    finally:
+        stop.set()
+        writer.join()
+
+
+def test_what_waits_long_is_said_once_over_its_calls(
+    inner: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ResilientStore(inner, probe_every=0.05)
+    store.waits = Waits(loud_after=0.3)
+    inner.set_down(True)
+    view = store.view("read", deadline=0.1)  # each call ends long before
+    until = time.monotonic() + 0.8
+    while time.monotonic() < until:
+        assert not succeeds(lambda: view.get("k"))
+    assert store.state.longest_wait >= 0.3
+    assert "the store is down" in store.state.wait_reason
+    inner.set_down(False)
+    wait_for(lambda: succeeds(lambda: view.get("k")))
+    said = [text for text in messages(caplog) if text.startswith("get of k")]
+    assert len(said) == 2, said
+    assert "(read) waits for the store" in said[0]
+    assert "the store is down" in said[0]
+    assert "goes on after" in said[1]
+    assert store.state.longest_wait == 0
+
+
+def test_a_call_that_only_waits_says_so(inner: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
+    """Without an attempt of its own: parked behind the probes of others, or for a place in its lane."""
+    store = ResilientStore(inner, reads=1)
+    store.waits = Waits(loud_after=0.2)
+    gate = threading.Event()
+    real = inner.get
+
+    def slow(key: str) -> Object:
+        gate.wait(20)
+        return real(key)
+
+    inner.get = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(store.get, "k") for _ in range(2)]
+        wait_for(lambda: any("may make are under way" in text for text in messages(caplog)))
+        gate.set()
+        assert all(call.result(10).data for call in calls)
+    wait_for(lambda: any("goes on after" in text for text in messages(caplog)))
+
+
+def test_packs_that_are_put_under_new_names_are_one_wait() -> None:
+    assert waiting("upload", "put", "p/packs/aa/aa01") == waiting("upload", "put", "p/packs/bb/bb02")
+    assert waiting("upload", "put", "p/volumes/a/manifest") != waiting(
+        "upload", "put", "p/volumes/b/manifest"
+    )
+    assert waiting("read", "get_range", "p/packs/aa/1") != waiting("read", "get_range", "p/packs/aa/2")
+
+
+@pytest.mark.parametrize(
+    "error", [AccessDenied(), NoSuchBucket(), StoreUnsupported(), StoreRefused("HTTP 400")], ids=str
+)
+def test_a_daemon_waits_for_a_store_that_refuses(inner: MemoryStore, error: StoreError) -> None:
+    store = ResilientStore(inner)
+    store.patient = True
+    inner.fail_next("get", error)
+    assert store.get("k").data == b"0123456789"
+
+
+def test_an_absence_counts_only_of_the_store_that_is_meant(inner: MemoryStore) -> None:
+    store = ResilientStore(inner, deadline=0.1)
+    asked: list[ObjectStore] = []
+    wrong: list[StoreError] = []
+
+    def identity(bare: ObjectStore) -> None:
+        asked.append(bare)
+        if wrong:
+            raise wrong[0]
+
+    store.identity = identity
+    absences: list[Callable[[], object]] = [
+        lambda: store.get("none"),
+        lambda: store.head("none"),
+        lambda: store.get_range("none", 0, 1),
+        lambda: store.get_suffix("none", 1),
+    ]
+    for absence in absences:
+        with pytest.raises(NotFound):
+            absence()
+    assert store.list_dirs("none/") == []
+    assert list(store.list("none/")) == []
+    assert asked == [inner] * 6
+    store.get("k")
+    assert len(asked) == 6, "what is there needs no proof"
+    wrong.append(StoreUnavailable("another store"))
+    listings: list[Callable[[], object]] = [
+        lambda: store.list_dirs("none/"),
+        lambda: list(store.list("none/")),
+    ]
+    for absence in [*absences, *listings]:
+        with pytest.raises(StoreUnavailable):
+            absence()
+    wrong[:] = [NotFound(key="store.json")]
+    with pytest.raises(StoreUnavailable):
+        store.get("none")

@@ -1,0 +1,54 @@
+"""The counters of a patient store."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+
+import msgspec
+
+
+class StoreMetrics(msgspec.Struct, frozen=True):
+    """Counters since the start. The maps are by operation; bytes are payload; state is the worse one.
+
+    ``errors`` counts failed attempts, ``retries`` those that were tried again, ``waiting`` the
+    calls that hold no place and wait (for a place, a retry, or the store).
+    """
+
+    requests: Mapping[str, int]
+    errors: Mapping[str, int]
+    retries: Mapping[str, int]
+    bytes_in: int
+    bytes_out: int
+    waiting: int
+    breaker: str
+    down_seconds: float
+
+
+class Counters:
+    """What is counted, by the attempts of all lanes."""
+
+    def __init__(self) -> None:
+        # Guards the counters, for the time of an addition.
+        self.lock = threading.Lock()
+        self.requests: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.retries: Counter[str] = Counter()
+        self.bytes_in = 0
+        self.bytes_out = 0
+        self.waiting = 0
+
+    def count(self, op: str, *, failed: bool, again: bool = False, got: int = 0, sent: int = 0) -> None:
+        """Add an attempt, and the bytes that it moved."""
+        with self.lock:
+            self.requests[op] += 1
+            self.errors[op] += failed
+            self.retries[op] += again
+            self.bytes_in += got
+            self.bytes_out += sent
+
+    def wait(self, change: int) -> None:
+        """One more or one less waits without a place."""
+        with self.lock:
+            self.waiting += change
