@@ -328,3 +328,49 @@ int log_map_forget_zero(struct log_map *m, uint64_t sector, uint64_t count, uint
     }
     return 0;
 }
+
+struct forget_upto {
+    struct log_map *map;
+    uint64_t seq;
+    log_map_forgot forgot;
+    void *arg;
+};
+
+static bool forget_old(uint64_t block, uint64_t value, void *arg)
+{
+    struct forget_upto *f = arg;
+    struct log_leaf *leaf = (struct log_leaf *)(uintptr_t)value;
+    bool any = false;
+
+    for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
+        if (!leaf->pos[i] || pos_seq(leaf->pos[i]) > f->seq)
+            continue;
+        leaf->pos[i] = 0;
+        leaf->used--;
+        any = true;
+    }
+    if (any)
+        f->forgot(block, 1, f->arg);
+    if (leaf->used)
+        return false;
+    group_remove(f->map, block);
+    leaf_free(f->map, leaf);
+    return true;
+}
+
+int log_map_forget_upto(struct log_map *m, uint64_t seq, log_map_forgot forgot, void *arg)
+{
+    struct forget_upto f = {m, seq, forgot, arg};
+    struct zero_extent e;
+
+    for (uint64_t at = 0; zero_map_next(&m->zeros, at, &e); at = e.end) {
+        if (pos_seq(e.pos) > seq)
+            continue;
+        int err = zero_map_clear(&m->zeros, e.start, e.end);
+        if (err)
+            return err;
+        forgot(e.start, e.end - e.start, arg);
+    }
+    table_filter(&m->leaves, forget_old, &f);
+    return 0;
+}

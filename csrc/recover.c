@@ -34,6 +34,7 @@ struct found {
     struct segment_journal journal;
     bool usable;                  /* the header is valid */
     bool suspect;                 /* a sync failed: see log_mark_sync_failed */
+    bool dropped;                 /* not all valid records are replayed */
     uint32_t limit;               /* records from here on are of a writer that had lost the log */
     uint64_t vouch_from, vouched; /* what its SYNC records call durable; all of a segment have the same start */
     uint64_t durable;             /* log position: everything of this segment below it is */
@@ -152,6 +153,7 @@ static int apply(struct recovery *r, struct found *f, uint32_t index)
     if (err == -EUCLEAN && pos >= f->durable) {
         record->op = 0;
         f->journal.valid--;
+        f->dropped = true;
         r->out->dropped++;
         note_damage(r, f->seq);
         return 0;
@@ -200,6 +202,7 @@ static int adopt(struct recovery *r, struct found *f)
     s->first_ns = fstat(f->file.fd, &st) ? clock_ns(CLOCK_REALTIME)
                                          : (uint64_t)st.st_mtim.tv_sec * 1000000000u + (uint64_t)st.st_mtim.tv_nsec;
     s->sync_failed = f->suspect;
+    s->counted = f->usable && !f->dropped;
     f->file.fd = -1; /* it is the segment's now */
     f->file.path = NULL;
     return 0;

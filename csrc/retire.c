@@ -6,6 +6,10 @@
  * slice of records per round so that guests never wait for a whole segment. The
  * stamp is bumped before the first record: a fault that was resolved against an
  * older manifest cannot install what the log is about to uncover.
+ *
+ * What the journal says on the disk is believed only if it has every record that
+ * was appended: else a damaged one would leave a position of a file that is gone.
+ * Then the map itself is walked, which needs no file.
  */
 #include "fault.h"
 #include "util.h"
@@ -25,7 +29,9 @@ struct retire {
     uint64_t seq;   /* the segment at work, 0 = none left */
     struct segment_id id;
     struct disk_file file; /* of it, a duplicate: closing the last fd may take the file system a while */
-    uint32_t end;
+    uint32_t end, sectors, valid;
+    bool counted; /* `valid` is all that was ever appended */
+    bool whole;   /* so is the journal */
     struct segment_journal journal;
     uint32_t at;
     int err;
@@ -54,6 +60,9 @@ static int pick(struct worker *w, void *arg)
     r->id = log->id;
     r->id.seq = s->seq;
     r->end = s->end;
+    r->sectors = s->sectors;
+    r->valid = s->valid;
+    r->counted = s->counted && !s->sync_failed;
     return 0;
 }
 
@@ -68,6 +77,11 @@ static void forget_slice(struct task *task, struct worker *w)
     struct volume *v = r->v;
     uint32_t stop = (uint32_t)min_u64(r->journal.end, (uint64_t)r->at + SLICE);
 
+    if (!r->whole) {
+        r->err = log_map_forget_upto(&v->map, r->seq, forgot, v);
+        r->whole = true; /* as far as the map goes */
+        r->at = stop = r->journal.end;
+    }
     for (; r->at < stop && !r->err; r->at++) {
         const struct segment_record *record = &r->journal.records[r->at];
         uint64_t pos = pos_make(r->seq, r->at);
@@ -100,15 +114,20 @@ static void start_forget(struct call *call, struct worker *w)
     forget_slice(&r->task, w);
 }
 
+/* Whether the journal on the disk has all that the map may have of the segment. */
+static bool read_whole(struct retire *r)
+{
+    struct segment_header h = {.seq = r->seq, .sectors = r->sectors};
+
+    memcpy(h.volume_id, r->id.volume_id, 16);
+    memcpy(h.log_id, r->id.log_id, 16);
+    return r->counted && !segment_read_journal(&r->file, &h, r->end, &r->journal) && r->journal.valid == r->valid;
+}
+
 static int retire_one(struct retire *r)
 {
-    struct segment_header header;
-    int err = r->end ? segment_read_header(&r->file, &r->id, &header) : 0;
-
-    if (!err && r->end)
-        err = segment_read_journal(&r->file, &header, r->end, &r->journal);
-    if (!err)
-        err = call_run(r->v->worker, &r->call, start_forget, r);
+    r->whole = !r->valid || read_whole(r);
+    int err = call_run(r->v->worker, &r->call, start_forget, r);
     segment_free_journal(&r->journal);
     if (err)
         return err;

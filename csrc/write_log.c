@@ -77,11 +77,13 @@ static int need_dir(struct write_log *log)
 
 static void charge(struct write_log *log, struct log_segment *s, uint64_t bytes)
 {
-    if (s->recycled)
-        return;
-    s->bytes += bytes;
-    log->bytes += bytes;
-    atomic_fetch_add(&log->engine->log_bytes, bytes);
+    s->used += bytes;
+    if (s->used <= s->bytes)
+        return; /* space of its former life */
+    uint64_t more = s->used - s->bytes;
+    s->bytes += more;
+    log->bytes += more;
+    atomic_fetch_add(&log->engine->log_bytes, more);
 }
 
 static void discharge(struct write_log *log, uint64_t bytes)
@@ -267,7 +269,7 @@ static int open_segment(struct write_log *log)
             log->id.seq = id.seq;
             s->unsynced = true;
             s->first_ns = clock_ns(CLOCK_REALTIME);
-            s->recycled = bytes > 0;
+            s->counted = true;
             s->bytes = bytes;
             charge(log, s, SECTOR);
         } else {
@@ -341,7 +343,8 @@ void log_mark_sync_failed(struct write_log *log, struct log_segment *s)
 bool log_may_grow(const struct write_log *log, uint32_t sectors)
 {
     const struct engine *e = log->engine;
-    if (log->active && log->active->recycled)
+    const struct log_segment *s = log->active;
+    if (s && s->used + record_bytes(sectors) <= s->bytes)
         return true; /* its space is charged already */
     uint64_t used = atomic_load_explicit(&e->log_bytes, memory_order_relaxed);
     uint64_t after = used + record_bytes(sectors) + SECTOR;

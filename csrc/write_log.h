@@ -30,12 +30,13 @@ struct log_segment {
     uint32_t end;      /* first free index */
     uint32_t valid;    /* WRITE and ZERO records */
     uint32_t pins;     /* reads in flight */
-    uint64_t bytes;    /* charged to the log limit */
+    uint64_t used;     /* bytes of what was written */
+    uint64_t bytes;    /* charged to the log limit: the same, or what the file held before if that is more */
     uint64_t first_ns; /* CLOCK_REALTIME of the first record */
     bool unsynced;     /* written since the last sync began */
     bool noted;        /* only a SYNC record was: no reason to sync while more will follow */
     bool sync_failed;  /* sticky until the segment is committed */
-    bool recycled;     /* made of a spare: all its bytes are charged from the start */
+    bool counted;      /* `valid` is every record that its journal ever had: a replay dropped none */
 };
 
 #define LOG_SPARES 128 /* of one log; all go as soon as any writer waits for space */
