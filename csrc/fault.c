@@ -228,44 +228,50 @@ void fault_resolve(struct volume *v, uint64_t block, int err)
 
 uint64_t fault_waiting(const struct volume *v) { return v->waiting; }
 
-/* Which blocks of the table to resolve: filled by a filter that removes nothing. One whose waiters were all cancelled
- * is chosen where neither a time nor a tag is asked for. */
+/* Which waiters to resolve. The blocks are collected by a filter that removes nothing. One whose waiters were all
+ * cancelled is chosen where neither a time nor a tag is asked for. */
 struct selection {
     uint64_t *blocks;
     uint64_t count;
-    uint64_t first, end;  /* blocks */
-    uint64_t deadline_ns; /* UINT64_MAX, or only with a waiter that came no later */
-    const void *tag;      /* NULL, or only with a waiter of it */
+    uint64_t first, end;       /* blocks */
+    const void *tag;           /* NULL, or only waiters of it */
+    uint64_t now_ns, limit_ns; /* limit 0, or only waiters that came longer ago than that */
 };
+
+static bool is_partial(const struct selection *s) { return s->tag || s->limit_ns; }
+
+static bool is_chosen(const struct selection *s, const struct waiter *w)
+{
+    return (!s->tag || w->req->tag == s->tag) &&
+           (!s->limit_ns || elapsed_ns(s->now_ns, w->req->start_ns) > s->limit_ns);
+}
 
 static bool select_block(uint64_t block, uint64_t value, void *arg)
 {
     struct selection *s = arg;
+    bool chosen = !is_partial(s);
 
     if (block < s->first || block >= s->end)
         return false;
-    if (!s->tag && s->deadline_ns == UINT64_MAX) {
+    for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w && !chosen; w = w->next)
+        chosen = is_chosen(s, w);
+    if (chosen)
         s->blocks[s->count++] = block;
-        return false;
-    }
-    for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w; w = w->next) {
-        if (w->req->start_ns <= s->deadline_ns && (!s->tag || w->req->tag == s->tag)) {
-            s->blocks[s->count++] = block;
-            break;
-        }
-    }
     return false;
 }
 
-/* Fail the waiters of a block that have a tag. The block stays in the table: Python's answer will come. */
-static void cancel_block(struct volume *v, uint64_t block, const void *tag, int err)
+/* Fail the chosen waiters of a block. The block stays in the table: Python's answer will come for the others, and for
+ * who comes meanwhile. */
+static void cancel_block(struct volume *v, uint64_t block, const struct selection *s, int err)
 {
-    struct waiting *waiting = (struct waiting *)(uintptr_t)*table_find(&v->faults, block);
+    uint64_t *entry = table_find(&v->faults, block);
     struct waiter *cancelled = NULL;
 
-    for (struct waiter **at = &waiting->first; *at;) {
+    if (!entry)
+        return;
+    for (struct waiter **at = &((struct waiting *)(uintptr_t)*entry)->first; *at;) {
         struct waiter *w = *at;
-        if (w->req->tag != tag) {
+        if (!is_chosen(s, w)) {
             at = &w->next;
             continue;
         }
@@ -290,8 +296,8 @@ static void resolve_selected(struct volume *v, struct selection s, int err)
         return;
     table_filter(&v->faults, select_block, &s);
     for (uint64_t i = 0; i < s.count; i++) {
-        if (s.tag)
-            cancel_block(v, s.blocks[i], s.tag, err);
+        if (is_partial(&s))
+            cancel_block(v, s.blocks[i], &s, err);
         else
             fault_resolve(v, s.blocks[i], err);
     }
@@ -300,17 +306,14 @@ static void resolve_selected(struct volume *v, struct selection s, int err)
 
 void fault_cancel(struct volume *v, const void *tag, int err)
 {
-    resolve_selected(v, (struct selection){.end = UINT64_MAX, .deadline_ns = UINT64_MAX, .tag = tag}, err);
+    resolve_selected(v, (struct selection){.end = UINT64_MAX, .tag = tag}, err);
 }
 
-void fault_resolve_all(struct volume *v, int err)
-{
-    resolve_selected(v, (struct selection){.end = UINT64_MAX, .deadline_ns = UINT64_MAX}, err);
-}
+void fault_resolve_all(struct volume *v, int err) { resolve_selected(v, (struct selection){.end = UINT64_MAX}, err); }
 
-void fault_expire(struct volume *v, uint64_t deadline_ns)
+void fault_expire(struct volume *v, uint64_t now, uint64_t limit_ns)
 {
-    resolve_selected(v, (struct selection){.end = UINT64_MAX, .deadline_ns = deadline_ns}, EIO);
+    resolve_selected(v, (struct selection){.end = UINT64_MAX, .now_ns = now, .limit_ns = limit_ns}, EIO);
 }
 
 void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err)
@@ -320,7 +323,7 @@ void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int e
             fault_resolve(v, block + i, err);
         return;
     }
-    resolve_selected(v, (struct selection){.first = block, .end = block + count, .deadline_ns = UINT64_MAX}, err);
+    resolve_selected(v, (struct selection){.first = block, .end = block + count}, err);
 }
 
 /* A block whose waiters were all cancelled stays in the table until Python answers, or the volume goes. */

@@ -29,8 +29,8 @@ void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int e
 void fault_resolve_all(struct volume *v, int err);
 /* Fail the pieces of requests with this tag; others go on waiting. */
 void fault_cancel(struct volume *v, const void *tag, int err);
-/* Resolve with ETIMEDOUT-turned-EIO what has waited since before `deadline_ns`. */
-void fault_expire(struct volume *v, uint64_t deadline_ns);
+/* Fail with EIO the pieces of requests that are older than `limit_ns` (not 0) at `now`; others go on waiting. */
+void fault_expire(struct volume *v, uint64_t now, uint64_t limit_ns);
 uint64_t fault_waiting(const struct volume *v);
 void fault_table_destroy(struct volume *v);
 

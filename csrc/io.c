@@ -26,7 +26,7 @@ void io_finish(struct io_req *req, int err)
         return;
     io_merge_free(req);
     if (!(req->flags & IO_INTERNAL))
-        stats_done(&v->stats, req->op, req->length, err, now_ns() - req->start_ns);
+        stats_done(&v->stats, req->op, req->length, err, elapsed_ns(now_ns(), req->start_ns));
     req->done(req, err);
     volume_request_done(v);
 }
@@ -175,7 +175,7 @@ static void block_writers(struct volume *v, uint32_t event, uint64_t detail)
 {
     if (!v->blocked)
         stat_add(event == GLIDE_EV_MAP_FULL ? &v->stats.map_full_waits : &v->stats.log_full_waits, 1);
-    if (!v->blocked || now_ns() - v->blocked_event_ns > 1000000000u) {
+    if (!v->blocked || elapsed_ns(now_ns(), v->blocked_event_ns) > 1000000000u) {
         v->blocked_event_ns = now_ns();
         event_post(v->engine, v->cookie, event, detail, 0);
         if (event != GLIDE_EV_MAP_FULL)

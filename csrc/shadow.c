@@ -441,7 +441,7 @@ bool shadow_tick(struct volume *v, uint64_t now)
         return false;
     list_each(at, &s->reads) {
         struct shadow_read *r = container_of(at, struct shadow_read, link);
-        r->go |= s->broken || (r->parked_ns && now - r->parked_ns > PATIENCE_NS);
+        r->go |= s->broken || (r->parked_ns && elapsed_ns(now, r->parked_ns) > PATIENCE_NS);
     }
     release(v);
     return s->parked > 0;

@@ -56,7 +56,7 @@ static void expire_writers(struct volume *v, uint64_t now)
     for (struct list *at = v->batch.next, *next; limit && at != &v->batch; at = next) {
         struct io_req *req = container_of(at, struct io_req, link);
         next = at->next;
-        if (now - req->start_ns > limit) {
+        if (elapsed_ns(now, req->start_ns) > limit) {
             list_remove(at);
             io_finish(req, EIO);
         }
@@ -74,7 +74,7 @@ bool volume_tick(struct volume *v)
         volume_want_flush(v);
     }
     if (limit && v->waiting)
-        fault_expire(v, now - limit);
+        fault_expire(v, now, limit);
     bool held = v->shadow && shadow_tick(v, now);
     return v->blocked || v->waiting || held;
 }

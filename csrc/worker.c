@@ -28,7 +28,6 @@
 
 #define RING_ENTRIES 1024
 #define CQ_ENTRIES 16384
-#define TICK_NS 100000000
 #define POLL_LOOPS 16 /* looks at the ring between two at the clock */
 
 /* ---- posting ---------------------------------------------------------------------------- */
@@ -165,7 +164,7 @@ void worker_want_tick(struct worker *w)
     if (w->ticking)
         return;
     w->ticking = true;
-    w->tick = (struct __kernel_timespec){.tv_nsec = TICK_NS};
+    w->tick = (struct __kernel_timespec){.tv_nsec = WORKER_TICK_MS * 1000000};
     struct io_uring_sqe *sqe = worker_sqe(w, &w->tick_op);
     io_uring_prep_timeout(sqe, &w->tick, 0, 0);
     io_uring_sqe_set_data(sqe, &w->tick_op);
@@ -220,7 +219,7 @@ static bool busy_poll(struct worker *w, uint64_t since)
                 return true;
             cpu_relax();
         }
-    } while (now_ns() - since < w->busy_poll_ns);
+    } while (elapsed_ns(now_ns(), since) < w->busy_poll_ns);
     return false;
 }
 
@@ -233,7 +232,7 @@ static void wait_for_work(struct worker *w)
         io_uring_get_events(&w->ring);
     else
         io_uring_submit_and_wait(&w->ring, 1);
-    w->waits_short = w->busy_poll_ns && now_ns() - since < 2 * w->busy_poll_ns;
+    w->waits_short = w->busy_poll_ns && elapsed_ns(now_ns(), since) < 2 * w->busy_poll_ns;
 }
 
 static void complete_all(struct worker *w)

@@ -12,6 +12,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#define WORKER_TICK_MS 100u
+
 struct engine;
 struct worker;
 

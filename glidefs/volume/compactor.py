@@ -46,7 +46,7 @@ class CompactState:
 
     def __init__(self) -> None:
         self.due = 0.0
-        self.last_commit = 0.0
+        self.last_commit = float("-inf")
         self.touched: set[int] = set()
         """Chunks that got packs since the last look."""
         self.unsettled: set[int] = set()

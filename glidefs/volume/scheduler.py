@@ -86,7 +86,7 @@ class Scheduler:
         self._stop = False
         self._paused = 0
         self._give_up_at = 0.0
-        self._last_loud = 0.0
+        self._last_loud = float("-inf")
         self.on_event: list[EventHandler] = []
         self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
 

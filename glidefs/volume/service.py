@@ -68,8 +68,8 @@ class FaultService:
         self.fetches = 0
         """Guest faults that the store was asked for."""
         self.busy = 0
-        self.last_fault = 0.0
-        self._last_loud = -_LOUD_EVERY
+        self.last_fault = float("-inf")
+        self._last_loud = float("-inf")
 
     def start(self) -> None:
         """Start the threads."""
