@@ -14,6 +14,7 @@
 #include "block_cache.h"
 
 #include "engine.h"
+#include "hash.h"
 #include "util.h"
 
 #include <fcntl.h>
@@ -78,8 +79,8 @@ static uint32_t *bucket_of(struct block_cache *c, const uint8_t *key)
 {
     uint64_t h;
 
-    memcpy(&h, key, sizeof(h)); /* keys are hashes already */
-    return &c->buckets[h & c->bucket_mask];
+    memcpy(&h, key, sizeof(h)); /* of a hash, but whoever chooses the content can choose among many */
+    return &c->buckets[hash_u64(h) & c->bucket_mask];
 }
 
 static struct cache_slot *find(struct block_cache *c, const uint8_t *key)

@@ -431,3 +431,5 @@ int glide_disk_trace(const char *path);
 int glide_disk_inject(int kind, int err, uint32_t skip, uint32_t count);
 /* Lose what the log map says of a sector. -ENOENT: it says nothing. */
 int glide_volume_forget_sector(glide_volume *volume, uint64_t sector);
+/* Where a key lands in the hash tables of this process. */
+uint64_t glide_hash(uint64_t key);

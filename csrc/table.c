@@ -4,19 +4,12 @@
  */
 #include "table.h"
 
+#include "hash.h"
+
 #include <stdlib.h>
 #include <string.h>
 
 #define PART_MIN 8u
-
-static uint64_t mix(uint64_t key)
-{
-    key ^= key >> 32; /* the finalizer of SplitMix64 (Steele, Lea, Flood 2014) */
-    key *= 0xd6e8feb86659fd93u;
-    key ^= key >> 32;
-    key *= 0xd6e8feb86659fd93u;
-    return key ^ key >> 32;
-}
 
 static struct table_part *part_of(const struct table *t, uint64_t hash)
 {
@@ -36,7 +29,7 @@ void table_clear(struct table *t) { table_destroy(t); }
 
 uint64_t *table_find(const struct table *t, uint64_t key)
 {
-    uint64_t hash = mix(key);
+    uint64_t hash = hash_u64(key);
     const struct table_part *p = part_of(t, hash);
 
     if (!p->used)
@@ -59,7 +52,7 @@ static bool part_resize(struct table *t, struct table_part *p, uint32_t capacity
     for (uint32_t i = 0; i < p->capacity; i++) {
         if (!p->entries[i].key)
             continue;
-        uint32_t at = (uint32_t)mix(p->entries[i].key - 1) & (capacity - 1);
+        uint32_t at = (uint32_t)hash_u64(p->entries[i].key - 1) & (capacity - 1);
         while (fresh[at].key)
             at = (at + 1) & (capacity - 1);
         fresh[at] = p->entries[i];
@@ -77,7 +70,7 @@ uint64_t *table_insert(struct table *t, uint64_t key)
     if (found)
         return found;
 
-    uint64_t hash = mix(key);
+    uint64_t hash = hash_u64(key);
     struct table_part *p = part_of(t, hash);
     if ((uint64_t)p->used * 10 >= (uint64_t)p->capacity * 7 &&
         !part_resize(t, p, p->capacity ? p->capacity * 2 : PART_MIN))
@@ -97,7 +90,7 @@ static void part_remove_at(struct table_part *p, uint32_t hole)
     uint32_t mask = p->capacity - 1;
 
     for (uint32_t i = (hole + 1) & mask; p->entries[i].key; i = (i + 1) & mask) {
-        uint32_t home = (uint32_t)mix(p->entries[i].key - 1) & mask;
+        uint32_t home = (uint32_t)hash_u64(p->entries[i].key - 1) & mask;
         if (((i - home) & mask) >= ((i - hole) & mask)) { /* may move back to the hole */
             p->entries[hole] = p->entries[i];
             hole = i;
@@ -124,7 +117,7 @@ bool table_remove(struct table *t, uint64_t key)
 
     if (!value)
         return false;
-    struct table_part *p = part_of(t, mix(key));
+    struct table_part *p = part_of(t, hash_u64(key));
     part_remove_at(p, (uint32_t)((struct table_entry *)(void *)((char *)value - sizeof(uint64_t)) - p->entries));
     part_shrink(t, p);
     return true;
