@@ -1,6 +1,7 @@
 #include "engine.h"
 
 #include "fault.h"
+#include "nbd_conn.h"
 #include "volume.h"
 
 #include <sched.h>
@@ -47,6 +48,8 @@ static int check_config(const struct glide_engine_config *c)
     if (c->log_limit < 4 * segment)
         return fail(-EINVAL, "the log limit must be at least four segments (%llu bytes)",
                     (unsigned long long)(4 * segment));
+    if (c->nbd_memory < 2ull * NBD_MAX_LENGTH)
+        return fail(-EINVAL, "the memory of NBD connections must be at least %u bytes", 2 * NBD_MAX_LENGTH);
     return 0;
 }
 
@@ -61,6 +64,7 @@ int glide_engine_open(const struct glide_engine_config *config, glide_engine **o
     error_text[0] = 0;
     e->config = *config;
     e->config.cache_dir = NULL; /* the caller's memory */
+    e->nbd.limit = config->nbd_memory;
     err = cache_open(&e->cache, config->cache_dir, config->cache_bytes, config->standby);
     if (err) {
         free(e);
@@ -127,6 +131,9 @@ void glide_engine_stats_get(glide_engine *e, struct glide_engine_stats *out)
                                        .log_limit = e->config.log_limit,
                                        .map_bytes = engine_map_bytes(e),
                                        .map_budget = e->config.map_budget,
+                                       .nbd_replies = atomic_load(&e->nbd.used[NBD_REPLIES]),
+                                       .nbd_payloads = atomic_load(&e->nbd.used[NBD_PAYLOADS]) +
+                                                       atomic_load(&e->nbd.used[NBD_PIPELINE]),
                                        .workers = e->worker_count};
     pthread_mutex_lock(&e->cache.lock);
     out->cache_slots = e->cache.capacity;

@@ -7,6 +7,7 @@
 
 #include "block_cache.h"
 #include "log_map.h"
+#include "nbd_memory.h"
 #include "worker.h"
 
 /* A queue from workers to Python threads. */
@@ -24,9 +25,10 @@ struct engine {
     struct leaf_pool leaves;
     _Atomic uint64_t log_bytes;   /* allocated by all logs */
     _Atomic uint64_t table_bytes; /* map memory besides leaves; each volume adds its changes */
-    struct outbox faults;         /* of struct fault (fault.c) */
-    struct outbox events;         /* of struct event (fault.c) */
-    struct outbox shadows;        /* of struct shadow_item (shadow.c) */
+    struct nbd_memory nbd;
+    struct outbox faults;  /* of struct fault (fault.c) */
+    struct outbox events;  /* of struct event (fault.c) */
+    struct outbox shadows; /* of struct shadow_item (shadow.c) */
     unsigned worker_count;
     bool workers_ended;
     struct worker *workers;

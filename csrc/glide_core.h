@@ -36,6 +36,9 @@ struct glide_engine_config {
     uint32_t log_full_timeout_ms; /* 0 = writers wait for ever */
     uint32_t read_timeout_ms;     /* 0 = readers of absent blocks wait for ever */
     uint32_t busy_poll_us;        /* how long a worker whose last wait was short polls before it sleeps; 0 = never */
+    uint32_t nbd_stall_ms;        /* how long an NBD client may take or send nothing that is due; 0 = for ever */
+    uint64_t nbd_memory;          /* bytes of replies of all NBD connections, send buffers included; payloads of
+                                   * writes get as much, and a quarter of it what was received behind them */
     uint32_t standby;             /* the block cache's files are another process's until glide_cache_take */
 };
 
@@ -62,6 +65,8 @@ struct glide_engine_stats {
     uint64_t cache_hits; /* look-ups from Python that found the key */
     uint64_t cache_misses;
     uint64_t cache_evictions;
+    uint64_t nbd_replies;   /* memory of NBD connections: replies and send buffers... */
+    uint64_t nbd_payloads;  /* ...and what was received and has to wait */
     uint64_t faults_queued; /* waiting in glide_faults_next's queue now */
     uint32_t workers;
 };

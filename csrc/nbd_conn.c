@@ -1,55 +1,77 @@
 /*
- * State: one struct per connection, owned by the worker of its volume.
+ * The life of a connection: attach, freeze, end. One struct per connection, owned by the worker of its volume.
  *
- * Receiving goes through the worker's one receive buffer, so an idle connection
- * costs its struct and nothing else. What is complete in the buffer is carried
- * out in place: a batch of small writes goes from there to the log in one
- * vector. Of an incomplete request only the header bytes, or a payload under
- * way (in its own memory, received straight into it), stay with the connection.
- *
- * A multishot poll says when to receive; it fires again only for new data, so
- * receiving goes on until the socket is drained, or stops for back-pressure with
- * `readable` set. A short receive means drained, except that the client may have
- * closed behind it: one event can tell of both. A connection is freed when it was ended, has no request in
- * flight, nothing to send, and no poll armed.
+ * It is freed when it was ended, has no request in flight, nothing to send, and no poll armed. A client
+ * that takes no reply, or leaves a payload unfinished, for as long as the engine's configuration says is cut off: what
+ * it holds is others' memory.
  */
 #include "nbd_conn.h"
 
 #include "fault.h"
 #include "volume.h"
 
-#include <poll.h>
+#include <linux/sockios.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
-#define RECEIVE_BYTES (1u << 20)
-#define SEND_VECTORS 512
-#define ROUNDS 4 /* buffers received from one connection before others get their turn */
-#define SOCKET_BUFFER (4 << 20)
+static void on_cancelled(struct ring_op *op, int res, uint32_t flags);
 
-static void advance(struct nbd_conn *c);
+/* ---- memory ------------------------------------------------------------------------------------ */
+
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_only)
+{
+    struct nbd_conn *c = calloc(1, sizeof(*c));
+
+    if (!c) {
+        close(fd);
+        return NULL;
+    }
+    c->volume = v;
+    c->fd = fd;
+    c->id = id;
+    c->read_only = read_only;
+    c->cancel_op.complete = on_cancelled;
+    struct list *lists[] = {&c->link, &c->send_link, &c->requests, &c->replies, &c->detach_calls, &c->resume_task.link};
+    for (size_t i = 0; i < ARRAY_LEN(lists); i++)
+        list_init(lists[i]);
+    nbd_socket_init(c);
+    return c;
+}
+
+void nbd_conn_discard(struct nbd_conn *c)
+{
+    if (c->socket_bytes)
+        nbd_memory_socket_closed(&c->volume->engine->nbd, c->socket_bytes);
+    if (c->rest)
+        nbd_memory_give(c, NBD_PIPELINE, c->rest_length);
+    free(c->rest);
+    close(c->fd);
+    free(c);
+}
 
 /* ---- end ------------------------------------------------------------------------------------- */
 
 static void conn_free(struct nbd_conn *c)
 {
     struct volume *v = c->volume;
+    uint64_t id = c->id, error = (uint64_t)c->error;
+    struct list calls;
 
+    list_init(&calls);
+    list_splice(&calls, &c->detach_calls);
     list_remove(&c->link);
     list_remove(&c->send_link);
     list_remove(&c->resume_task.link);
-    close(c->fd);
     v->conn_count--;
-    event_post(v->engine, v->cookie, GLIDE_EV_CONN_CLOSED, c->id, (uint64_t)c->error);
-    for (struct list *e; (e = list_pop(&c->detach_calls));)
-        call_done(container_of(e, struct call, link), 0);
     if (c->filling)
         nbd_req_free(c->filling);
-    free(c->rest);
-    free(c);
+    nbd_conn_discard(c);
+    event_post(v->engine, v->cookie, GLIDE_EV_CONN_CLOSED, id, error);
+    for (struct list *e; (e = list_pop(&calls));)
+        call_done(container_of(e, struct call, link), 0);
     volume_idle_check(v);
 }
 
@@ -69,10 +91,10 @@ static void on_cancelled(struct ring_op *op, int res, uint32_t flags)
     (void)res;
     (void)flags;
     c->cancels--;
-    advance(c);
+    nbd_advance(c);
 }
 
-static void end(struct nbd_conn *c, int error, bool broken)
+void nbd_end(struct nbd_conn *c, int error, bool broken)
 {
     if (!c->ended)
         c->error = error;
@@ -93,12 +115,12 @@ static void leave(struct nbd_conn *c)
     c->leaving = true;
     if (c->volume->frozen) {
         c->ended = c->broken = true;
-        end(c, ESHUTDOWN, false);
+        nbd_end(c, ESHUTDOWN, false);
     } else {
-        end(c, ESHUTDOWN, c->send_polling); /* it does not read: nothing to wait for */
+        nbd_end(c, ESHUTDOWN, c->send_polling); /* it does not read: nothing to wait for */
     }
     io_cancel(c->volume, c, ESHUTDOWN);
-    if (list_empty(&c->send_link)) /* replies first, then advance() */
+    if (list_empty(&c->send_link)) /* replies first, then nbd_advance() */
         list_append(&c->worker->senders, &c->send_link);
 }
 
@@ -111,8 +133,7 @@ static void drop_replies(struct nbd_conn *c)
     c->sent = 0;
 }
 
-/* What can be done now that something ended. May free the connection. */
-static void advance(struct nbd_conn *c)
+void nbd_advance(struct nbd_conn *c)
 {
     if (c->broken)
         drop_replies(c);
@@ -126,252 +147,10 @@ static void advance(struct nbd_conn *c)
         conn_free(c); /* else the completions come back here */
 }
 
-/* ---- receive ------------------------------------------------------------------------------------ */
-
-/* Carry out bytes that are in memory for the moment only; keeps what is not used. False: the connection ends. */
-static bool consume(struct nbd_conn *c, const uint8_t *data, uint64_t length)
-{
-    uint64_t skip = min_u64(c->skip, length);
-
-    c->skip -= skip;
-    int64_t used = nbd_parse(c, data + skip, length - skip);
-    io_flush(c->volume); /* after this no request refers to `data` */
-    if (used < 0) {
-        end(c, EPROTO, true);
-        return false;
-    }
-    data += skip + (uint64_t)used;
-    length -= skip + (uint64_t)used;
-    if (length < NBD_REQUEST_BYTES) {
-        c->head_length = (uint32_t)length;
-        memcpy(c->head, data, length);
-        return !c->ended;
-    }
-    c->head_length = 0;
-    c->rest = malloc(length);
-    if (!c->rest) {
-        end(c, ENOMEM, true);
-        return false;
-    }
-    memcpy(c->rest, data, length);
-    c->rest_length = length;
-    return !c->ended;
-}
-
-/* Go on with what was received before. */
-static void consume_rest(struct nbd_conn *c)
-{
-    uint8_t *rest = c->rest;
-
-    c->rest = NULL;
-    if (consume(c, rest, c->rest_length) && !c->rest) {
-        c->skip += c->skip_after_rest;
-        c->skip_after_rest = 0;
-    }
-    free(rest);
-}
-
-/* One receive. False: drained, ended, or wait. */
-static bool receive(struct nbd_conn *c)
-{
-    uint8_t *buf = c->worker->scratch;
-    struct iovec iov[2];
-    struct msghdr message = {.msg_iov = iov};
-    uint64_t missing = c->filling ? c->filling->io.length - c->filled : 0, asked = missing;
-
-    if (c->filling)
-        iov[message.msg_iovlen++] = (struct iovec){c->filling->buf + c->filled, missing};
-    memcpy(buf, c->head, c->head_length); /* a header's beginning stays in front of its rest */
-    iov[message.msg_iovlen++] = (struct iovec){buf + c->head_length, RECEIVE_BYTES - c->head_length};
-    asked += RECEIVE_BYTES - c->head_length;
-    ssize_t n = recvmsg(c->fd, &message, MSG_DONTWAIT);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR))
-        return errno == EINTR;
-    if (n <= 0) {
-        end(c, n ? errno : 0, n < 0); /* a client may close its half and still read */
-        return false;
-    }
-    uint64_t got = (uint64_t)n, direct = min_u64(got, missing);
-    c->filled += direct;
-    if (c->filling && c->filled == c->filling->io.length)
-        nbd_filled(c);
-    bool more = true;
-    if (got > direct || c->head_length)
-        more = consume(c, buf, c->head_length + got - direct);
-    else
-        io_flush(c->volume);
-    return more && (got == asked || c->hangup);
-}
-
-static void resume(struct task *task, struct worker *w);
-
-static void receive_some(struct nbd_conn *c)
-{
-    c->readable = false;
-    for (int i = 0; !c->ended; i++) {
-        if (c->rest && !nbd_too_busy(c))
-            consume_rest(c);
-        if (nbd_too_busy(c) || c->rest || i == ROUNDS) {
-            c->readable = true;
-            if (!nbd_too_busy(c) && list_empty(&c->resume_task.link))
-                worker_defer(c->worker, &c->resume_task);
-            break;
-        }
-        if (!receive(c) && !c->rest)
-            break;
-    }
-}
-
-static void resume(struct task *task, struct worker *w)
-{
-    struct nbd_conn *c = container_of(task, struct nbd_conn, resume_task);
-
-    (void)w;
-    if (c->volume->frozen)
-        return; /* nbd_unfreeze receives */
-    receive_some(c);
-    advance(c);
-}
-
-static void arm_poll(struct nbd_conn *c)
-{
-    struct io_uring_sqe *sqe = worker_sqe(c->worker, &c->poll_op);
-
-    io_uring_prep_poll_multishot(sqe, c->fd, POLLIN | POLLRDHUP);
-    io_uring_sqe_set_data(sqe, &c->poll_op);
-    c->polling = true;
-}
-
-static void on_poll(struct ring_op *op, int res, uint32_t flags)
-{
-    struct nbd_conn *c = container_of(op, struct nbd_conn, poll_op);
-
-    if (!(flags & IORING_CQE_F_MORE))
-        c->polling = false;
-    if (res >= 0)
-        c->hangup |= (res & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
-    if (c->volume->frozen && !c->ended)
-        return; /* nbd_unfreeze receives */
-    if (res >= 0 || res == -EAGAIN)
-        receive_some(c);
-    else if (res != -ECANCELED)
-        end(c, -res, true);
-    if (!c->ended && !c->polling)
-        arm_poll(c);
-    advance(c);
-}
-
-/* ---- send ---------------------------------------------------------------------------------------- */
-
-static struct nbd_req *reply_at(struct list *e)
-{
-    return container_of(container_of(e, struct io_req, link), struct nbd_req, io);
-}
-
-static int build(struct nbd_conn *c, struct iovec *iov)
-{
-    uint64_t skip = c->sent;
-    int n = 0;
-
-    list_each(at, &c->replies) {
-        struct nbd_req *r = reply_at(at);
-        if (n + 2 > SEND_VECTORS)
-            break;
-        struct iovec parts[2] = {{r->reply, NBD_REPLY_BYTES}, {r->buf, r->data_length}};
-        for (int i = r->raw; i < 2; i++) {
-            uint64_t cut = min_u64(skip, parts[i].iov_len);
-            skip -= cut;
-            if (parts[i].iov_len > cut)
-                iov[n++] = (struct iovec){(char *)parts[i].iov_base + cut, parts[i].iov_len - cut};
-        }
-    }
-    return n;
-}
-
-static void sent_bytes(struct nbd_conn *c, uint64_t n)
-{
-    c->sent += n;
-    while (!list_empty(&c->replies)) {
-        struct nbd_req *r = reply_at(c->replies.next);
-        if (c->sent < nbd_reply_bytes(r))
-            break;
-        c->sent -= nbd_reply_bytes(r);
-        list_remove(&r->io.link);
-        nbd_req_free(r);
-    }
-}
-
-static void arm_send_poll(struct nbd_conn *c)
-{
-    struct io_uring_sqe *sqe = worker_sqe(c->worker, &c->send_op);
-
-    io_uring_prep_poll_add(sqe, c->fd, POLLOUT);
-    io_uring_sqe_set_data(sqe, &c->send_op);
-    c->send_polling = true;
-}
-
-static void send_replies(struct nbd_conn *c)
-{
-    struct iovec iov[SEND_VECTORS];
-
-    while (!c->broken && !c->send_polling && !list_empty(&c->replies)) {
-        struct msghdr message = {.msg_iov = iov, .msg_iovlen = (size_t)build(c, iov)};
-        ssize_t n = sendmsg(c->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
-        if (n >= 0)
-            sent_bytes(c, (uint64_t)n);
-        else if (errno == EAGAIN && !c->leaving)
-            arm_send_poll(c);
-        else if (errno != EINTR)
-            end(c, errno, true);
-    }
-}
-
-/* Replies went: is there room for more requests? */
-static void resume_later(struct nbd_conn *c)
-{
-    if (c->readable && !c->ended && !nbd_too_busy(c) && list_empty(&c->resume_task.link))
-        worker_defer(c->worker, &c->resume_task);
-}
-
-static void on_writable(struct ring_op *op, int res, uint32_t flags)
-{
-    struct nbd_conn *c = container_of(op, struct nbd_conn, send_op);
-
-    (void)res;
-    (void)flags;
-    c->send_polling = false;
-    if (!c->volume->frozen)
-        send_replies(c);
-    resume_later(c);
-    advance(c);
-}
-
-void nbd_reply(struct nbd_req *r)
-{
-    struct nbd_conn *c = r->conn;
-
-    c->inflight--;
-    r->answered = true;
-    list_append(&c->replies, &r->io.link);
-    if (list_empty(&c->send_link))
-        list_append(&c->worker->senders, &c->send_link);
-}
-
-void nbd_send_all(struct worker *w)
-{
-    for (struct list *e; (e = list_pop(&w->senders));) {
-        struct nbd_conn *c = container_of(e, struct nbd_conn, send_link);
-        if (!c->volume->frozen)
-            send_replies(c);
-        resume_later(c);
-        advance(c);
-    }
-}
-
 void nbd_freeze(struct volume *v)
 {
     list_each(at, &v->conns)
-        send_replies(container_of(at, struct nbd_conn, link));
+        nbd_send_replies(container_of(at, struct nbd_conn, link));
 }
 
 void nbd_unfreeze(struct volume *v)
@@ -380,12 +159,62 @@ void nbd_unfreeze(struct volume *v)
         struct nbd_conn *c = container_of(at, struct nbd_conn, link);
         next = at->next;
         if (!c->ended && !c->polling)
-            arm_poll(c);
+            nbd_arm_poll(c);
         if (!c->ended)
-            receive_some(c);
-        if (list_empty(&c->send_link)) /* replies, then advance() */
+            nbd_receive_some(c);
+        c->send_ticks = c->fill_ticks = 0; /* nothing was sent or received meanwhile */
+        if (list_empty(&c->send_link))     /* replies, then nbd_advance() */
             list_append(&c->worker->senders, &c->send_link);
+        worker_want_tick(c->worker);
     }
+}
+
+/* ---- time ---------------------------------------------------------------------------------------------- */
+
+/* The socket becomes writable only when most of its buffer is empty: who reads slowly shows in what is left there. */
+static void look_at_queue(struct nbd_conn *c)
+{
+    int queued = 0;
+
+    if (ioctl(c->fd, SIOCOUTQ, &queued))
+        return;
+    if (queued < c->queued)
+        c->send_ticks = 0;
+    c->queued = queued;
+}
+
+/* One more tick without what is due. Counted, not measured: time in which this process did not run is not the peer's.
+ */
+static bool is_stalled(struct nbd_conn *c)
+{
+    uint32_t limit = c->volume->engine->config.nbd_stall_ms / WORKER_TICK_MS;
+
+    if (!limit || c->ended)
+        return false;
+    if (c->send_polling)
+        look_at_queue(c);
+    bool sending = c->send_polling && ++c->send_ticks > limit;
+    bool filling = c->filling && !nbd_too_busy(c) && ++c->fill_ticks > limit;
+    return sending || filling;
+}
+
+bool nbd_tick(struct volume *v)
+{
+    bool again = false;
+
+    for (struct list *at = v->conns.next, *next; at != &v->conns; at = next) {
+        struct nbd_conn *c = container_of(at, struct nbd_conn, link);
+        next = at->next;
+        if (is_stalled(c)) {
+            nbd_end(c, ETIME, true);
+            io_cancel(v, c, ESHUTDOWN); /* nobody waits for it any more */
+            nbd_advance(c);
+            continue;
+        }
+        nbd_resume_later(c);
+        again |= c->send_polling || c->filling || c->wanted;
+    }
+    return again;
 }
 
 /* ---- attach, detach ---------------------------------------------------------------------------------- */
@@ -396,35 +225,12 @@ int nbd_enter(struct worker *w, struct nbd_conn *c)
 
     if (v->closing || v->failed)
         return v->closing ? -ESHUTDOWN : -v->failed;
-    if (!w->scratch && !(w->scratch = malloc(RECEIVE_BYTES)))
+    if (!w->scratch && !(w->scratch = malloc(NBD_RECEIVE_BYTES)))
         return -ENOMEM;
     c->worker = w;
     list_append(&v->conns, &c->link);
     v->conn_count++;
     return 0;
-}
-
-struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_only)
-{
-    struct nbd_conn *c = calloc(1, sizeof(*c));
-    int bytes = SOCKET_BUFFER;
-
-    if (!c)
-        return NULL;
-    c->volume = v;
-    c->fd = fd;
-    c->id = id;
-    c->read_only = read_only;
-    c->poll_op.complete = on_poll;
-    c->send_op.complete = on_writable;
-    c->cancel_op.complete = on_cancelled;
-    c->resume_task.run = resume;
-    struct list *lists[] = {&c->link, &c->send_link, &c->requests, &c->replies, &c->detach_calls, &c->resume_task.link};
-    for (size_t i = 0; i < ARRAY_LEN(lists); i++)
-        list_init(lists[i]);
-    if (setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &bytes, sizeof(bytes)))
-        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof(bytes)); /* what the system allows */
-    return c;
 }
 
 struct attach {
@@ -441,19 +247,22 @@ static int do_attach(struct worker *w, void *arg)
     struct nbd_conn *c = a->conn;
     bool frozen = c->volume->frozen; /* then nbd_unfreeze() begins */
     if (frozen && a->early_length) {
-        if (!(c->rest = malloc(a->early_length)))
+        uint8_t *rest = malloc(a->early_length);
+        if (!rest)
             return -ENOMEM;
-        memcpy(c->rest, a->early, a->early_length);
-        c->rest_length = a->early_length;
+        memcpy(rest, a->early, a->early_length);
+        nbd_keep_rest(c, rest, a->early_length);
     }
     int err = nbd_enter(w, c);
     if (err || frozen)
         return err;
-    arm_poll(c);
+    nbd_arm_poll(c);
     if (a->early_length) {
         memcpy(w->scratch, a->early, a->early_length);
-        consume(c, w->scratch, a->early_length);
-        advance(c);
+        nbd_consume(c, w->scratch, a->early_length);
+        c->readable = c->rest != NULL;
+        worker_want_tick(w);
+        nbd_advance(c);
     }
     return 0;
 }
@@ -461,19 +270,14 @@ static int do_attach(struct worker *w, void *arg)
 int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only, const void *early,
                      uint32_t early_length, glide_conn **out)
 {
-    struct nbd_conn *c = early_length > RECEIVE_BYTES ? NULL : nbd_conn_new(volume, fd, conn_id, read_only);
+    struct nbd_conn *c = nbd_conn_new(volume, fd, conn_id, read_only);
     struct attach a = {c, volume, early, early_length, conn_id};
+    int err = !c ? -ENOMEM : early_length > NBD_RECEIVE_BYTES ? -EINVAL : worker_call(volume->worker, do_attach, &a);
 
     *out = NULL;
-    if (!c) {
-        close(fd);
-        return early_length > RECEIVE_BYTES ? -EINVAL : -ENOMEM;
-    }
-    int err = worker_call(volume->worker, do_attach, &a);
     if (err) {
-        close(fd);
-        free(c->rest);
-        free(c);
+        if (c)
+            nbd_conn_discard(c);
         return fail(err, "the export does not take connections: %s", strerror(-err));
     }
     *out = c;

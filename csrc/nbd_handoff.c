@@ -157,6 +157,7 @@ static int adopt(struct worker *w, void *arg)
         return err;
     if (a->replies) {
         c->held++;
+        nbd_memory_add(c, NBD_REPLIES, a->replies->charged);
         list_append(&c->requests, &a->replies->all);
         list_append(&c->replies, &a->replies->io.link);
     }
@@ -181,7 +182,7 @@ static struct nbd_req *raw_reply(struct nbd_conn *c, const void *data, uint64_t 
     r->conn = c;
     r->io.volume = c->volume;
     r->answered = r->raw = true;
-    r->data_length = r->size = length;
+    r->data_length = r->size = r->charged = length;
     list_init(&r->all);
     list_init(&r->io.link);
     return r;
@@ -194,9 +195,10 @@ int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *
     int err = c ? 0 : -ENOMEM;
 
     if (!err && state->in_bytes) {
-        c->rest = copy(in, state->in_bytes);
-        c->rest_length = state->in_bytes;
-        err = c->rest ? 0 : -ENOMEM;
+        uint8_t *rest = copy(in, state->in_bytes);
+        if (rest)
+            nbd_keep_rest(c, rest, state->in_bytes);
+        err = rest ? 0 : -ENOMEM;
     }
     if (!err && state->out_bytes) {
         a.replies = raw_reply(c, out, state->out_bytes);
@@ -213,8 +215,6 @@ int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *
         free(a.replies->buf);
     free(a.replies);
     if (c)
-        free(c->rest);
-    free(c);
-    close(fd);
+        nbd_conn_discard(c);
     return err;
 }

@@ -64,7 +64,7 @@ static bool need_buf(struct nbd_req *r, uint64_t length)
 void nbd_req_free(struct nbd_req *r)
 {
     r->conn->held--;
-    r->conn->held_bytes -= r->charged;
+    nbd_memory_give(r->conn, r->account, r->charged);
     list_remove(&r->all);
     free(r->buf);
     free(r);
@@ -96,12 +96,31 @@ static int own(struct io_req *io)
     return 0;
 }
 
+/* Bytes of its data, where there are to be any. */
+static uint64_t data_of(const struct nbd_header *h)
+{
+    return (h->type == NBD_READ || h->type == NBD_WRITE) && h->length <= NBD_MAX_LENGTH ? h->length : 0;
+}
+
+/* NULL: there is no memory for it now (conn->wanted), or none even for an error reply. */
 static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *h)
 {
-    struct nbd_req *r = calloc(1, sizeof(*r));
+    enum nbd_account account = h->type == NBD_READ ? NBD_REPLIES : NBD_PAYLOADS;
+    uint64_t bytes = data_of(h);
 
-    if (!r)
+    if (bytes && !nbd_memory_take(c, account, bytes)) {
+        c->wanted = bytes;
+        c->wanted_of = account;
         return NULL;
+    }
+    struct nbd_req *r = calloc(1, sizeof(*r));
+    if (!r) {
+        nbd_memory_give(c, account, bytes);
+        return NULL;
+    }
+    nbd_memory_add(c, account, sizeof(*r));
+    r->account = account;
+    r->charged = bytes + sizeof(*r);
     r->conn = c;
     r->type = h->type;
     memcpy(r->reply + 8, &h->cookie, 8);
@@ -113,12 +132,9 @@ static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *
     r->io.own = own;
     list_init(&r->io.link);
     list_append(&c->requests, &r->all);
-    bool data = (h->type == NBD_READ || h->type == NBD_WRITE) && h->length <= NBD_MAX_LENGTH;
-    r->charged = data ? h->length : 0;
     r->io.tag = c;
     c->inflight++;
     c->held++;
-    c->held_bytes += r->charged;
     return r;
 }
 
@@ -197,6 +213,8 @@ static int64_t start_write(struct nbd_conn *c, struct nbd_req *r, const uint8_t 
     r->io.buf = r->buf;
     c->filling = r;
     c->filled = have;
+    c->fill_ticks = 0;
+    worker_want_tick(c->worker); /* see nbd_tick */
     return (int64_t)have;
 }
 
@@ -208,7 +226,7 @@ void nbd_filled(struct nbd_conn *c)
     io_submit(&r->io);
 }
 
-/* One request whose header is complete. Returns bytes of payload used, -EPROTO. */
+/* One request whose header is complete. Returns bytes of payload used, -EPROTO; -EAGAIN: not now, see conn->wanted. */
 static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *payload, uint64_t have)
 {
     struct nbd_header h;
@@ -224,7 +242,7 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
     }
     struct nbd_req *r = new_request(c, &h);
     if (!r)
-        return -EPROTO; /* no memory even for an error reply */
+        return c->wanted ? -EAGAIN : -EPROTO;
     int err = check(c, &h);
     if (!err && h.type == NBD_READ && !need_buf(r, h.length ? h.length : 1))
         err = ENOMEM;
@@ -252,6 +270,8 @@ int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length)
     while (!c->ended && !nbd_too_busy(c) && length - at >= NBD_REQUEST_BYTES) {
         const uint8_t *payload = data + at + NBD_REQUEST_BYTES;
         int64_t used = start(c, data + at, payload, length - at - NBD_REQUEST_BYTES);
+        if (used == -EAGAIN)
+            break;
         if (used < 0)
             return used;
         at += NBD_REQUEST_BYTES + (uint64_t)used;

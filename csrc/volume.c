@@ -76,6 +76,7 @@ bool volume_tick(struct volume *v)
     if (limit && v->waiting)
         fault_expire(v, now, limit);
     bool held = v->shadow && shadow_tick(v, now);
+    held |= nbd_tick(v);
     return v->blocked || v->waiting || held;
 }
 

@@ -32,6 +32,8 @@ DEFAULT_CONFIG = "/etc/glidefs/glidefs.toml"
 MAX_DURATION = 30 * 86400  # fits the C core's milliseconds in 32 bits
 MIN_GC_GRACE = 60
 MAX_SOCKET_PATH = 107
+MIN_REPLY_MEMORY = 64 * MIB
+"""Room for two of the largest requests, which the core asks for."""
 DEFAULT_SOCKET = "/run/glidefs/api.sock"
 
 _SIZE_UNITS: dict[str, int] = {"": 1, "b": 1}
@@ -99,11 +101,13 @@ class ApiSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NbdSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """[nbd]: the data socket; NBD export name = export name."""
+    """[nbd]: the data socket; NBD export name = export name. What clients may take of this host's memory."""
 
     socket: PathText = "/run/glidefs/nbd.sock"
     listen: str | None = None
     socket_group: str | None = None
+    reply_memory: Size = 256 * MIB
+    stall_timeout: Duration = 60.0
 
 
 class UblkSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -316,6 +320,8 @@ def _check(source: str, config: Config) -> None:
             refuse(section, "socket", f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
     if config.api.socket == config.nbd.socket:
         refuse("nbd", "socket", "must differ from the socket of [api]")
+    if config.nbd.reply_memory < MIN_REPLY_MEMORY:
+        refuse("nbd", "reply_memory", f"must be at least {MIN_REPLY_MEMORY >> 20}MiB")
     cache = config.cache
     if not 32 * KIB <= cache.segment_size <= 64 * GIB or cache.segment_size % 4096:
         refuse("cache", "segment_size", "must be a multiple of 4KiB from 32KiB to 64GiB")

@@ -117,6 +117,8 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("cache_hits", "Look-ups of the block cache that found the block", stats.cache_hits)
     yield _counter("cache_misses", "Look-ups of the block cache that did not", stats.cache_misses)
     yield _counter("cache_evictions", "Blocks evicted from the block cache", stats.cache_evictions)
+    yield _gauge("nbd_reply_bytes", "Replies and send buffers of NBD connections", stats.nbd_replies)
+    yield _gauge("nbd_payload_bytes", "What NBD clients sent that has to wait", stats.nbd_payloads)
     yield _gauge("faults_queued", "Absent runs of blocks that wait for a reader thread", stats.faults_queued)
     yield _gauge("workers", "I/O worker threads", stats.workers)
 

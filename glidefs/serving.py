@@ -38,6 +38,8 @@ def engine_config(config: Config, *, standby: bool = False) -> EngineConfig:
         log_full_timeout_ms=milliseconds(cache.log_full_timeout),
         read_timeout_ms=milliseconds(config.reader.read_timeout),
         busy_poll_us=config.daemon.busy_poll_us,
+        nbd_memory=config.nbd.reply_memory,
+        nbd_stall_ms=milliseconds(config.nbd.stall_timeout),
         standby=standby,
     )
 

@@ -483,6 +483,7 @@ int main(int argc, char **argv)
     }
     uint64_t seed = argc > 3 ? strtoull(argv[3], NULL, 10) * 2 + 1 : 0x5eed;
     struct glide_engine_config config = {.workers = 3,
+                                         .nbd_memory = 64 << 20,
                                          .segment_sectors = 32,
                                          .log_limit = 3 << 20,
                                          .map_budget = 1 << 20,

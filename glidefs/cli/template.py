@@ -43,6 +43,8 @@ socket = "/run/glidefs/api.sock"    # mode 0600
 socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #listen = "127.0.0.1:10809"         # TCP as well: NBD has no authentication, keep it on a trusted network
 #socket_group = "kvm"               # who may connect besides the owner
+#reply_memory = "256MiB"            # replies that clients have not taken, of all connections together
+#stall_timeout = "60s"              # a client that takes none for this long is cut off; 0 = never
 
 [ublk]
 #queue_depth = 64

@@ -30,6 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_full_timeout_ms: int = 0
     read_timeout_ms: int = 0
     busy_poll_us: int = 0
+    nbd_memory: int = 256 << 20
+    nbd_stall_ms: int = 60_000
     standby: bool = False
 
 
@@ -77,6 +79,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cache_hits: int
     cache_misses: int
     cache_evictions: int
+    nbd_replies: int
+    nbd_payloads: int
     faults_queued: int
     workers: int
 
@@ -106,6 +110,8 @@ class Engine(Handle):
         raw.log_full_timeout_ms = config.log_full_timeout_ms
         raw.read_timeout_ms = config.read_timeout_ms
         raw.busy_poll_us = config.busy_poll_us
+        raw.nbd_memory = config.nbd_memory
+        raw.nbd_stall_ms = config.nbd_stall_ms
         raw.standby = config.standby
         out = ffi.new("glide_engine **")
         check(lib.glide_engine_open(raw, out), f"open the engine in {config.cache_dir}")

@@ -9,6 +9,7 @@ looks again: no connection slips in behind a removal.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -102,7 +103,14 @@ class ConnectionTable:
     def ended(self, conn_id: int, err: int) -> None:
         """The core reports the end of a connection; unknown ids are ignored."""
         about = self._drop(conn_id)
-        if about is not None:
+        if about is not None and err == errno.ETIME:
+            log.warning(
+                "export %s: NBD client %s was cut off: it took no reply, or left a write unfinished, for "
+                "[nbd] stall_timeout; see what it waits for and let it connect again",
+                about.export,
+                about.peer,
+            )
+        elif about is not None:
             why = f": {os.strerror(err)}" if err else ""
             log.debug("NBD connection %d of %s to %s ended%s", conn_id, about.peer, about.export, why)
 

@@ -124,6 +124,7 @@ def test_durations() -> None:
         ('[nbd]\nlisten = "nowhere"', "[nbd] listen"),
         (f'[api]\nsocket = "/{"x" * 200}"', "[api] socket"),
         ('[api]\nsocket = "/a"\n[nbd]\nsocket = "/a"', "[nbd] socket"),
+        ('[nbd]\nreply_memory = "63MiB"', "[nbd] reply_memory: must be at least 64MiB"),
         ("[reader]\nread_timeout = nan", "[reader] read_timeout"),
         ('[upload]\nsync_interval = "10m"\nmax_dirty_age = "1m"', "[upload] max_dirty_age"),
         ("x", "not valid TOML"),

@@ -9,7 +9,7 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EventKind
@@ -23,7 +23,9 @@ _POLL_MS = 50
 class Served:
     """Engine, volumes and server; clear `answering` to leave readers of absent blocks waiting."""
 
-    def __init__(self, directory: Path, *, log_limit: int = 8 << 30, segment_bytes: int = 8 * MIB) -> None:
+    def __init__(
+        self, directory: Path, *, log_limit: int = 8 << 30, segment_bytes: int = 8 * MIB, **config: Any
+    ) -> None:
         self.directory = directory
         self.path = str(directory / "nbd.sock")
         self.engine = Engine(
@@ -34,6 +36,7 @@ class Served:
                 log_limit=log_limit,
                 map_budget=256 * MIB,
                 cache_bytes=16 * MIB,
+                **config,
             )
         )
         self.volumes: dict[int, CoreVolume] = {}
@@ -111,6 +114,7 @@ class Served:
         """End everything, in the order of the daemon; fails the test if a thread failed."""
         self.answering.set()
         self.server.close()
+        stats = self.engine.stats()
         self._stopping = True
         for thread in self._threads:
             thread.join(20)
@@ -118,3 +122,4 @@ class Served:
             core.close()
         self.engine.close()
         assert not self.problems, self.problems
+        assert (stats.nbd_replies, stats.nbd_payloads) == (0, 0)  # all that connections held was given back
