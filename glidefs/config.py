@@ -111,10 +111,11 @@ class NbdSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UblkSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """[ublk]: geometry of new devices. Existing devices keep theirs until they are attached again."""
+    """[ublk]: geometry of new devices, which existing ones get when they are attached again; the kernel."""
 
     queue_depth: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_io: Size = 512 * KIB
+    allow_kernel: str | None = None
 
 
 class UploadSettings(Struct, frozen=True, forbid_unknown_fields=True):

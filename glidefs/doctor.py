@@ -139,7 +139,7 @@ def _core(config: Config) -> Result:
 def _ublk(config: Config) -> Result:
     from glidefs.transport.base import ublk_missing
 
-    missing = ublk_missing()
+    missing = ublk_missing(config.ublk.allow_kernel)
     if missing:
         return "warn", f"not usable: {missing}", "exports use NBD"
     from glidefs.core import ublk

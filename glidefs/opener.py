@@ -234,7 +234,8 @@ class Opener:
         root, etag = self._find_root(entry.record)
         entry.volume = self._host.open(entry.record, root, etag, standby=True)
         self._watch(entry, entry.volume)
-        self._transports[choose_transport(entry.record.transport).kind].prepare(entry.record.device_id)
+        choice = choose_transport(entry.record.transport, self._transports)
+        self._transports[choice.kind].prepare(entry.record.device_id)
 
     def take_up(self, entry: Entry, position: Position) -> None:
         """The process before has stopped: bring the volume up to date; it stays frozen. Raises."""
@@ -377,7 +378,7 @@ class Opener:
     def start_transport(self, entry: Entry) -> None:
         """Let guests in. Raises NotSupported, DeviceError."""
         assert entry.record is not None
-        choice = choose_transport(entry.record.transport)
+        choice = choose_transport(entry.record.transport, self._transports)
         transport = self._transports[choice.kind]
         endpoint = transport.start(self.attachment(entry))
         entry.transport, entry.endpoint = transport, endpoint

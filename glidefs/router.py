@@ -92,6 +92,7 @@ class ExportRouter:
         self._standby: list[Entry] = []
         self._records = RecordDirectory(settings.exports_dir)
         by_kind: Mapping[str, Transport] = {transport.kind: transport for transport in transports}
+        self._transports = by_kind
         self.logs = LogVerbs(self._records, self.table, settings.logs_dir)
         self._opener = Opener(self.table, self._records, host, store, by_kind, settings, stopping)
         self._lineage = Lineage(self.table, store, bases)
@@ -205,7 +206,7 @@ class ExportRouter:
             raise ConfigError("how large? name a --size, or with --from what to fork")
         size = None if wanted.size is None else normal_size(wanted.size)
         prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
-        choose_transport(wanted.transport)
+        choose_transport(wanted.transport, self._transports)
         present = self.table.find(name)
         if present is not None:
             return self._present(present, wanted, source, size, prefix)
@@ -320,7 +321,7 @@ class ExportRouter:
         self.check_changes()
         check_name("export", name)
         prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
-        choose_transport(wanted.transport)
+        choose_transport(wanted.transport, self._transports)
         present = self.table.find(name)
         if present is not None:
             return self._attach_again(present, wanted)

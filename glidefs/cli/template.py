@@ -49,6 +49,7 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 [ublk]
 #queue_depth = 64
 #max_io = "512KiB"
+#allow_kernel = "6.17.0-1020-aws"   # release (uname -r) of a kernel that 'doctor' refuses, if fixed
 
 [upload]
 #sync_interval = "30s"              # a dirty log is uploaded when it is this old

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +15,7 @@ from msgspec import Struct
 
 from glidefs.errors import ConfigError, NotSupported
 from glidefs.transport.nbd import NbdCore, NbdExport, NbdServer
+from glidefs.transport.ublk_kernels import ublk_refused
 
 if TYPE_CHECKING:
     from glidefs.core.ublk import UblkConfig, UblkDevice
@@ -55,6 +58,9 @@ class Transport(Protocol):
     """One way to serve exports. Every method may block; calls for one export never overlap."""
 
     kind: str
+
+    def missing(self) -> str | None:
+        """Why it cannot be used on this host, in one line with the remedy; None if it can be tried."""
 
     def prepare(self, device_id: int | None) -> None:
         """Do what is slow the first time: an export is to be started while guests wait.
@@ -121,6 +127,10 @@ class NbdTransport:
         with self._lock:
             self._exports[export.name] = entry
 
+    def missing(self) -> str | None:
+        """Sockets are everywhere."""
+        return None
+
     def prepare(self, device_id: int | None) -> None:
         """Nothing is slow."""
 
@@ -161,8 +171,8 @@ class Choice(Struct, frozen=True):
     why: str
 
 
-def choose_transport(wanted: str) -> Choice:
-    """Settle "auto": ublk where the kernel has it, else NBD. Loads the driver once if root.
+def choose_transport(wanted: str, transports: Mapping[str, Transport]) -> Choice:
+    """Settle "auto": ublk where the kernel has a sound one, else NBD. Loads the driver once if root.
 
     Raises NotSupported when "ublk" is asked for and cannot be had, ConfigError for another word.
     """
@@ -170,7 +180,8 @@ def choose_transport(wanted: str) -> Choice:
         return Choice("nbd", "asked for")
     if wanted not in ("auto", "ublk"):
         raise ConfigError(f"transport {wanted[:40]!r} is not known; it is auto, ublk or nbd")
-    missing = ublk_missing()
+    ublk = transports.get("ublk")
+    missing = ublk.missing() if ublk is not None else "this daemon does not serve it"
     if missing is None:
         return Choice("ublk", "asked for" if wanted == "ublk" else f"{UBLK_CONTROL} is there")
     if wanted == "ublk":
@@ -178,8 +189,14 @@ def choose_transport(wanted: str) -> Choice:
     return Choice("nbd", f"no ublk: {missing}")
 
 
-def ublk_missing() -> str | None:
-    """Why this process cannot use ublk, in one line with the remedy; None if it can try."""
+def ublk_missing(allow_kernel: str | None = None) -> str | None:
+    """Why this process cannot use ublk, in one line with the remedy; None if it can try.
+
+    ``allow_kernel``: a release that the operator vouches for.
+    """
+    refused = ublk_refused(platform.release(), allow_kernel)
+    if refused is not None:
+        return refused
     if not UBLK_CONTROL.exists():
         tried = _load_driver()
         if not UBLK_CONTROL.exists():

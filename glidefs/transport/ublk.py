@@ -87,6 +87,10 @@ class UblkTransport:
         self._devices: dict[str, tuple[UblkDevice, str]] = {}
         """By export: the device, and the key that udev knows it by."""
 
+    def missing(self) -> str | None:
+        """The driver, permission, or a kernel that survives it."""
+        return ublk_missing(self._settings.allow_kernel)
+
     def prepare(self, device_id: int | None) -> None:
         """Read whose devices are ours, and open the way to the driver."""
         if device_id is not None:
@@ -95,7 +99,7 @@ class UblkTransport:
 
     def start(self, export: Attachment) -> Endpoint:
         """Recover the device of this export, or add one, by preference with its old id."""
-        missing = ublk_missing()
+        missing = self.missing()
         if missing:
             raise NotSupported(f"ublk cannot be used: {missing}; or use --transport nbd")
         try:

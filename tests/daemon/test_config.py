@@ -12,6 +12,7 @@ from glidefs.config import Config, load_config, parse_config, parse_duration, pa
 from glidefs.errors import ConfigError
 
 OPTIONAL = {
+    ("ublk", "allow_kernel"),
     ("cache", "log_dir"),
     ("cache", "block_cache_dir"),
     ("store", "endpoint_url"),

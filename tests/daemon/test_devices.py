@@ -163,7 +163,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     monkeypatch.setattr("glidefs.core.ublk.query", made.query)
     monkeypatch.setattr("glidefs.core.ublk.delete", made.delete)
     monkeypatch.setattr(ublk, "devices", lambda: iter(sorted(made.devices)))
-    monkeypatch.setattr(ublk, "ublk_missing", lambda: None)
+    monkeypatch.setattr(ublk, "ublk_missing", lambda allow_kernel: None)
     return made
 
 
