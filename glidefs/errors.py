@@ -219,6 +219,10 @@ class Refused(GlideError):
     temporary = True
 
 
+class Abandoned(GlideError):
+    """A wait was ended because who asked for it has gone; nothing of it was done."""
+
+
 class CacheBusy(GlideError):
     """Another daemon uses the cache directory."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
+from glidefs.asked import asker, check_listening
 from glidefs.bases import BaseLibrary
 from glidefs.errors import ConfigError, GlideError, NotSupported
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
@@ -217,7 +218,8 @@ class ForkVerbs:
     def profile(self, name: str, wanted: ProfileRequest) -> dict[str, Any]:
         """Record the faults of a fork of a base, and store them as the base's hot set.
 
-        Returns when the time is over, or when no new block was touched for a while (the default).
+        Returns when the time is over, or when no new block was touched for a while (the default). Ends
+        with nothing stored when who asked has gone.
         """
         entry, volume = self._volume(name)
         assert entry.record is not None
@@ -228,17 +230,19 @@ class ForkVerbs:
             raise ConfigError(f"{name} is being profiled already")
         base = self._bases.get(entry.record.prefix, source.name)
         idle = wanted.idle if wanted.idle is not None or wanted.stop_after is not None else IDLE
+        gone = asker().gone
         with recording(volume) as recorder:
             wait(
                 volume,
                 recorder,
                 stop_after=wanted.stop_after,
                 idle=idle,
-                cancelled=self._stopping.is_set,
+                cancelled=lambda: self._stopping.is_set() or gone.is_set(),
             )
             touched = recorder.touched()
         if self._stopping.is_set() or volume.closing:
             raise GlideError(f"{name} was closed while it was profiled; nothing was stored")
+        check_listening(f"the profile of {name}")
         hot_set = make_hot_set(base.manifest_hash, self._from_base(volume, base.root, touched))
         self._bases.store_hot_set(entry.record.prefix, source.name, hot_set)
         return _described(name, source.name, touched, hot_set)

@@ -3,7 +3,7 @@
 A verb holds the lock of its export and nothing else, so verbs on different exports never wait for
 each other. What is durable and in which order:
 
-    create   record and local root are fsynced, then served, then the root is in the store
+    create   record and local root are fsynced, then served; the store has the root before or after that
     fork     the same; the root is put in the background, and one that loses its name is fenced
     attach   the root names us in the store, then record and local root are fsynced, then served
     detach   guests are let go, everything is uploaded, the root names nobody, the record goes last
@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 
 PUBLISH_PATIENCE = 2.0
 """Seconds that a create without --wait gives the store to take the root."""
+PUBLISH_THREADS = 8
 VERB_PATIENCE = 30.0
 """Seconds that other verbs give the store."""
 STANDBY_THREADS = 4
@@ -90,6 +91,7 @@ class ExportRouter:
         self._stopping = stopping
         self._refusing = False
         self._standby: list[Entry] = []
+        self._publishers = ThreadPoolExecutor(PUBLISH_THREADS, "publish")
         self._records = RecordDirectory(settings.exports_dir)
         by_kind: Mapping[str, Transport] = {transport.kind: transport for transport in transports}
         self._transports = by_kind
@@ -164,6 +166,7 @@ class ExportRouter:
     def close(self) -> None:
         """End the background threads and close what is still open."""
         self._stopping.set()
+        self._publishers.shutdown(wait=False, cancel_futures=True)
         self.bases.close()
         self._opener.close()
 
@@ -269,15 +272,26 @@ class ExportRouter:
             raise
 
     def _publish(self, entry: Entry, prefix: str, root: Root, *, must: bool) -> str | None:
-        """Put the first root; None if the store does not take it now. Raises ExportExists, StoreError."""
+        """Put the first root; None if the store does not take it now. Raises ExportExists, StoreError.
+
+        A request may hang for longer than a create has patience. So it has a thread of its own: if its root
+        comes to the store later, the uploader finds it there and goes on from it.
+        """
+        if must:
+            return put_first_root(self._store.view("upload", VERB_PATIENCE), prefix, root)
+        view = self._store.view("upload", PUBLISH_PATIENCE)
+        asked: Future[str] = self._publishers.submit(put_first_root, view, prefix, root)
         try:
-            view = self._store.view("upload", VERB_PATIENCE if must else PUBLISH_PATIENCE)
-            return put_first_root(view, prefix, root)
+            return asked.result(PUBLISH_PATIENCE)
+        except TimeoutError:
+            asked.cancel()  # where other requests that hang have all threads
+            why: object = "it does not answer"
         except StoreError as error:
-            if must or not error.temporary:
+            if not error.temporary:
                 raise
-            log.warning("%s: the store does not know the volume yet: %s", entry.name, error)
-            return None
+            why = error
+        log.warning("%s: the store does not know the volume yet: %s", entry.name, why)
+        return None
 
     def _prefetch(self, entry: Entry, wanted: CreateRequest, source: Source | None) -> None:
         """Begin to make the hot set of a fork's base resident."""

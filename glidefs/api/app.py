@@ -1,17 +1,21 @@
-"""The routes. Each one decodes, calls the router in a thread, and encodes; nothing is decided here."""
+"""The routes. Each one decodes, calls the router in a thread, and encodes; nothing is decided here.
+
+A verb runs on the pool of what it waits for (see :mod:`glidefs.api.pools`), in the name of who asked for
+it. What may wait without bound ends when the client is gone.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import anyio
-import anyio.to_thread
 import msgspec
 from fastapi import FastAPI, Request, Response
 
 from glidefs.api.errors import ErrorAnswer, describe
+from glidefs.api.pools import Pool, Pools
+from glidefs.asked import Asker, asked_by, asker
 from glidefs.errors import ConfigError
 from glidefs.exports import (
     AttachRequest,
@@ -28,9 +32,6 @@ from glidefs.handoff.predecessor import Outcome
 from glidefs.router import ExportRouter
 
 MAX_BODY = 64 << 10
-SLOW_THREADS = 32
-"""Verbs that may wait for the store or a drain run at most this many at a time."""
-FAST_THREADS = 4
 
 T = TypeVar("T", bound=msgspec.Struct)
 Handler = Callable[[Request], Awaitable[Response]]
@@ -87,6 +88,12 @@ async def body(request: Request, kind: type[T]) -> T:
         raise ConfigError(f"request body: {error}") from error
 
 
+def asked_from(request: Request) -> str:
+    """Who made a request, in words."""
+    host, port = request.scope.get("client") or ("unknown", 0)
+    return f"{host}:{port}" if port else str(host)
+
+
 def sequence_of(text: str) -> int:
     """A snapshot's number in a path. Raises ConfigError."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
@@ -95,67 +102,75 @@ def sequence_of(text: str) -> int:
 
 
 class Routes:
-    """The handlers, with the two limits on threads: quick look-ups never queue behind slow verbs."""
+    """The handlers."""
 
     def __init__(self, control: Control) -> None:
         self.control = control
-        self._slow = anyio.CapacityLimiter(SLOW_THREADS)
-        self._fast = anyio.CapacityLimiter(FAST_THREADS)
+        self.pools = Pools()
 
-    async def slow(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Run a call that may block long."""
-        return await anyio.to_thread.run_sync(partial(function, *args, **options), limiter=self._slow)
-
-    async def change(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """The same for a call that changes something: refused while the daemon stops."""
+    async def change(self, pool: Pool, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """A call that changes something: refused while the daemon stops."""
         self.control.router.check_changes()
-        return await self.slow(function, *args, **options)
+        return await pool.run(function, *args, **options)
 
-    async def fast(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Run a call that looks at memory only."""
-        return await anyio.to_thread.run_sync(partial(function, *args), limiter=self._fast)
+    async def wait(self, request: Request, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """A call that may wait without bound. It learns when the client is gone, and ends then."""
+        watch = asyncio.create_task(_hang_up(request, asker()))
+        try:
+            return await self.pools.waits.run(function, *args, **options)
+        finally:
+            watch.cancel()
 
     async def list(self, request: Request) -> Response:
         """GET /api/exports."""
-        return reply(await self.fast(self.control.router.listing))
+        return reply(await self.pools.looks.run(self.control.router.listing))
 
     async def show(self, request: Request) -> Response:
         """GET /api/exports/{name}."""
-        return reply(await self.fast(self.control.router.show, request.path_params["name"]))
+        return reply(await self.pools.looks.run(self.control.router.show, request.path_params["name"]))
 
     async def create(self, request: Request) -> Response:
         """PUT /api/exports/{name}: 201 when created, 200 when it was there with the same settings."""
         wanted = await body(request, CreateRequest)
-        status = await self.slow(self.control.router.create, request.path_params["name"], wanted)
+        create, name = self.control.router.create, request.path_params["name"]
+        if wanted.wait or wanted.read_only:
+            status = await self.wait(request, create, name, wanted)
+        else:
+            pool = self.pools.local if wanted.source is None else self.pools.forks
+            status = await pool.run(create, name, wanted)
         return reply(status, 201 if status.created else 200)
 
     async def remove(self, request: Request) -> Response:
         """DELETE /api/exports/{name}: 200 also when it is gone already."""
         purge = request.query_params.get("purge", "").lower() in ("1", "true", "yes")
-        return reply(await self.slow(self.control.router.remove, request.path_params["name"], purge=purge))
+        remove, name = self.control.router.remove, request.path_params["name"]
+        return reply(await self.pools.stores.run(remove, name, purge=purge))
 
     async def resize(self, request: Request) -> Response:
         """POST /api/exports/{name}/resize."""
         wanted = await body(request, ResizeRequest)
         name = request.path_params["name"]
-        return reply(await self.slow(self.control.router.resize, name, wanted.size, shrink=wanted.shrink))
+        return reply(
+            await self.pools.local.run(self.control.router.resize, name, wanted.size, shrink=wanted.shrink)
+        )
 
     async def drain(self, request: Request) -> Response:
         """POST /api/exports/{name}/drain."""
         wanted = await body(request, DrainRequest)
         name = request.path_params["name"]
-        return reply(await self.slow(self.control.router.drain, name, wanted.timeout))
+        return reply(await self.wait(request, self.control.router.drain, name, wanted.timeout))
 
     async def detach(self, request: Request) -> Response:
         """POST /api/exports/{name}/detach."""
         wanted = await body(request, DrainRequest)
         name = request.path_params["name"]
-        return reply(await self.slow(self.control.router.detach, name, wanted.timeout))
+        return reply(await self.wait(request, self.control.router.detach, name, wanted.timeout))
 
     async def attach(self, request: Request) -> Response:
         """POST /api/exports/{name}/attach."""
         wanted = await body(request, AttachRequest)
-        return reply(await self.slow(self.control.router.attach, request.path_params["name"], wanted))
+        attach, name = self.control.router.attach, request.path_params["name"]
+        return reply(await self.pools.stores.run(attach, name, wanted))
 
     # -- forks -------------------------------------------------------------------------------------
 
@@ -163,98 +178,108 @@ class Routes:
         """POST /api/exports/{name}/snapshot: 201, as each call makes one."""
         wanted = await body(request, SnapshotRequest)
         name = request.path_params["name"]
-        return reply(await self.change(self.control.router.forks.snapshot, name, wanted), 201)
+        self.control.router.check_changes()
+        return reply(await self.wait(request, self.control.router.forks.snapshot, name, wanted), 201)
 
     async def snapshots(self, request: Request) -> Response:
         """GET /api/exports/{name}/snapshots."""
         name, prefix = request.path_params["name"], request.query_params.get("prefix")
-        return reply(await self.slow(self.control.router.forks.snapshots, name, prefix))
+        return reply(await self.pools.stores.run(self.control.router.forks.snapshots, name, prefix))
 
     async def delete_snapshot(self, request: Request) -> Response:
         """DELETE /api/exports/{name}/snapshots/{sequence}."""
         name, prefix = request.path_params["name"], request.query_params.get("prefix")
         sequence = sequence_of(request.path_params["sequence"])
-        return reply(await self.change(self.control.router.forks.delete_snapshot, name, sequence, prefix))
+        delete = self.control.router.forks.delete_snapshot
+        return reply(await self.change(self.pools.stores, delete, name, sequence, prefix))
 
     async def tag(self, request: Request) -> Response:
         """POST /api/exports/{name}/tag."""
         wanted = await body(request, TagRequest)
-        return reply(await self.change(self.control.router.forks.tag, request.path_params["name"], wanted))
+        tag, name = self.control.router.forks.tag, request.path_params["name"]
+        return reply(await self.change(self.pools.stores, tag, name, wanted))
 
     async def promote(self, request: Request) -> Response:
         """POST /api/exports/{name}/promote."""
         wanted = await body(request, PromoteRequest)
         forks, name = self.control.router.forks, request.path_params["name"]
         if wanted.base is not None:
-            return reply(await self.change(forks.make_base, name, wanted))
+            return reply(await self.change(self.pools.stores, forks.make_base, name, wanted))
         if wanted.sequence is not None or wanted.prefix is not None:
             raise ConfigError("a sequence or prefix means a snapshot that becomes a base; name the base too")
-        return reply(await self.change(forks.promote, name))
+        return reply(await self.change(self.pools.stores, forks.promote, name))
 
     async def profile(self, request: Request) -> Response:
         """POST /api/exports/{name}/profile: answers when the profile ends."""
         wanted = await body(request, ProfileRequest)
         name = request.path_params["name"]
-        return reply(await self.change(self.control.router.forks.profile, name, wanted))
+        self.control.router.check_changes()
+        return reply(await self.wait(request, self.control.router.forks.profile, name, wanted))
 
     async def list_bases(self, request: Request) -> Response:
         """GET /api/bases."""
-        return reply(
-            await self.slow(self.control.router.forks.list_bases, request.query_params.get("prefix"))
-        )
+        list_bases, prefix = self.control.router.forks.list_bases, request.query_params.get("prefix")
+        return reply(await self.pools.stores.run(list_bases, prefix))
 
     async def bless(self, request: Request) -> Response:
         """POST /api/bases/{name}: 201 when made, 200 when it has this content already."""
         wanted = await body(request, BlessRequest)
-        result = await self.change(self.control.router.forks.bless, request.path_params["name"], wanted)
+        self.control.router.check_changes()
+        bless, name = self.control.router.forks.bless, request.path_params["name"]
+        result = await self.wait(request, bless, name, wanted)
         return reply(result, 201 if result["created"] else 200)
 
     async def remove_base(self, request: Request) -> Response:
         """DELETE /api/bases/{name}."""
         name, prefix = request.path_params["name"], request.query_params.get("prefix")
-        return reply(await self.change(self.control.router.forks.remove_base, name, prefix))
+        remove = self.control.router.forks.remove_base
+        return reply(await self.change(self.pools.stores, remove, name, prefix))
 
     async def manifest(self, request: Request) -> Response:
         """HEAD /api/manifests/{prefix}/{name}: 200 if forks of the base need no request from this host."""
         bases, params = self.control.router.bases, request.path_params
-        cached = await self.fast(bases.manifests.peek, params["prefix"], params["name"])
+        cached = await self.pools.looks.run(bases.manifests.peek, params["prefix"], params["name"])
         return Response(status_code=404 if cached is None else 200)
 
     # -- write logs --------------------------------------------------------------------------------
 
     async def logs(self, request: Request) -> Response:
         """GET /api/logs."""
-        return reply(await self.slow(self.control.router.logs.list))
+        return reply(await self.pools.stores.run(self.control.router.logs.list))
 
     async def export_log(self, request: Request) -> Response:
         """POST /api/logs/{volume}/{log}/export."""
         wanted = await body(request, LogExportRequest)
         ids = request.path_params["volume"], request.path_params["log"]
-        return reply(await self.slow(self.control.router.logs.export, *ids, wanted.path))
+        return reply(await self.pools.stores.run(self.control.router.logs.export, *ids, wanted.path))
 
     async def delete_log(self, request: Request) -> Response:
         """DELETE /api/logs/{volume}/{log}."""
         ids = request.path_params["volume"], request.path_params["log"]
-        return reply(await self.change(self.control.router.logs.delete, *ids))
+        return reply(await self.change(self.pools.stores, self.control.router.logs.delete, *ids))
 
     async def hand_over(self, request: Request) -> Response:
         """POST /admin/handoff: answered by the process that was asked; after success another one serves."""
         wanted = await body(request, HandoffRequest)
-        return reply(await self.slow(self.control.hand_over, dry_run=wanted.dry_run))
+        return reply(await self.pools.handoffs.run(self.control.hand_over, dry_run=wanted.dry_run))
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics."""
-        text = await self.fast(self.control.metrics)
+        text = await self.pools.looks.run(self.control.metrics)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
         """GET /health: the process works."""
-        return reply(await self.fast(self.control.health))
+        return reply(await self._state())
 
     async def ready(self, request: Request) -> Response:
         """GET /health/ready: 503 until every export was tried, and while the daemon stops."""
-        state = await self.fast(self.control.health)
+        state = await self._state()
         return reply(state, 200 if state["ready"] else 503)
+
+    async def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = await self.pools.looks.run(self.control.health)
+        return {**state, "waiting_verbs": self.pools.waits.busy}
 
 
 def build_app(control: Control) -> FastAPI:
@@ -300,12 +325,20 @@ def build_app(control: Control) -> FastAPI:
 def _guarded(handler: Handler) -> Handler:
     async def guarded(request: Request) -> Response:
         try:
-            return await handler(request)
+            with asked_by(Asker(asked_from(request))):
+                return await handler(request)
         except Exception as error:
             status, answer = describe(error)
             return reply(answer, status)
 
     return guarded
+
+
+async def _hang_up(request: Request, who: Asker) -> None:
+    """Note that the client is gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    who.gone.set()
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
+from glidefs.asked import check_listening
 from glidefs.core.check import Closed
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import Fenced, GlideError
@@ -177,7 +178,7 @@ class Volume:
     def drain(self, deadline: float | None = None) -> None:
         """Return when the store has everything that was acknowledged before the call.
 
-        ``deadline`` in seconds from now. Raises DrainTimeout, Fenced, Closed.
+        ``deadline`` in seconds from now. Raises DrainTimeout, Abandoned, Fenced, Closed.
         """
         if self.read_only:
             return
@@ -200,11 +201,12 @@ class Volume:
         with changed:
             while not self.drained(target):
                 self._check_fenced()
+                check_listening(f"the drain of {self.name}")
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
                     why = f": {self.last_error}" if self.last_error else ""
                     raise DrainTimeout(f"volume {self.name}: not drained within {deadline:g} s{why}")
-                # Woken by commits; the timeout only looks at close and at a lost wake-up.
+                # Woken by commits; the timeout looks at close, at who waits, and at a lost wake-up.
                 changed.wait(1.0 if left is None else min(left, 1.0))
                 if self.core.closed:
                     raise Closed(f"volume {self.name} was closed while it drained")

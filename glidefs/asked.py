@@ -1,0 +1,49 @@
+"""Who asked for what is being done: the log says it, and a wait ends when nobody wants its answer.
+
+It goes with the thread (a context variable), so that what waits deep below a verb need not be told.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from glidefs.errors import Abandoned
+
+
+class Asker:
+    """``who`` in words: "uid 0 pid 812", an address, "start", "daemon". ``gone`` is set once it has left."""
+
+    __slots__ = ("gone", "who")
+
+    def __init__(self, who: str) -> None:
+        self.who = who
+        self.gone = threading.Event()
+
+
+DAEMON = Asker("daemon")
+START = Asker("start")
+_asker: ContextVar[Asker] = ContextVar("asker", default=DAEMON)
+
+
+def asker() -> Asker:
+    """Who asked for what this thread does."""
+    return _asker.get()
+
+
+@contextmanager
+def asked_by(who: Asker) -> Iterator[None]:
+    """What is done inside is done for ``who``."""
+    token = _asker.set(who)
+    try:
+        yield
+    finally:
+        _asker.reset(token)
+
+
+def check_listening(what: str) -> None:
+    """Raises Abandoned if who asked for ``what`` has gone."""
+    if asker().gone.is_set():
+        raise Abandoned(f"{what} was given up: who asked for it has gone; ask again")
