@@ -2,28 +2,20 @@
 
 boto3 is the client for everything but the hot path, and the source of credentials and signatures. Its
 own retries are off: :mod:`glidefs.store.resilient` retries, because only it knows which failures of
-a conditional put are ambiguous.
+a conditional put are ambiguous. Ranged reads are the hot path: :mod:`glidefs.store.s3_ranges`.
 
-Ranged reads are the hot path. Their URL is presigned once per key and kept until shortly before it
-expires (a presigned URL does not cover the Range header, so one serves every range of a pack), and
-:class:`glidefs.store.range_http.RangeClient` fetches it without signing. Behind an HTTP proxy, and
-on a redirect, they go through boto3.
+A success is checked as a failure is: between here and the provider are load balancers and proxies,
+which answer 200 with a page of their own, too. An object, a put and a head have an ETag; a listing says
+that it is one, of what was asked for; a range is the one that was asked for; a delete is 204, or looked
+after.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ssl
-import threading
-import time
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, TypeVar, cast
-from urllib.parse import urlsplit
 
-import boto3
-import msgspec
-from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
@@ -34,12 +26,10 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ProfileNotFound,
 )
-from botocore.httpsession import get_cert_path
-from botocore.utils import get_environ_proxies
+from botocore.parsers import ResponseParserError
 
 from glidefs.errors import (
     AccessDenied,
-    ConfigError,
     CorruptObject,
     NotFound,
     PreconditionFailed,
@@ -61,103 +51,85 @@ from glidefs.store.base import (
     check_list_prefix,
     check_range,
 )
-from glidefs.store.range_http import HttpError, RangeClient, Response
+from glidefs.store.range_http import Response
 from glidefs.store.s3_body import BodyReader
-from glidefs.store.s3_errors import classify, code_in
+from glidefs.store.s3_client import Clients, S3Options
+from glidefs.store.s3_errors import classify, code_in, is_page, may_be_credentials
+from glidefs.store.s3_ranges import Ranges
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
+__all__ = ["S3Options", "S3Store"]
+
 T = TypeVar("T")
 
-_URL_LIFETIME = 3600
-_URL_REFRESH = 0.75
-_URL_CACHE = 4096
 
-
-class S3Options(msgspec.Struct, frozen=True):
-    """How to reach the provider. Timeouts in seconds, per connect and per read."""
-
-    endpoint_url: str | None = None
-    region: str | None = None
-    path_style: bool | None = None
-    connections: int = 64
-    connect_timeout: float = 3.0
-    read_timeout: float = 10.0
-
-
-def _make_client(options: S3Options) -> S3Client:
-    path_style = options.path_style if options.path_style is not None else bool(options.endpoint_url)
-    settings: dict[str, Any] = {
-        "signature_version": "s3v4",
-        "s3": {"addressing_style": "path" if path_style else "virtual"},
-        "retries": {"total_max_attempts": 1, "mode": "standard"},
-        "connect_timeout": options.connect_timeout,
-        "read_timeout": options.read_timeout,
-        "max_pool_connections": options.connections,
-        "tcp_keepalive": True,
-        # The signature covers the body's SHA-256 already, and other providers choke on the
-        # trailing checksums that newer botocore adds on its own.
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-    }
-    try:
-        config = Config(**settings)
-    except TypeError:  # botocore before 1.36 has neither option, nor the behaviour
-        del settings["request_checksum_calculation"], settings["response_checksum_validation"]
-        config = Config(**settings)
-    try:
-        session = boto3.session.Session()
-        # Without any region botocore signs for none; us-east-1 is what others take as the default.
-        region = options.region or session.region_name or "us-east-1"
-        return session.client("s3", endpoint_url=options.endpoint_url, region_name=region, config=config)
-    except (BotoCoreError, ValueError) as error:
-        raise ConfigError(f"S3 client: {error}") from error
+class _Nonsense(Exception):
+    """A success that cannot be one, and why."""
 
 
 class S3Store(ObjectStore):
     """Objects below ``root`` in ``bucket``."""
 
     def __init__(self, bucket: str, root: str = "", options: S3Options | None = None) -> None:
-        self._options = options or S3Options()
+        options = options or S3Options()
         self._bucket = bucket
         self._root = f"{root.strip('/')}/" if root.strip("/") else ""
         self.url = f"s3://{bucket}/{self._root}".rstrip("/")
-        self._client = _make_client(self._options)
+        self._clients = Clients(options)
         self._seen_working = False
-        # Guards the two maps below; never held during a request.
-        self._lock = threading.Lock()
-        self._urls: OrderedDict[str, tuple[float, str]] = OrderedDict()
-        self._range_clients: dict[tuple[str, str], RangeClient | None] = {}
+        self._ranges = Ranges(bucket, options, self._clients, self._run)
 
     # -- boto3 ---------------------------------------------------------------------------------
 
     def _full(self, key: str, op: str) -> str:
         return self._root + check_key(key, op)
 
-    def _call(self, op: str, key: str, request: Callable[[], T]) -> T:
-        """Run one boto3 request and turn its failure into one of our errors."""
-        try:
-            result = request()
-        except ClientError as error:
-            raise self._client_error(error, key, op) from error
-        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
-            why = f"no usable S3 credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            raise AccessDenied(why, key=key, op=op) from error
-        except (CredentialRetrievalError, MetadataRetrievalError) as error:
-            raise StoreUnavailable(f"credentials cannot be fetched now: {error}", key=key, op=op) from error
-        except ParamValidationError as error:
-            raise StoreError(f"refused by the client: {error}", key=key, op=op) from error
-        except (BotoCoreError, OSError) as error:
-            # What is left of botocore's errors are connections, timeouts and broken bodies.
-            raise StoreUnavailable(f"no answer: {error}", key=key, op=op) from error
+    def _call(self, op: str, key: str, request: Callable[[S3Client], T]) -> T:
+        """Run one boto3 request that the store answers, and turn its failure into one of our errors."""
+        result = self._run(op, key, request)
         self._seen_working = True
         return result
 
-    def _client_error(self, error: ClientError, key: str, op: str) -> StoreError:
+    def _run(self, op: str, key: str, request: Callable[[S3Client], T]) -> T:
+        client = self._clients.current
+        try:
+            return request(client)
+        except ClientError as error:
+            raise self._client_error(client, error, key, op) from error
+        except (NoCredentialsError, PartialCredentialsError, ProfileNotFound) as error:
+            why = f"no usable S3 credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            self._renew(client, str(error))
+            raise AccessDenied(why, key=key, op=op) from error
+        except (CredentialRetrievalError, MetadataRetrievalError) as error:
+            self._renew(client, str(error))
+            raise StoreUnavailable(f"credentials cannot be fetched now: {error}", key=key, op=op) from error
+        except ParamValidationError as error:
+            raise StoreError(f"refused by the client: {error}", key=key, op=op) from error
+        except (_Nonsense, ResponseParserError) as error:
+            what = str(error).split("\n", 1)[0]
+            why = f"{what}; does a proxy or load balancer answer for the store?"
+            raise StoreUnavailable(why, key=key, op=op) from error
+        except (BotoCoreError, OSError) as error:
+            # What is left of botocore's errors are connections, timeouts and broken bodies.
+            raise StoreUnavailable(f"no answer: {error}", key=key, op=op) from error
+
+    def _client_error(self, client: S3Client, error: ClientError, key: str, op: str) -> StoreError:
         status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
         code = str(error.response.get("Error", {}).get("Code", ""))
-        return self._classify(status, "" if code.isdigit() else code, key, op)
+        code = "" if code.isdigit() else code
+        classified = self._classify(status, code, key, op)
+        if may_be_credentials(status, code) and self._renew(client, classified.why) and self._seen_working:
+            return StoreUnavailable(classified.why, key=key, op=op)
+        return classified
+
+    def _renew(self, client: S3Client, why: str) -> bool:
+        """Other credentials, if those of ``client`` may have ended. True if there are some."""
+        renewed = self._clients.renew(client, why)
+        if renewed:
+            self._ranges.forget_all()
+        return renewed
 
     def _classify(self, status: int, code: str, key: str, op: str) -> StoreError:
         error = classify(status, code, key=key, op=op, bucket=self._bucket, seen_working=self._seen_working)
@@ -168,17 +140,41 @@ class S3Store(ObjectStore):
     def get(self, key: str) -> Object:
         full = self._full(key, "get")
 
-        def request() -> Object:
-            answer = self._client.get_object(Bucket=self._bucket, Key=full)
+        def request(client: S3Client) -> Object:
+            answer = client.get_object(Bucket=self._bucket, Key=full)
+            etag = _etag(answer)
             with contextlib.closing(answer["Body"]) as body:
-                return Object(body.read(), answer["ETag"])
+                data = body.read()
+            if _status(answer) != 200 or is_page(data):
+                raise _Nonsense(f"HTTP {_status(answer)} with a page instead of the object")
+            return Object(data, etag)
 
         return self._call("get", key, request)
 
     def head(self, key: str) -> ObjectInfo:
         full = self._full(key, "head")
-        answer = self._call("head", key, lambda: self._client.head_object(Bucket=self._bucket, Key=full))
-        return ObjectInfo(key, answer["ContentLength"], answer["ETag"], answer["LastModified"].timestamp())
+
+        def request(client: S3Client) -> ObjectInfo:
+            try:
+                answer = client.head_object(Bucket=self._bucket, Key=full)
+            except ClientError as error:
+                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 404:
+                    raise self._gone(key, full) from error
+                raise
+            size, modified = answer.get("ContentLength"), answer.get("LastModified")
+            if _status(answer) != 200 or size is None or modified is None:
+                raise _Nonsense(f"HTTP {_status(answer)} without the headers of an object")
+            return ObjectInfo(key, size, _etag(answer), modified.timestamp())
+
+        return self._call("head", key, request)
+
+    def _gone(self, key: str, full: str) -> StoreError:
+        """What a 404 to a HEAD means, which has no document: that of a GET decides."""
+        answer = self._ranges.fetch(key, full, "0-0", 1, "head")
+        code = code_in(bytes(answer.body)) if answer.status >= 400 else ""
+        if answer.status in (200, 206) or code == "InvalidRange":
+            return StoreUnavailable("HTTP 404 to a HEAD of an object that is there", key=key, op="head")
+        return self._classify(answer.status, code, key, "head")
 
     def put(self, key: str, data: Body, *, if_match: str | None = None, if_none_match: bool = False) -> str:
         check_condition(key, if_match, if_none_match)
@@ -189,9 +185,8 @@ class S3Store(ObjectStore):
             arguments["IfNoneMatch"] = "*"
         body = BodyReader(data)
 
-        def request() -> str:
-            answer = self._client.put_object(Body=cast(IO[bytes], body), ContentLength=len(body), **arguments)
-            return answer["ETag"]
+        def request(client: S3Client) -> str:
+            return _etag(client.put_object(Body=cast(IO[bytes], body), ContentLength=len(body), **arguments))
 
         try:
             return self._call("put", key, request)
@@ -201,20 +196,22 @@ class S3Store(ObjectStore):
 
     def delete(self, key: str) -> None:
         full = self._full(key, "delete")
+        status = 204
         with contextlib.suppress(NotFound):
-            self._call("delete", key, lambda: self._client.delete_object(Bucket=self._bucket, Key=full))
-        with self._lock:
-            self._urls.pop(key, None)
+            status = self._call(
+                "delete", key, lambda client: _status(client.delete_object(Bucket=self._bucket, Key=full))
+            )
+        self._ranges.forget(key)
+        if status != 204:
+            with contextlib.suppress(NotFound):
+                self.head(key)
+                raise StoreUnavailable(f"HTTP {status}, and the object is still there", key=key, op="delete")
 
     def list_page(self, prefix: str, token: str = "") -> ListPage:
         check_list_prefix(prefix)
-        arguments: dict[str, Any] = {"ContinuationToken": token} if token else {}
+        more: dict[str, Any] = {"ContinuationToken": token} if token else {}
         page = self._call(
-            "list",
-            prefix,
-            lambda: self._client.list_objects_v2(
-                Bucket=self._bucket, Prefix=self._root + prefix, MaxKeys=LIST_PAGE, **arguments
-            ),
+            "list", prefix, lambda client: self._listing(client, prefix, MaxKeys=LIST_PAGE, **more)
         )
         infos = tuple(
             ObjectInfo(
@@ -226,175 +223,107 @@ class S3Store(ObjectStore):
         )
         return ListPage(infos, page["NextContinuationToken"] if page.get("IsTruncated") else "")
 
+    def _listing(self, client: S3Client, prefix: str, **arguments: Any) -> dict[str, Any]:
+        """A page of a listing that is one. Whatever else is XML reads like one without objects."""
+        wanted = self._root + prefix
+        page = cast(dict[str, Any], client.list_objects_v2(Bucket=self._bucket, Prefix=wanted, **arguments))
+        keys = [item.get("Key", "") for item in page.get("Contents", [])]
+        places = [item.get("Prefix", "") for item in page.get("CommonPrefixes", [])]
+        truncated = page.get("IsTruncated")
+        if truncated is None or (truncated and not page.get("NextContinuationToken")):
+            raise _Nonsense("HTTP 200 with what is no listing, or not a whole one")
+        if page.get("Prefix", wanted) != wanted or not all(key.startswith(wanted) for key in keys + places):
+            raise _Nonsense("HTTP 200 with the listing of another place")
+        if not all({"Size", "ETag", "LastModified"} <= item.keys() for item in page.get("Contents", [])):
+            raise _Nonsense("HTTP 200 with objects that have no size, ETag or time")
+        return page
+
     def list_dirs(self, prefix: str) -> Keys:
         check_list_prefix(prefix, "list_dirs")
-        arguments: dict[str, Any] = {
-            "Bucket": self._bucket,
-            "Prefix": self._root + prefix,
-            "Delimiter": "/",
-        }
+        more: dict[str, Any] = {}
         found: Keys = []
         while True:
-            page = self._call("list_dirs", prefix, lambda: self._client.list_objects_v2(**arguments))
+            page = self._call(
+                "list_dirs", prefix, lambda client: self._listing(client, prefix, Delimiter="/", **more)
+            )
             found += [item["Prefix"][len(self._root) :] for item in page.get("CommonPrefixes", [])]
             if not page.get("IsTruncated"):
                 return sorted(found)
-            arguments["ContinuationToken"] = page["NextContinuationToken"]
+            more["ContinuationToken"] = page["NextContinuationToken"]
+
+    def forget(self, key: str) -> None:
+        self._ranges.forget(key)
 
     def close(self) -> None:
-        with self._lock:
-            clients = [client for client in self._range_clients.values() if client]
-            self._range_clients.clear()
-            self._urls.clear()
-        for client in clients:
-            client.close()
-        self._client.close()
+        self._ranges.close()
+        self._clients.close()
 
     # -- ranges --------------------------------------------------------------------------------
 
     def get_range(self, key: str, offset: int, length: int, into: memoryview | None = None) -> Buffer:
         check_range(key, offset, length)
-        answer = self._fetch(key, f"{offset}-{offset + length - 1}", length, "get_range", into)
-        if answer.status == 416:
-            total = _total(answer)
-            raise CorruptObject(key, max(total, 0), f"the object ends before byte {offset + length}")
-        body = self._checked(answer, key, "get_range")
-        if len(body) == length and answer.complete:
+        wanted = f"{offset}-{offset + length - 1}"
+        answer = self._ranges.fetch(key, self._full(key, "get_range"), wanted, length, "get_range", into)
+        body = self._checked(answer, key, "get_range", offset + length)
+        stated = answer.headers.get(b"content-range", b"")
+        if len(body) == length and answer.complete and stated.startswith(b"bytes %b/" % wanted.encode()):
+            self._seen_working = True
             return body
-        total = _total(answer)
+        total = _total(stated)
         if 0 <= total < offset + length:
             raise CorruptObject(key, total, f"the object ends before byte {offset + length}")
-        raise StoreUnavailable(f"{len(body)} of {length} bytes came", key=key, op="get_range")
+        why = f"{len(body)} of {length} bytes came, as range {stated.decode('latin-1')!r}"
+        raise StoreUnavailable(why, key=key, op="get_range")
 
     def get_suffix(self, key: str, length: int) -> tuple[bytes, int]:
         check_range(key, 0, length)
-        answer = self._fetch(key, f"-{length}", length, "get_suffix")
-        if answer.status == 416:
-            return b"", 0
-        total = _total(answer)
+        full = self._full(key, "get_suffix")
+        answer = self._ranges.fetch(key, full, f"-{length}", length, "get_suffix")
         body = bytes(answer.body)
-        if answer.status == 200 and answer.complete and len(body) <= length:
+        if answer.status == 416 and code_in(body) == "InvalidRange":
+            return b"", 0
+        etag = b"etag" in answer.headers
+        if answer.status == 200 and etag and answer.complete and len(body) <= length and not is_page(body):
             # Some providers answer a suffix that is the whole object without "partial".
             self._seen_working = True
             return body, len(body)
-        body = bytes(self._checked(answer, key, "get_suffix"))
-        if total < 0:
-            raise StoreUnsupported("a range answer without Content-Range", key=key, op="get_suffix")
-        if len(body) != min(length, total) or not answer.complete:
-            raise StoreUnavailable(f"{len(body)} of {length} bytes came", key=key, op="get_suffix")
+        body = bytes(self._checked(answer, key, "get_suffix", 0))
+        stated = answer.headers.get(b"content-range", b"")
+        total = _total(stated)
+        got = min(length, total)
+        if len(body) != got or not answer.complete or not stated.startswith(b"bytes %d-" % (total - got)):
+            why = f"{len(body)} of {length} bytes came, as range {stated.decode('latin-1')!r}"
+            raise StoreUnavailable(why, key=key, op="get_suffix")
+        self._seen_working = True
         return body, total
 
-    def _checked(self, answer: Response, key: str, op: str) -> Buffer:
-        """The body of a 206, or the error that another status means."""
+    def _checked(self, answer: Response, key: str, op: str, end: int) -> Buffer:
+        """The body of a 206, or the error that another status means. ``end`` of the range in the object."""
         if answer.status == 206:
-            self._seen_working = True
             return answer.body
-        if answer.status == 200:
-            raise StoreUnsupported("the provider ignores Range", key=key, op=op)
-        raise self._classify(answer.status, code_in(bytes(answer.body)), key, op)
-
-    def _fetch(
-        self, key: str, byte_range: str, limit: int, op: str, into: memoryview | None = None
-    ) -> Response:
-        full = self._full(key, op)
-        url = self._url(key, full, op)
-        parts = urlsplit(url)
-        client = self._range_client(parts.scheme, parts.netloc)
-        if client is None:
-            return self._fetch_slowly(key, full, byte_range, op)
-        target = f"{parts.path}?{parts.query}"
-        try:
-            answer = client.get(target, byte_range, limit, into)
-        except (HttpError, OSError) as error:
-            client.drop_idle()
-            raise StoreUnavailable(f"no answer: {error or type(error).__name__}", key=key, op=op) from error
-        if answer.status in (401, 403):
-            # The URL's credentials may have ended before the URL: have it made anew, next time too.
-            with self._lock:
-                self._urls.pop(key, None)
-            return self._fetch_slowly(key, full, byte_range, op)
-        if 300 <= answer.status < 400:
-            return self._fetch_slowly(key, full, byte_range, op)
-        return answer
-
-    def _fetch_slowly(self, key: str, full: str, byte_range: str, op: str) -> Response:
-        """The same through boto3, which knows proxies, redirects and fresh credentials."""
-
-        def request() -> Response:
-            try:
-                answer = self._client.get_object(Bucket=self._bucket, Key=full, Range=f"bytes={byte_range}")
-            except ClientError as error:
-                if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == 416:
-                    return Response(416, {}, b"", True)
-                raise
-            with contextlib.closing(answer["Body"]) as body:
-                data = body.read()
-            status = answer["ResponseMetadata"]["HTTPStatusCode"]
-            return Response(status, {b"content-range": answer.get("ContentRange", "").encode()}, data, True)
-
-        return self._call(op, key, request)
-
-    def _url(self, key: str, full: str, op: str) -> str:
-        now = time.monotonic()
-        with self._lock:
-            cached = self._urls.get(key)
-            if cached is not None and now < cached[0]:
-                self._urls.move_to_end(key)
-                return cached[1]
-        url = self._presign(full, key, op)
-        with self._lock:
-            self._urls[key] = (now + _URL_LIFETIME * _URL_REFRESH, url)
-            self._urls.move_to_end(key)
-            while len(self._urls) > _URL_CACHE:
-                self._urls.popitem(last=False)
-        return url
-
-    def _presign(self, full: str, key: str, op: str) -> str:
-        seen = self._seen_working
-        url = self._call(
-            op,
-            key,
-            lambda: self._client.generate_presigned_url(
-                "get_object", Params={"Bucket": self._bucket, "Key": full}, ExpiresIn=_URL_LIFETIME
-            ),
-        )
-        self._seen_working = seen  # nothing was asked of the store
-        return url
-
-    def _range_client(self, scheme: str, netloc: str) -> RangeClient | None:
-        """The client for a host, or None where a proxy stands before it."""
-        place = (scheme, netloc)
-        with self._lock:
-            if place in self._range_clients:
-                return self._range_clients[place]
-        client = None
-        if not get_environ_proxies(f"{scheme}://{netloc}"):
-            parts = urlsplit(f"{scheme}://{netloc}")
-            client = RangeClient(
-                parts.hostname or "",
-                parts.port or (443 if scheme == "https" else 80),
-                tls=_tls_context(self._client) if scheme == "https" else None,
-                pool_size=self._options.connections,
-                connect_timeout=self._options.connect_timeout,
-                read_timeout=self._options.read_timeout,
-            )
-        with self._lock:
-            return self._range_clients.setdefault(place, client)
+        body = bytes(answer.body)
+        if answer.status == 200 and b"etag" in answer.headers and not is_page(body):
+            why = "the provider ignores Range"
+            raise StoreUnsupported(why, key=key, op=op, temporary=self._seen_working)
+        code = code_in(body) if answer.complete else ""
+        if answer.status == 416 and code == "InvalidRange":
+            total = _total(answer.headers.get(b"content-range", b""))
+            raise CorruptObject(key, max(total, 0), f"the object ends before byte {end}")
+        raise self._classify(answer.status, code, key, op)
 
 
-def _tls_context(client: S3Client) -> ssl.SSLContext:
-    """Certificates as botocore would verify them."""
-    verify = getattr(getattr(client, "_endpoint", None), "http_session", None)
-    verify = getattr(verify, "_verify", True)
-    path = get_cert_path(verify) if verify else None
-    context = ssl.create_default_context(cafile=path)
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    return context
+def _etag(answer: Any) -> str:
+    etag: str = answer.get("ETag", "")
+    if not etag:
+        raise _Nonsense(f"HTTP {_status(answer)} without an ETag")
+    return etag
 
 
-def _total(answer: Response) -> int:
-    """The object's size in ``Content-Range: bytes 0-9/100``, or -1."""
-    total = answer.headers.get(b"content-range", b"").rpartition(b"/")[2]
+def _status(answer: Any) -> int:
+    return int(answer["ResponseMetadata"]["HTTPStatusCode"])
+
+
+def _total(content_range: bytes) -> int:
+    """The object's size in ``bytes 0-9/100``, or -1."""
+    total = content_range.rpartition(b"/")[2]
     return int(total) if total.isdigit() else -1

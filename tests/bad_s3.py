@@ -1,0 +1,246 @@
+"""A misbehaving S3: objects in memory, behind something that answers for it now and then.
+
+    with BadS3() as s3:
+        s3.fault = Fault(status=404, body="html", methods={"GET", "HEAD"}, share=0.5)
+
+Without a fault it does what GlideFS asks of a store. A fault hits a share of the requests of some methods
+before they are looked at (so nothing of them is done), with a status and one of three bodies: `bare` text
+as load balancers send, an `html` page, or an `xml` error document of a code that says nothing of the object.
+``token`` is the session token that requests must be signed with; ``refuse`` what others are answered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import threading
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, NamedTuple, Self
+from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+Shape = Literal["bare", "html", "xml"]
+SHAPES: tuple[Shape, ...] = ("bare", "html", "xml")
+METHODS = ("GET", "HEAD", "PUT", "LIST", "DELETE")
+BUCKET = "bucket"
+
+
+class Fault(NamedTuple):
+    """What a share of the requests of some methods is answered.
+
+    ``code`` is that of an xml body; ``raw`` is a body of one's own.
+    """
+
+    status: int
+    body: Shape = "bare"
+    methods: frozenset[str] = frozenset(METHODS)
+    share: float = 1.0
+    code: str = "InternalError"
+    raw: bytes = b""
+
+    def content(self) -> tuple[bytes, str]:
+        """The body and its type."""
+        if self.raw:
+            return self.raw, "application/xml"
+        if self.body == "xml":
+            return error_document(self.code), "application/xml"
+        if self.body == "html":
+            page = (
+                f"<html><head><title>{self.status}</title></head><body><h1>{self.status}</h1></body></html>"
+            )
+            return page.encode(), "text/html"
+        return b"default backend - %d" % self.status, "text/plain"
+
+
+class Stored(NamedTuple):
+    """An object."""
+
+    data: bytes
+    etag: str
+    when: float
+
+
+def error_document(code: str) -> bytes:
+    """As a provider writes it."""
+    return f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><Message>why</Message></Error>".encode()
+
+
+class BadS3:
+    """Serves on a free port. ``requests`` counts by method, ``faults`` those that were hit."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, Stored] = {}
+        self.fault: Fault | None = None
+        self.token = ""
+        self.refuse: tuple[int, str] = (400, "ExpiredToken")
+        self.requests: Counter[str] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.lock = threading.Lock()
+        """Guards all of the above."""
+        self._random = random.Random(7)
+        owner = self
+
+        class Handler(_Handler):
+            """Its connections."""
+
+            s3 = owner
+
+        self._server = _Server(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def hit(self, method: str) -> Fault | None:
+        """Count a request; the fault that it meets, if so."""
+        with self.lock:
+            self.requests[method] += 1
+            fault = self.fault
+            if fault is None or method not in fault.methods or self._random.random() >= fault.share:
+                return None
+            self.faults[method] += 1
+            return fault
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that went away is not news."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    s3: BadS3
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Counted instead."""
+
+    def _answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response_only(status, "X")
+        self.send_header("Date", formatdate(usegmt=True))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        has_body = status not in (204, 304)
+        if has_body and "Content_Length" not in headers:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if has_body and self.command != "HEAD":
+            self.wfile.write(body)
+
+    def _error(self, status: int, code: str) -> None:
+        self._answer(status, error_document(code), Content_Type="application/xml")
+
+    def _any(self) -> None:
+        parts = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
+        method = "LIST" if "list-type" in query else self.command
+        fault = self.s3.hit(method)
+        token = self.headers.get("X-Amz-Security-Token") or query.get("X-Amz-Security-Token", "")
+        if fault is not None:
+            body, kind = fault.content()
+            self._answer(fault.status, body, Content_Type=kind)
+        elif self.s3.token and token != self.s3.token:
+            status, code = self.s3.refuse
+            if code:
+                self._error(status, code)
+            else:
+                self._answer(status, b"no", Content_Type="text/plain")
+        elif bucket != BUCKET:
+            self._error(404, "NoSuchBucket")
+        elif method == "LIST":
+            self._list(query)
+        elif method == "PUT":
+            self._put(key, data)
+        elif method == "DELETE":
+            with self.s3.lock:
+                self.s3.objects.pop(key, None)
+            self._answer(204)
+        else:
+            self._get(key)
+
+    def _put(self, key: str, data: bytes) -> None:
+        match, none_match = self.headers.get("If-Match"), self.headers.get("If-None-Match")
+        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        with self.s3.lock:
+            found = self.s3.objects.get(key)
+            if match and found is None:
+                refused = (404, "NoSuchKey")
+            elif (match and found is not None and found.etag != match) or (none_match and found is not None):
+                refused = (412, "PreconditionFailed")
+            else:
+                refused = None
+                self.s3.objects[key] = Stored(data, etag, time.time())
+        if refused is not None:
+            self._error(*refused)
+        else:
+            self._answer(200, ETag=etag)
+
+    def _get(self, key: str) -> None:
+        with self.s3.lock:
+            found = self.s3.objects.get(key)
+        if found is None:
+            self._error(404, "NoSuchKey")
+            return
+        data, size = found.data, len(found.data)
+        headers = {"ETag": found.etag, "Last_Modified": formatdate(found.when, usegmt=True)}
+        wanted = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range") or "")
+        if self.command == "HEAD":
+            self._answer(200, Content_Length=str(size), **headers)
+        elif wanted is None:
+            self._answer(200, data, **headers)
+        else:
+            first, last = wanted.groups()
+            start = int(first) if first else max(0, size - int(last))
+            stop = min(size, int(last) + 1) if first and last else size
+            if start >= size:
+                self._error(416, "InvalidRange")
+                return
+            headers["Content_Range"] = f"bytes {start}-{stop - 1}/{size}"
+            self._answer(206, data[start:stop], **headers)
+
+    def _list(self, query: dict[str, str]) -> None:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
+        after, most = query.get("continuation-token", ""), int(query.get("max-keys", "1000"))
+        with self.s3.lock:
+            found = sorted(item for item in self.s3.objects.items() if item[0].startswith(prefix))
+        rows: dict[str, str] = {}
+        for key, stored in found:
+            end = key.find(delimiter, len(prefix)) if delimiter else -1
+            if end >= 0:
+                place = escape(key[: end + 1])
+                rows[key[: end + 1]] = f"<CommonPrefixes><Prefix>{place}</Prefix></CommonPrefixes>"
+            else:
+                when = datetime.fromtimestamp(stored.when, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+                rows[key] = (
+                    f"<Contents><Key>{escape(key)}</Key><Size>{len(stored.data)}</Size>"
+                    f"<ETag>{escape(stored.etag)}</ETag><LastModified>{when}</LastModified></Contents>"
+                )
+        names = [name for name in rows if name > after]
+        more = len(names) > most
+        token = f"<NextContinuationToken>{escape(names[most - 1])}</NextContinuationToken>" if more else ""
+        body = "".join(rows[name] for name in names[:most])
+        self._answer(
+            200,
+            (
+                f"<ListBucketResult><Name>{BUCKET}</Name><Prefix>{escape(prefix)}</Prefix>"
+                f"<IsTruncated>{str(more).lower()}</IsTruncated>{token}{body}</ListBucketResult>"
+            ).encode(),
+            Content_Type="application/xml",
+        )
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _any
