@@ -19,6 +19,7 @@ from glidefs.images.bases import StoredBase, read_base
 from glidefs.manifest_cache import CAPACITY, CacheStats, ManifestCache
 from glidefs.names import base_manifest_key, bases_prefix, check_name, hot_set_key
 from glidefs.store.base import ObjectStore, dir_name
+from glidefs.store.checked import get_checked
 from glidefs.store.resilient import ResilientStore
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class BaseLibrary:
         of = self.manifests.get(prefix, base)
         key = hot_set_key(prefix, base)
         try:
-            hot_set = decode_hot_set(key, self._background.get(key).data)
+            hot_set, _ = get_checked(self._background, key, decode_hot_set)
         except NotFound:
             return HotSet(of.manifest_hash)
         if hot_set.manifest_hash != of.manifest_hash:

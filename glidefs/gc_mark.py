@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import NamedTuple, TypeAlias, TypeVar
 
 from glidefs import names
@@ -18,6 +19,7 @@ from glidefs.formats.gc_state import FirstSeen
 from glidefs.formats.manifest import Page, Root, decode_page, decode_root
 from glidefs.formats.pack import ID_SIZE
 from glidefs.store.base import ObjectInfo, ObjectStore
+from glidefs.store.checked import fetch_checked, get_checked
 
 THREADS = 8
 """Requests at a time."""
@@ -207,7 +209,10 @@ class Marker:
                 return None
             if _is_checkpoint(info.key):
                 return Named(info, found.etag, None, self._of_checkpoint(info.key, found.data), set())
-            root = decode_root(info.key, found.data)
+            try:
+                root = decode_root(info.key, found.data)
+            except CorruptObject:
+                root, found = get_checked(self._store, info.key, decode_root)
             try:
                 packs, pages = self._contents(root)
             except _PageGone as gone:
@@ -234,7 +239,9 @@ class Marker:
         if root.inline_page is not None:
             packs.update(ref.id for ref in root.inline_page.packs)
         for page_id in sorted(pages - self._read_pages):  # in an order that tests can repeat
-            packs.update(ref.id for ref in self._read_page(page_id).packs)
+            key = self._pages.key(page_id.hex())
+            page = fetch_checked(self._store, key, partial(self._read_page, page_id))
+            packs.update(ref.id for ref in page.packs)
         return packs, pages
 
     def _read_page(self, page_id: bytes) -> Page:

@@ -27,6 +27,7 @@ from glidefs.names import (
 )
 from glidefs.pins import kept_copy, pinned
 from glidefs.store.base import ObjectStore
+from glidefs.store.checked import get_checked
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.volume import Volume
 
@@ -187,7 +188,7 @@ class Lineage:
         for sequence in self._sequences(view, prefix, check_name("volume", name)):
             key = snapshot_key(prefix, name, sequence)
             try:
-                root = decode_root(key, view.get(key).data)
+                root, _ = get_checked(view, key, decode_root)
             except NotFound:
                 continue  # deleted meanwhile
             found.append(

@@ -25,6 +25,7 @@ from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root
 from glidefs.formats.pack import ID_SIZE
 from glidefs.names import Source, pin_key
 from glidefs.store.base import ObjectStore
+from glidefs.store.checked import get_checked
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -77,10 +78,9 @@ def read_source(store: ObjectStore, prefix: str, source: Source) -> tuple[Root, 
     """The root of a source in the store, and its ETag. Raises UnknownExport, CorruptObject, StoreError."""
     key = source.key(prefix)
     try:
-        found = store.get(key)
+        root, found = get_checked(store, key, decode_root)
     except NotFound:
         raise UnknownExport(str(source), f"prefix {prefix} has no such {source.kind}") from None
-    root = decode_root(key, found.data)
     if root.removed_at:
         raise UnknownExport(str(source), "it was removed")
     return root, found.etag

@@ -18,6 +18,7 @@ from glidefs.errors import Conflict, ExportExists, InvalidName, NotFound, Precon
 from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root, manifest_hash
 from glidefs.formats.pack import ID_SIZE
 from glidefs.store.base import ObjectStore, dir_name
+from glidefs.store.checked import get_checked
 
 LISTING = 8
 """Manifests that a listing reads at the same time."""
@@ -54,12 +55,12 @@ def load_base(store: ObjectStore, prefix: str, base: str) -> StoredBase:
     """The manifest of a base, or its tombstone. Raises UnknownExport, CorruptObject, StoreError."""
     key = names.base_manifest_key(prefix, base)
     try:
-        found = store.get(key)
+        root, found = get_checked(store, key, decode_root)
     except NotFound:
         raise UnknownExport(
             base, f"no base of that name in prefix {prefix}; `glidefs bases` lists them"
         ) from None
-    return StoredBase(decode_root(key, found.data), found.etag, manifest_hash(found.data))
+    return StoredBase(root, found.etag, manifest_hash(found.data))
 
 
 def read_base(store: ObjectStore, prefix: str, base: str) -> StoredBase:

@@ -21,6 +21,7 @@ from glidefs.formats.manifest import PAGE_CHUNKS, PackRef, Page, Root, decode_ro
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS
 from glidefs.images.offline import BlockReader
 from glidefs.store.base import ObjectStore
+from glidefs.store.checked import get_checked
 
 WINDOW_BLOCKS = 64
 """Blocks that one worker puts together at a time."""
@@ -60,7 +61,7 @@ def export_image(
     """
     key = names.parse_source(source).key(prefix)
     try:
-        root = decode_root(key, store.get(key).data)
+        root, _ = get_checked(store, key, decode_root)
     except ObjectNotFound:
         raise UnknownExport(source, f"the store has no {key}; check the name, --prefix and --store") from None
     partial = target.with_name(f".{target.name}.partial")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from glidefs import names
@@ -26,6 +27,7 @@ from glidefs.formats.pack import (
     decode_payload,
 )
 from glidefs.store.base import ObjectStore
+from glidefs.store.checked import fetch_checked
 
 INDEX_BUDGET = 64 << 20
 """Bytes of pack indices kept."""
@@ -143,13 +145,18 @@ class BlockReader:
         pieces.sort(key=lambda piece: (piece.ref.id, piece.entry.offset))
         for run in _runs(pieces):
             key = names.pack_key(self._prefix, run[0].ref.id.hex())
-            start = run[0].entry.offset
-            length = max(piece.entry.offset + piece.entry.stored for piece in run) - start
-            data = memoryview(self._store.get_range(key, start, length))
-            for piece in run:
-                at = piece.entry.offset - start
-                stored = data[at : at + piece.entry.stored]
-                payloads[piece.ref.id, piece.entry.block] = decode_payload(key, piece.entry, stored)
+            payloads.update(fetch_checked(self._store, key, partial(self._fetch_run, key, run)))
+        return payloads
+
+    def _fetch_run(self, key: str, run: list[Piece]) -> dict[tuple[bytes, int], Buffer]:
+        start = run[0].entry.offset
+        length = max(piece.entry.offset + piece.entry.stored for piece in run) - start
+        data = memoryview(self._store.get_range(key, start, length))
+        payloads: dict[tuple[bytes, int], Buffer] = {}
+        for piece in run:
+            at = piece.entry.offset - start
+            stored = data[at : at + piece.entry.stored]
+            payloads[piece.ref.id, piece.entry.block] = decode_payload(key, piece.entry, stored)
         return payloads
 
 

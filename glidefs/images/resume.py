@@ -29,6 +29,7 @@ from glidefs.formats.pack import (
     decode_payload,
 )
 from glidefs.store.base import Buffer, ObjectStore
+from glidefs.store.checked import get_checked
 from glidefs.store.clock import store_time
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ def load(store: ObjectStore, prefix: str, base: str, now: int, max_age: float) -
     """
     key = names.blessing_key(prefix, base)
     try:
-        found, info = store.get(key), store.head(key)
-        blessing = decode_blessing(key, found.data)
+        blessing, found = get_checked(store, key, decode_blessing)
+        info = store.head(key)
     except NotFound:
         return []
     except CorruptObject as error:

@@ -74,6 +74,10 @@ class IndexFiles:
         for name in gone:
             self._unlink(name)
 
+    def forget(self, ref: PackRef) -> None:
+        """Keep no copy of this index."""
+        self._forget(ref.id.hex())
+
     def _forget(self, name: str) -> None:
         with self._lock:
             self._used -= self._table().pop(name, 0)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from glidefs.core.payloads import extract, overlay
+from glidefs.errors import CorruptObject
 from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import (
     BLOCK,
@@ -23,6 +25,8 @@ from glidefs.store.packs import BuiltPack
 from glidefs.volume.compact_plan import ChunkRun, MergedBlock, merge_blocks
 from glidefs.volume.edit import Replace
 from glidefs.volume.fetch import Payloads, Wanted, fetch, plan_ranges
+
+log = logging.getLogger(__name__)
 
 WINDOW = 8 << 20
 """Stored bytes of input that are in memory at once."""
@@ -106,7 +110,24 @@ class Merger:
             self._before_read(sum(r.length for r in ranges))
             payloads = fetch(self._store, ranges, None)
             for merged in window:
-                self._block(run, merged, entries, payloads, output)
+                try:
+                    self._block(run, merged, entries, payloads, output)
+                except CorruptObject as error:
+                    # Nothing of a block is in the output before all of it was verified.
+                    again = self._fetch_again(run, merged, entries)
+                    self._block(run, merged, entries, again, output)
+                    log.warning("a block to compact verified when it was fetched again: %s", error)
+
+    def _fetch_again(
+        self, run: ChunkRun, merged: MergedBlock, entries: Sequence[dict[int, PackEntry]]
+    ) -> Payloads:
+        """The payloads of one block, with nothing kept of where they are."""
+        wanted = [
+            Wanted(run.indices[part.source].key, entries[part.source][merged.block]) for part in merged.parts
+        ]
+        for key in {part.key for part in wanted}:
+            self._store.forget(key)
+        return fetch(self._store, plan_ranges(wanted, READ_GAP, READ_LIMIT), None)
 
     def _block(
         self,

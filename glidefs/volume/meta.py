@@ -15,6 +15,7 @@ from glidefs.formats.manifest import EMPTY_PAGE, PAGE_CHUNKS, PackRef, Page, Roo
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, PackIndex, decode_index
 from glidefs.names import pack_key, page_key
 from glidefs.store.base import ObjectStore
+from glidefs.store.checked import fetch_checked
 from glidefs.volume.index_files import IndexFiles
 from glidefs.volume.lru import LoadingCache
 
@@ -33,7 +34,16 @@ class MetaCache:
 
     def index(self, store: ObjectStore, prefix: str, ref: PackRef) -> PackIndex:
         """The index of a pack. Raises CorruptObject, NotFound, StoreError."""
-        return self.indices.get(ref.id, lambda: self._load_index(store, prefix, ref))
+        key = pack_key(prefix, ref.id.hex())
+        return self.indices.get(
+            ref.id, lambda: fetch_checked(store, key, lambda: self._load_index(store, prefix, ref))
+        )
+
+    def forget_index(self, ref: PackRef) -> None:
+        """Keep no copy of the index of a pack, here or on the disk."""
+        self.indices.discard(ref.id)
+        if self._files is not None:
+            self._files.forget(ref)
 
     def add_index(self, ref: PackRef, index: PackIndex, tail: bytes) -> None:
         """Keep the index of a pack that was just put; ``tail`` holds the pack's last bytes."""
@@ -43,7 +53,17 @@ class MetaCache:
 
     def page(self, store: ObjectStore, prefix: str, page_id: bytes, local: Path | None = None) -> Page:
         """A manifest page, from the copy in directory ``local`` if it is there."""
-        return self.pages.get(page_id, lambda: _load_page(store, prefix, page_id, local))
+        key = page_key(prefix, page_id.hex())
+        return self.pages.get(
+            page_id, lambda: fetch_checked(store, key, lambda: _load_page(store, prefix, page_id, local))
+        )
+
+    def forget_page(self, page_id: bytes, local: Path | None) -> None:
+        """Keep no copy of a page, here or in directory ``local``."""
+        self.pages.discard(page_id)
+        if local is not None:
+            with contextlib.suppress(OSError):
+                (local / page_id.hex()).unlink()
 
     def _load_index(self, store: ObjectStore, prefix: str, ref: PackRef) -> PackIndex:
         key = pack_key(prefix, ref.id.hex())
@@ -112,6 +132,18 @@ class Manifest:
     def cached_index(self, ref: PackRef) -> PackIndex | None:
         """The index of one of the packs, if no request is needed for it."""
         return self._meta.indices.peek(ref.id)
+
+    def forget(self, chunk: int) -> None:
+        """Keep nothing here of what a chunk is read by: its page, the indices of its packs, signed URLs.
+
+        Raises as :meth:`packs`.
+        """
+        for ref in self.packs(chunk):
+            self._meta.forget_index(ref)
+            self._store.forget(pack_key(self.prefix, ref.id.hex()))
+        number = chunk // PAGE_CHUNKS
+        if self.root.inline_page is None and number < len(self.root.page_ids):
+            self._meta.forget_page(self.root.page_ids[number], self._local)
 
     def present(self, first: int, last: int) -> Iterator[int]:
         """The chunks from ``first`` to ``last``, inclusive, that are not all zeros, ascending."""

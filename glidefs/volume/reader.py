@@ -74,19 +74,38 @@ class Reader:
         """Make blocks ``first`` up to ``first + count`` resident; returns how many the store was asked for.
 
         ``leave`` is a block that is put in the cache but not mapped: the marker of read-ahead.
-        Blocks whose packs are damaged are answered with EIO. Raises StoreError when the store fails
+        A block that does not verify is fetched once more from the store, with all that says where it is;
+        one that is damaged there is answered with EIO. Raises StoreError when the store fails
         and Closed when the volume closes; what was answered until then stays answered.
         """
         try:
             return self._resolve(volume, store, [(first, count)], stamp, leave, self._helpers)
         except (CorruptObject, NotFound) as error:
             if count == 1:
-                self._damaged(volume, store, first, stamp, error)
-                return 0
+                return self._resolve_anew(volume, store, first, stamp, leave, error)
             return sum(
                 self.resolve(volume, store, block, 1, stamp, leave=leave)
                 for block in range(first, first + count)
             )
+
+    def _resolve_anew(
+        self,
+        volume: Readable,
+        store: ObjectStore,
+        block: int,
+        stamp: int,
+        leave: int,
+        first: CorruptObject | NotFound,
+    ) -> int:
+        """A block that could not be had: once more, believing nothing that is kept here."""
+        try:
+            volume.manifest(store).forget(block // CHUNK_BLOCKS)
+            asked = self._resolve(volume, store, [(block, 1)], stamp, leave, self._helpers)
+        except (CorruptObject, NotFound) as error:
+            self._damaged(volume, store, block, stamp, error)
+            return 0
+        log.warning("volume %s: block %d verified when it was fetched again: %s", volume.name, block, first)
+        return asked
 
     def resolve_runs(
         self, volume: Readable, store: ObjectStore, runs: Runs, stamp: int, helpers: Executor

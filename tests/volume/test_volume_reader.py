@@ -14,8 +14,10 @@ from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
 
 from glidefs.core.check import CoreError
 from glidefs.errors import AccessDenied
-from glidefs.formats.pack import PackEntry, payload_hash
-from glidefs.volume import lease
+from glidefs.formats.pack import PackEntry, PackIndex, payload_hash
+from glidefs.names import pack_key
+from glidefs.store.base import Object
+from glidefs.volume import lease, local
 from glidefs.volume.fetch import Wanted, plan_ranges
 from glidefs.volume.host import Host
 from glidefs.volume.keys import merged_key, scoped_key
@@ -64,6 +66,66 @@ def test_a_damaged_index_is_an_error(rig: Rig) -> None:
     damage(rig, key, -40)
     with pytest.raises(CoreError):
         volume.core.pread(0, 4096)
+
+
+class Flipping:
+    """A store in memory whose answers of one operation are damaged on their way, a few times."""
+
+    def __init__(self, rig: Rig, op: str, times: int, at: int) -> None:
+        self.left = times
+        real = getattr(rig.memory, op)
+
+        def flipped(key: str, *args: object) -> object:
+            found = real(key, *args)
+            if not self.left:
+                return found
+            self.left -= 1
+            if isinstance(found, Object):
+                return Object(flip(found.data, at), found.etag)
+            return (flip(found[0], at), found[1]) if isinstance(found, tuple) else flip(found, at)
+
+        setattr(rig.memory, op, flipped)
+
+
+def flip(data: bytes, at: int) -> bytes:
+    changed = bytearray(data)
+    changed[at] ^= 0xFF
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("op", "at"), [("get_range", 5), ("get_suffix", -40), ("get", -5)])
+def test_what_was_damaged_on_its_way_is_fetched_again(
+    rig: Rig, caplog: pytest.LogCaptureFixture, op: str, at: int
+) -> None:
+    """Payload, index, page: each is read right the second time, and nobody sees the first."""
+    host = rig.host(read_ahead_bytes=0)
+    volume = rig.create(host, 4 << 40)  # of several pages, so that they are objects
+    data = os.urandom(BLOCK)
+    volume.core.pwrite(0, data)
+    cold(host, volume)
+    host.meta.indices.clear()
+    host.meta.pages.clear()
+    shutil.rmtree(host.state_dir / "indices")
+    shutil.rmtree(local.page_dir(host.state_dir, volume.id))
+    flipping = Flipping(rig, op, 1, at)
+    assert volume.core.pread(0, BLOCK) == data
+    assert flipping.left == 0
+    assert any("again" in record.getMessage() or "second" in record.getMessage() for record in caplog.records)
+
+
+def test_a_wrong_index_that_was_kept_here_is_not_believed(rig: Rig) -> None:
+    """Whole by its checksum, but not the pack's: the payload tells, and the store is asked for both."""
+    host = rig.host(read_ahead_bytes=0)
+    volume = rig.create(host)
+    data = [os.urandom(BLOCK), os.urandom(BLOCK)]
+    for block in data:
+        volume.core.pwrite(0, block)
+        volume.drain(20)
+    cold(host, volume)
+    (first, second) = volume.manifest(host.store).packs(0)
+    old = host.meta.index(host.store, PREFIX, first)
+    host.meta.indices.put(second.id, PackIndex(pack_key(PREFIX, second.id.hex()), old._data))
+    assert volume.core.pread(0, BLOCK) == data[1]
 
 
 def test_a_pack_that_is_gone_is_an_error(rig: Rig) -> None:
