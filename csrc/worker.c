@@ -285,7 +285,6 @@ static int set_up(struct worker *w)
         return err;
     io_uring_register_ring_fd(&w->ring); /* saves a table look-up per call; not essential */
     prctl(PR_SET_NAME, "glide-worker", 0, 0, 0);
-    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* reclaim must not wait for our own device; needs CAP_SYS_RESOURCE */
     arm_wake(w);
     return 0;
 }

@@ -16,8 +16,10 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
+from glidefs import io_flusher
 from glidefs.config import Config, config_path, load_config
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
+from glidefs.process import LOCK_FILE
 
 State = Literal["ok", "warn", "fail"]
 MIN_KERNEL = (6, 1)
@@ -53,6 +55,7 @@ def run_checks(config_file: str | None) -> list[Check]:
         ("ublk driver", _ublk),
         ("open files", _files),
         ("locked memory", _memlock),
+        ("I/O flusher", _flusher),
         ("cache directory", lambda c: _directory(Path(c.cache.dir), 0)),
         ("log directory", lambda c: _directory(c.cache.logs, c.cache.log_size)),
         ("block cache directory", lambda c: _directory(c.cache.blocks, c.cache.block_cache_size)),
@@ -172,6 +175,26 @@ def _memlock(config: Config) -> Result:
     if hard < 8 << 20:
         return "warn", f"{hard} bytes", "raise it to 8 MiB or more (LimitMEMLOCK= in systemd)"
     return "ok", f"{hard} bytes"
+
+
+def _flusher(config: Config) -> Result:
+    """Of the daemon that has the cache directory, else of one that this user would start."""
+    try:
+        pid = int((Path(config.cache.dir) / LOCK_FILE).read_text(encoding="ascii"))
+        marked, total = io_flusher.count_threads(pid)
+    except (OSError, ValueError):
+        why = io_flusher.refused()
+        if why is not None:
+            return (
+                "warn",
+                f"when memory is short a daemon waits for its own devices: {why}",
+                io_flusher.REMEDY,
+            )
+        return "ok", "permitted"
+    if marked < total:
+        text = f"{total - marked} of {total} threads of the daemon may wait for its own devices"
+        return "warn", text, io_flusher.REMEDY
+    return "ok", f"all {total} threads of the daemon"
 
 
 def file_system(path: Path) -> str:

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 
-from glidefs import process
+from glidefs import io_flusher, process
 from glidefs.config import config_path, load_config
 from glidefs.daemon import Daemon, metadata_version
 from glidefs.errors import GlideError
@@ -37,9 +37,16 @@ class Signals:
 
 def run_daemon(config_file: str | None) -> int:
     """The whole life of the process; returns its exit code. Raises GlideError if it cannot start."""
+    refused = io_flusher.become_io_flusher()  # first: every thread from here on inherits it
     path = config_path(config_file)
     config = load_config(path)
     process.setup_logging(config.daemon.log_level)
+    if refused is not None:
+        log.info(
+            "not an I/O flusher (%s): when memory is short the daemon may wait for its own devices; %s",
+            refused,
+            io_flusher.REMEDY,
+        )
     signals = Signals()
     daemon = Daemon(config, str(path.resolve()))
     daemon.on_handed_over = signals.wake.set
