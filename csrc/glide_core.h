@@ -419,7 +419,7 @@ int glide_ublk_add(glide_volume *volume, const struct glide_ublk_config *config,
 /* Add (or recover, or take what was added) the device, start its queue on the volume's worker, start the device. */
 int glide_ublk_start(glide_volume *volume, const struct glide_ublk_config *config, glide_ublk **out);
 int glide_ublk_dev_id(glide_ublk *device);
-/* STOP_DEV while serving, then DEL_DEV; frees the handle. */
+/* STOP_DEV while serving, then DEL_DEV; frees the handle. 1: somebody has it open still, and its number is not free. */
 int glide_ublk_stop(glide_ublk *device);
 /* Give the device back to the kernel without stopping it: guests pause until the next server recovers it. */
 int glide_ublk_release(glide_ublk *device);

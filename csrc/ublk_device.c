@@ -18,6 +18,7 @@
 
 #define START_TIMEOUT_MS 60000u
 #define DELETE_TIMEOUT_MS 15000u
+#define STOP_TIMEOUT_MS 10000u
 #define RECOVERY_TIMEOUT_MS 30000u
 #define WANTED                                                                                                         \
     (UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | UBLK_F_USER_COPY | UBLK_F_UPDATE_SIZE | UBLK_F_QUIESCE)
@@ -317,6 +318,28 @@ int glide_ublk_dev_id(glide_ublk *device) { return (int)device->info.dev_id; }
 
 /* ---- end --------------------------------------------------------------------------------------------- */
 
+static int refuse_requests(struct worker *w, void *arg)
+{
+    struct ublk_device *d = arg;
+
+    (void)w;
+    d->refusing = true;
+    io_cancel(d->volume, d, ESHUTDOWN);
+    return 0;
+}
+
+/* The kernel waits for the requests that we have, and writes its cache back through us. What waits for the store or for
+ * space by the time that this takes too long fails, like what a connection leaves behind that is ended. */
+static int stop_serving(struct ublk_ctrl *ctrl, struct ublk_device *d)
+{
+    int err = ublk_ctrl_stop(ctrl, d->info.dev_id, STOP_TIMEOUT_MS);
+
+    if (err != -ETIMEDOUT)
+        return err;
+    worker_call(d->volume->worker, refuse_requests, d);
+    return ublk_ctrl_stop(ctrl, d->info.dev_id, 0);
+}
+
 int glide_ublk_stop(glide_ublk *d)
 {
     struct ublk_ctrl *ctrl;
@@ -326,15 +349,15 @@ int glide_ublk_stop(glide_ublk *d)
 
     if (err)
         return err;
-    err = ublk_ctrl_stop(ctrl, id, 0);
+    err = stop_serving(ctrl, d);
     if (err && err != -ENODEV)
         return fail(err, "cannot stop ublk device %u: %s", id, strerror(-err));
     call_run(d->volume->worker, &call, wait_queue, d);
     worker_call(d->volume->worker, detach_queue, d);
     device_free(d);
     err = ublk_ctrl_del(ctrl, id, DELETE_TIMEOUT_MS);
-    if (err == -ETIMEDOUT) /* somebody has /dev/ublkbN open still: it goes when they let go */
-        err = 0;
+    if (err == -ETIMEDOUT) /* the number comes free when they let go */
+        return 1;
     return err && err != -ENODEV ? fail(err, "cannot delete ublk device %u: %s", id, strerror(-err)) : 0;
 }
 

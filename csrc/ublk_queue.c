@@ -127,7 +127,7 @@ static void start(struct ublk_tag *t)
     uint64_t length = op == GLIDE_FLUSH ? 0 : (uint64_t)desc->nr_sectors * 512;
 
     d->busy++;
-    if (op < 0 || (data && length > d->info.max_io_buf_bytes)) {
+    if (op < 0 || d->refusing || (data && length > d->info.max_io_buf_bytes)) {
         commit(t, EIO, 0);
         return;
     }
@@ -143,6 +143,7 @@ static void start(struct ublk_tag *t)
                             .buf = t->buf,
                             .offset = op == GLIDE_FLUSH ? 0 : desc->start_sector * 512,
                             .length = length,
+                            .tag = d,
                             .op = (uint8_t)op,
                             .flags = desc->op_flags & UBLK_IO_F_FUA ? GLIDE_FUA : 0,
                             .done = on_done};

@@ -38,6 +38,7 @@ struct ublk_device {
     bool releasing;       /* new requests are left to the next server */
     bool left_behind;     /* its worker ended first; what is left of it is the handle */
     bool dropping;        /* so are those that fail: nobody saw an answer to them */
+    bool refusing;        /* every request fails: the device is to end, and what they need does not come */
     struct call *waiting; /* stop or release: until gone == depth, or busy == 0 */
     struct ublk_device *next_released;
 };

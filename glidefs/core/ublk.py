@@ -50,7 +50,7 @@ class UblkInfo(msgspec.Struct, frozen=True, kw_only=True):
 class UblkDevice(Handle):
     """A served ``/dev/ublkbN``. ``close()`` stops and deletes it, ``release()`` leaves it to a successor."""
 
-    __slots__ = ("_keep", "_volume", "dev_id")
+    __slots__ = ("_keep", "_volume", "dev_id", "lingers")
 
     def __init__(self, volume: CoreVolume, config: UblkConfig) -> None:
         out = ffi.new("glide_ublk **")
@@ -61,6 +61,8 @@ class UblkDevice(Handle):
         self._volume = volume
         volume.devices += 1
         self._keep = False
+        self.lingers = False
+        """Once it is closed: somebody has it open, and its number is free when they let go."""
         self.dev_id = check(lib.glide_ublk_dev_id(out[0]), "device id", device=_name(config.dev_id))
 
     @property
@@ -81,7 +83,8 @@ class UblkDevice(Handle):
     def _free(self, pointer: Any) -> None:
         self._volume.devices -= 1
         end = lib.glide_ublk_release if self._keep else lib.glide_ublk_stop
-        check(end(pointer), "release" if self._keep else "stop", device=_name(self.dev_id))
+        what = "release" if self._keep else "stop"
+        self.lingers = check(end(pointer), what, device=_name(self.dev_id)) > 0 and not self._keep
 
 
 def add(volume: CoreVolume, config: UblkConfig) -> int:

@@ -62,10 +62,28 @@ def devices() -> Iterator[int]:
             yield int(number)
 
 
+def is_draining(found: UblkInfo) -> bool:
+    """Whether a device was deleted, but the kernel keeps its number: somebody has it open.
+
+    So its requests may not all have ended, and the number is not another device's yet.
+    """
+    return found.state == DEAD and not Path(f"/dev/ublkc{found.dev_id}").exists()
+
+
 def explained(error: DeviceError) -> DeviceError:
     """The same error with what to do about it."""
     remedy = _REMEDIES.get(error.errno)
     return DeviceError(f"{error}; {remedy}", errno=error.errno) if remedy else error
+
+
+def _say_open(name: str, dev_id: int) -> None:
+    log.warning(
+        "%s: somebody has /dev/ublkb%d open still, all I/O on it fails: close it (fuser -v /dev/ublkb%d), "
+        "its number is used again after that",
+        name,
+        dev_id,
+        dev_id,
+    )
 
 
 def _is_served(found: UblkInfo) -> bool:
@@ -123,6 +141,9 @@ class UblkTransport:
         found = None if wanted is None else query(wanted)
         if wanted is None or found is None:
             return self._add(export, tags, wanted)
+        if is_draining(found):
+            log.warning("%s: /dev/ublkb%d is open still; taking another id", export.name, wanted)
+            return self._add(export, tags, None)
         if not tags.accepts(found.tag, export.name, export.volume_id):
             log.warning("%s: /dev/ublkb%d belongs to somebody else; taking another id", export.name, wanted)
             return self._add(export, tags, None)
@@ -130,8 +151,18 @@ class UblkTransport:
         if found.state in (QUIESCED, FAIL_IO) and found.flags & F_USER_RECOVERY:
             return self._recover(export, found)
         log.info("%s: replacing the stopped device /dev/ublkb%d", export.name, wanted)
-        ublk.delete(wanted, found.tag)
-        return self._add(export, tags, wanted)
+        return self._add(export, tags, wanted if self._delete(export.name, found) else None)
+
+    def _delete(self, name: str, found: UblkInfo) -> bool:
+        """Whether its number is free now; else when those let go who have it open."""
+        try:
+            ublk.delete(found.dev_id, found.tag)
+        except DeviceError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            _say_open(name, found.dev_id)
+            return False
+        return True
 
     def _settled(self, name: str, found: UblkInfo) -> UblkInfo:
         """Wait until the kernel has noticed that the device's last server is gone."""
@@ -218,6 +249,8 @@ class UblkTransport:
         if found is not None:
             device, key = found
             device.close()
+            if device.lingers:
+                _say_open(name, device.dev_id)
             self._names.withdraw(device.dev_id, key)
 
     def release(self, name: str) -> None:
@@ -229,11 +262,12 @@ class UblkTransport:
     def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
         """Delete the device that an earlier daemon left: else its guests wait for ever."""
         found = query(device_id)
-        tags = self._own_tags()
-        if found is None or found.state == LIVE or not tags.accepts(found.tag, name, volume_id):
+        if found is None or found.state == LIVE or is_draining(found):
+            return
+        if not self._own_tags().accepts(found.tag, name, volume_id):
             return
         log.info("%s: deleting /dev/ublkb%d, which nobody serves", name, device_id)
-        ublk.delete(device_id, found.tag)
+        self._delete(name, found)
         self._names.withdraw(device_id, self._names.read(device_id)[1])
 
     def _can_update(self) -> bool:

@@ -36,6 +36,8 @@ class Driver:
         self.events: list[str] = []
         self.held = False
         """Whether somebody has every device open."""
+        self.draining: set[int] = set()
+        """Deleted, but open: the number is theirs."""
 
     def put(self, dev_id: int, tag: int, state: int, pid: int = 0) -> None:
         self.devices[dev_id] = UblkInfo(
@@ -55,11 +57,28 @@ class Driver:
             raise DeviceError("query: no such device", errno=errno.ENODEV)
         return self.devices[dev_id]
 
+    def end(self, dev_id: int) -> bool:
+        """Whether the number is free at once."""
+        if self.held:
+            self.put(dev_id, self.devices[dev_id].tag, DEAD)
+            self.draining.add(dev_id)
+        else:
+            del self.devices[dev_id]
+        return not self.held
+
+    def let_go(self) -> None:
+        """Nobody has a device open any more."""
+        self.held = False
+        for dev_id in self.draining:
+            del self.devices[dev_id]
+        self.draining.clear()
+
     def delete(self, dev_id: int, expected_tag: int) -> None:
         if self.query(dev_id).tag != expected_tag:
             raise DeviceError("delete: somebody else's", errno=errno.EPERM)
         self.events.append(f"delete {dev_id}")
         if self.held:
+            self.end(dev_id)
             raise DeviceError("delete: timed out", errno=errno.ETIMEDOUT)
         del self.devices[dev_id]
 
@@ -94,9 +113,10 @@ class Core:
 class FakeDevice:
     def __init__(self, driver: Driver, dev_id: int) -> None:
         self.driver, self.dev_id, self.path = driver, dev_id, f"/dev/ublkb{dev_id}"
+        self.lingers = False
 
     def close(self) -> None:
-        del self.driver.devices[self.dev_id]
+        self.lingers = not self.driver.end(self.dev_id)
 
     def release(self) -> None:
         found = self.driver.devices[self.dev_id]
@@ -162,7 +182,8 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
     monkeypatch.setattr("glidefs.core.ublk.query", made.query)
     monkeypatch.setattr("glidefs.core.ublk.delete", made.delete)
-    monkeypatch.setattr(ublk, "devices", lambda: iter(sorted(made.devices)))
+    monkeypatch.setattr(ublk, "devices", lambda: iter(sorted(set(made.devices) - made.draining)))
+    monkeypatch.setattr(ublk, "is_draining", lambda found: found.dev_id in made.draining)
     monkeypatch.setattr(ublk, "ublk_missing", lambda allow_kernel: None)
     return made
 
@@ -294,6 +315,44 @@ def test_a_taken_id_and_a_foreign_device(host: Host) -> None:
     config = UblkConfig(tag=9)
     assert host.transport()._make(host.attachment(host.record("b", 5)), config, 5) == 2
     assert host.driver.devices[5].tag == 78
+
+
+def test_a_number_is_used_again_when_nobody_has_its_device_open(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the export that had it, and by others."""
+    transport = host.transport()
+    first = host.serve("a", transport)
+    host.driver.held = True
+    transport.stop("a")
+    assert "open still" in caplog.text
+    caplog.clear()
+    transport.discard("a", host.record("a").volume_id, first)  # nothing is left to do
+    assert caplog.text == ""
+    host.driver.held = False
+    second = transport.start(host.attachment(host.record("a", first))).device_id
+    assert second is not None
+    assert second != first
+    assert host.serve("b", transport) not in (first, second)
+    assert host.driver.devices[first].state == DEAD
+    transport.stop("a")
+    host.driver.let_go()
+    assert transport.start(host.attachment(host.record("a", first))).device_id == first
+    caplog.clear()
+
+
+def test_a_dead_device_that_somebody_has_open_is_not_replaced_in_place(
+    host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its record names it, its daemon died before it could be recovered, and a guest holds it."""
+    record = host.record("a", 3)
+    host.driver.put(3, make_tags(host.state).tag("a", record.volume_id), DEAD)
+    host.driver.held = True
+    endpoint = host.transport().start(host.attachment(record))
+    assert endpoint.device_id == 0
+    assert host.driver.events == ["delete 3", "add 0", "start 0"]
+    assert "open still" in caplog.text
+    caplog.clear()
 
 
 def test_devices_of_a_lost_disk_are_deleted(host: Host) -> None:
