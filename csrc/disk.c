@@ -133,6 +133,16 @@ int disk_create(struct disk_file *f, const char *path)
     return err;
 }
 
+int disk_open_or_create(struct disk_file *f, const char *path, bool *made)
+{
+    int err = disk_open(f, path, O_CREAT | O_EXCL | O_RDWR);
+
+    *made = !err;
+    if (*made)
+        trace(DISK_CREATE, path, 0, NULL, 0);
+    return err == -EEXIST ? disk_open(f, path, O_RDWR) : err;
+}
+
 void disk_close(struct disk_file *f)
 {
     if (f->fd >= 0)

@@ -9,6 +9,7 @@
 #ifndef GLIDE_DISK_H
 #define GLIDE_DISK_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/types.h>
 #include <sys/uio.h>
@@ -35,6 +36,8 @@ struct disk_file {
 
 /* O_CREAT | O_EXCL. 0 or -errno; on success close with disk_close. */
 int disk_create(struct disk_file *f, const char *path);
+/* For reading and writing; *made = it was not there. Injected errors are for others. */
+int disk_open_or_create(struct disk_file *f, const char *path, bool *made);
 int disk_open(struct disk_file *f, const char *path, int flags);
 void disk_close(struct disk_file *f);
 /* Write all of iov (which it may change) at offset. 0 or -errno: how much was written is then unknown. */

@@ -135,6 +135,7 @@ struct glide_recovery {
     uint64_t verified;                 /* bytes of data that were read and hashed for it */
     uint64_t dropped;                  /* torn records that no sync covered */
     uint64_t last_seq;                 /* 0 = empty log */
+    uint64_t repaired;                 /* segments with a header that was damaged, made good from its copy */
 };
 /* Replays the log and serves. -EUCLEAN: bit rot below a synced position (glide_error names it). */
 int glide_volume_open(glide_engine *engine, const struct glide_volume_config *config, glide_volume **out,

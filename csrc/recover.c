@@ -2,12 +2,11 @@
  * Opening a log that may have been written to before: by this host's last
  * process, or by the last boot.
  *
- * Two passes. The first reads headers and journals and finds the log positions
- * that SYNC records call durable. The second goes through the records in position
- * order, checks the data where a power cut may have torn it, and maps what is
- * whole. A bad or missing record below the durable position is bit rot, an error;
- * above it, it is a write that was never acknowledged as durable, and what it
- * meant to replace stays visible. Replay never stops at a bad record.
+ * Two passes. The first reads headers and journals and collects what witnesses call
+ * durable: SYNC records, vouches of segments, the witness file (witness.h). The second goes through the records in
+ * position order, checks the data where a power cut may have torn it, and maps what is whole. A bad or missing record
+ * below the durable position is bit rot, an error; above it, it is a write that was never acknowledged as durable, and
+ * what it meant to replace stays visible. Replay never stops at a bad record.
  *
  * What was dropped once must be dropped by every later replay too, although the
  * log is synced again in between: from then on SYNC records vouch only for
@@ -27,23 +26,28 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define ADVICE                                                                                                         \
+    "`glidefs logs export` saves what is whole of the log, then `glidefs attach NAME --take-over` serves what the "    \
+    "store has"
+
 struct found {
     uint64_t seq;
     struct disk_file file;
     struct segment_header header;
     struct segment_journal journal;
-    bool usable;                  /* the header is valid */
-    bool suspect;                 /* a sync failed: see log_mark_sync_failed */
-    bool dropped;                 /* not all valid records are replayed */
-    uint32_t limit;               /* records from here on are of a writer that had lost the log */
-    uint64_t vouch_from, vouched; /* what its SYNC records call durable; all of a segment have the same start */
-    uint64_t durable;             /* log position: everything of this segment below it is */
+    bool usable;      /* the header is valid */
+    bool suspect;     /* a sync failed: see log_mark_sync_failed */
+    bool dropped;     /* not all valid records are replayed */
+    uint32_t limit;   /* records from here on are of a writer that had lost the log */
+    uint64_t durable; /* log position: everything of this segment below it is */
 };
 
 struct recovery {
     struct volume *v;
     struct found *found;
     int64_t count;
+    struct vouch *vouches; /* of all witnesses; room for 1 + VOUCHES of each segment, and those of the witness file */
+    uint32_t vouch_count;
     uint64_t damage_end; /* log position after the last segment that lost something; 0 = none did */
     uint64_t committed_seq;
     uint8_t *buf;
@@ -69,6 +73,9 @@ static int open_found(struct recovery *r, struct found *f)
     id.seq = f->seq;
     err = segment_read_header(&f->file, &id, &f->header);
     f->usable = err == 0;
+    r->vouch_count += segment_read_vouches(&f->file, &id, r->vouches + r->vouch_count);
+    if (f->usable && !r->v->frozen)
+        r->out->repaired += segment_repair_header(&f->file, &f->header);
     return err == -EUCLEAN ? 0 : err; /* judged later, against the durable position */
 }
 
@@ -89,13 +96,13 @@ static int read_journals(struct recovery *r)
         int err = f->usable ? segment_read_journal(&f->file, &f->header, f->limit, &f->journal) : 0;
         if (err)
             return err;
+        struct vouch vouch = {0}; /* all of a segment's have the same start */
         for (uint32_t k = 0; f->usable && k < f->journal.end; k++) {
             const struct segment_record *record = &f->journal.records[k];
-            if (record->op != RECORD_SYNC || record->sector > pos_make(f->seq, k))
-                continue;
-            f->vouch_from = record->hash;
-            f->vouched = max_u64(f->vouched, record->sector);
+            if (record->op == RECORD_SYNC && record->sector <= pos_make(f->seq, k))
+                vouch = (struct vouch){record->hash, max_u64(vouch.to, record->sector)};
         }
+        r->vouches[r->vouch_count++] = vouch;
     }
     return 0;
 }
@@ -105,9 +112,9 @@ static uint64_t durable_for(const struct recovery *r, uint64_t seq)
 {
     uint64_t durable = 0;
 
-    for (int64_t i = 0; i < r->count; i++) {
-        if (r->found[i].vouch_from <= pos_make(seq, 0))
-            durable = max_u64(durable, r->found[i].vouched);
+    for (uint32_t i = 0; i < r->vouch_count; i++) {
+        if (r->vouches[i].from <= pos_make(seq, 0))
+            durable = max_u64(durable, r->vouches[i].to);
     }
     return durable;
 }
@@ -123,10 +130,49 @@ static void note_damage(struct recovery *r, uint64_t seq)
 
 static int rot(const struct found *f, uint32_t index)
 {
-    return fail(-EUCLEAN,
-                "%s: record %u was synced but is damaged now (bit rot); export the log with `glidefs logs export` "
-                "before you discard it",
-                f->file.path, index);
+    return fail(-EUCLEAN, "%s: record %u was synced but is damaged now (bit rot); " ADVICE, f->file.path, index);
+}
+
+static int is_missing(const struct volume *v, uint64_t seq)
+{
+    return fail(-EUCLEAN, "%s: log segment %016llx, which was synced, is missing; put it back, or: " ADVICE,
+                v->log.path, (unsigned long long)seq);
+}
+
+/* Neither copy of the header is good, though it was synced. */
+static int unusable(const struct recovery *r, struct found *f)
+{
+    struct segment_id id = r->v->log.id;
+    struct segment_header h;
+
+    id.seq = f->seq;
+    segment_read_header(&f->file, &id, &h);
+    char *why = strdup(glide_error());
+    int err = fail(-EUCLEAN, "%s, but it was synced (bit rot, or files in each other's place); " ADVICE,
+                   why ? why : f->file.path);
+    free(why);
+    return err;
+}
+
+/* The last segments have no header behind them to name them: the witness file does. */
+static int check_end(struct recovery *r, const uint64_t *seqs, int64_t count)
+{
+    struct vouch vouches[VOUCHES];
+    uint32_t n = witness_read(r->v->log.path, &r->v->log.id, vouches);
+
+    for (uint32_t i = 0; i < n; i++) {
+        uint64_t seq = pos_seq(vouches[i].to);
+        bool there = seq <= r->v->committed_seq;
+        for (int64_t k = count; k-- > 0 && !there;)
+            there = seqs[k] == seq;
+        if (!there)
+            return is_missing(r->v, seq);
+        if (seq >= r->v->log.witness.seq) {
+            r->v->log.witness.seq = seq;
+            r->v->log.witness.slot = i + 1;
+        }
+    }
+    return 0;
 }
 
 /* The data of a record may be torn only if another boot wrote it, or a sync of it failed. */
@@ -174,8 +220,8 @@ static int replay_segment(struct recovery *r, struct found *f)
 
     if (pos_seq(f->durable) > f->seq && f->usable)
         durable_end = f->limit != UINT32_MAX ? f->limit : 0; /* sealed early: its end is what the next header says */
-    else if (pos_seq(f->durable) == f->seq)
-        durable_end = pos_index(f->durable);
+    else if (pos_seq(f->durable) == f->seq) /* a vouch of a writer that had lost the log may go beyond the limit */
+        durable_end = (uint32_t)min_u64(pos_index(f->durable), f->limit);
     for (uint32_t i = 0; i < f->journal.sectors;) {
         const struct segment_record *record = &f->journal.records[i];
         uint32_t space = record->op == RECORD_WRITE ? record->count : 1;
@@ -214,12 +260,11 @@ static int replay(struct recovery *r)
         struct found *f = &r->found[i];
         f->durable = durable_for(r, f->seq);
         if (!f->usable && was_synced(r, f->seq))
-            return fail(-EUCLEAN, "%s: the header of a synced segment is damaged (bit rot)", f->file.path);
+            return unusable(r, f);
         uint64_t before = i ? r->found[i - 1].seq : r->committed_seq;
         bool missing = f->usable && f->header.previous_seq > before;
         if (missing && was_synced(r, f->header.previous_seq))
-            return fail(-EUCLEAN, "%s: log segment %016llx, which was synced, is missing", r->v->log.path,
-                        (unsigned long long)f->header.previous_seq);
+            return is_missing(r->v, f->header.previous_seq);
         if (missing || !f->usable)
             note_damage(r, missing ? f->header.previous_seq : f->seq);
         int err = f->usable ? replay_segment(r, f) : 0;
@@ -261,6 +306,7 @@ static int recover_found(struct recovery *r, const uint64_t *seqs)
 
     if (err)
         return fail(err, "cannot open the log directory %s: %s", log->path, strerror(-err));
+    r->vouch_count = witness_read(log->path, &log->id, r->vouches);
     for (int64_t i = 0; i < r->count && !err; i++) {
         r->found[i].seq = seqs[i];
         r->found[i].file.fd = -1;
@@ -292,7 +338,8 @@ static int recover_segments(struct recovery *r, const uint64_t *seqs)
 
     r->found = calloc((size_t)r->count, sizeof(*r->found));
     r->buf = malloc(RECORD_MAX_SECTORS * SECTOR);
-    err = r->found && r->buf ? recover_found(r, seqs) : -ENOMEM;
+    r->vouches = calloc((size_t)r->count * (1 + VOUCHES) + VOUCHES, sizeof(*r->vouches));
+    err = r->found && r->buf && r->vouches ? recover_found(r, seqs) : -ENOMEM;
     for (int64_t i = 0; r->found && i < r->count; i++) {
         segment_free_journal(&r->found[i].journal);
         if (r->found[i].file.path)
@@ -300,6 +347,7 @@ static int recover_segments(struct recovery *r, const uint64_t *seqs)
     }
     free(r->found);
     free(r->buf);
+    free(r->vouches);
     return err;
 }
 
@@ -319,7 +367,9 @@ int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify,
         segment_unlink_spares(v->log.path);
         unlink_committed(v, seqs, &r.count, committed_seq);
     }
-    int err = r.count ? recover_segments(&r, seqs) : 0;
+    int err = v->frozen ? 0 : check_end(&r, seqs, r.count);
+    if (!err && r.count)
+        err = recover_segments(&r, seqs);
     free(seqs);
     return err;
 }
@@ -338,7 +388,9 @@ int volume_recover_tail(struct volume *v, struct glide_recovery *out)
         first++;
     r.committed_seq = last ? last : v->committed_seq;
     r.count = count - first;
-    int err = r.count ? recover_segments(&r, seqs + first) : 0;
+    int err = check_end(&r, seqs, count);
+    if (!err && r.count)
+        err = recover_segments(&r, seqs + first);
     free(seqs);
     segment_unlink_spares(log->path);
     return err;

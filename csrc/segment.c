@@ -20,7 +20,7 @@ _Static_assert(sizeof(struct segment_record) == 32, "journal records are 32 byte
 _Static_assert(sizeof(struct segment_header) == 96, "segment header layout");
 
 #define MAGIC "GLIDELOG"
-#define VERSION 1u
+#define VERSION 2u
 
 static uint8_t boot_id[16];
 static pthread_once_t boot_id_once = PTHREAD_ONCE_INIT;
@@ -67,13 +67,16 @@ int segment_write_header(struct disk_file *f, const struct segment_id *id, uint3
                                .seq = id->seq,
                                .previous_seq = previous_seq,
                                .previous_end = previous_end};
-    struct iovec iov = {&h, sizeof(h)};
+    uint8_t head[SEGMENT_HEAD] = {0}; /* all of it: the file may have had another life */
+    struct iovec iov = {head, sizeof(head)};
 
     memcpy(h.magic, MAGIC, sizeof(h.magic));
     memcpy(h.volume_id, id->volume_id, 16);
     memcpy(h.log_id, id->log_id, 16);
     memcpy(h.boot_id, segment_boot_id(), 16);
     h.check = XXH3_64bits(&h, offsetof(struct segment_header, check));
+    memcpy(head, &h, sizeof(h));
+    memcpy(head + SECTOR, &h, sizeof(h));
     return disk_pwritev(f, &iov, 1, 0);
 }
 
@@ -92,25 +95,63 @@ static int read_all(int fd, void *buf, uint64_t length, uint64_t offset, uint64_
     return 0;
 }
 
-int segment_read_header(struct disk_file *f, const struct segment_id *id, struct segment_header *h)
+/* Why a copy of the header is not this segment's, set as the error's text; 0 = it is. */
+static int judge_header(const struct disk_file *f, const struct segment_id *id, const struct segment_header *h,
+                        bool whole)
 {
-    uint64_t got;
-    int err = read_all(f->fd, h, sizeof(*h), 0, &got);
-
-    if (err)
-        return fail(err, "cannot read %s", f->path);
-    if (got < sizeof(*h) || memcmp(h->magic, MAGIC, sizeof(h->magic)) ||
+    if (!whole || memcmp(h->magic, MAGIC, sizeof(h->magic)) ||
         h->check != XXH3_64bits(h, offsetof(struct segment_header, check)))
         return fail(-EUCLEAN, "%s: no valid segment header", f->path);
     if (h->version != VERSION)
-        return fail(-ENOTSUP, "%s: segment version %u is not supported by this release", f->path, h->version);
-    if (memcmp(h->volume_id, id->volume_id, 16) || memcmp(h->log_id, id->log_id, 16))
-        return fail(-ESTALE, "%s: belongs to another log", f->path);
-    if (h->seq != id->seq) /* a spare whose new header never reached the disk */
-        return fail(-EUCLEAN, "%s: the header is that of another segment", f->path);
+        return fail(-ENOTSUP,
+                    "%s: written by GlideFS 0.1 format %u, this one reads format %u; drain the volume with the release "
+                    "that wrote it",
+                    f->path, h->version, VERSION);
+    if (memcmp(h->volume_id, id->volume_id, 16))
+        return fail(-ESTALE, "%s: belongs to another volume: move it back to where it was", f->path);
+    if (memcmp(h->log_id, id->log_id, 16))
+        return fail(-ESTALE, "%s: belongs to another log of this volume: move it back to where it was", f->path);
+    if (h->seq != id->seq) /* or a spare whose new header never reached the disk */
+        return fail(-EUCLEAN, "%s: the header is that of segment %016llx", f->path, (unsigned long long)h->seq);
     if (h->sectors == 0 || h->sectors > SEGMENT_MAX_SECTORS)
         return fail(-EUCLEAN, "%s: impossible geometry", f->path);
     return 0;
+}
+
+static int read_copy(struct disk_file *f, const struct segment_id *id, struct segment_header *h, uint64_t offset)
+{
+    uint64_t got;
+    int err = read_all(f->fd, h, sizeof(*h), offset, &got);
+
+    return err ? fail(err, "cannot read %s", f->path) : judge_header(f, id, h, got == sizeof(*h));
+}
+
+int segment_read_header(struct disk_file *f, const struct segment_id *id, struct segment_header *h)
+{
+    int first = read_copy(f, id, h, 0);
+
+    if (!first)
+        return 0;
+    int second = read_copy(f, id, h, SECTOR);
+    if (!second || (first == -EUCLEAN && second != -EUCLEAN))
+        return second;
+    return read_copy(f, id, h, 0); /* once more, for the text of its error */
+}
+
+bool segment_repair_header(struct disk_file *f, const struct segment_header *h)
+{
+    bool damaged = false;
+
+    for (uint64_t at = 0; at < SEGMENT_HEAD; at += SECTOR) {
+        struct segment_header found;
+        struct iovec iov = {(void *)(uintptr_t)h, sizeof(*h)};
+        uint64_t got;
+        if (!read_all(f->fd, &found, sizeof(found), at, &got) && got == sizeof(found) && !memcmp(&found, h, got))
+            continue;
+        damaged = true;
+        disk_pwritev(f, &iov, 1, at); /* best effort: the other one is good */
+    }
+    return damaged;
 }
 
 /* ---- journal ------------------------------------------------------------------------------ */
@@ -134,7 +175,7 @@ int segment_read_journal(struct disk_file *f, const struct segment_header *h, ui
     memset(out, 0, sizeof(*out));
     if (!records)
         return fail(-ENOMEM, "no memory for the journal of %s", f->path);
-    int err = read_all(f->fd, records, bytes, SECTOR, &got);
+    int err = read_all(f->fd, records, bytes, SEGMENT_HEAD, &got);
     if (err) {
         free(records);
         return fail(err, "cannot read the journal of %s", f->path);

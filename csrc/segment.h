@@ -2,6 +2,7 @@
  * The file of a log segment: bytes only, no policy.
  *
  *   sector 0        header (struct segment_header, rest zero)
+ *   sector 1        the same header again, and two vouches (witness.h)
  *   journal         `sectors` records of 32 bytes, rounded up to sectors
  *   data            `sectors` sectors of 4 KiB
  *
@@ -12,6 +13,8 @@
  *
  * A header names the end of the segment before it: records of that one at or
  * beyond its end are from a writer that had lost the log, and do not count.
+ * Either copy of the header is enough. Sector 0 is never written again, so a
+ * power cut that tears sector 1 takes nothing that is needed.
  * All integers are little-endian (the core refuses to build elsewhere).
  */
 #ifndef GLIDE_SEGMENT_H
@@ -23,6 +26,7 @@
 #include <stdint.h>
 
 #define SECTOR 4096u
+#define SEGMENT_HEAD (2 * SECTOR)            /* both headers: where the journal begins */
 #define SEGMENT_MAX_SECTORS ((1u << 24) - 1) /* an end of segment must fit into a log position */
 #define RECORD_MAX_SECTORS 1024u             /* longest WRITE: bounds what one checksum covers */
 
@@ -62,22 +66,25 @@ static inline uint64_t segment_journal_bytes(uint32_t sectors)
 }
 static inline uint64_t segment_record_offset(uint32_t index)
 {
-    return SECTOR + (uint64_t)index * sizeof(struct segment_record);
+    return SEGMENT_HEAD + (uint64_t)index * sizeof(struct segment_record);
 }
 static inline uint64_t segment_data_offset(uint32_t sectors, uint32_t index)
 {
-    return SECTOR + segment_journal_bytes(sectors) + (uint64_t)index * SECTOR;
+    return SEGMENT_HEAD + segment_journal_bytes(sectors) + (uint64_t)index * SECTOR;
 }
 
 const uint8_t *segment_boot_id(void);
 uint64_t segment_salt(const struct segment_id *id);
 void segment_record_seal(struct segment_record *r, uint64_t salt, uint32_t index);
 
-/* Write a header for a new file. -errno. */
+/* Write both sectors of the head of a new file. -errno. */
 int segment_write_header(struct disk_file *f, const struct segment_id *id, uint32_t sectors, uint64_t previous_seq,
                          uint32_t previous_end);
-/* -EUCLEAN: not a header of this segment; -ESTALE: one of another log; -errno of the read. fail() text set. */
+/* Whichever copy is good. -EUCLEAN: neither is a header of this segment; -ESTALE: one of another log; -ENOTSUP: of
+ * another format; -errno of the read. fail() text set. */
 int segment_read_header(struct disk_file *f, const struct segment_id *id, struct segment_header *out);
+/* Write a copy that is not `h` again. True: one was not. */
+bool segment_repair_header(struct disk_file *f, const struct segment_header *h);
 
 /* A journal in memory. */
 struct segment_journal {

@@ -189,6 +189,15 @@ static int sync_one(struct volume *v, struct log_segment *s)
     return 0;
 }
 
+static bool log_is_unsynced(const struct write_log *log)
+{
+    bool any = log->dir_unsynced;
+
+    for (uint32_t i = 0; i < log->count && !any; i++)
+        any = log->segments[i]->unsynced && log->segments[i]->end;
+    return any;
+}
+
 void sync_kick(struct volume *v)
 {
     struct sync_state *s = &v->sync;
@@ -203,10 +212,13 @@ void sync_kick(struct volume *v)
     s->err = 0;
     s->pos = log_position(&v->log);
     s->outstanding = 1; /* ours */
-    for (uint32_t i = 0; i < v->log.count && !err; i++) {
-        /* An empty one has nothing to lose, and may go (log_seal) while a sync of it would run. */
-        if (v->log.segments[i]->unsynced && v->log.segments[i]->end)
-            err = sync_one(v, v->log.segments[i]);
+    bool any = log_is_unsynced(&v->log);
+    for (uint32_t i = 0; i < v->log.count && any && !err; i++) {
+        struct log_segment *x = v->log.segments[i];
+        /* An empty one has nothing to lose, and may go (log_seal) while a sync of it would run. A record that was only
+         * noted is below the position that is vouched for, too. */
+        if ((x->unsynced || x->noted) && x->end)
+            err = sync_one(v, x);
     }
     if (!err && v->log.dir_unsynced)
         err = sync_one(v, NULL);

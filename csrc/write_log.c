@@ -53,12 +53,25 @@ static int make_dirs(const char *path)
     return err;
 }
 
+static int make_parents(char *path)
+{
+    char *slash = strrchr(path, '/');
+
+    if (!slash || slash == path)
+        return 0;
+    *slash = 0;
+    int err = make_dirs(path);
+    *slash = '/';
+    return err;
+}
+
 int log_open(struct write_log *log, struct engine *engine, const char *path, const uint8_t *volume_id,
              const uint8_t *log_id)
 {
     memset(log, 0, sizeof(*log));
     log->engine = engine;
     log->dir.fd = -1;
+    witness_init(&log->witness);
     memcpy(log->id.volume_id, volume_id, 16);
     memcpy(log->id.log_id, log_id, 16);
     log->path = strdup(path);
@@ -69,7 +82,11 @@ static int need_dir(struct write_log *log)
 {
     if (log->dir.fd >= 0)
         return 0;
-    int err = make_dirs(log->path);
+    int err = make_parents(log->path);
+    if (!err) { /* before the directory, whose first entry makes it durable too */
+        bool made = witness_make(&log->witness, log->path), there = !access(log->path, F_OK);
+        err = made && there ? sync_parent(log->path) : make_dirs(log->path);
+    }
     if (!err)
         err = disk_open(&log->dir, log->path, O_RDONLY | O_DIRECTORY);
     return err ? fail(err, "cannot create the log directory %s: %s", log->path, strerror(-err)) : 0;
@@ -123,6 +140,7 @@ void log_close(struct write_log *log, bool ours)
         forget(log, log->segments[i]);
     free(log->segments);
     disk_close(&log->dir);
+    witness_close(&log->witness);
     free(log->path);
     memset(log, 0, sizeof(*log));
     log->dir.fd = -1;
@@ -176,7 +194,7 @@ struct log_segment *log_adopt(struct write_log *log, uint64_t seq, struct disk_f
     s->end = end;
     s->valid = valid;
     s->unsynced = true;
-    charge(log, s, SECTOR + record_bytes(end));
+    charge(log, s, SEGMENT_HEAD + record_bytes(end));
     return s;
 }
 
@@ -271,7 +289,7 @@ static int open_segment(struct write_log *log)
             s->first_ns = clock_ns(CLOCK_REALTIME);
             s->counted = true;
             s->bytes = bytes;
-            charge(log, s, SECTOR);
+            charge(log, s, SEGMENT_HEAD);
         } else {
             err = err ? err : -ENOMEM;
             disk_unlink(path);
@@ -347,7 +365,7 @@ bool log_may_grow(const struct write_log *log, uint32_t sectors)
     if (s && s->used + record_bytes(sectors) <= s->bytes)
         return true; /* its space is charged already */
     uint64_t used = atomic_load_explicit(&e->log_bytes, memory_order_relaxed);
-    uint64_t after = used + record_bytes(sectors) + SECTOR;
+    uint64_t after = used + record_bytes(sectors) + SEGMENT_HEAD;
 
     if (after > e->config.log_limit)
         return false;
@@ -403,7 +421,7 @@ int log_append(struct write_log *log, struct append_scratch *x, struct append_pi
     return 0;
 }
 
-void log_note_sync(struct write_log *log, uint64_t pos)
+static void append_sync_record(struct write_log *log, uint64_t pos)
 {
     struct log_segment *s = log->active;
     struct segment_record r = {.op = RECORD_SYNC, .sector = pos, .hash = log->vouch_from};
@@ -421,4 +439,31 @@ void log_note_sync(struct write_log *log, uint64_t pos)
     s->end++;
     s->noted = true;
     charge(log, s, sizeof(r));
+}
+
+/* The segment of the newest record below pos. */
+static struct log_segment *newest_below(const struct write_log *log, uint64_t pos)
+{
+    for (uint32_t i = log->count; i-- > 0;) {
+        struct log_segment *s = log->segments[i];
+        if (s->end && pos_make(s->seq, 0) < pos)
+            return s;
+    }
+    return NULL;
+}
+
+void log_note_sync(struct write_log *log, uint64_t pos)
+{
+    struct log_segment *s = newest_below(log, pos);
+
+    if (s) { /* before the SYNC record, which may be its next */
+        struct vouch vouch = {log->vouch_from, s->seq == pos_seq(pos) ? pos : pos_make(s->seq, s->end)};
+        struct segment_id id = log->id;
+        id.seq = s->seq;
+        if (vouch.from < vouch.to) {
+            segment_write_vouch(&s->file, &id, log->vouch_slot++, &vouch);
+            witness_note(&log->witness, log->path, &id, &vouch);
+        }
+    }
+    append_sync_record(log, pos);
 }

@@ -20,6 +20,7 @@
 
 #include "log_map.h"
 #include "segment.h"
+#include "witness.h"
 
 struct engine;
 
@@ -53,7 +54,9 @@ struct write_log {
     uint64_t previous_end_seq;  /* what the next header says of its predecessor */
     uint32_t previous_end;
     uint64_t vouch_from; /* log position: below it recovery found damage, no SYNC vouches for it */
-    uint64_t bytes;      /* charged, spares too */
+    uint32_t vouch_slot; /* of a segment, the next to be written */
+    struct witness_file witness;
+    uint64_t bytes; /* charged, spares too */
     struct disk_file spares[LOG_SPARES];
     uint64_t spare_bytes[LOG_SPARES];
     uint32_t spare_count;
@@ -91,7 +94,8 @@ int log_need_room(struct write_log *log);
 bool log_may_grow(const struct write_log *log, uint32_t sectors);
 /* Append pieces that fit in log_room() (a ZERO takes 1). On error nothing is appended and the segment is sealed. */
 int log_append(struct write_log *log, struct append_scratch *scratch, struct append_piece *pieces, uint32_t count);
-/* Append a SYNC record: everything from vouch_from to pos is durable. Best effort. */
+/* Everything from vouch_from to pos is durable: say so in the journal, and in the other places (witness.h). Best
+ * effort. */
 void log_note_sync(struct write_log *log, uint64_t pos);
 /* The next position that will be written; everything acknowledged is below. */
 uint64_t log_position(const struct write_log *log);

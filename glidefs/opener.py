@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -453,7 +452,7 @@ class Opener:
 
     def _delete_log(self, record: ExportRecord) -> None:
         directory = logs.log_dir(self.places.logs_dir, record.volume_id, record.log_id)
-        shutil.rmtree(directory, ignore_errors=True)
+        logs.remove_log(directory)
         try:
             directory.parent.rmdir()  # fails where other logs of the volume were set aside
         except OSError as error:

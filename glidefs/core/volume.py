@@ -47,7 +47,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Recovery(NamedTuple):
-    """What a replay found: ``verified`` of ``bytes`` were hashed, ``dropped`` records torn."""
+    """What a replay found: ``verified`` of ``bytes`` were hashed, ``dropped`` torn, ``repaired`` headers."""
 
     segments: int
     records: int
@@ -55,6 +55,7 @@ class Recovery(NamedTuple):
     verified: int
     dropped: int
     last_seq: int
+    repaired: int
 
 
 class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,6 +14,9 @@ from glidefs.formats import blessing, export_record, gc_state, hot_set, manifest
 from glidefs.store.base import ObjectStore
 
 SEGMENT_MAGIC = b"GLIDELOG"
+SEGMENT_VERSION = 2
+_HEAD = 2 * pack.SECTOR
+"""Two sectors with a copy of the header each, before the journal."""
 MAX_SEGMENT_SECTORS = (1 << 24) - 1
 _SEGMENT = struct.Struct("<8sII16s16s16sQQIIQ")
 _RECORD = struct.Struct("<QIIQQ")
@@ -167,10 +170,13 @@ def _segment(source: Source) -> dict[str, Any]:
     head = source.head(_SEGMENT.size)
     if len(head) < _SEGMENT.size:
         raise CorruptObject(source.name, len(head), "truncated segment header")
+    if head[8:12] != SEGMENT_VERSION.to_bytes(4, "little"):
+        found = int.from_bytes(head[8:12], "little")
+        raise CorruptObject(source.name, 8, f"segment format {found}; this release reads {SEGMENT_VERSION}")
     _, version, sectors, volume, own, _, seq, previous, _, _, _ = _SEGMENT.unpack(head)
     if sectors > MAX_SEGMENT_SECTORS:
         raise CorruptObject(source.name, 12, f"{sectors} sectors, at most {MAX_SEGMENT_SECTORS}")
-    journal = source.head(pack.SECTOR + sectors * _RECORD.size)[pack.SECTOR :]
+    journal = source.head(_HEAD + sectors * _RECORD.size)[_HEAD:]
     counts = {"WRITE": 0, "ZERO": 0, "SYNC": 0}
     written = 0
     for _, count, op, _, _ in _RECORD.iter_unpack(journal[: len(journal) // _RECORD.size * _RECORD.size]):

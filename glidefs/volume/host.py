@@ -194,6 +194,13 @@ class Host:
 
     def _opened(self, volume: Volume, recovery: Recovery, seconds: float) -> None:
         volume.committer.known_segment = max(recovery.last_seq, volume.root.last_segment)
+        if recovery.repaired:
+            log.warning(
+                "volume %s: %d segments had a bad header, made good from its copy; look after the disk (%s)",
+                volume.name,
+                recovery.repaired,
+                volume.log_dir,
+            )
         if recovery.segments:
             log.info(
                 "volume %s: replayed %d records (%.1f MiB) of %d segments in %.3f s, %.1f MiB verified%s, "

@@ -122,8 +122,14 @@ def delete_log(log_root: Path, volume_id: str, log_id: str, live: Collection[tup
     path = log_root / volume_id / log_id
     if not path.is_dir():
         raise UnknownExport(f"{volume_id}/{log_id}", "no such log; `glidefs logs` lists them")
-    shutil.rmtree(path)
+    remove_log(path)
     fsync_dir(path.parent)
+
+
+def remove_log(path: Path) -> None:
+    """Delete a log; first the witness file beside it, which alone would say that the log is lost."""
+    path.with_name(f"{path.name}.witness").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _add(extents: list[LogExtent], offset: int, length: int, zero: bool) -> None:

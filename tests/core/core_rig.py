@@ -85,10 +85,10 @@ class Segment:
         self.journal = -(-sectors * 32 // SECTOR) * SECTOR
 
     def record_at(self, index: int) -> int:
-        return SECTOR + index * 32
+        return 2 * SECTOR + index * 32
 
     def data_at(self, index: int) -> int:
-        return SECTOR + self.journal + index * SECTOR
+        return 2 * SECTOR + self.journal + index * SECTOR
 
     def flip(self, offset: int, bit: int = 1) -> None:
         with self.path.open("r+b") as file:

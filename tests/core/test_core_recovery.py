@@ -131,7 +131,8 @@ def test_a_sync_covers_segments_before_its_own(rig: CoreRig) -> None:
     with pytest.raises(CorruptLog):
         vol.open()
     first.path.write_bytes(saved)
-    first.flip(5)  # its header
+    first.flip(5)  # its header, both copies
+    first.flip(SECTOR + 5)
     with pytest.raises(CorruptLog):
         vol.open()
     first.path.unlink()
@@ -150,7 +151,7 @@ def test_a_header_that_never_arrived_costs_only_its_segment(rig: CoreRig) -> Non
     vol.core.pwrite(0, pattern(2, 16 * SECTOR))
     vol.close()
     with vol.segments()[1].path.open("r+b") as file:
-        file.write(bytes(SECTOR))
+        file.write(bytes(2 * SECTOR))
     vol.open()
     with pytest.raises(CoreError) as caught:
         vol.core.pread(1, 1)
@@ -186,6 +187,7 @@ def test_what_was_dropped_once_stays_dropped(rig: CoreRig, damage: str) -> None:
             first.flip(first.record_at(2) + 9)
         case "header":
             second.flip(40)
+            second.flip(SECTOR + 40)
         case _:
             second.path.unlink()
     whole = damage in ("data", "record")
@@ -220,8 +222,11 @@ def test_what_was_dropped_once_stays_dropped(rig: CoreRig, damage: str) -> None:
 # -- other writers ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("other", [{"log_id": b"L" * 16}, {"volume_id": b"V" * 16}])
-def test_a_foreign_log_is_refused_and_left_alone(rig: CoreRig, other: dict[str, bytes]) -> None:
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [({"log_id": b"L" * 16}, "another log of this volume"), ({"volume_id": b"V" * 16}, "another volume")],
+)
+def test_a_foreign_log_is_refused_and_left_alone(rig: CoreRig, other: dict[str, bytes], says: str) -> None:
     """! A directory of another log is never replayed and never deleted."""
     vol = rig.vol()
     vol.core.pwrite(0, pattern(1, SECTOR))
@@ -229,7 +234,7 @@ def test_a_foreign_log_is_refused_and_left_alone(rig: CoreRig, other: dict[str, 
     before = vol.segments()[0].path.read_bytes()
     with pytest.raises(CoreError) as caught:
         Vol(rig, vol.dir, 1 << 20, **other).open()
-    assert "another log" in str(caught.value)
+    assert says in str(caught.value)
     assert vol.segments()[0].path.read_bytes() == before
     vol.open()
     assert vol.core.pread(0, SECTOR) == pattern(1, SECTOR)

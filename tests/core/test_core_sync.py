@@ -82,8 +82,8 @@ def test_fua_syncs_after_its_record(rig: CoreRig, traced: Any) -> None:
     vol = rig.vol()
     vol.core.pwrite(0, bytes(SECTOR), fua=True)
     events = [kind for kind, name in traced() if name.endswith(".seg")]
-    # header, data and record before the sync begins; the witness of the sync after it
-    assert events == [CREATE, WRITE, WRITE, WRITE, SYNC, SYNC + 1, WRITE]
+    # header, data and record before the sync begins; the witnesses of the sync, vouch and record, after it
+    assert events == [CREATE, WRITE, WRITE, WRITE, SYNC, SYNC + 1, WRITE, WRITE]
 
 
 def test_a_write_is_data_then_record(rig: CoreRig, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_write_is_data_then_record(rig: CoreRig, tmp_path: Path) -> None:
         vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
     trace(None)
     writes = [record.offset for record in trace_of(path) if record.kind == WRITE and record.offset]
-    data_at = SECTOR + SECTOR  # header and one sector of journal
+    data_at = 2 * SECTOR + SECTOR  # two headers and one sector of journal
     assert all(first >= data_at > second for first, second in zip(writes[::2], writes[1::2], strict=True))
 
 

@@ -18,6 +18,7 @@ class Mutation(NamedTuple):
 LOG = "tests/core/test_core_log.py::"
 IO = "tests/core/test_core_io.py::"
 SYNCS = "tests/core/test_core_sync.py::"
+MUTATED = "tests/core/test_core_mutations.py::"
 RECOVERY = "tests/core/test_core_recovery.py::"
 CACHE = "tests/core/test_core_cache.py::"
 GATHER = "tests/core/test_core_gather.py::"
@@ -121,6 +122,41 @@ CORE = [
         "    log->vouch_from = max_u64(log->vouch_from, r->damage_end);",
         "    log->vouch_from = 0;",
         (MODEL,),
+    ),
+    Mutation(
+        "second-header-not-read",
+        "csrc/segment.c",
+        "    int second = read_copy(f, id, h, SECTOR);",
+        "    int second = first;",
+        (MUTATED + "test_one_fault_in_a_segment",),
+    ),
+    Mutation(
+        "vouches-not-read",
+        "csrc/recover.c",
+        "    r->vouch_count += segment_read_vouches(",
+        "    r->vouch_count += 0 * segment_read_vouches(",
+        (MUTATED + "test_one_fault_in_a_segment",),
+    ),
+    Mutation(
+        "missing-last-segment-not-noticed",
+        "csrc/recover.c",
+        "        if (!there)\n            return is_missing(r->v, seq);",
+        "        if (!there)\n            continue;",
+        (MUTATED + "test_one_fault_in_a_segment",),
+    ),
+    Mutation(
+        "vouch-of-a-lost-writer-believed",
+        "csrc/recover.c",
+        "        durable_end = (uint32_t)min_u64(pos_index(f->durable), f->limit);",
+        "        durable_end = pos_index(f->durable);",
+        (MUTATED + "test_a_vouch_of_a_writer_that_lost_the_log_does_not_count",),
+    ),
+    Mutation(
+        "noted-record-not-synced",
+        "csrc/sync.c",
+        "        if ((x->unsynced || x->noted) && x->end)",
+        "        if (x->unsynced && x->end)",
+        (CUT + "test_a_sync_of_names_alone_vouches_for_nothing_new",),
     ),
     Mutation(
         "witness-at-the-end-of-a-segment-not-synced",
@@ -262,8 +298,8 @@ CORE = [
     Mutation(
         "foreign-log-replayed",
         "csrc/segment.c",
-        "        return fail(-ESTALE,",
-        "        return fail(-EUCLEAN,",
+        '        return fail(-ESTALE, "%s: belongs to another log',
+        '        return fail(-EUCLEAN, "%s: belongs to another log',
         (RECOVERY + "test_a_foreign_log_is_refused_and_left_alone",),
     ),
     # -- section 4: unaligned writes, resize, close

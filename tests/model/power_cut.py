@@ -219,16 +219,24 @@ def cut_power(
 ) -> dict[str, bytes]:
     """Replace the log directory by what a cut after byte ``at`` of the trace leaves of it.
 
-    ``files`` is what it held, durably, when the trace began. Returns what it holds now.
+    ``files`` is what it held, durably, when the trace began; the witness file beside the directory is one of
+    them, as ``../{name}``. Returns what it holds now.
     """
-    disk = Disk(str(directory), files)
+    witness = f"{directory.name}.witness"
+    around = Disk(
+        str(directory.parent), {witness: files[f"../{witness}"]} if f"../{witness}" in files else {}
+    )
+    disk = Disk(str(directory), {name: data for name, data in files.items() if "/" not in name})
     for record in records:
         if record.at > at:
             break
         disk.apply(record)
+        around.apply(record)
     left = disk.cut(keep, rng)
+    left |= {f"../{name}": data for name, data in around.cut(keep, rng).items() if name == witness}
     for path in directory.glob("*") if directory.is_dir() else ():
         path.unlink()
+    (directory.parent / witness).unlink(missing_ok=True)
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in left.items():
         (directory / name).write_bytes(data)

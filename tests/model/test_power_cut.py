@@ -200,7 +200,7 @@ def test_a_directory_whose_sync_failed_is_synced_again(tmp_path: Path) -> None:
     try:
         wait_for(lambda: box.vol.core.info().parked, "no room for it")
         wait_for(lambda: list(box.vol.dir.glob("*.seg")), "a segment is begun")
-        assert [path.stat().st_size for path in box.vol.dir.glob("*.seg")] == [96]  # a header
+        assert [path.stat().st_size for path in box.vol.dir.glob("*.seg")] == [2 * SECTOR]  # headers
         inject(DIR, errno.EIO)
         with pytest.raises(CoreError):
             box.vol.core.flush()
@@ -227,6 +227,21 @@ def test_a_sealed_segment_keeps_its_last_witness(box: Box) -> None:
     box.vol.core.pwrite(SECTOR, pattern(4, SECTOR))
     box.vol.core.flush()
     assert box.cut().core.pread(0, 2 * SECTOR) == pattern(3, SECTOR) + pattern(4, SECTOR)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_sync_of_names_alone_vouches_for_nothing_new(box: Box, seed: int) -> None:
+    """A SYNC record that was only noted is below the position of the next sync, which must cover it, too."""
+    for i in range(16):
+        box.vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
+    box.vol.core.pwrite(0, pattern(20, SECTOR))
+    box.vol.core.flush()
+    box.vol.core.committed(1)
+    box.vol.committed_seq = 1
+    box.vol.base = {0: b"".join(pattern(i, SECTOR) for i in range(16)) + bytes(16 * SECTOR)}
+    box.vol.core.retire(1)  # its file gets another name: only the directory is to be synced
+    box.vol.core.flush()
+    assert box.cut(KEEPS["half"], seed).core.pread(0, SECTOR) == pattern(20, SECTOR)
 
 
 @pytest.mark.parametrize("seed", range(12))
