@@ -148,6 +148,7 @@ class DaemonSettings(Struct, frozen=True, forbid_unknown_fields=True):
     drain_deadline: Duration = 30.0
     on_stop: Literal["release", "remove"] = "release"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
 
     @property
     def node_name(self) -> str:

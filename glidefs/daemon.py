@@ -17,13 +17,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glidefs import heap, process
 from glidefs.config import Config
 from glidefs.errors import GlideError
+from glidefs.events import event
 from glidefs.export_table import Entry
 from glidefs.handoff.coordinator import HandoffCoordinator, close_all
 from glidefs.handoff.history import History
@@ -35,6 +35,7 @@ from glidefs.serving import Core
 from glidefs.store import open_store
 from glidefs.store.resilient import ResilientStore
 from glidefs.store_check import StoreCheck
+from glidefs.version import commit, version
 from glidefs.volume.host import Host
 from glidefs.volume.volume import Volume
 
@@ -145,7 +146,8 @@ class Daemon:
             self._api.start([(info.path, socket.socket(fileno=os.dup(fd))) for info, fd in mine])
         close_all(fd for _, fd in listeners)
         self._ready = True
-        log.info("ready: %d exports, store %s", len(self.router.listing()), self.config.store.url)
+        exports, url = len(self.router.listing()), self.config.store.url
+        log.info("ready: glidefs %s (commit %s), %d exports, store %s", version(), commit(), exports, url)
 
     def _inherit(self, listeners: Listeners) -> None:
         """Give the NBD server duplicates of its listeners, unless it has them."""
@@ -194,19 +196,24 @@ class Daemon:
 
         After success :attr:`handed_over` is set.
         """
-        if not self._handoff.acquire(blocking=False):
-            raise HandoffFailed("another handoff is under way")
-        try:
-            if not self._ready or self._stopping.is_set() or self.handed_over.is_set():
-                raise HandoffFailed("the daemon is starting or stopping")
-            outcome = Predecessor(self).run(dry_run=dry_run)
-            if outcome.outcome == "succeeded":
-                process.notify(f"MAINPID={outcome.pid}")
-                self.handed_over.set()
-                self.on_handed_over()
-            return outcome
-        finally:
-            self._handoff.release()
+        with event("handoff --dry-run" if dry_run else "handoff") as what:
+            if not self._handoff.acquire(blocking=False):
+                raise HandoffFailed("another handoff is under way")
+            try:
+                if not self._ready or self._stopping.is_set() or self.handed_over.is_set():
+                    raise HandoffFailed("the daemon is starting or stopping")
+                outcome = Predecessor(self).run(dry_run=dry_run)
+                what.detail = (
+                    f"{outcome.outcome}, process {outcome.pid} serves {outcome.exports} exports and "
+                    f"{outcome.connections} connections, guests waited {outcome.stall * 1e3:.1f} ms"
+                )
+                if outcome.outcome == "succeeded":
+                    process.notify(f"MAINPID={outcome.pid}")
+                    self.handed_over.set()
+                    self.on_handed_over()
+                return outcome
+            finally:
+                self._handoff.release()
 
     def shut(self, why: str, patience: float) -> contextlib.AbstractContextManager[list[Entry]]:
         """All exports, with no verb running on any; verbs that come are refused."""
@@ -300,7 +307,8 @@ class Daemon:
             "status": "ok" if ready else "stopping" if self._stopping.is_set() else "starting",
             "ready": ready,
             "pid": os.getpid(),
-            "version": metadata_version(),
+            "version": version(),
+            "commit": commit(),
             "node": self.config.daemon.node_name,
             "uptime_seconds": round(time.time() - self.started_at, 3),
             "exports": {"total": sum(states.values()), **states, "failed": states.get("failed", 0)},
@@ -415,11 +423,3 @@ def _api_server(daemon: Daemon) -> ApiServer:
     from glidefs.api.server import ApiServer
 
     return ApiServer(daemon.config.api, build_app(daemon))
-
-
-def metadata_version() -> str:
-    """The installed version, or that of a source tree."""
-    try:
-        return metadata.version("glidefs")
-    except metadata.PackageNotFoundError:
-        return "0+source"

@@ -1,4 +1,4 @@
-"""What a daemon settles with the system: its log lines, its directories, its locks, its limits, systemd."""
+"""What a daemon settles with the system: its directories, its locks, its limits, systemd."""
 
 from __future__ import annotations
 
@@ -8,75 +8,13 @@ import logging
 import os
 import resource
 import socket
-import sys
-import threading
-import time
 from pathlib import Path
 
 from glidefs.errors import CacheBusy, ConfigError
 
 LOCK_FILE = "daemon.lock"
-REPEAT_SECONDS = 60.0
-REPEATS = 5
-MAX_KINDS = 1024
 
 log = logging.getLogger(__name__)
-
-
-class RepeatFilter(logging.Filter):
-    """Lets a message through a few times a minute; then says once how many were held back.
-
-    Messages are told apart by their format, not their arguments: a retry loop that counts up in its
-    text is one message. `_lock` guards the table.
-    """
-
-    def __init__(self, repeats: int = REPEATS, seconds: float = REPEAT_SECONDS) -> None:
-        super().__init__()
-        self._repeats = repeats
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._seen: dict[tuple[str, int, str], tuple[float, int]] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is printed; it may get a suffix."""
-        key = (record.name, record.levelno, str(record.msg))
-        now = time.monotonic()
-        with self._lock:
-            since, count = self._seen.get(key, (now, 0))
-            held = count - self._repeats
-            if now - since >= self._seconds:
-                since, count = now, 0
-                if held > 0:
-                    record.msg = f"{record.msg} (and {held} more of these before)"
-            if len(self._seen) >= MAX_KINDS and key not in self._seen:
-                self._seen.clear()
-            self._seen[key] = (since, count + 1)
-        return count < self._repeats
-
-
-class _LineFormatter(logging.Formatter):
-    """One line per message: what came from a guest or a store cannot forge another line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if record.exc_info or record.stack_info:
-            return text
-        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-def setup_logging(level: str) -> None:
-    """Log to stderr: with times on a terminal or in a file, without under journald, which has its own."""
-    handler = logging.StreamHandler(sys.stderr)
-    journal = bool(os.environ.get("JOURNAL_STREAM"))
-    form = "%(levelname)s %(name)s: %(message)s"
-    handler.setFormatter(_LineFormatter(form if journal else f"%(asctime)s {form}"))
-    handler.addFilter(RepeatFilter())
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    # Below WARNING these print requests, with signatures and headers.
-    for name in ("boto3", "botocore", "urllib3", "s3transfer", "asyncio", "uvicorn"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def make_directory(key: str, path: Path, section: str = "cache") -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
 
 from glidefs import io_flusher, process
+from glidefs.asked import Asker, asked_by
 from glidefs.config import config_path, load_config
-from glidefs.daemon import Daemon, metadata_version
+from glidefs.daemon import Daemon
 from glidefs.errors import GlideError
 from glidefs.handoff.successor import Aborted, Successor, is_successor
+from glidefs.log_lines import setup_logging
+from glidefs.version import version
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ def run_daemon(config_file: str | None) -> int:
     refused = io_flusher.become_io_flusher()  # first: every thread from here on inherits it
     path = config_path(config_file)
     config = load_config(path)
-    process.setup_logging(config.daemon.log_level)
+    setup_logging(config.daemon.log_level, config.daemon.log_format)
     if refused is not None:
         log.info(
             "not an I/O flusher (%s): when memory is short the daemon may wait for its own devices; %s",
@@ -52,7 +56,7 @@ def run_daemon(config_file: str | None) -> int:
     daemon.on_handed_over = signals.wake.set
     try:
         if is_successor():
-            Successor(daemon, config.cache.dir, f"glidefs {metadata_version()}").run()
+            Successor(daemon, config.cache.dir, f"glidefs {version()}").run()
         else:
             daemon.start()
     except Aborted as reason:
@@ -74,7 +78,5 @@ def run_daemon(config_file: str | None) -> int:
 
 
 def _hand_over(daemon: Daemon) -> None:
-    try:
+    with asked_by(Asker("SIGHUP")), contextlib.suppress(GlideError):  # which the log says
         daemon.hand_over()
-    except GlideError as error:
-        log.error("%s", error)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 
 from glidefs.api.errors import ErrorAnswer, describe
+from glidefs.api.life import Lives
+from glidefs.api.peer import asked_from
 from glidefs.api.pools import Pool, Pools
 from glidefs.asked import Asker, asked_by, asker
 from glidefs.errors import ConfigError
@@ -88,12 +91,6 @@ async def body(request: Request, kind: type[T]) -> T:
         raise ConfigError(f"request body: {error}") from error
 
 
-def asked_from(request: Request) -> str:
-    """Who made a request, in words."""
-    host, port = request.scope.get("client") or ("unknown", 0)
-    return f"{host}:{port}" if port else str(host)
-
-
 def sequence_of(text: str) -> int:
     """A snapshot's number in a path. Raises ConfigError."""
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
@@ -107,17 +104,18 @@ class Routes:
     def __init__(self, control: Control) -> None:
         self.control = control
         self.pools = Pools()
+        self.life = Lives(lambda: control.router.table)
 
-    async def change(self, pool: Pool, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    async def change(self, pool: Pool, call: Callable[[], Any]) -> Any:
         """A call that changes something: refused while the daemon stops."""
         self.control.router.check_changes()
-        return await pool.run(function, *args, **options)
+        return await pool.run(call)
 
-    async def wait(self, request: Request, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    async def wait(self, request: Request, call: Callable[[], Any]) -> Any:
         """A call that may wait without bound. It learns when the client is gone, and ends then."""
         watch = asyncio.create_task(_hang_up(request, asker()))
         try:
-            return await self.pools.waits.run(function, *args, **options)
+            return await self.pools.waits.run(call)
         finally:
             watch.cancel()
 
@@ -132,45 +130,57 @@ class Routes:
     async def create(self, request: Request) -> Response:
         """PUT /api/exports/{name}: 201 when created, 200 when it was there with the same settings."""
         wanted = await body(request, CreateRequest)
-        create, name = self.control.router.create, request.path_params["name"]
+        verb, name = "fork" if wanted.source else "create", request.path_params["name"]
+        create = self.life.verb(verb, name, self.control.router.create, name, wanted)
         if wanted.wait or wanted.read_only:
-            status = await self.wait(request, create, name, wanted)
+            status = await self.wait(request, create)
         else:
             pool = self.pools.local if wanted.source is None else self.pools.forks
-            status = await pool.run(create, name, wanted)
+            status = await pool.run(create)
         return reply(status, 201 if status.created else 200)
 
     async def remove(self, request: Request) -> Response:
         """DELETE /api/exports/{name}: 200 also when it is gone already."""
         purge = request.query_params.get("purge", "").lower() in ("1", "true", "yes")
-        remove, name = self.control.router.remove, request.path_params["name"]
-        return reply(await self.pools.stores.run(remove, name, purge=purge))
+        name = request.path_params["name"]
+        remove = self.life.verb("remove", name, self.control.router.remove, name, purge=purge)
+        return reply(await self.pools.stores.run(remove))
 
     async def resize(self, request: Request) -> Response:
         """POST /api/exports/{name}/resize."""
         wanted = await body(request, ResizeRequest)
         name = request.path_params["name"]
+        resize, router = partial(self.life.verb, "resize", name), self.control.router
         return reply(
-            await self.pools.local.run(self.control.router.resize, name, wanted.size, shrink=wanted.shrink)
+            await self.pools.local.run(resize(router.resize, name, wanted.size, shrink=wanted.shrink))
         )
 
     async def drain(self, request: Request) -> Response:
         """POST /api/exports/{name}/drain."""
         wanted = await body(request, DrainRequest)
         name = request.path_params["name"]
-        return reply(await self.wait(request, self.control.router.drain, name, wanted.timeout))
+        return reply(
+            await self.wait(
+                request, self.life.verb("drain", name, self.control.router.drain, name, wanted.timeout)
+            )
+        )
 
     async def detach(self, request: Request) -> Response:
         """POST /api/exports/{name}/detach."""
         wanted = await body(request, DrainRequest)
         name = request.path_params["name"]
-        return reply(await self.wait(request, self.control.router.detach, name, wanted.timeout))
+        return reply(
+            await self.wait(
+                request, self.life.verb("detach", name, self.control.router.detach, name, wanted.timeout)
+            )
+        )
 
     async def attach(self, request: Request) -> Response:
         """POST /api/exports/{name}/attach."""
         wanted = await body(request, AttachRequest)
-        attach, name = self.control.router.attach, request.path_params["name"]
-        return reply(await self.pools.stores.run(attach, name, wanted))
+        verb, name = "take-over" if wanted.take_over else "attach", request.path_params["name"]
+        attach = self.life.verb(verb, name, self.control.router.attach, name, wanted)
+        return reply(await self.pools.stores.run(attach))
 
     # -- forks -------------------------------------------------------------------------------------
 
@@ -179,7 +189,8 @@ class Routes:
         wanted = await body(request, SnapshotRequest)
         name = request.path_params["name"]
         self.control.router.check_changes()
-        return reply(await self.wait(request, self.control.router.forks.snapshot, name, wanted), 201)
+        snapshot = self.life.verb("snapshot", name, self.control.router.forks.snapshot, name, wanted)
+        return reply(await self.wait(request, snapshot), 201)
 
     async def snapshots(self, request: Request) -> Response:
         """GET /api/exports/{name}/snapshots."""
@@ -190,31 +201,36 @@ class Routes:
         """DELETE /api/exports/{name}/snapshots/{sequence}."""
         name, prefix = request.path_params["name"], request.query_params.get("prefix")
         sequence = sequence_of(request.path_params["sequence"])
-        delete = self.control.router.forks.delete_snapshot
-        return reply(await self.change(self.pools.stores, delete, name, sequence, prefix))
+        forks = self.control.router.forks
+        delete = self.life.verb("delete-snapshot", name, forks.delete_snapshot, name, sequence, prefix)
+        return reply(await self.change(self.pools.stores, delete))
 
     async def tag(self, request: Request) -> Response:
         """POST /api/exports/{name}/tag."""
         wanted = await body(request, TagRequest)
-        tag, name = self.control.router.forks.tag, request.path_params["name"]
-        return reply(await self.change(self.pools.stores, tag, name, wanted))
+        name = request.path_params["name"]
+        tag = self.life.verb("tag", name, self.control.router.forks.tag, name, wanted)
+        return reply(await self.change(self.pools.stores, tag))
 
     async def promote(self, request: Request) -> Response:
         """POST /api/exports/{name}/promote."""
         wanted = await body(request, PromoteRequest)
         forks, name = self.control.router.forks, request.path_params["name"]
         if wanted.base is not None:
-            return reply(await self.change(self.pools.stores, forks.make_base, name, wanted))
+            make_base = self.life.verb("make-base", name, forks.make_base, name, wanted)
+            return reply(await self.change(self.pools.stores, make_base))
         if wanted.sequence is not None or wanted.prefix is not None:
             raise ConfigError("a sequence or prefix means a snapshot that becomes a base; name the base too")
-        return reply(await self.change(self.pools.stores, forks.promote, name))
+        promote = self.life.verb("promote", name, forks.promote, name)
+        return reply(await self.change(self.pools.stores, promote))
 
     async def profile(self, request: Request) -> Response:
         """POST /api/exports/{name}/profile: answers when the profile ends."""
         wanted = await body(request, ProfileRequest)
         name = request.path_params["name"]
         self.control.router.check_changes()
-        return reply(await self.wait(request, self.control.router.forks.profile, name, wanted))
+        profile = self.life.verb("profile", name, self.control.router.forks.profile, name, wanted)
+        return reply(await self.wait(request, profile))
 
     async def list_bases(self, request: Request) -> Response:
         """GET /api/bases."""
@@ -225,15 +241,17 @@ class Routes:
         """POST /api/bases/{name}: 201 when made, 200 when it has this content already."""
         wanted = await body(request, BlessRequest)
         self.control.router.check_changes()
-        bless, name = self.control.router.forks.bless, request.path_params["name"]
-        result = await self.wait(request, bless, name, wanted)
+        base = request.path_params["name"]
+        bless = self.life.verb("bless", f"base:{base}", self.control.router.forks.bless, base, wanted)
+        result = await self.wait(request, bless)
         return reply(result, 201 if result["created"] else 200)
 
     async def remove_base(self, request: Request) -> Response:
         """DELETE /api/bases/{name}."""
         name, prefix = request.path_params["name"], request.query_params.get("prefix")
-        remove = self.control.router.forks.remove_base
-        return reply(await self.change(self.pools.stores, remove, name, prefix))
+        remove_base = self.control.router.forks.remove_base
+        remove = self.life.verb("remove-base", f"base:{name}", remove_base, name, prefix)
+        return reply(await self.change(self.pools.stores, remove))
 
     async def manifest(self, request: Request) -> Response:
         """HEAD /api/manifests/{prefix}/{name}: 200 if forks of the base need no request from this host."""
@@ -256,7 +274,8 @@ class Routes:
     async def delete_log(self, request: Request) -> Response:
         """DELETE /api/logs/{volume}/{log}."""
         ids = request.path_params["volume"], request.path_params["log"]
-        return reply(await self.change(self.pools.stores, self.control.router.logs.delete, *ids))
+        delete = self.life.verb("delete-log", "/".join(ids), self.control.router.logs.delete, *ids)
+        return reply(await self.change(self.pools.stores, delete))
 
     async def hand_over(self, request: Request) -> Response:
         """POST /admin/handoff: answered by the process that was asked; after success another one serves."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from glidefs.api.peer import PeerProtocol
 from glidefs.config import ApiSettings, parse_listen
 from glidefs.errors import ConfigError, GlideError
 from glidefs.transport.nbd_listen import (
@@ -190,7 +191,7 @@ def _server(app: AsgiApp) -> uvicorn.Server:
         uvicorn.Config(
             app,
             loop="asyncio",
-            http="h11",
+            http=PeerProtocol,
             ws="none",
             lifespan="off",
             log_config=None,

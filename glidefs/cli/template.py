@@ -74,6 +74,7 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #on_stop = "release"                # ublk devices on SIGTERM: "release" = guests pause until the next start
                                     # and see no error, "remove" = the devices disappear
 #log_level = "info"
+#log_format = "text"                # or "json": one object per line
 
 [debug]
 #shadow_dir = "/var/tmp/glidefs"    # compare every read with a second source kept here; slow; default: off

@@ -149,12 +149,10 @@ class Predecessor:
     def run(self, *, dry_run: bool = False) -> Outcome:
         """Hand over. Raises HandoffFailed: this process serves, as before or again."""
         child, channel = self._start()
-        began = time.monotonic()
         try:
-            outcome = self._hand_over(channel, child.pid, dry_run)
+            return self._hand_over(channel, child.pid, dry_run)
         except (GlideError, PeerGone, OSError) as error:
             reason = "the successor died" if isinstance(error, PeerGone) else str(error)
-            log.warning("the handoff was aborted: %s", reason)
             self._daemon.history.add("aborted")
             raise HandoffFailed(
                 f"the handoff was aborted: {reason}; the exports are served as before"
@@ -163,15 +161,6 @@ class Predecessor:
             channel.close()
             close_all([*self._locks, *(fd for _, fd in self._listeners)])
             threading.Thread(target=child.wait, name="handoff-child", daemon=True).start()
-        log.info(
-            "handoff %s after %.1f s: %d exports, %d connections, guests waited %.1f ms",
-            outcome.outcome,
-            time.monotonic() - began,
-            outcome.exports,
-            outcome.connections,
-            outcome.stall * 1e3,
-        )
-        return outcome
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Channel]:
         """Start the successor, from the program as it is on the disk now."""

@@ -31,6 +31,7 @@ from typing import Final, Literal, TypeVar
 import tenacity
 
 from glidefs.errors import CorruptObject, NotFound, StoreError, StoreUnavailable, Throttled
+from glidefs.events import happened
 from glidefs.store.base import Body, Buffer, Keys, ListPage, Object, ObjectInfo, ObjectStore, body_length
 from glidefs.store.breaker import Breaker
 from glidefs.store.counters import Counters, StoreMetrics
@@ -405,11 +406,11 @@ class ResilientStore(ObjectStore):
             state = self.state
             if state.away and not self._said_away:
                 self._said_away = time.monotonic()
-                log.warning("the store is away; what needs it waits: %s", state.reason)
+                happened("store-away", f"the store is away; what needs it waits: {state.reason}")
             elif not state.away and self._said_away:
                 seconds = time.monotonic() - self._said_away
                 self._said_away = 0.0
-                log.warning("the store is back after %.1f s", seconds)
+                happened("store-back", f"the store is back after {seconds:.1f} s", seconds=seconds)
 
     def cancelled(self) -> bool:
         """Have waiting calls been told to give up?"""

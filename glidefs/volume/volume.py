@@ -18,6 +18,7 @@ from glidefs.asked import check_listening
 from glidefs.core.check import Closed
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import Fenced, GlideError
+from glidefs.events import happened
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.images.offline import BlockReader
@@ -320,7 +321,8 @@ class Volume:
         if self.fenced:
             return
         self.fenced = why
-        log.error("volume %s is FENCED: %s; I/O fails now, its log stays in %s", self.name, why, self.log_dir)
+        text = f"volume {self.name} is FENCED: {why}; I/O fails now, its log stays in {self.log_dir}"
+        happened("fence", text, export=self.name, volume_id=self.id.hex(), level=logging.ERROR)
         with contextlib.suppress(Closed):
             self.core.fail(errno.EIO)
         self._notify()

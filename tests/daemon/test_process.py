@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glidefs import process
+from glidefs import log_lines, process
 from glidefs.errors import CacheBusy, ConfigError
 
 
@@ -53,8 +53,8 @@ def record(message: str, *args: object) -> logging.LogRecord:
 
 def test_repeats_are_held_back_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(process.time, "monotonic", lambda: now)
-    limit = process.RepeatFilter(repeats=3, seconds=60)
+    monkeypatch.setattr(log_lines.time, "monotonic", lambda: now)
+    limit = log_lines.RepeatFilter(repeats=3, seconds=60)
     passed = [limit.filter(record("attempt %d failed", n)) for n in range(10)]
     assert passed == [True] * 3 + [False] * 7
     assert limit.filter(record("something else"))
@@ -68,7 +68,7 @@ def test_log_lines_cannot_be_forged(capsys: pytest.CaptureFixture[str]) -> None:
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     try:
-        process.setup_logging("info")
+        log_lines.setup_logging("info")
         logging.getLogger("x").warning("client said %s", "hello\nCRITICAL root: all is lost\x1b[2J")
     finally:
         root.handlers[:], root.level = before, level
