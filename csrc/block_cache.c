@@ -7,12 +7,14 @@
  * A slot changes content only when its pin count is zero, by one compare-and-
  * swap that bumps the generation: whoever holds the old pair fails to pin, and
  * whoever pinned keeps the content. The index file is a hint: its entries are
- * loaded unverified, and nobody maps a slot before its content was checked.
+ * loaded unverified, and nobody maps a slot before its content was checked. What
+ * was written may be gone when it is read back: see cache_sync.c.
  *
  * Two processes know the files during a handoff; the one that has `given` them writes neither.
  */
 #include "block_cache.h"
 
+#include "disk.h"
 #include "engine.h"
 #include "hash.h"
 #include "util.h"
@@ -58,20 +60,6 @@ bool cache_pin(struct block_cache *c, uint32_t slot, uint32_t generation)
 void cache_pin_again(struct block_cache *c, uint32_t slot) { atomic_fetch_add(&c->slots[slot].word, 1); }
 
 void cache_unpin(struct block_cache *c, uint32_t slot) { atomic_fetch_sub(&c->slots[slot].word, 1); }
-
-bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash)
-{
-    struct cache_slot *s = &c->slots[slot];
-
-    if (!cache_pin(c, slot, generation))
-        return false;
-    pthread_mutex_lock(&c->lock); /* a key is written under it, also while an inserter has the slot pinned */
-    memcpy(key, s->key, 16);
-    memcpy(hash, s->hash, 16);
-    pthread_mutex_unlock(&c->lock);
-    cache_unpin(c, slot);
-    return true;
-}
 
 /* ---- hash table, under lock ------------------------------------------------------------- */
 
@@ -125,6 +113,14 @@ static void index_write(struct block_cache *c, uint32_t slot)
     e.check = XXH3_64bits(&e, offsetof(struct index_entry, check));
     if (pwrite(c->index_fd, &e, sizeof(e), (off_t)(slot * sizeof(e))) < 0)
         return; /* a lost hint */
+}
+
+void cache_forget(struct block_cache *c, struct cache_slot *s)
+{
+    unlink_slot(c, s);
+    s->verified = 0;
+    index_write(c, (uint32_t)(s - c->slots));
+    atomic_fetch_add(&s->word, (uint64_t)1 << 32);
 }
 
 /* ---- open, close --------------------------------------------------------------------------- */
@@ -236,6 +232,8 @@ void cache_close(struct block_cache *c)
         close(c->fd);
     if (c->index_fd >= 0)
         close(c->index_fd);
+    for (uint32_t i = 0; c->slots && i < c->capacity; i++)
+        free(atomic_load(&c->slots[i].fresh)); /* no sync is under way: none is detached but in a list */
     free(c->slots);
     free(c->buckets);
     pthread_cond_destroy(&c->changed);
@@ -332,6 +330,7 @@ static bool claim(struct block_cache *c, struct cache_slot *s)
         unlink_slot(c, s);
         c->evictions++;
     }
+    cache_detach_fresh(s);
     return true;
 }
 
@@ -353,6 +352,10 @@ static struct cache_slot *claim_any(struct block_cache *c)
 
 static int write_block(struct block_cache *c, uint32_t slot, const void *data)
 {
+    int err = disk_injected(DISK_CACHE_WRITE);
+
+    if (err)
+        return err;
     for (uint64_t done = 0; done < GLIDE_BLOCK;) {
         ssize_t n = pwrite(c->fd, (const char *)data + done, GLIDE_BLOCK - done, (off_t)(cache_offset(slot) + done));
         if (n < 0 && errno == EINTR)
@@ -383,11 +386,12 @@ static int find_or_claim(struct block_cache *c, const uint8_t *key, struct glide
 
 /* Under lock: the claimed slot has the data; enter it unless another thread was first. */
 static void publish(struct block_cache *c, struct cache_slot *s, const uint8_t *key, const uint8_t *hash,
-                    struct glide_slot *out)
+                    struct fresh *fresh, struct glide_slot *out)
 {
     struct cache_slot *other = find(c, key);
 
     if (other && other->verified) {
+        free(fresh);
         cache_unpin(c, (uint32_t)(s - c->slots));
         pin_current(c, other, out);
         return;
@@ -401,6 +405,7 @@ static void publish(struct block_cache *c, struct cache_slot *s, const uint8_t *
     s->verified = 1;
     atomic_store_explicit(&s->referenced, 0, memory_order_relaxed);
     link_slot(c, s);
+    cache_set_fresh(c, s, fresh);
     index_write(c, (uint32_t)(s - c->slots));
     describe(c, s, out);
 }
@@ -410,8 +415,10 @@ static void publish(struct block_cache *c, struct cache_slot *s, const uint8_t *
 static void write_failed(struct block_cache *c, uint32_t slot, int err)
 {
     cache_unpin(c, slot);
-    if (err != -ENOSPC && err != -EDQUOT)
+    if (!disk_full(err)) {
+        cache_failed(c, err);
         return;
+    }
     c->full_until_ns = now_ns() + FULL_RETRY_NS;
     if (slot >= PREALLOCATED && slot + 1 == c->touched)
         c->touched--;
@@ -419,79 +426,51 @@ static void write_failed(struct block_cache *c, uint32_t slot, int err)
         c->hand = 0;
 }
 
+/* Wait until the files are ours, then as find_or_claim. The error of a disk that failed a moment ago, too. */
+static int claim_for(struct block_cache *c, const uint8_t *key, struct glide_slot *out, struct cache_slot **claimed)
+{
+    pthread_mutex_lock(&c->lock);
+    while (c->given && !c->closed)
+        pthread_cond_wait(&c->changed, &c->lock);
+    int got = c->closed                                ? -ESHUTDOWN
+              : c->sick && now_ns() < c->sick_until_ns ? c->sick
+                                                       : find_or_claim(c, key, out, claimed);
+    c->writers += got > 0;
+    pthread_mutex_unlock(&c->lock);
+    return got;
+}
+
 int glide_cache_insert(glide_engine *engine, const uint8_t *key, const uint8_t *hash, const void *data,
                        struct glide_slot *out)
 {
     struct block_cache *c = &engine->cache;
-    int err = 0;
+    struct fresh *fresh = cache_fresh(data);
+    int err = fresh ? -EAGAIN : -ENOMEM;
 
-    for (int attempt = 0; attempt < 64; attempt++) {
+    for (int attempt = 0; fresh && attempt < 64; attempt++) {
         struct cache_slot *s = NULL;
-        pthread_mutex_lock(&c->lock);
-        while (c->given && !c->closed)
-            pthread_cond_wait(&c->changed, &c->lock);
-        int got = c->closed ? -ESHUTDOWN : find_or_claim(c, key, out, &s);
-        c->writers += got > 0;
-        pthread_mutex_unlock(&c->lock);
-        if (got <= 0)
+        int got = claim_for(c, key, out, &s);
+        if (got <= 0) {
+            free(fresh);
             return got;
+        }
         err = write_block(c, (uint32_t)(s - c->slots), data);
         pthread_mutex_lock(&c->lock);
         if (--c->writers == 0)
             pthread_cond_broadcast(&c->changed);
         if (!err)
-            publish(c, s, key, hash, out);
+            publish(c, s, key, hash, fresh, out);
         else
             write_failed(c, (uint32_t)(s - c->slots), err);
         pthread_mutex_unlock(&c->lock);
         if (!err)
             return 0;
-        if (err != -ENOSPC && err != -EDQUOT)
+        if (!disk_full(err))
             break;
     }
+    free(fresh);
     return fail(err, "cannot write the block cache: %s", strerror(-err));
 }
-
-int glide_cache_read(glide_engine *engine, const struct glide_slot *slot, void *buf)
-{
-    for (uint64_t done = 0; done < GLIDE_BLOCK;) {
-        ssize_t n = pread(engine->cache.fd, (char *)buf + done, GLIDE_BLOCK - done,
-                          (off_t)(cache_offset(slot->slot) + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return fail(n ? -errno : -EIO, "cannot read the block cache");
-        done += (uint64_t)n;
-    }
-    return 0;
-}
-
-void glide_cache_mark_verified(glide_engine *engine, const struct glide_slot *slot)
-{
-    struct block_cache *c = &engine->cache;
-
-    pthread_mutex_lock(&c->lock);
-    c->slots[slot->slot].verified = 1;
-    pthread_mutex_unlock(&c->lock);
-}
-
-void glide_cache_drop(glide_engine *engine, const struct glide_slot *slot)
-{
-    struct block_cache *c = &engine->cache;
-    struct cache_slot *s = &c->slots[slot->slot];
-
-    pthread_mutex_lock(&c->lock);
-    if (s->used && generation_of(atomic_load(&s->word)) == slot->generation) {
-        unlink_slot(c, s);
-        s->verified = 0;
-        index_write(c, slot->slot);
-        atomic_fetch_add(&s->word, (uint64_t)1 << 32); /* nobody else may pin it again */
-    }
-    cache_unpin(c, slot->slot);
-    pthread_mutex_unlock(&c->lock);
-}
-
-void glide_cache_unpin(glide_engine *engine, const struct glide_slot *slot) { cache_unpin(&engine->cache, slot->slot); }
 
 uint64_t glide_cache_evict_all(glide_engine *engine)
 {

@@ -19,6 +19,16 @@ struct cache_slot {
     _Atomic uint8_t referenced;
     uint8_t used; /* in the hash table */
     uint8_t verified;
+    _Atomic(struct fresh *) fresh; /* cache_sync.c: what it must hold, while the disk may not have it yet */
+};
+
+/* What was put into a slot and is not known to be on the disk. */
+struct fresh {
+    struct fresh *next; /* in block_cache.fresh, or among those of the sync under way */
+    uint64_t sums[GLIDE_BLOCK / GLIDE_SECTOR];
+    uint32_t slot, generation;
+    bool listed;
+    bool detached; /* the slot has other content by now: only the list has it */
 };
 
 struct block_cache {
@@ -32,6 +42,11 @@ struct block_cache {
     uint32_t hand;          /* of CLOCK (Corbato 1968) */
     uint64_t full_until_ns; /* the disk was full: reuse slots until then */
     uint64_t used, hits, misses, evictions;
+    struct fresh *fresh;
+    int sick;               /* -errno: the disk failed since the last sync that worked */
+    uint64_t sick_until_ns; /* nothing is written before */
+    uint64_t failures;      /* calls of cache_failed */
+    uint64_t lost;          /* slots whose content was gone */
     pthread_cond_t changed; /* of the next two, and of `closed` */
     uint32_t writers;       /* threads that write data now */
     bool given;             /* the files are another process's: nothing is written */
@@ -49,6 +64,28 @@ void cache_unpin(struct block_cache *c, uint32_t slot);
 void cache_pin_again(struct block_cache *c, uint32_t slot);
 /* What a slot is for. False: it holds something else by now. Any thread. */
 bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash);
+
+/* ---- cache_sync.c ---- */
+
+/* The slot's content may be only in memory yet: a read of it takes whole sectors and checks them. Any thread. */
+static inline bool cache_unsynced(struct block_cache *c, uint32_t slot) { return atomic_load(&c->slots[slot].fresh); }
+/* Whether sectors [first, end) that were read from a slot are what was put there. The slot may be dropped meanwhile:
+ * then they are not. */
+bool cache_check(struct block_cache *c, uint32_t slot, uint32_t generation, uint32_t first, uint32_t end,
+                 const uint8_t *data);
+/* A read failed (err), or its data was wrong (0): the slot goes, and with it all that was not synced. */
+void cache_lost(struct block_cache *c, uint32_t slot, uint32_t generation, int err);
+/* What `data` must be in a slot. NULL = no memory. */
+struct fresh *cache_fresh(const void *data);
+/* Under lock. Its content is what was given to cache_fresh, and the caller has it pinned. */
+void cache_set_fresh(struct block_cache *c, struct cache_slot *s, struct fresh *f);
+/* Under lock. The slot, which nobody has pinned, gets other content. */
+void cache_detach_fresh(struct cache_slot *s);
+/* Under lock. The disk failed: nothing that was not synced is believed, and nothing is written for a while. */
+void cache_failed(struct block_cache *c, int err);
+/* Under lock. Forget a used slot: nobody pins it again. */
+void cache_forget(struct block_cache *c, struct cache_slot *s);
+
 static inline uint64_t cache_offset(uint32_t slot) { return (uint64_t)slot * GLIDE_BLOCK; }
 
 #endif

@@ -11,7 +11,7 @@
 
 #define CHUNK_BLOCKS 1024
 
-enum base_kind { BASE_UNKNOWN, BASE_ZERO, BASE_SLOT };
+enum base_kind { BASE_UNKNOWN, BASE_ZERO, BASE_SLOT, BASE_LENT /* volume->lent, not in the map */ };
 struct base_view {
     enum base_kind kind;
     uint32_t slot, generation;

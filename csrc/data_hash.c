@@ -1,5 +1,7 @@
 #include "data_hash.h"
 
+#include "segment.h"
+
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
@@ -10,4 +12,11 @@ uint64_t data_hash(const void *data, size_t length)
         return data_hash_avx2(data, length);
 #endif
     return XXH3_64bits(data, length);
+}
+
+uint64_t record_hash(const void *data, uint32_t sectors, uint64_t *sums)
+{
+    for (uint32_t i = 0; i < sectors; i++)
+        sums[i] = data_hash((const char *)data + (size_t)i * SECTOR, SECTOR);
+    return sectors == 1 ? sums[0] : data_hash(sums, sectors * sizeof(*sums));
 }

@@ -51,7 +51,7 @@ int glide_disk_inject(int kind, int err, uint32_t skip, uint32_t count)
     return 0;
 }
 
-static int injected(enum disk_kind kind)
+int disk_injected(enum disk_kind kind)
 {
     int err = 0;
 
@@ -104,6 +104,8 @@ static void write_some(struct disk_file *f, const struct iovec *iov, uint64_t of
         trace(DISK_WRITE, f->path, offset, &half, 1);
 }
 
+bool disk_full(int err) { return err == -ENOSPC || err == -EDQUOT || err == -EFBIG; }
+
 /* ---- operations ------------------------------------------------------------------------ */
 
 int disk_open(struct disk_file *f, const char *path, int flags)
@@ -122,7 +124,7 @@ int disk_open(struct disk_file *f, const char *path, int flags)
 
 int disk_create(struct disk_file *f, const char *path)
 {
-    int err = injected(DISK_CREATE);
+    int err = disk_injected(DISK_CREATE);
 
     f->fd = -1;
     f->path = NULL;
@@ -154,7 +156,7 @@ void disk_close(struct disk_file *f)
 
 int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t offset)
 {
-    int err = injected(DISK_WRITE);
+    int err = disk_injected(DISK_WRITE);
 
     if (err) {
         write_some(f, iov, offset);
@@ -211,7 +213,7 @@ void disk_sync_begin(struct disk_file *f, enum disk_kind kind) { trace(kind, f->
 
 int disk_sync_end(struct disk_file *f, enum disk_kind kind, int result)
 {
-    int err = injected(kind);
+    int err = disk_injected(kind);
 
     if (!err)
         err = result;

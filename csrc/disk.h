@@ -25,6 +25,10 @@ enum disk_kind {
     DISK_RENAME,      /* data = the new path */
     DISK_SYNC_FAILED, /* a sync of a file that was begun failed: what it covered may be lost for good */
     DISK_DIR_FAILED,  /* the same for a directory */
+    DISK_READ,        /* a guest's read of the log; this one and those that follow are only made to fail, not traced */
+    DISK_CACHE_READ,  /* a guest's read of the block cache */
+    DISK_CACHE_WRITE, /* a block is put into the block cache */
+    DISK_CACHE_SYNC,  /* the block cache is synced */
     DISK_KINDS
 };
 
@@ -45,6 +49,11 @@ int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t off
 int disk_unlink(const char *path);
 /* Rename an open file; on success f->path is the new path. */
 int disk_rename(struct disk_file *f, const char *path);
+
+/* Whether an error says that there is no room, rather than that the disk fails. */
+bool disk_full(int err);
+/* For operations that do not pass here: 0 or what a test wants instead. */
+int disk_injected(enum disk_kind kind);
 
 /* A sync that the caller issues itself: call begin, sync, then end with the result, which it returns
  * (or an injected error). kind = DISK_SYNC_BEGIN or DISK_DIR_BEGIN. */

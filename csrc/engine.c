@@ -141,6 +141,8 @@ void glide_engine_stats_get(glide_engine *e, struct glide_engine_stats *out)
     out->cache_hits = e->cache.hits;
     out->cache_misses = e->cache.misses;
     out->cache_evictions = e->cache.evictions;
+    out->cache_lost = e->cache.lost;
+    out->cache_errno = (uint64_t)-e->cache.sick;
     pthread_mutex_unlock(&e->cache.lock);
     pthread_mutex_lock(&e->faults.lock);
     out->faults_queued = e->faults.count;

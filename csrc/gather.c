@@ -5,6 +5,7 @@
  */
 #include "glide_core_internal.h"
 #include "log_map.h"
+#include "sector_sums.h"
 #include "util.h"
 #include "volume.h"
 
@@ -17,6 +18,7 @@ struct source {
     uint32_t end, valid; /* what the volume knows; UINT32_MAX offline */
     uint32_t sectors;
     struct disk_file file;
+    struct sector_sums sums; /* of what was verified: the disk may have lost it by the time it is read again */
 };
 
 struct gather {
@@ -76,15 +78,17 @@ static int replay_record(struct gather *g, struct source *s, struct segment_jour
                          uint32_t *good)
 {
     const struct segment_record *r = &j->records[i];
-    uint64_t pos = pos_make(s->seq, i);
+    uint64_t pos = pos_make(s->seq, i), sums[RECORD_MAX_SECTORS];
     int err = 0;
 
     if (r->op == RECORD_SYNC)
         return 0;
     if (r->op == RECORD_WRITE)
-        err = segment_verify(&s->file, j, i, buf);
+        err = segment_verify(&s->file, j, i, buf, sums);
     if (err == -EUCLEAN) /* torn; the count tells whether that is allowed */
         return 0;
+    if (!err && r->op == RECORD_WRITE)
+        sums_set(&s->sums, i, sums, r->count);
     if (!err)
         err = r->op == RECORD_ZERO ? log_map_zero(&g->map, r->sector, r->count, pos)
                                    : log_map_write(&g->map, r->sector, r->count, pos);
@@ -98,6 +102,8 @@ static int replay_source(struct gather *g, struct source *s, const struct segmen
     uint32_t good = 0;
     int err = segment_read_journal(&s->file, h, s->end, &j);
 
+    if (!err)
+        err = sums_reserve(&s->sums, j.end);
     for (uint32_t i = 0; !err && i < j.end; i++) {
         if (j.records[i].op)
             err = replay_record(g, s, &j, i, buf, &good);
@@ -266,7 +272,9 @@ static int read_run(struct source *s, uint32_t index, uint8_t *buf, uint64_t len
             return fail(n ? -errno : -EIO, "cannot read %s", s->file.path);
         done += (uint64_t)n;
     }
-    return 0;
+    if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))
+        return 0;
+    return fail(-EUCLEAN, "%s: the disk lost data that it had a moment ago; nothing of it was uploaded", s->file.path);
 }
 
 static int fill_entry(struct gather *g, const struct glide_entry *e, uint8_t **buf)
@@ -310,6 +318,7 @@ void glide_gather_close(glide_gather *g)
     for (uint32_t i = 0; i < g->source_count; i++) {
         if (g->sources[i].file.fd >= 0)
             disk_close(&g->sources[i].file);
+        sums_free(&g->sources[i].sums);
     }
     log_map_destroy(&g->map);
     leaf_pool_destroy(&g->pool);

@@ -67,6 +67,8 @@ struct glide_engine_stats {
     uint64_t cache_evictions;
     uint64_t nbd_replies;   /* memory of NBD connections: replies and send buffers... */
     uint64_t nbd_payloads;  /* ...and what was received and has to wait */
+    uint64_t cache_lost;    /* slots whose content the disk did not have */
+    uint64_t cache_errno;   /* the cache's disk fails: nothing is cached; 0 = it works */
     uint64_t faults_queued; /* waiting in glide_faults_next's queue now */
     uint32_t workers;
 };
@@ -94,6 +96,8 @@ enum glide_event_kind {
     GLIDE_EV_FIRST_DIRTY, /* the volume was clean and took a write */
     GLIDE_EV_CONN_CLOSED, /* NBD connection a (its id) ended; b = errno or 0 */
     GLIDE_EV_UBLK_DOWN,   /* every tag of the volume's ublk queue was given back */
+    GLIDE_EV_READ_LOST,   /* segment a did not have what was written: b = errno, 0 = other data. Asked of the store if
+                             it is committed, else EIO */
 };
 struct glide_event {
     uint64_t volume;
@@ -187,8 +191,9 @@ struct glide_fill {
     const void *data; /* 128 KiB, only for the length of the call */
 };
 /* glide_cache_insert and glide_volume_install for many blocks. Returns how many of them were done, from the first on;
- * the error if that is none (-EAGAIN: every slot is pinned, try again). */
-int glide_volume_fill(glide_volume *volume, uint64_t stamp, const struct glide_fill *list, uint32_t count);
+ * the error if that is none (-EAGAIN: every slot is pinned, try again). Blocks that the cache's disk does not take,
+ * and all with `through`, are only given to the requests that wait for them. */
+int glide_volume_fill(glide_volume *volume, uint64_t stamp, const struct glide_fill *list, uint32_t count, int through);
 
 struct glide_volume_info {
     uint64_t size;
@@ -340,7 +345,11 @@ int glide_cache_lookup(glide_engine *engine, const uint8_t *keys, uint32_t count
 int glide_cache_insert(glide_engine *engine, const uint8_t *key, const uint8_t *hash, const void *data,
                        struct glide_slot *out);
 int glide_cache_read(glide_engine *engine, const struct glide_slot *slot, void *buf); /* pinned slot */
-void glide_cache_mark_verified(glide_engine *engine, const struct glide_slot *slot);
+/* The content of a pinned slot, `data`, is what it should be. -ENOMEM. */
+int glide_cache_mark_verified(glide_engine *engine, const struct glide_slot *slot, const void *data);
+/* Sync what was put into the cache: until then every read of it is checked. Blocks; for one thread, every few seconds.
+ * 0, or -errno while the cache's disk fails: then blocks are not cached, and what was not synced is forgotten. */
+int glide_cache_sync(glide_engine *engine);
 /* Drop a slot whose content is bad: unpins and forgets it. */
 void glide_cache_drop(glide_engine *engine, const struct glide_slot *slot);
 void glide_cache_unpin(glide_engine *engine, const struct glide_slot *slot);

@@ -80,6 +80,46 @@ int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glid
     return fail(-ESHUTDOWN, "the volume was handed over");
 }
 
+struct lend_task {
+    struct task task;
+    struct volume *v;
+    uint64_t stamp, block;
+    uint8_t data[GLIDE_BLOCK];
+};
+
+static void run_lend(struct task *task, struct worker *w)
+{
+    struct lend_task *t = container_of(task, struct lend_task, task);
+    struct volume *v = t->v;
+
+    (void)w;
+    if (t->stamp == atomic_load(&v->stamp)) {
+        v->lent = t->data;
+        v->lent_block = t->block;
+    }
+    fault_resolve(v, t->block, 0);
+    v->lent = NULL;
+    free(t);
+}
+
+/* Give a block to who waits for it, and keep it nowhere. */
+static int lend(struct volume *v, uint64_t stamp, const struct glide_fill *fill)
+{
+    struct lend_task *t = malloc(sizeof(*t));
+
+    if (!t)
+        return fail(-ENOMEM, "no memory for a block");
+    t->task.run = run_lend;
+    t->v = v;
+    t->stamp = stamp;
+    t->block = fill->block;
+    memcpy(t->data, fill->data, GLIDE_BLOCK);
+    if (worker_post(v->worker, &t->task))
+        return 0;
+    free(t);
+    return fail(-ESHUTDOWN, "the volume was handed over");
+}
+
 /* Insert up to PINNED_AT_ONCE blocks and install them. How many were done; the error if none. */
 static int fill_some(struct volume *v, uint64_t stamp, const struct glide_fill *list, uint32_t count)
 {
@@ -106,12 +146,14 @@ static int fill_some(struct volume *v, uint64_t stamp, const struct glide_fill *
     return err ? err : (int)n;
 }
 
-int glide_volume_fill(glide_volume *volume, uint64_t stamp, const struct glide_fill *list, uint32_t count)
+int glide_volume_fill(glide_volume *volume, uint64_t stamp, const struct glide_fill *list, uint32_t count, int through)
 {
     uint32_t done = 0;
 
     while (done < count) {
-        int n = fill_some(volume, stamp, list + done, count - done);
+        int n = through ? -EIO : fill_some(volume, stamp, list + done, count - done);
+        if (n < 0 && n != -EAGAIN && n != -ESHUTDOWN)
+            n = lend(volume, stamp, list + done) ? n : 1;
         if (n < 0)
             return done ? (int)done : n;
         done += (uint32_t)n;

@@ -5,7 +5,13 @@
  * copied stays copied while another piece waits for the store. A piece reads from
  * the page cache at once (RWF_NOWAIT); what would block goes through the ring
  * with the segment or slot pinned. Nothing else is held while it waits.
+ *
+ * Files are not believed. What comes from the log, or from a slot of the cache that is not known to be on the disk, is
+ * compared with the hashes of its sectors in memory. Where that fails, or the read does, the block waits for a fault:
+ * the store has it, if the segment is committed. EIO is for what is nowhere else, after a second try.
  */
+#include "block_cache.h"
+#include "data_hash.h"
 #include "fault.h"
 #include "io.h"
 #include "volume.h"
@@ -14,14 +20,21 @@
 #include <string.h>
 #include <sys/uio.h>
 
+/* A read of one file for one run of a piece. */
 struct read_op {
     struct ring_op op;
     struct io_req *req;
+    uint64_t block;
     struct log_segment *segment; /* pinned, or NULL: then `slot` is */
-    uint32_t slot;
-    int fd;
-    uint8_t *buf;
-    uint64_t offset, length;
+    uint32_t slot, generation;
+    uint32_t index, end; /* sectors of the segment or slot that are read, to be checked; equal: not to be */
+    uint8_t *buf;        /* the guest's */
+    uint32_t length;     /* of it */
+    uint32_t skip;       /* bytes that are read before what the guest wants */
+    uint8_t *bounce;     /* where whole sectors go if the guest wants parts; NULL = to buf */
+    uint64_t offset;     /* in the file */
+    uint64_t total, got; /* bytes */
+    bool again;          /* a second try */
 };
 
 void io_piece_done(struct io_req *req, int err)
@@ -30,6 +43,51 @@ void io_piece_done(struct io_req *req, int err)
         req->err = err;
     if (--req->pending == 0)
         io_finish(req, req->err);
+}
+
+/* ---- what a file did not have ---------------------------------------------------------------------- */
+
+#define WAITS (-1) /* instead of an errno: the whole piece is done again when the store has answered */
+
+/* Let the piece wait until the store gave its block. WAITS or a positive errno. */
+static int ask_store(struct read_op *x)
+{
+    struct io_req *req = x->req;
+    struct volume *v = req->volume;
+
+    if (v->failed || v->closing)
+        return v->failed ? v->failed : ESHUTDOWN;
+    req->pending++;
+    int err = fault_wait(v, x->block, req);
+    if (!err)
+        return WAITS;
+    req->pending--;
+    return -err;
+}
+
+/* The log does not have what its map says. Only of what is committed the store has it, and what else is committed of
+ * the block. As at retirement: older answers must not land, and what is known of the base is older than the log was. */
+static int lost_in_log(struct read_op *x, uint64_t seq, int err)
+{
+    struct volume *v = x->req->volume;
+
+    event_post(v->engine, v->cookie, GLIDE_EV_READ_LOST, seq, (uint64_t)-err);
+    if (seq > v->committed_seq)
+        return EIO;
+    atomic_fetch_add(&v->stamp, 1);
+    if (log_map_forget_block(&v->map, x->block, v->committed_seq))
+        return EIO;
+    block_map_drop(&v->base, x->block, 1);
+    return ask_store(x);
+}
+
+static int lost_in_cache(struct read_op *x, int err)
+{
+    struct volume *v = x->req->volume;
+
+    cache_lost(&v->engine->cache, x->slot, x->generation, err);
+    block_map_drop(&v->base, x->block, 1);
+    return ask_store(x);
 }
 
 /* ---- reading files ------------------------------------------------------------------------------ */
@@ -42,66 +100,108 @@ static void unpin(struct volume *v, struct log_segment *segment, uint32_t slot)
         cache_unpin(&v->engine->cache, slot);
 }
 
-static void submit_read(struct read_op *x);
+static void submit_read(struct read_op *x)
+{
+    struct volume *v = x->req->volume;
+    struct io_uring_sqe *sqe = worker_sqe(v->worker, &x->op);
+    uint8_t *to = (x->bounce ? x->bounce : x->buf) + x->got;
+
+    io_uring_prep_read(sqe, x->segment ? x->segment->file.fd : v->engine->cache.fd, to, (unsigned)(x->total - x->got),
+                       x->offset + x->got);
+    io_uring_sqe_set_data(sqe, &x->op);
+}
+
+static bool is_good(struct read_op *x)
+{
+    const uint8_t *data = x->bounce ? x->bounce : x->buf;
+
+    if (x->segment)
+        return sums_check(&x->segment->sums, x->index, x->end, data);
+    return x->index == x->end ||
+           cache_check(&x->req->volume->engine->cache, x->slot, x->generation, x->index, x->end, data);
+}
+
+static int read_later(const struct read_op *x);
+
+/* All was read, or cannot be (err, -EIO for a file that is too short). Gives pin and bounce up, or begins once more.
+ * 0, WAITS or a positive errno. */
+static int finish_read(struct read_op *x, int err)
+{
+    struct volume *v = x->req->volume;
+    if (!err)
+        err = disk_injected(x->segment ? DISK_READ : DISK_CACHE_READ);
+    bool good = !err && is_good(x);
+
+    if (!good && x->segment && x->segment->seq > v->committed_seq && !x->again) {
+        x->again = true;
+        x->got = 0;
+        return read_later(x);
+    }
+    if (good && x->bounce)
+        memcpy(x->buf, x->bounce + x->skip, x->length);
+    free(x->bounce);
+    uint64_t seq = x->segment ? x->segment->seq : 0;
+    unpin(v, x->segment, x->slot);
+    if (good)
+        return 0;
+    return seq ? lost_in_log(x, seq, err) : lost_in_cache(x, err);
+}
 
 static void on_read(struct ring_op *op, int res, uint32_t flags)
 {
     struct read_op *x = container_of(op, struct read_op, op);
-
-    (void)flags;
-    if (res > 0 && (uint64_t)res < x->length) {
-        x->buf += res;
-        x->offset += (uint64_t)res;
-        x->length -= (uint64_t)res;
-        submit_read(x);
-        return;
-    }
-    if (res == -EINTR || res == -EAGAIN) {
-        submit_read(x);
-        return;
-    }
     struct io_req *req = x->req;
     struct volume *v = req->volume;
-    unpin(v, x->segment, x->slot);
+
+    (void)flags;
+    x->got += res > 0 ? (uint64_t)res : 0;
+    if (res == -EINTR || res == -EAGAIN || (res > 0 && x->got < x->total)) {
+        submit_read(x);
+        return;
+    }
+    int err = finish_read(x, res < 0 ? res : res == 0 ? -EIO : 0);
     free(x);
-    io_piece_done(req, res > 0 ? 0 : EIO);
+    io_piece_done(req, err == WAITS ? 0 : err);
     volume_read_done(v);
 }
 
-static void submit_read(struct read_op *x)
+/* Read through the ring; adds to req->pending. Takes over what x has. */
+static int read_later(const struct read_op *x)
 {
-    struct io_uring_sqe *sqe = worker_sqe(x->req->volume->worker, &x->op);
+    struct volume *v = x->req->volume;
+    struct read_op *later = malloc(sizeof(*later));
 
-    io_uring_prep_read(sqe, x->fd, x->buf, (unsigned)x->length, x->offset);
-    io_uring_sqe_set_data(sqe, &x->op);
-}
-
-/* Read from a pinned file; takes the pin over. Adds to req->pending if it must wait. */
-static int read_file(struct io_req *req, struct log_segment *segment, uint32_t slot, uint64_t offset, uint8_t *buf,
-                     uint64_t length)
-{
-    struct volume *v = req->volume;
-    int fd = segment ? segment->file.fd : v->engine->cache.fd;
-    struct iovec iov = {buf, length};
-    ssize_t n = preadv2(fd, &iov, 1, (off_t)offset, RWF_NOWAIT);
-
-    if (n < 0 && (errno == EOPNOTSUPP || errno == EINVAL)) /* a file system without it, as tmpfs: memory speed */
-        n = pread(fd, buf, length, (off_t)offset);
-    if (n == (ssize_t)length || (n < 0 && errno != EAGAIN && errno != EINTR)) {
-        unpin(v, segment, slot);
-        return n < 0 ? EIO : 0;
-    }
-    struct read_op *x = malloc(sizeof(*x));
-    if (!x) {
-        unpin(v, segment, slot);
+    if (!later) {
+        free(x->bounce);
+        unpin(v, x->segment, x->slot);
         return ENOMEM;
     }
-    uint64_t got = n > 0 ? (uint64_t)n : 0;
-    *x = (struct read_op){{on_read}, req, segment, slot, fd, buf + got, offset + got, length - got};
-    req->pending++;
+    *later = *x;
+    later->op = (struct ring_op){on_read};
+    x->req->pending++;
     v->reading++;
-    submit_read(x);
+    submit_read(later);
     return 0;
+}
+
+/* Takes the pin over. Adds to req->pending if it must wait. */
+static int read_file(struct read_op *x)
+{
+    struct volume *v = x->req->volume;
+    int fd = x->segment ? x->segment->file.fd : v->engine->cache.fd;
+
+    if (x->total != x->length && !(x->bounce = malloc(x->total))) {
+        unpin(v, x->segment, x->slot);
+        return ENOMEM;
+    }
+    struct iovec iov = {x->bounce ? x->bounce : x->buf, x->total};
+    ssize_t n = preadv2(fd, &iov, 1, (off_t)x->offset, RWF_NOWAIT);
+    if (n < 0 && (errno == EOPNOTSUPP || errno == EINVAL)) /* a file system without it, as tmpfs: memory speed */
+        n = pread(fd, iov.iov_base, x->total, (off_t)x->offset);
+    if (n == (ssize_t)x->total || (n < 0 && errno != EAGAIN && errno != EINTR))
+        return finish_read(x, n < 0 ? -errno : 0);
+    x->got = n > 0 ? (uint64_t)n : 0;
+    return read_later(x);
 }
 
 /* ---- a piece ---------------------------------------------------------------------------------------- */
@@ -157,9 +257,50 @@ static void note_sources(const struct piece *p, uint32_t at, uint32_t end, const
         shadow_note(p->req, p->block * BLOCK_SECTORS + s, source_of(p, s), base);
 }
 
-static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t source, const struct base_view *base)
+/* Bytes [at, end) of the block are at index `pos` of a segment. */
+static int read_log(const struct piece *p, uint32_t at, uint32_t end, uint64_t pos, uint8_t *buf)
 {
     struct volume *v = p->req->volume;
+    struct log_segment *s = log_find(&v->log, pos_seq(pos));
+    struct read_op x = {.req = p->req, .block = p->block, .segment = s, .buf = buf, .length = end - at};
+
+    if (!s) /* the map names a segment that is gone: never guess */
+        return lost_in_log(&x, pos_seq(pos), -ENOENT);
+    uint32_t first = x.index = pos_index(pos);
+    x.end = first + (uint32_t)div_up(end, SECTOR) - at / SECTOR;
+    sums_extend(&s->sums, &x.index, &x.end);
+    x.offset = segment_data_offset(s->sectors, x.index);
+    x.total = (uint64_t)(x.end - x.index) * SECTOR;
+    x.skip = (first - x.index) * SECTOR + at % SECTOR;
+    s->pins++;
+    return read_file(&x);
+}
+
+static int read_slot(const struct piece *p, uint32_t at, uint32_t end, const struct base_view *base, uint8_t *buf)
+{
+    struct block_cache *c = &p->req->volume->engine->cache;
+    struct read_op x = {.req = p->req,
+                        .block = p->block,
+                        .slot = base->slot,
+                        .generation = base->generation,
+                        .buf = buf,
+                        .length = end - at,
+                        .offset = cache_offset(base->slot) + at,
+                        .total = end - at};
+
+    if (cache_unsynced(c, base->slot)) { /* whole sectors, to compare them */
+        x.index = at / SECTOR;
+        x.end = (uint32_t)div_up(end, SECTOR);
+        x.offset = cache_offset(base->slot) + x.index * SECTOR;
+        x.total = (x.end - x.index) * SECTOR;
+        x.skip = at % SECTOR;
+    }
+    cache_pin_again(c, base->slot); /* the piece holds a pin */
+    return read_file(&x);
+}
+
+static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t source, const struct base_view *base)
+{
     uint8_t *buf = p->buf + (at - p->from);
 
     if (p->req->shadow)
@@ -168,22 +309,21 @@ static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t s
         memset(buf, 0, end - at);
         return 0;
     }
-    if (source) {
-        struct log_segment *s = log_find(&v->log, pos_seq(source));
-        if (!s)
-            return EIO; /* the map names a segment that is gone: never guess */
-        s->pins++;
-        return read_file(p->req, s, 0, segment_data_offset(s->sectors, pos_index(source)) + at % SECTOR, buf, end - at);
+    if (source)
+        return read_log(p, at, end, source, buf);
+    if (base->kind == BASE_LENT) {
+        memcpy(buf, p->req->volume->lent + at, end - at);
+        return 0;
     }
-    cache_pin_again(&v->engine->cache, base->slot); /* the piece holds a pin */
-    return read_file(p->req, NULL, base->slot, cache_offset(base->slot) + at, buf, end - at);
+    return read_slot(p, at, end, base, buf);
 }
 
 /* What the base of the block is, pinned if it is a slot; drops an entry whose slot was reused. */
 static struct base_view pin_base(struct volume *v, uint64_t block)
 {
+    if (v->lent && v->lent_block == block)
+        return (struct base_view){BASE_LENT, 0, 0};
     struct base_view base = block_map_find(&v->base, block);
-
     if (base.kind != BASE_SLOT || cache_pin(&v->engine->cache, base.slot, base.generation))
         return base;
     block_map_drop(&v->base, block, 1);
@@ -224,9 +364,10 @@ void io_read_piece(struct io_req *req, uint64_t block)
     for (uint32_t at = p.from; base.kind != BASE_UNKNOWN && at < p.to && !err;) {
         uint64_t source;
         uint32_t run = run_end(&p, at, &source);
-        err = read_run(&p, at, run, source, &base);
+        err = read_run(&p, at, run, source, &base); /* if it WAITS, what p points to may be gone */
         at = run;
     }
+    err = err == WAITS ? 0 : err;
     if (base.kind == BASE_UNKNOWN) {
         err = -fault_wait(v, block, req);
         if (!err)

@@ -336,26 +336,45 @@ struct forget_upto {
     void *arg;
 };
 
-static bool forget_old(uint64_t block, uint64_t value, void *arg)
+/* True: something was forgotten. */
+static bool leaf_forget_upto(struct log_leaf *leaf, uint64_t seq)
 {
-    struct forget_upto *f = arg;
-    struct log_leaf *leaf = (struct log_leaf *)(uintptr_t)value;
     bool any = false;
 
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
-        if (!leaf->pos[i] || pos_seq(leaf->pos[i]) > f->seq)
+        if (!leaf->pos[i] || pos_seq(leaf->pos[i]) > seq)
             continue;
         leaf->pos[i] = 0;
         leaf->used--;
         any = true;
     }
-    if (any)
+    return any;
+}
+
+static bool forget_old(uint64_t block, uint64_t value, void *arg)
+{
+    struct forget_upto *f = arg;
+    struct log_leaf *leaf = (struct log_leaf *)(uintptr_t)value;
+
+    if (leaf_forget_upto(leaf, f->seq))
         f->forgot(block, 1, f->arg);
     if (leaf->used)
         return false;
     group_remove(f->map, block);
     leaf_free(f->map, leaf);
     return true;
+}
+
+int log_map_forget_block(struct log_map *m, uint64_t block, uint64_t seq)
+{
+    struct log_leaf *leaf = find_leaf(m, block);
+    uint64_t zeroed = zero_map_find(&m->zeros, block);
+    /* First what is older: else it would show. */
+    int err = zeroed && pos_seq(zeroed) <= seq ? zero_map_clear(&m->zeros, block, block + 1) : 0;
+
+    if (!err && leaf && leaf_forget_upto(leaf, seq) && !leaf->used)
+        drop_leaf(m, block, leaf);
+    return err;
 }
 
 int log_map_forget_upto(struct log_map *m, uint64_t seq, log_map_forgot forgot, void *arg)

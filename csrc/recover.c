@@ -51,6 +51,7 @@ struct recovery {
     uint64_t damage_end; /* log position after the last segment that lost something; 0 = none did */
     uint64_t committed_seq;
     uint8_t *buf;
+    uint64_t sums[RECORD_MAX_SECTORS];
     bool always_verify;
     struct glide_recovery *out;
 };
@@ -193,7 +194,7 @@ static int apply(struct recovery *r, struct found *f, uint32_t index)
     if (record->op == RECORD_SYNC)
         return 0;
     if (record->op == RECORD_WRITE && must_verify(r, f)) {
-        err = segment_verify(&f->file, &f->journal, index, r->buf);
+        err = segment_verify(&f->file, &f->journal, index, r->buf, r->sums);
         r->out->verified += (uint64_t)record->count * SECTOR;
     }
     if (err == -EUCLEAN && pos >= f->durable) {
@@ -243,7 +244,7 @@ static int adopt(struct recovery *r, struct found *f)
     uint32_t end = f->usable ? f->journal.end : 0;
     struct log_segment *s = log_adopt(&r->v->log, f->seq, f->file, f->usable ? f->header.sectors : 1, end,
                                       f->usable ? f->journal.valid : 0);
-    if (!s)
+    if (!s || sums_from_journal(&s->sums, &f->journal))
         return -ENOMEM;
     s->first_ns = fstat(f->file.fd, &st) ? clock_ns(CLOCK_REALTIME)
                                          : (uint64_t)st.st_mtim.tv_sec * 1000000000u + (uint64_t)st.st_mtim.tv_nsec;

@@ -71,6 +71,23 @@ static void forgot(uint64_t block, uint64_t count, void *arg)
     block_map_drop(&((struct volume *)arg)->base, block, count);
 }
 
+void retire_failed(struct volume *v)
+{
+    uint64_t seq = 0;
+
+    for (uint32_t i = 0; i < v->log.count && v->log.segments[i]->seq <= v->committed_seq; i++) {
+        struct log_segment *s = v->log.segments[i];
+        if (s->sync_failed && !s->unmapped)
+            seq = s->seq;
+        s->unmapped = s->sync_failed;
+    }
+    if (!seq)
+        return;
+    atomic_fetch_add(&v->stamp, 1);
+    log_map_forget_upto(&v->map, seq, forgot, v); /* what it has no memory to forget is checked when it is read */
+    volume_count_memory(v);
+}
+
 static void forget_slice(struct task *task, struct worker *w)
 {
     struct retire *r = container_of(task, struct retire, task);

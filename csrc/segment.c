@@ -208,7 +208,7 @@ void segment_free_journal(struct segment_journal *j)
     j->records = NULL;
 }
 
-int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_t index, uint8_t *buf)
+int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_t index, uint8_t *buf, uint64_t *sums)
 {
     const struct segment_record *r = &j->records[index];
     uint64_t got, length = (uint64_t)r->count * SECTOR;
@@ -216,7 +216,7 @@ int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_
 
     if (err)
         return fail(err, "cannot read record %u of %s", index, f->path);
-    return got == length && data_hash(buf, length) == r->hash ? 0 : -EUCLEAN;
+    return got == length && record_hash(buf, r->count, sums) == r->hash ? 0 : -EUCLEAN;
 }
 
 /* ---- directory ------------------------------------------------------------------------------ */
@@ -322,6 +322,7 @@ static int check_record(struct disk_file *f, const struct segment_id *id, uint32
     struct segment_header header;
     struct segment_journal j = {.records = NULL};
     uint32_t start;
+    uint64_t sums[RECORD_MAX_SECTORS];
     uint8_t *buf = malloc(RECORD_MAX_SECTORS * SECTOR);
     int err = buf ? segment_read_header(f, id, &header) : -ENOMEM;
 
@@ -336,7 +337,7 @@ static int check_record(struct disk_file *f, const struct segment_id *id, uint32
             *out = (struct glide_record){
                 .sector = r->sector, .count = r->count, .index = start, .zero = r->op == RECORD_ZERO};
         if (r && r->op == RECORD_WRITE)
-            err = segment_verify(f, &j, start, buf);
+            err = segment_verify(f, &j, start, buf, sums);
     }
     segment_free_journal(&j);
     free(buf);

@@ -50,7 +50,7 @@ struct segment_record {
     uint64_t sector; /* of the volume; SYNC: everything from `hash` to this log position is durable */
     uint32_t count;  /* sectors: WRITE up to RECORD_MAX_SECTORS */
     uint32_t op;
-    uint64_t hash;  /* WRITE: XXH3-64 of the data; SYNC: a log position, see there */
+    uint64_t hash;  /* WRITE: record_hash of the data; SYNC: a log position, see there */
     uint64_t check; /* XXH3-64 of the fields before, seeded by log id, seq and index */
 };
 
@@ -98,8 +98,9 @@ int segment_read_journal(struct disk_file *f, const struct segment_header *h, ui
                          struct segment_journal *out);
 void segment_free_journal(struct segment_journal *j);
 
-/* 0 = the data of WRITE record `index` has its hash; -EUCLEAN; -errno. buf holds RECORD_MAX_SECTORS. */
-int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_t index, uint8_t *buf);
+/* 0 = the data of WRITE record `index` has its hash; -EUCLEAN; -errno. buf and sums hold RECORD_MAX_SECTORS; sums gets
+ * the hash of each sector. */
+int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_t index, uint8_t *buf, uint64_t *sums);
 
 /* "{dir}/{seq:016x}.seg" into a malloc'ed string; NULL = no memory. */
 char *segment_path(const char *dir, uint64_t seq, const char *suffix);

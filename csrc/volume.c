@@ -259,6 +259,7 @@ static int do_committed(struct worker *w, void *arg)
 
     (void)w;
     v->committed_seq = max_u64(v->committed_seq, c->value);
+    retire_failed(v);
     bool dirty = v->log.count && v->log.segments[v->log.count - 1]->seq > v->committed_seq;
     if (!dirty)
         v->event_dirty = false;

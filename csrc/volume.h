@@ -46,6 +46,8 @@ struct volume {
     uint64_t committed_seq;
     struct log_map map;
     struct block_map base;
+    const uint8_t *lent; /* while waiters of `lent_block` look again: its data, which the cache could not take */
+    uint64_t lent_block;
     uint64_t counted_bytes; /* of map memory in engine->table_bytes */
 
     struct list batch;         /* WRITEs and ZEROs to append, in order; those that wait for space stay here */
@@ -86,6 +88,9 @@ void volume_request_done(struct volume *v);
 
 /* A read of a file ended; wakes who waits for none in flight. */
 void volume_read_done(struct volume *v);
+
+/* retire.c: reads of what was committed of segments whose sync failed go to the store from now on. */
+void retire_failed(struct volume *v);
 
 /* recover.c: replay the log directory. In standby nothing of it is changed, and what the store has is replayed too. */
 int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify, struct glide_recovery *out);

@@ -113,6 +113,7 @@ static void forget(struct write_log *log, struct log_segment *s)
 {
     discharge(log, s->bytes);
     disk_close(&s->file);
+    sums_free(&s->sums);
     free(s);
 }
 
@@ -236,10 +237,12 @@ bool log_retire(struct write_log *log, struct log_segment *s)
     bool spare = make_spare(log, s);
 
     unlist(log, s);
-    if (spare)
-        free(s); /* its file and its charge live on */
-    else
+    if (spare) { /* its file and its charge live on */
+        sums_free(&s->sums);
+        free(s);
+    } else {
         forget(log, s);
+    }
     return spare;
 }
 
@@ -392,7 +395,7 @@ static uint32_t build(struct write_log *log, struct append_scratch *x, struct ap
         r->op = p->op;
         const uint8_t *data = p->op == RECORD_WRITE ? p->data : zero_sector;
         if (p->op == RECORD_WRITE)
-            r->hash = data_hash(data, (size_t)space * SECTOR);
+            r->hash = record_hash(data, space, &x->sums[taken]);
         segment_record_seal(r, salt, at + taken);
         x->iov[i] = (struct iovec){(void *)(uintptr_t)data, (size_t)space * SECTOR};
         p->pos = pos_make(log->active->seq, at + taken);
@@ -407,6 +410,8 @@ int log_append(struct write_log *log, struct append_scratch *x, struct append_pi
     uint32_t at = s->end, taken = build(log, x, pieces, count, at);
     struct iovec journal = {x->records, taken * sizeof(struct segment_record)};
 
+    if (sums_reserve(&s->sums, at + taken))
+        return -ENOMEM;
     s->unsynced = true; /* before the bytes: a sync that begins from here on covers them */
     int err = disk_pwritev(&s->file, x->iov, (int)count, segment_data_offset(s->sectors, at));
     if (!err)
@@ -417,6 +422,11 @@ int log_append(struct write_log *log, struct append_scratch *x, struct append_pi
     }
     s->end += taken;
     s->valid += count;
+    for (uint32_t i = 0; i < count; i++) {
+        uint32_t index = pos_index(pieces[i].pos);
+        if (pieces[i].op == RECORD_WRITE)
+            sums_set(&s->sums, index, &x->sums[index - at], pieces[i].count);
+    }
     charge(log, s, record_bytes(taken));
     return 0;
 }

@@ -19,6 +19,7 @@
 #define GLIDE_WRITE_LOG_H
 
 #include "log_map.h"
+#include "sector_sums.h"
 #include "segment.h"
 #include "witness.h"
 
@@ -28,15 +29,17 @@ struct log_segment {
     uint64_t seq;
     struct disk_file file;
     uint32_t sectors;
-    uint32_t end;      /* first free index */
-    uint32_t valid;    /* WRITE and ZERO records */
-    uint32_t pins;     /* reads in flight */
+    uint32_t end;   /* first free index */
+    uint32_t valid; /* WRITE and ZERO records */
+    uint32_t pins;  /* reads in flight */
+    struct sector_sums sums;
     uint64_t used;     /* bytes of what was written */
     uint64_t bytes;    /* charged to the log limit: the same, or what the file held before if that is more */
     uint64_t first_ns; /* CLOCK_REALTIME of the first record */
     bool unsynced;     /* written since the last sync began */
     bool noted;        /* only a SYNC record was: no reason to sync while more will follow */
     bool sync_failed;  /* sticky until the segment is committed */
+    bool unmapped;     /* it was committed, and the map has forgotten it for that */
     bool counted;      /* `valid` is every record that its journal ever had: a replay dropped none */
 };
 
@@ -76,6 +79,7 @@ struct append_piece {
 struct append_scratch {
     struct iovec iov[APPEND_MAX_PIECES];
     struct segment_record records[APPEND_MAX_SECTORS];
+    uint64_t sums[APPEND_MAX_SECTORS]; /* by index, from that of the first record on */
 };
 
 int log_open(struct write_log *log, struct engine *engine, const char *path, const uint8_t *volume_id,

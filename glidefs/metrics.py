@@ -119,6 +119,8 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
     yield _counter("cache_evictions", "Blocks evicted from the block cache", stats.cache_evictions)
     yield _gauge("nbd_reply_bytes", "Replies and send buffers of NBD connections", stats.nbd_replies)
     yield _gauge("nbd_payload_bytes", "What NBD clients sent that has to wait", stats.nbd_payloads)
+    yield _counter("cache_lost", "Blocks that the disk of the block cache lost", stats.cache_lost)
+    yield _gauge("cache_errno", "Why the block cache's disk is not used now; 0 = it works", stats.cache_errno)
     yield _gauge("faults_queued", "Absent runs of blocks that wait for a reader thread", stats.faults_queued)
     yield _gauge("workers", "I/O worker threads", stats.workers)
 

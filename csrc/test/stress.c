@@ -163,7 +163,7 @@ static void answer(struct volume_state *s, const struct glide_fault *fault)
                 int got;
                 f.block = block;
                 memcpy(f.hash, f.key, 16);
-                while ((got = glide_volume_fill(s->volume, fault->stamp, &f, 1)) == -EAGAIN)
+                while ((got = glide_volume_fill(s->volume, fault->stamp, &f, 1, 0)) == -EAGAIN)
                     usleep(100);
                 MUST(got);
                 continue;

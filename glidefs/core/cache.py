@@ -77,10 +77,18 @@ class BlockCache:
             check(lib.glide_cache_read(engine, _to_c(slot), ffi.from_buffer(data)), "cache read")
         return data
 
-    def mark_verified(self, slot: Slot) -> None:
-        """The content matches the hash: look-ups need not check it again in this process."""
+    def mark_verified(self, slot: Slot, data: bytes | bytearray) -> None:
+        """``data``, the content, matches the hash: look-ups need not check it again in this process."""
         with self._engine._use() as engine:
-            lib.glide_cache_mark_verified(engine, _to_c(slot))
+            check(lib.glide_cache_mark_verified(engine, _to_c(slot), ffi.from_buffer(data)), "cache check")
+
+    def sync(self) -> int:
+        """Sync what was put in: until then every read of it is checked. For one thread, every few seconds.
+
+        Returns an errno while the disk fails: then nothing is cached. 0: it works.
+        """
+        with self._engine._use() as engine:
+            return -int(lib.glide_cache_sync(engine))
 
     def drop(self, slot: Slot) -> None:
         """Forget a slot whose content is bad; unpins it."""

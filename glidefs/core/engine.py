@@ -56,6 +56,7 @@ class EventKind(enum.IntEnum):
     FIRST_DIRTY = lib.GLIDE_EV_FIRST_DIRTY
     CONN_CLOSED = lib.GLIDE_EV_CONN_CLOSED
     UBLK_DOWN = lib.GLIDE_EV_UBLK_DOWN
+    READ_LOST = lib.GLIDE_EV_READ_LOST
 
 
 class Event(NamedTuple):
@@ -81,6 +82,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     cache_evictions: int
     nbd_replies: int
     nbd_payloads: int
+    cache_lost: int
+    cache_errno: int
     faults_queued: int
     workers: int
 

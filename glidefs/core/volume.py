@@ -220,9 +220,10 @@ class CoreVolume(Handle):
         with self._use() as volume:
             check(lib.glide_volume_install(volume, stamp, raw, len(answers)), "install")
 
-    def fill(self, stamp: int, fills: Sequence[Fill]) -> int:
+    def fill(self, stamp: int, fills: Sequence[Fill], *, through: bool = False) -> int:
         """Put blocks into the block cache and answer their faults; how many, from the first on.
 
+        Blocks that the cache's disk does not take, and all with ``through``, are only given to who waits.
         Raises CoreError if that is none, with errno EAGAIN (temporary) while every slot is pinned.
         """
         raw = ffi.new("struct glide_fill[]", len(fills))
@@ -235,7 +236,7 @@ class CoreVolume(Handle):
             to.hash = fill.hash
             to.data = buffer
         with self._use() as volume:
-            return check(lib.glide_volume_fill(volume, stamp, raw, len(fills)), "fill")
+            return check(lib.glide_volume_fill(volume, stamp, raw, len(fills), through), "fill")
 
     def shadow_fill(self, block: int, count: int, data: bytearray | None) -> None:
         """Answer a ShadowFill: ``count`` blocks of 128 KiB; None lets the READs that wait go without."""

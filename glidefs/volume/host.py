@@ -23,6 +23,7 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import local, logs
+from glidefs.volume.cache_keeper import CacheKeeper
 from glidefs.volume.compactor import Compactor
 from glidefs.volume.index_files import IndexFiles
 from glidefs.volume.meta import MetaCache
@@ -75,6 +76,7 @@ class Host:
             if settings.shadow_dir is not None
             else None
         )
+        self._cache_keeper = CacheKeeper(engine)
         self._closed = False
 
     # -- life ------------------------------------------------------------------------------------
@@ -88,6 +90,7 @@ class Host:
         self.faults.start()
         self.scheduler.start()
         self.compactor.start()
+        self._cache_keeper.start()
         if self._shadow is not None:
             self._shadow.start()
 
@@ -103,6 +106,7 @@ class Host:
         self.scheduler.close()
         self.prefetcher.close()
         self.faults.close()
+        self._cache_keeper.close()
         if self._shadow is not None:
             self._shadow.close()
         self._puts.shutdown(cancel_futures=True)

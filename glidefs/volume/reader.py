@@ -6,6 +6,7 @@ was replaced meanwhile is not mapped by the core (DESIGN section 5).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import time
@@ -189,11 +190,12 @@ class Reader:
         if slot.verified:
             return True
         try:
-            if payload_hash(self._cache.read(slot)) == slot.hash:
-                self._cache.mark_verified(slot)
+            data = self._cache.read(slot)
+            if payload_hash(data) == slot.hash:
+                self._cache.mark_verified(slot, data)
                 return True
         except CoreError as error:
-            log.warning("block cache: a slot cannot be read: %s", error)
+            log.debug("block cache: a slot cannot be read: %s", error)
         self._cache.drop(slot)
         return False
 
@@ -217,10 +219,11 @@ class Reader:
                 fills[key] = Fill(plan.block, key, content, data)
         rest = [fill for fill in fills.values() if fill.block != run.leave]
         while rest:
-            rest = rest[_patiently(partial(run.core.fill, run.stamp, rest)) :]
+            rest = rest[_fill(run, rest) :]
         for fill in fills.values():
             if fill.block == run.leave:
-                self._cache.unpin(_patiently(partial(self._cache.insert, fill.key, fill.hash, fill.data)))
+                with contextlib.suppress(CoreError):  # read ahead, for nobody yet
+                    self._cache.unpin(_patiently(partial(self._cache.insert, fill.key, fill.hash, fill.data)))
         return {fill.block for fill in fills.values()}
 
 
@@ -232,6 +235,16 @@ class _Run(NamedTuple):
     leave: int
     keys: dict[int, bytes]
     helpers: Executor | None
+
+
+def _fill(run: _Run, fills: list[Fill]) -> int:
+    """Answer blocks by way of the cache; where no slot becomes free, without it. How many."""
+    try:
+        return _patiently(partial(run.core.fill, run.stamp, fills))
+    except CoreError as error:
+        if error.errno != errno.EAGAIN:
+            raise
+    return run.core.fill(run.stamp, fills, through=True)
 
 
 def _patiently(insert: Callable[[], T]) -> T:

@@ -87,6 +87,7 @@ class Scheduler:
         self._paused = 0
         self._give_up_at = 0.0
         self._last_loud = float("-inf")
+        self._last_lost = float("-inf")
         self.on_event: list[EventHandler] = []
         self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
 
@@ -383,6 +384,22 @@ class Scheduler:
         elif event.kind == EventKind.DISK_ERROR:
             log.error("volume %s: the write log cannot be written (errno %d)", volume.name, event.a)
             self._full(volume)  # where the disk is full, committed segments make room
+        elif event.kind == EventKind.READ_LOST:
+            self._say_lost(volume, event)
+
+    def _say_lost(self, volume: Volume, event: Event) -> None:
+        now = time.monotonic()
+        if now - self._last_lost < _LOUD_EVERY:
+            return
+        self._last_lost = now
+        what = os.strerror(event.b) if event.b else "other data than was written"
+        if event.a <= volume.root.last_segment:
+            then = "the store has it, reads go there: look at the disk"
+        else:
+            then = "it was not uploaded, reads of it fail: write it again, or go back to a snapshot"
+        log.error(
+            "volume %s: the disk lost a part of log segment %d (%s); %s", volume.name, event.a, what, then
+        )
 
     def _full(self, volume: Volume) -> None:
         """Writers wait: this volume first, and every other whose log could make room."""

@@ -27,6 +27,7 @@ from glidefs.core.payloads import overlay
 from glidefs.core.shadow import ShadowFile
 from glidefs.core.volume import (
     CoreVolume,
+    Fill,
     Install,
     Recovery,
     VolumeConfig,
@@ -42,6 +43,7 @@ MIB = 1 << 20
 
 # enum disk_kind
 CREATE, WRITE, SYNC, SYNC_END, DIR, DIR_END, UNLINK, RENAME = range(1, 9)
+READ, CACHE_READ, CACHE_WRITE, CACHE_SYNC = range(11, 15)
 
 faulthandler.enable()
 
@@ -52,7 +54,7 @@ def inject(kind: int, err: int, *, skip: int = 0, count: int = 1) -> None:
 
 
 def inject_nothing() -> None:
-    for kind in range(CREATE, RENAME + 1):
+    for kind in range(CREATE, CACHE_SYNC + 1):
         inject(kind, 0, count=0)
 
 
@@ -172,7 +174,11 @@ class Vol:
             if self.fault_errno:
                 found.append(install_error(block, 1, self.fault_errno))
             elif block in base:
-                found.append(install_slot(block, self.rig.insert(base[block])))
+                try:
+                    found.append(install_slot(block, self.rig.insert(base[block])))
+                except CoreError:  # the cache's disk fails: given to who waits
+                    key = blake3(base[block]).digest(16)
+                    self.core.fill(fault.stamp, [Fill(block, key, key, base[block])])
             else:
                 found.append(install_zero(block, 1))
         return found

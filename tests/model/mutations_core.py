@@ -21,6 +21,7 @@ SYNCS = "tests/core/test_core_sync.py::"
 MUTATED = "tests/core/test_core_mutations.py::"
 RECOVERY = "tests/core/test_core_recovery.py::"
 CACHE = "tests/core/test_core_cache.py::"
+BAD_DISK = "tests/core/test_core_bad_disk.py::"
 GATHER = "tests/core/test_core_gather.py::"
 CUT = "tests/model/test_power_cut.py::"
 MODEL = "tests/model/test_core_model.py"
@@ -252,6 +253,48 @@ CORE = [
         "    if (!err && !map_may_grow(v)) {",
         "    if (!err && false && !map_may_grow(v)) {",
         (LOG + "test_map_budget",),
+    ),
+    Mutation(
+        "retire-believes-the-journal",
+        "csrc/retire.c",
+        "    r->whole = !r->valid || read_whole(r);",
+        "    r->whole = read_whole(r) || true;",
+        (BAD_DISK + "test_retire_forgets_what_a_damaged_journal_hides",),
+    ),
+    Mutation(
+        "reads-believe-the-log",
+        "csrc/io_read.c",
+        "        return sums_check(&x->segment->sums, x->index, x->end, data);",
+        "        return sums_check(&x->segment->sums, x->index, x->end, data) || true;",
+        (BAD_DISK + "test_lost_data_is_an_error_until_it_is_committed",),
+    ),
+    Mutation(
+        "reads-believe-unsynced-slots",
+        "csrc/cache_sync.c",
+        "        same = data_hash(",
+        "        same = true || data_hash(",
+        (BAD_DISK + "test_lost_slots_are_fetched_again",),
+    ),
+    Mutation(
+        "a-failed-sync-of-the-cache-drops-nothing",
+        "csrc/cache_sync.c",
+        "        drop_list(c, list);\n        cache_failed(c, err);",
+        "        settle_list(c, list);\n        c->sick = err;",
+        (BAD_DISK + "test_a_failed_sync_drops_what_it_covered",),
+    ),
+    Mutation(
+        "lost-data-is-uncovered-to-an-older-zero",
+        "csrc/log_map.c",
+        "    int err = zeroed && pos_seq(zeroed) <= seq ?",
+        "    int err = false && zeroed && pos_seq(zeroed) <= seq ?",
+        (BAD_DISK + "test_lost_data_is_an_error_until_it_is_committed",),
+    ),
+    Mutation(
+        "an-upload-believes-its-second-read",
+        "csrc/gather.c",
+        "    if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))",
+        "    if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf) || true)",
+        (BAD_DISK + "test_an_upload_checks_what_it_reads_again",),
     ),
     Mutation(
         "retire-clears-newer-positions",
