@@ -228,6 +228,31 @@ void fault_resolve(struct volume *v, uint64_t block, int err)
 
 uint64_t fault_waiting(const struct volume *v) { return v->waiting; }
 
+struct longest {
+    uint64_t now_ns, wait_ns;
+};
+
+static bool look_at_waiters(uint64_t block, uint64_t value, void *arg)
+{
+    struct longest *l = arg;
+
+    (void)block;
+    for (const struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w; w = w->next) {
+        uint64_t ns = elapsed_ns(l->now_ns, w->req->start_ns);
+        l->wait_ns = ns > l->wait_ns ? ns : l->wait_ns;
+    }
+    return false;
+}
+
+uint64_t fault_longest_wait_ns(struct volume *v, uint64_t now)
+{
+    struct longest longest = {.now_ns = now};
+
+    if (v->waiting)
+        table_filter(&v->faults, look_at_waiters, &longest);
+    return longest.wait_ns;
+}
+
 /* Which waiters to resolve. The blocks are collected by a filter that removes nothing. One whose waiters were all
  * cancelled is chosen where neither a time nor a tag is asked for. */
 struct selection {

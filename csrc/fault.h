@@ -32,6 +32,9 @@ void fault_cancel(struct volume *v, const void *tag, int err);
 /* Fail with EIO the pieces of requests that are older than `limit_ns` (not 0) at `now`; others go on waiting. */
 void fault_expire(struct volume *v, uint64_t now, uint64_t limit_ns);
 uint64_t fault_waiting(const struct volume *v);
+
+/* For how long, at `now`, the request has waited that came first; 0 if none waits. */
+uint64_t fault_longest_wait_ns(struct volume *v, uint64_t now);
 void fault_table_destroy(struct volume *v);
 
 /* ---- any thread ---- */

@@ -205,7 +205,8 @@ struct glide_volume_info {
     uint64_t oldest_dirty_ns; /* CLOCK_REALTIME ns of the oldest uncommitted write, 0 = clean */
     uint64_t log_bytes;       /* allocated by its segments, without files kept for reuse */
     uint64_t map_bytes;
-    uint64_t parked; /* requests that wait for space, faults or the store */
+    uint64_t parked;          /* requests that wait for space, faults or the store */
+    uint64_t longest_wait_ns; /* for how long the first of them has waited, 0 = none does */
     uint32_t connections;
     uint32_t failed; /* errno, 0 = serving */
 };

@@ -302,6 +302,19 @@ static uint64_t count_parked(const struct volume *v)
     return n;
 }
 
+static uint64_t longest_wait_ns(struct volume *v)
+{
+    const struct list *lists[] = {&v->batch, &v->sync.store};
+    uint64_t now = now_ns(), longest = fault_longest_wait_ns(v, now);
+
+    for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++)
+        list_each(at, lists[i]) {
+            uint64_t ns = elapsed_ns(now, container_of(at, struct io_req, link)->start_ns);
+            longest = ns > longest ? ns : longest;
+        }
+    return longest;
+}
+
 static int do_info(struct worker *w, void *arg)
 {
     struct volume_call *c = arg;
@@ -315,6 +328,7 @@ static int do_info(struct worker *w, void *arg)
                                       .active_bytes = v->log.active ? v->log.active->bytes : 0,
                                       .map_bytes = log_map_bytes(&v->map) + v->base.entries.bytes,
                                       .parked = count_parked(v),
+                                      .longest_wait_ns = longest_wait_ns(v),
                                       .connections = v->conn_count,
                                       .failed = (uint32_t)v->failed};
     for (uint32_t i = 0; i < v->log.count; i++) {

@@ -215,6 +215,16 @@ def parse_duration(text: str | float) -> float:
     return seconds
 
 
+def age_text(seconds: float) -> str:
+    """90.2 -> "1m30s"."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+
+
 def config_path(explicit: str | None = None) -> Path:
     """The file to read: `--config`, else GLIDEFS_CONFIG, else the system-wide one."""
     return Path(explicit or os.environ.get("GLIDEFS_CONFIG") or DEFAULT_CONFIG)

@@ -29,11 +29,13 @@ from glidefs.handoff.coordinator import HandoffCoordinator, close_all
 from glidefs.handoff.history import History
 from glidefs.handoff.predecessor import HandoffFailed, Outcome, Predecessor
 from glidefs.handoff.protocol import ExportCut, ListenerInfo
+from glidefs.health import troubles
 from glidefs.metrics import ExportFigures, Metrics, Snapshot
 from glidefs.router import ExportRouter
 from glidefs.serving import Core
 from glidefs.store import open_store
 from glidefs.store.resilient import ResilientStore
+from glidefs.store.state import StoreState
 from glidefs.store_check import StoreCheck
 from glidefs.version import commit, version
 from glidefs.volume.host import Host
@@ -300,22 +302,28 @@ class Daemon:
     def health(self) -> dict[str, Any]:
         """State of the process, for GET /health."""
         router, store = self._core.router if self._core else None, self._store
-        states = Counter(status.state for status in router.listing()) if router else Counter[str]()
-        figures = store.metrics() if store else None
+        exports = router.listing() if router else []
+        states = Counter(status.state for status in exports)
+        state = store.state if store else StoreState()
+        now = time.time()
+        wrong = troubles(exports, state, now)
         ready = self._ready and not self._stopping.is_set()
+        serving = "degraded" if wrong else "ok"
         return {
-            "status": "ok" if ready else "stopping" if self._stopping.is_set() else "starting",
+            "status": serving if ready else "stopping" if self._stopping.is_set() else "starting",
+            "reasons": wrong,
             "ready": ready,
             "pid": os.getpid(),
             "version": version(),
             "commit": commit(),
             "node": self.config.daemon.node_name,
-            "uptime_seconds": round(time.time() - self.started_at, 3),
-            "exports": {"total": sum(states.values()), **states, "failed": states.get("failed", 0)},
+            "uptime_seconds": round(now - self.started_at, 3),
+            "exports": {"total": len(exports), **states, "failed": states.get("failed", 0)},
             "store": {
                 "url": self.config.store.url,
-                "state": "up" if figures and figures.breaker == "closed" else "down",
-                "down_seconds": round(figures.down_seconds, 3) if figures else 0.0,
+                "state": "down" if state.away or store is None else "up",
+                "down_seconds": round(now - state.since, 3) if state.away else 0.0,
+                "reason": state.reason,
             },
         }
 
@@ -327,24 +335,22 @@ class Daemon:
         core = self._core
         router = core.router if core else None
         exports: list[ExportFigures] = []
-        states: Counter[str] = Counter()
+        statuses = router.listing() if router else []
         for entry in router.table.all() if router else ():
-            states[entry.state] += 1
             volume, transport = entry.volume, entry.transport
             if volume is None or transport is None:
                 continue
             with contextlib.suppress(GlideError):  # closed meanwhile
                 info, stats = volume.core.info(), volume.core.stats()
-                fenced = entry.is_fenced()
                 exports.append(
-                    ExportFigures(
-                        name=entry.name, transport=transport.kind, info=info, stats=stats, fenced=fenced
-                    )
+                    ExportFigures(name=entry.name, transport=transport.kind, info=info, stats=stats)
                 )
+        state = self._store.state if self._store else StoreState()
         return Snapshot(
             engine=core.engine.stats() if core else None,
             exports=exports,
-            states=states,
+            statuses=statuses,
+            troubles=len(troubles(statuses, state, time.time())),
             store=self._store.metrics() if self._store else None,
             started_at=self.started_at,
             bases=router.bases.stats() if router else {},

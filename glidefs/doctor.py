@@ -274,9 +274,8 @@ def _daemon(config: Config) -> Result:
     mode = stat.S_IMODE(os.stat(path).st_mode)
     if mode & 0o077:
         return "warn", f"answers, but {path} has mode {mode:o}", "chmod 600 it"
-    failed = health.get("exports", {}).get("failed", 0)
-    if failed:
-        return "warn", f"answers; {failed} exports failed", "see 'glidefs list'"
+    if reasons := health.get("reasons"):
+        return "warn", f"answers, but {', '.join(reasons)}", "see 'glidefs list' and docs/runbook.md"
     return "ok", f"answers on {path}, process {health.get('pid')}"
 
 

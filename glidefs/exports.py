@@ -106,6 +106,7 @@ class ExportStatus(Struct, frozen=True, kw_only=True):
 
     `state` is "serving", "failed", "detached" or "creating"; `reason` says why where it failed, or why
     this transport was chosen. `volume` holds the figures of a served volume.
+    `trouble`: what is wrong, also with one that is served (requests or uploads that wait).
     """
 
     name: str
@@ -124,6 +125,7 @@ class ExportStatus(Struct, frozen=True, kw_only=True):
     published: bool = True
     created: bool | None = None
     note: str = ""
+    trouble: str = ""
     volume: dict[str, Any] | None = None
 
 

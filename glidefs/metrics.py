@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
+from glidefs.exports import ExportStatus
 from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
 from glidefs.manifest_cache import CacheStats
 from glidefs.store.resilient import StoreMetrics
@@ -31,21 +33,21 @@ class ExportFigures(Struct, frozen=True, kw_only=True):
     transport: str
     info: VolumeInfo
     stats: VolumeStats
-    fenced: bool
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
-    """Everything at one moment. `states` counts exports by state; None is what is not there yet."""
+    """Everything at one moment. `troubles`: how many lines `/health` has; None is what is not there yet."""
 
     engine: EngineStats | None
     exports: list[ExportFigures]
-    states: Mapping[str, int]
+    statuses: list[ExportStatus]
     store: StoreMetrics | None
     started_at: float
     bases: Mapping[str, CacheStats] = {}
     fault_fetches: int = 0
     handoffs: Totals = Totals()
     shadow: bool = False
+    troubles: int = 0
 
 
 class _Figures(Collector):
@@ -102,9 +104,16 @@ def _process(snapshot: Snapshot) -> Iterator[Metric]:
     yield _gauge("process_resident_memory_bytes", "Resident memory of the daemon", rss_bytes())
     yield _gauge("start_time_seconds", "When the daemon started, unix time", snapshot.started_at)
     states = GaugeMetricFamily("glidefs_exports", "Exports by state", labels=["state"])
-    for state, count in snapshot.states.items():
+    for state, count in Counter(status.state for status in snapshot.statuses).items():
         states.add_metric([state], count)
     yield states
+    yield _gauge("troubles", "What is wrong, as /health says it: 0 = all is well", snapshot.troubles)
+    fenced = GaugeMetricFamily(
+        "glidefs_fenced", "1 if this host may not serve the volume any more", labels=["export", "transport"]
+    )
+    for status in snapshot.statuses:
+        fenced.add_metric([status.name, status.transport], float(status.state == "fenced"))
+    yield fenced
 
 
 def _engine(stats: EngineStats) -> Iterator[Metric]:
@@ -184,8 +193,12 @@ _VOLUME_GAUGES: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = 
     ("export_log_bytes", "Bytes that the export's write log allocates", lambda e: e.info.log_bytes),
     ("export_map_bytes", "Memory of the export's maps", lambda e: e.info.map_bytes),
     ("parked_requests", "Requests that wait for space, blocks or the store", lambda e: e.info.parked),
+    (
+        "longest_wait_seconds",
+        "For how long the request has waited that waits longest",
+        lambda e: e.info.longest_wait_ns / 1e9,
+    ),
     ("connections", "NBD connections", lambda e: e.info.connections),
-    ("fenced", "1 if another host took the volume", lambda e: float(e.fenced)),
     ("volume_errno", "errno that all I/O fails with, 0 while serving", lambda e: e.info.failed),
 )
 _VOLUME_COUNTERS: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (

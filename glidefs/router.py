@@ -40,6 +40,7 @@ from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
 from glidefs.forks import ForkVerbs
 from glidefs.formats.manifest import Root
+from glidefs.health import judged
 from glidefs.leaving import Leaving
 from glidefs.lineage import Lineage, Origin
 from glidefs.log_verbs import LogVerbs
@@ -188,11 +189,14 @@ class ExportRouter:
 
     def listing(self) -> list[ExportStatus]:
         """All exports, by name."""
-        return [entry.status() for entry in self.table.all()]
+        return [self._judged(entry) for entry in self.table.all()]
 
     def show(self, name: str) -> ExportStatus:
         """One export. Raises UnknownExport."""
-        return self.table.get(name).status()
+        return self._judged(self.table.get(name))
+
+    def _judged(self, entry: Entry) -> ExportStatus:
+        return judged(entry.status(), self._store.state, self._host.settings.max_dirty_age)
 
     # -- create --------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ def list_exports(config: ConfigOption = None, as_json: Json = False) -> None:
                 e["transport"],
                 e["device"] or "-",
                 output.size_text((e.get("volume") or {}).get("dirty_bytes", 0)),
-                e["reason"] if e["state"] != "serving" else "",
+                e["reason"] if e["state"] != "serving" else e["trouble"],
             ]
             for e in exports
         ]

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from glidefs.cli import output
-from glidefs.config import Config, config_path, load_config
+from glidefs.config import Config, age_text, config_path, load_config
 from glidefs.errors import ConfigError, GlideError
 from glidefs.names import check_prefix
 from glidefs.store import ObjectStore, open_store
@@ -254,7 +254,7 @@ def checked_grace(wanted: float | None, configured: float, force: bool) -> float
         return configured
     if wanted < configured and not force:
         raise ConfigError(
-            f"a grace of {output.age_text(wanted)} is less than the {output.age_text(configured)} that hosts "
+            f"a grace of {age_text(wanted)} is less than the {age_text(configured)} that hosts "
             "reckon with ([store] gc_grace): what they are about to commit could be deleted; "
             "with no host at work on the prefix, --force allows it"
         )
@@ -270,7 +270,7 @@ def _print_gc(result: GcResult) -> None:
         "listed": text(result.listed),
         "marked": text(result.marked),
         "unreferenced": text(result.unreferenced),
-        "waiting": f"{text(result.waiting)} (grace {output.age_text(result.grace)})",
+        "waiting": f"{text(result.waiting)} (grace {age_text(result.grace)})",
     }
     if result.dry_run:
         lines["due"] = f"{text(result.due)} (dry run: nothing was deleted)"

@@ -29,16 +29,6 @@ def size_text(size: float) -> str:
     raise AssertionError("unreachable")
 
 
-def age_text(seconds: float) -> str:
-    """90.2 -> "1m30s"."""
-    whole = int(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02}m"
-
-
 def emit(value: Any) -> None:
     """The one JSON document."""
     sys.stdout.write(json.dumps(value, indent=2 if sys.stdout.isatty() else None) + "\n")

@@ -72,6 +72,7 @@ class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):
     log_bytes: int
     map_bytes: int
     parked: int
+    longest_wait_ns: int
     connections: int
     failed: int
 

@@ -52,6 +52,7 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_segment: int
     sequence: int
     parked: int
+    longest_wait_seconds: float
     connections: int
     published: bool
     fenced: str
@@ -265,6 +266,7 @@ class Volume:
             last_segment=info.last_seq,
             sequence=self.root.sequence,
             parked=info.parked,
+            longest_wait_seconds=round(info.longest_wait_ns / 1e9, 3),
             connections=info.connections,
             published=self.committer.published,
             fenced=self.fenced,

@@ -11,6 +11,7 @@ pytest.importorskip("glidefs.core._core")
 
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import VolumeInfo, VolumeStats
+from glidefs.exports import ExportStatus
 from glidefs.metrics import BUCKET_UNIT, ExportFigures, Metrics, Snapshot, latency_buckets
 
 
@@ -28,7 +29,22 @@ def figures(name: str) -> ExportFigures:
         latency_sum_ns=(5000, 0, 0, 0),
         **dict.fromkeys(VolumeStats.__struct_fields__[5:], 0),
     )
-    return ExportFigures(name=name, transport="nbd", info=info, stats=stats, fenced=False)
+    return ExportFigures(name=name, transport="nbd", info=info, stats=stats)
+
+
+def status(name: str, state: str) -> ExportStatus:
+    return ExportStatus(
+        name=name,
+        size=1,
+        transport="nbd",
+        device="",
+        state=state,
+        prefix="default",
+        read_only=False,
+        flush="local",
+        volume_id="",
+        log_id="",
+    )
 
 
 def test_text_parses_and_has_the_figures() -> None:
@@ -36,7 +52,8 @@ def test_text_parses_and_has_the_figures() -> None:
     snapshot = Snapshot(
         engine=engine,
         exports=[figures("a"), figures('b"\\')],
-        states={"serving": 2},
+        statuses=[status("a", "serving"), status('b"\\', "serving"), status("c", "fenced")],
+        troubles=1,
         store=None,
         started_at=time.time(),
     )
@@ -45,6 +62,12 @@ def test_text_parses_and_has_the_figures() -> None:
     }
     assert families["glidefs_process_resident_memory_bytes"].samples[0].value > 1 << 20
     assert families["glidefs_log_limit_bytes"].samples[0].value == 7
+    assert families["glidefs_troubles"].samples[0].value == 1
+    states = {s.labels["state"]: s.value for s in families["glidefs_exports"].samples}
+    assert states == {"serving": 2, "fenced": 1}
+    # Also of an export that has no volume here any more.
+    fenced = {s.labels["export"]: s.value for s in families["glidefs_fenced"].samples}
+    assert fenced == {"a": 0, 'b"\\': 0, "c": 1}
     reads = {
         sample.labels["export"]: sample.value
         for sample in families["glidefs_operations"].samples
