@@ -192,6 +192,10 @@ class OwnedElsewhere(GlideError):
         )
 
 
+class InUse(GlideError):
+    """A verb would take something away that is in use, or that exists here alone; nothing was done."""
+
+
 class NotSupported(GlideError):
     """This kernel, transport, volume or build cannot do what was asked."""
 

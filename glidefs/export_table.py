@@ -8,10 +8,11 @@ start can serve, or nothing.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from glidefs.exports import ExportStatus
 from glidefs.formats import export_record
 from glidefs.formats.atomic import fsync_dir, write_file_atomic
 from glidefs.formats.export_record import ExportRecord
-from glidefs.formats.manifest import Root, encode_root, manifest_hash
+from glidefs.formats.manifest import MAX_LABEL, Root, encode_root, manifest_hash
 from glidefs.names import check_name
 from glidefs.transport.base import Endpoint, Transport
 from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".json"
 INTENT = ".intent"
@@ -108,11 +111,16 @@ class RecordDirectory:
 
 
 class Entry:
-    """One export. `lock` is held for the length of a verb; fields are read without it by `status`."""
+    """One export. `lock` is held for the length of a verb; fields are read without it by `status`.
+
+    `_record_lock` is held while the record changes, here and on the disk: a fence and the first root come
+    from threads that hold no `lock`.
+    """
 
     def __init__(self, name: str, record: ExportRecord | None = None) -> None:
         self.name = name
         self.lock = threading.Lock()
+        self._record_lock = threading.Lock()
         self.record = record
         self.volume: Volume | None = None
         self.transport: Transport | None = None
@@ -121,25 +129,117 @@ class Entry:
         self.reason = ""
         self.retry = False
         """The failure was one that may pass (the store did not answer, the disk is full): try again later."""
-        self.fenced = False
-        """Another host has the volume, found out before it was opened here."""
+        self.unsaved = False
+        """The record here says more than the one on the disk, which could not be written."""
         self.gone = False
+
+    # -- the record ------------------------------------------------------------------------------
+
+    def set_record(self, records: RecordDirectory, record: ExportRecord) -> None:
+        """Another record: of a new volume, or a new life of this one. Durable on return. Raises OSError."""
+        with self._record_lock:
+            self.record = record
+            self._save(records)
+
+    def change_record(self, records: RecordDirectory, **changes: Any) -> None:
+        """Other values of some fields, durable on return; the others keep what they are now.
+
+        Raises OSError: then they hold here, and :meth:`save_again` tries the disk again.
+        """
+        with self._record_lock:
+            if self.record is None or self.gone:
+                return
+            self.record = msgspec.structs.replace(self.record, **changes)
+            self._save(records)
+
+    def published(self, records: RecordDirectory) -> None:
+        """The store has the first root, or had it: note it. One that is missing later was removed.
+
+        It must not be put again then, neither after a restart nor when the tombstone is gone.
+        """
+        if self.record is not None and not self.record.root_published:
+            self._durably(lambda: self.change_record(records, root_published=True, root=b""))
+
+    def fence(self, records: RecordDirectory, log_id: bytes, why: str) -> None:
+        """Note durably that this host may not serve the volume any more. It is final for this log.
+
+        The store has a root of the name, or had one: what is missing there is not put again.
+        """
+        self._durably(lambda: self._fence(records, log_id, why))
+
+    def save_again(self, records: RecordDirectory) -> None:
+        """Write a record that could not be written."""
+        self._durably(lambda: self._save_unsaved(records))
+
+    def _durably(self, change: Callable[[], None]) -> None:
+        """A change that holds at once; the opener writes it again where the disk does not take it now."""
+        try:
+            change()
+        except OSError as error:
+            log.error("%s: its record cannot be written: %s; trying again", self.name, error)
+
+    def _fence(self, records: RecordDirectory, log_id: bytes, why: str) -> None:
+        with self._record_lock:
+            record = self.record
+            if record is None or self.gone or record.fenced or record.log_id != log_id:
+                return
+            why = " ".join(why.split())[:MAX_LABEL] or "fenced"
+            self.record = msgspec.structs.replace(
+                record, fenced=why, fenced_at=int(time.time()), root_published=True, root=b""
+            )
+            self.state, self.reason, self.retry = "fenced", why, False
+            self._save(records)
+
+    def _save_unsaved(self, records: RecordDirectory) -> None:
+        with self._record_lock:
+            if self.unsaved and not self.gone:
+                self._save(records)
+
+    def delete_record(self, records: RecordDirectory) -> None:
+        """The export ends here; the record goes for good. Durable on return. Raises OSError."""
+        with self._record_lock:
+            records.delete(self.name)
+            self.gone = True
+
+    def _save(self, records: RecordDirectory) -> None:
+        assert self.record is not None
+        self.unsaved = True
+        records.save(self.record)
+        self.unsaved = False
+
+    # -- what it is doing --------------------------------------------------------------------------
 
     def failed(self, error: Exception) -> None:
         """The export cannot be served, for this reason."""
+        if self.is_fenced():
+            self.state, self.reason, self.retry = "fenced", self.fence_reason(), False
+            return
         self.state = "failed"
-        self.fenced = isinstance(error, Fenced)
         self.reason = " ".join(str(error).split()) or type(error).__name__
         # A local disk that is full or fails may do better later, too.
         self.retry = isinstance(error, OSError) or bool(getattr(error, "temporary", False))
 
     def serves(self) -> bool:
         """Whether guests can use it now."""
-        return self.state == "serving" and self.volume is not None and not self.volume.fenced
+        return self.state == "serving" and self.volume is not None and not self.is_fenced()
+
+    def fence_reason(self) -> str:
+        """Why this host may not serve the volume any more; empty while it may."""
+        record, volume = self.record, self.volume
+        if record is not None and record.fenced:
+            return record.fenced
+        return volume.fenced if volume is not None else ""
 
     def is_fenced(self) -> bool:
-        """Whether another host has the volume."""
-        return self.fenced or (self.volume is not None and bool(self.volume.fenced))
+        """Whether this host may not serve the volume any more: another one has it, or it was removed."""
+        return bool(self.fence_reason())
+
+    def check_served(self) -> None:
+        """Raises Fenced, or GlideError where guests cannot use it now."""
+        if self.is_fenced():
+            raise Fenced(self.name, self.fence_reason())
+        if not self.serves():
+            raise GlideError(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
 
     def known_record(self) -> ExportRecord:
         """The record. Raises GlideError where that on this host is damaged."""
@@ -149,9 +249,12 @@ class Entry:
 
     def drain(self, timeout: float | None) -> None:
         """Upload everything acknowledged before the call. Raises DrainTimeout when time is up, Fenced."""
-        if self.volume is None:
+        volume = self.volume
+        if self.is_fenced():
+            raise Fenced(self.name, self.fence_reason())
+        if volume is None:
             raise GlideError(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
-        self.volume.drain(timeout)
+        volume.drain(timeout)
 
     def status(self, *, created: bool | None = None, note: str = "", figures: bool = True) -> ExportStatus:
         """What `show` prints, without the volume's figures if they are not asked for. Blocks on nothing."""
@@ -163,9 +266,10 @@ class Entry:
                 numbers = msgspec.to_builtins(volume.status())
             except GlideError as error:
                 state, reason = "failed", str(error)
-        if numbers is not None and (numbers["fenced"] or numbers["failed"]):
-            state = "failed"
-            reason = numbers["fenced"] or f"all I/O fails: {os.strerror(numbers['failed'])}"
+        if fenced := self.fence_reason():
+            state, reason = "fenced", f"{fenced}; {self._remedy()}"
+        elif numbers is not None and numbers["failed"]:
+            state, reason = "failed", f"all I/O fails: {os.strerror(numbers['failed'])}"
         kind = self.transport.kind if self.transport is not None else ""
         return ExportStatus(
             name=self.name,
@@ -182,9 +286,18 @@ class Entry:
             source=record.source if record else "",
             created_at=record.created_at if record else 0,
             published=record.root_published if record else True,
+            fenced_at=record.fenced_at if record else 0,
             created=created,
             note=note,
             volume=numbers,
+        )
+
+    def _remedy(self) -> str:
+        """What there is to do about a fence."""
+        name = self.name
+        return (
+            f"the log stays here ('glidefs logs'), 'glidefs attach {name}' takes the volume anew, "
+            f"'glidefs detach {name}' forgets it here"
         )
 
 

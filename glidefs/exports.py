@@ -45,9 +45,25 @@ class ResizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../drain and .../detach. No `timeout` waits as long as it takes."""
+    """Body of POST .../drain. No `timeout` waits as long as it takes."""
 
     timeout: Seconds | None = None
+
+
+class DetachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../detach. No `timeout` waits as long as it takes, but with `force`.
+
+    `force`: also while guests use the export, or where something of it cannot be uploaded.
+    """
+
+    timeout: Seconds | None = None
+    force: bool = False
+
+
+class UndeleteRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../undelete."""
+
+    prefix: str | None = None
 
 
 class SnapshotRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -104,8 +120,10 @@ class AttachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class ExportStatus(Struct, frozen=True, kw_only=True):
     """An export as `show` and `list` print it. `device` is the block device or the NBD URI.
 
-    `state` is "serving", "failed", "detached" or "creating"; `reason` says why where it failed, or why
-    this transport was chosen. `volume` holds the figures of a served volume.
+    `state` is "serving", "failed", "fenced" (this host may not serve the volume any more: another one has
+    it, or it was removed; since `fenced_at`, unix seconds), "starting", "stopped" or "creating". `reason`
+    says why where it is not served, or why this transport was chosen. `volume` holds the figures of a
+    served volume.
     `trouble`: what is wrong, also with one that is served (requests or uploads that wait).
     """
 
@@ -123,6 +141,7 @@ class ExportStatus(Struct, frozen=True, kw_only=True):
     source: str = ""
     created_at: int = 0
     published: bool = True
+    fenced_at: int = 0
     created: bool | None = None
     note: str = ""
     trouble: str = ""

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from glidefs.asked import asker, check_listening
 from glidefs.bases import BaseLibrary
-from glidefs.errors import ConfigError, GlideError, NotSupported
+from glidefs.errors import ConfigError, Fenced, GlideError, NotSupported
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.exports import (
     BlessRequest,
@@ -65,6 +65,8 @@ class ForkVerbs:
     def _volume(self, name: str) -> tuple[Entry, Volume]:
         entry = self._table.get(name)
         volume = entry.volume
+        if entry.is_fenced():
+            raise Fenced(name, entry.fence_reason())
         if volume is None or entry.record is None:
             raise GlideError(f"{name} is not served here now; 'glidefs show {name}' says why")
         return entry, volume
@@ -134,9 +136,10 @@ class ForkVerbs:
         NotSupported where it was replaced, StoreError, Fenced.
         """
         with self._table.locked(name) as entry:
+            entry.check_served()
             record, volume = entry.record, entry.volume
-            if record is None or volume is None or not entry.serves():
-                raise GlideError(f"{name} is not served here now; 'glidefs show {name}' says why")
+            assert record is not None
+            assert volume is not None
             if not record.read_only:
                 return entry.status(note="it is read-write already")
             self._opener.close_entry(entry, remove_device=True)
@@ -148,8 +151,7 @@ class ForkVerbs:
             if etag is not None:
                 local.save(self._opener.places.state_dir, root.volume_id, root, encode_root(root), etag, {})
             fresh = new_record(root, record.prefix, record.transport, published=etag is not None)
-            entry.record = replace(fresh, size=record.size, device_id=record.device_id)
-            self._records.save(entry.record)
+            entry.set_record(self._records, replace(fresh, size=record.size, device_id=record.device_id))
             if root.volume_id != record.volume_id:
                 self._host.forget_state(record.volume_id)
             self._opener.try_open(entry, root, etag)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from glidefs.errors import ConfigError, GlideError, UnknownExport
+from glidefs.errors import ConfigError, GlideError, InUse, UnknownExport
 from glidefs.export_table import ExportTable, RecordDirectory
 from glidefs.names import check_id
-from glidefs.volume import logs
+from glidefs.volume import aside, logs
 
 
 class LogVerbs:
@@ -21,10 +22,19 @@ class LogVerbs:
         self._table = table
         self._directory = directory
 
-    def _known(self) -> dict[tuple[bytes, bytes], str]:
-        """The logs that records name, and whose they are: never to be deleted by hand."""
-        records, _ = self._records.load()
-        return {(record.volume_id, record.log_id): record.name for record in records}
+    def _unsent(self, directory: Path, volume: bytes, own: bytes) -> int:
+        """Bytes that a log which no export uses holds and the store does not. Raises CorruptLog."""
+        noted = aside.read(directory)
+        return logs.unsent_bytes(directory, volume, own, noted.sent if noted is not None else 0)
+
+    def _known(self) -> tuple[dict[tuple[bytes, bytes], str], Collection[str]]:
+        """The logs that records name, and whose they are: never to be deleted by hand. And damaged records.
+
+        A record whose file was damaged since the start is still known to the export itself.
+        """
+        records, damaged = self._records.load()
+        records += [entry.record for entry in self._table.all() if entry.record is not None]
+        return {(record.volume_id, record.log_id): record.name for record in records}, damaged
 
     def _is_fenced(self, name: str) -> bool:
         entry = self._table.find(name)
@@ -33,14 +43,17 @@ class LogVerbs:
     def list(self) -> list[dict[str, Any]]:
         """All write logs of this host, those set aside too.
 
-        "fenced": another host has the volume, and its export is still listed here.
+        "fenced": another host has the volume, and its export is still listed here. "was": the export that
+        a log set aside was of, if that is known.
         """
-        known = self._known()
+        known, _ = self._known()
         found = []
         for info in logs.list_logs(self._directory, known.keys()):
             name = known.get((bytes.fromhex(info.volume_id), bytes.fromhex(info.log_id)))
             state = "set aside" if not name else "fenced" if self._is_fenced(name) else "in use"
-            found.append({**msgspec.structs.asdict(info), "export": name, "state": state})
+            noted = None if name else aside.read(Path(info.path))
+            was = noted.name if noted is not None else None
+            found.append({**msgspec.structs.asdict(info), "export": name, "was": was, "state": state})
         return found
 
     def export(self, volume_id: str, log_id: str, path: str) -> dict[str, Any]:
@@ -56,11 +69,41 @@ class LogVerbs:
         data = sum(extent.length for extent in extents if not extent.zero)
         return {"path": path, "bytes": data, "extents": [msgspec.to_builtins(extent) for extent in extents]}
 
-    def delete(self, volume_id: str, log_id: str) -> dict[str, Any]:
-        """Delete a log that was set aside."""
-        known = self._known()
+    def delete(self, volume_id: str, log_id: str, *, force: bool = False) -> dict[str, Any]:
+        """Delete a log that was set aside.
+
+        Raises InUse, unless ``force``, where it holds what the store does not have, or may be that of an
+        export whose record is damaged; UnknownExport, GlideError for one that an export uses.
+        """
+        known, damaged = self._known()
         for (volume, log), name in known.items():
             if (volume.hex(), log.hex()) == (volume_id, log_id) and self._is_fenced(name):
                 raise GlideError(f"log {log_id} is that of {name}, which is fenced; detach {name} first")
+        lost = self._lost(volume_id, log_id, known, damaged)
+        if lost and not force:
+            raise InUse(
+                f"log {log_id}: {lost}; 'glidefs logs export' copies what it holds, "
+                "'glidefs logs delete --force' deletes it all the same"
+            )
         logs.delete_log(self._directory, volume_id, log_id, known.keys())
-        return {"volume_id": volume_id, "log_id": log_id, "deleted": True}
+        return {"volume_id": volume_id, "log_id": log_id, "deleted": True, "note": lost}
+
+    def _lost(
+        self, volume_id: str, log_id: str, known: Collection[tuple[bytes, bytes]], damaged: Collection[str]
+    ) -> str:
+        """What is lost with a log, for people; empty if nothing is."""
+        volume, own = bytes.fromhex(check_id(volume_id)), bytes.fromhex(check_id(log_id))
+        directory = logs.log_dir(self._directory, volume, own)
+        if (volume, own) in known or not directory.is_dir():
+            return ""  # refused for that
+        lost = []
+        noted = aside.read(directory)
+        if damaged and (noted is None or noted.name in damaged) and volume not in {v for v, _ in known}:
+            some = ", ".join(sorted(damaged)[:3])
+            lost.append(f"it may be that of an export whose record is damaged ({some})")
+        try:
+            if unsent := self._unsent(directory, volume, own):
+                lost.append(f"the store does not have {unsent} bytes of it")
+        except GlideError as error:
+            lost.append(f"what it holds cannot be told ({str(error).split(';')[0]})")
+        return ", and ".join(lost)

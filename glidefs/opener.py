@@ -7,7 +7,6 @@ without records looks in the store for volumes that name it as owner.
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 from collections.abc import Mapping
@@ -15,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from msgspec.structs import replace
-
 from glidefs.core.handoff import Position
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
+from glidefs.export_logs import ExportLogs
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, decode_root, encode_root, manifest_hash
@@ -81,6 +79,7 @@ class Opener:
         self._store = store
         self._transports = transports
         self.places = places
+        self.logs = ExportLogs(places)
         self._stopping = stopping
         self.tried = threading.Event()
         self._abandoned = False
@@ -100,7 +99,7 @@ class Opener:
             log.error("%s: its record is damaged: %s", name, why)
         entries = [Entry(record.name, record) for record in records]
         for entry in entries:
-            entry.state = "starting"
+            entry.state = "fenced" if entry.is_fenced() else "starting"
             self._table.add(entry)
         return entries
 
@@ -132,8 +131,21 @@ class Opener:
             except Exception as error:
                 self._failed(entry, error)
                 return
-            if not finished:
+            if finished:
+                return
+            if entry.is_fenced():
+                self._stay_fenced(entry)
+            else:
                 self.reopen(entry)
+
+    def _stay_fenced(self, entry: Entry) -> None:
+        """Found fenced at a start: guests of a device that is left of it get errors, and wait no more."""
+        assert entry.record is not None
+        entry.failed(Fenced(entry.name, entry.fence_reason()))
+        self._discard_device(entry.record)
+        log.error(
+            "%s: stays fenced: %s; 'glidefs attach %s' takes it anew", entry.name, entry.reason, entry.name
+        )
 
     def _finish(self, entry: Entry) -> bool:
         """Finish a remove or detach that a crash interrupted; False if there is none, or nothing of it.
@@ -143,6 +155,10 @@ class Opener:
         verb, record = self._records.intent(entry.name), entry.record
         if verb is None or record is None:
             return False
+        if record.fenced:  # nothing in the store is ours any more
+            self.forget(entry)
+            self._table.drop(entry)
+            return True
         view = self._store.view("background", STORE_PATIENCE)
         if verb == "remove":
             done = True
@@ -161,6 +177,9 @@ class Opener:
 
     def _retry(self) -> bool:
         """Try again what failed for a reason that may pass; True if nothing is left."""
+        for entry in self._table.all():
+            if entry.unsaved:
+                entry.save_again(self._records)
         waiting = [entry for entry in self._table.all() if entry.state == "failed" and entry.retry]
         for entry in waiting:
             self._open_recorded(entry)
@@ -210,8 +229,7 @@ class Opener:
     def take(self, entry: Entry, prefix: str, root: Root, etag: str, transport: str) -> None:
         """Serve a volume that is ours in the store by now. A failure is kept in the entry."""
         local.save(self.places.state_dir, root.volume_id, root, encode_root(root), etag, {})
-        entry.record = new_record(root, prefix, transport, published=True)
-        self._records.save(entry.record)
+        entry.set_record(self._records, new_record(root, prefix, transport, published=True))
         self.try_open(entry, root, etag)
 
     def open(self, entry: Entry, root: Root, etag: str | None) -> None:
@@ -224,8 +242,8 @@ class Opener:
         except BaseException:
             self.close_volume(entry)
             raise
-        if entry.volume.committer.published or entry.volume.fenced:
-            self._published(entry)  # before anybody listened
+        if entry.volume.committer.published:
+            entry.published(self._records)  # before anybody listened
 
     def prepare(self, entry: Entry) -> None:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
@@ -242,8 +260,8 @@ class Opener:
         self._host.activate(entry.volume, position)
 
     def _watch(self, entry: Entry, volume: Volume) -> None:
-        volume.on_fenced = lambda volume, why: self._published(entry)
-        volume.on_published = lambda volume: self._published(entry)
+        volume.on_fenced = lambda volume, why: entry.fence(self._records, volume.log_id, why)
+        volume.on_published = lambda volume: entry.published(self._records)
 
     def try_open(self, entry: Entry, root: Root, etag: str | None) -> None:
         """The same; a failure is kept in the entry."""
@@ -269,6 +287,10 @@ class Opener:
         While the store does not say which, nothing is served, as after a crash: see `_finish`.
         """
         assert entry.record is not None
+        if entry.is_fenced():
+            self._records.set_intent(entry.name, None)
+            self._stay_fenced(entry)
+            return
         try:
             given_up = self._given_up(entry.record)
         except StoreError as error:
@@ -292,6 +314,8 @@ class Opener:
         return root.volume_id == record.volume_id and not root.owner_node
 
     def _failed(self, entry: Entry, error: Exception) -> None:
+        if isinstance(error, Fenced) and entry.record is not None:
+            entry.fence(self._records, entry.record.log_id, error.why)
         entry.failed(error)
         unexpected = not isinstance(error, GlideError | OSError)
         log.error("%s: cannot be served: %s", entry.name, error, exc_info=error if unexpected else None)
@@ -344,20 +368,6 @@ class Opener:
             return root, etag  # the name is taken, which its first put finds out
         raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
 
-    def _published(self, entry: Entry) -> None:
-        """The store has the first root, or had it: note it. One that is missing later was removed.
-
-        It must not be put again then, neither after a restart nor when the tombstone is gone.
-        """
-        record = entry.record
-        if record is None or record.root_published or entry.gone:
-            return
-        entry.record = replace(record, root_published=True, root=b"")
-        try:
-            self._records.save(entry.record)
-        except OSError as error:
-            log.error("%s: its record cannot be written: %s", entry.name, error)
-
     # -- transports ------------------------------------------------------------------------------
 
     def attachment(self, entry: Entry) -> Attachment:
@@ -382,10 +392,9 @@ class Opener:
         endpoint = transport.start(self.attachment(entry))
         entry.transport, entry.endpoint = transport, endpoint
         if endpoint.device_id is not None and endpoint.device_id != entry.record.device_id:
-            entry.record = replace(entry.record, device_id=endpoint.device_id)
-            self._records.save(entry.record)
+            entry.change_record(self._records, device_id=endpoint.device_id)
         entry.state, entry.reason = "serving", choice.why
-        entry.retry = entry.fenced = False
+        entry.retry = False
 
     def restart_transport(self, entry: Entry) -> None:
         """Serve again after a verb that failed. What fails is kept in the entry."""
@@ -430,15 +439,17 @@ class Opener:
     def forget(self, entry: Entry, *, keep_log: bool = False) -> None:
         """Delete what this host keeps of an export that is closed, the record last.
 
-        The log of a fenced volume is kept: it may hold writes that nobody else has.
+        The log of a fenced volume is kept, always: it may hold writes that nobody else has.
         """
         record = entry.record
         if record is not None:
             self._discard_device(record)
-            if not keep_log:
-                self._delete_log(record)
+            if keep_log or record.fenced:
+                self.logs.set_aside(record)
+            else:
+                self.logs.delete(record)
             local.forget(self.places.state_dir, record.volume_id)
-        self._records.delete(entry.name)
+        entry.delete_record(self._records)
 
     def _discard_device(self, record: ExportRecord) -> None:
         """An export that could not be served may have a device whose guests wait."""
@@ -449,15 +460,6 @@ class Opener:
             transport.discard(record.name, record.volume_id, record.device_id)
         except GlideError as error:
             log.warning("%s: %s", record.name, error)
-
-    def _delete_log(self, record: ExportRecord) -> None:
-        directory = logs.log_dir(self.places.logs_dir, record.volume_id, record.log_id)
-        logs.remove_log(directory)
-        try:
-            directory.parent.rmdir()  # fails where other logs of the volume were set aside
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
-                log.warning("%s: %s", directory.parent, error.strerror)
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -5,16 +5,20 @@ names no owner: whoever lost the volume meanwhile is refused there. One that is 
 says so, and for some time nobody takes the name, for the delete would hit the new volume; a crash
 before the delete leaves a name that a create takes over later, again under the ETag.
 
-The tombstone of a volume that has had more than one owner is left to gc. The node that made it may not
-know that the store ever had it, because no put was answered, and must not put it again.
+A tombstone keeps all that the root had, and gc takes it for a root: so :func:`undelete_root` can put the
+volume back until gc deletes it, a grace after it was put. At once goes only what was asked to, and never the
+tombstone of a volume that has had more than one owner: the node that made it may not know that the store ever
+had it, because no put was answered, and must not put it again.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from glidefs.errors import ExportExists, Fenced, UnknownExport
-from glidefs.formats.manifest import Root, encode_root
+from glidefs.formats.manifest import NO_ID, Root, encode_root
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
 from glidefs.volume import lease
@@ -55,10 +59,11 @@ def put_first_root(store: ObjectStore, prefix: str, root: Root) -> str:
         ) from None
 
 
-def delete_root(store: ObjectStore, prefix: str, mine: Identity) -> bool:
-    """Delete a root if it still is that of `mine`; False if another volume or owner has the name.
+def delete_root(store: ObjectStore, prefix: str, mine: Identity, *, now: bool = False) -> bool:
+    """Put a tombstone over a root if it still is that of `mine`; False if another volume or owner has it.
 
-    A root that is gone already counts as deleted. Raises StoreError.
+    With `now` the tombstone goes, too, where that is safe. A root that is gone already, or a tombstone,
+    counts as deleted. Raises StoreError.
     """
     key = manifest_key(prefix, mine.name)
     while True:
@@ -68,7 +73,7 @@ def delete_root(store: ObjectStore, prefix: str, mine: Identity) -> bool:
             return True
         if found.volume_id != mine.volume_id or (found.log_id != mine.log_id and not found.removed_at):
             return False
-        kept = found.epoch > 1
+        kept = not now or found.epoch > 1
         if kept and found.removed_at:
             return True
         try:
@@ -81,3 +86,22 @@ def delete_root(store: ObjectStore, prefix: str, mine: Identity) -> bool:
         if not kept:
             store.delete(key)
         return True
+
+
+def undelete_root(store: ObjectStore, prefix: str, name: str) -> Root:
+    """Put back the root that a tombstone kept; it has no owner. Returns it.
+
+    Raises UnknownExport where there is none or it is too late, ExportExists for one that was not removed.
+    """
+    while True:
+        found, etag = lease.read_root(store, prefix, name)
+        if not found.removed_at:
+            raise ExportExists(name, f"the volume in prefix {prefix} was not removed; attach it")
+        if found.doomed:
+            raise UnknownExport(name, f"it is being deleted from prefix {prefix} for good")
+        root = replace(found, removed_at=0, sequence=found.sequence + 1)
+        try:
+            result = lease.commit_root(store, manifest_key(prefix, name), encode_root(root), etag, NO_ID)
+        except Fenced:
+            continue  # gc or a create was faster: look at what there is now
+        return result.adopted or root

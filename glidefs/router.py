@@ -39,6 +39,7 @@ from glidefs.errors import (
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
 from glidefs.forks import ForkVerbs
+from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.health import judged
 from glidefs.leaving import Leaving
@@ -102,7 +103,9 @@ class ExportRouter:
         self.forks = ForkVerbs(
             self.table, self._records, self._opener, host, store, bases, self._lineage, stopping
         )
-        self._leaving = Leaving(self.table, self._records, self._opener, store, self._lineage)
+        self._leaving = Leaving(
+            self.table, self._records, self._opener, store, self._lineage, host.settings.gc_grace
+        )
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -265,7 +268,7 @@ class ExportRouter:
         if root.source and not of_base and not view:
             etag = self._publish(entry, prefix, root, must=True)
         try:
-            self._records.save(entry.record)
+            entry.set_record(self._records, entry.record)
             if not root.source or (of_base and wait and not view):
                 # Nobody commits for a read-only export, so its root cannot come later.
                 etag = self._publish(entry, prefix, root, must=wait or root.read_only)
@@ -306,7 +309,7 @@ class ExportRouter:
 
     def _undo_root(self, prefix: str, root: Root) -> None:
         try:
-            delete_root(self._store.view("upload", VERB_PATIENCE), prefix, root)
+            delete_root(self._store.view("upload", VERB_PATIENCE), prefix, root, now=True)
         except GlideError as error:
             log.warning("%s: its root stays in the store: %s", root.name, error)
 
@@ -318,6 +321,8 @@ class ExportRouter:
             record = entry.record
             if entry.gone or record is None:
                 raise ExportExists(entry.name)
+            if entry.is_fenced():
+                raise ExportExists(entry.name, f"is fenced here: {entry.fence_reason()}; attach or detach it")
             same = (record.prefix, record.read_only, record.flush, record.source) == (
                 prefix,
                 wanted.read_only,
@@ -348,8 +353,14 @@ class ExportRouter:
             return entry.status()
 
     def _attach(self, entry: Entry, prefix: str, wanted: AttachRequest) -> None:
+        root, etag = self._lease(prefix, entry.name, wanted)
+        self._take(entry, prefix, root, etag, wanted)
+
+    def _lease(self, prefix: str, name: str, wanted: AttachRequest) -> tuple[Root, str]:
         store = self._store.view("upload", VERB_PATIENCE)
-        root, etag = lease.attach(store, prefix, entry.name, self._settings.node, take_over=wanted.take_over)
+        return lease.attach(store, prefix, name, self._settings.node, take_over=wanted.take_over)
+
+    def _take(self, entry: Entry, prefix: str, root: Root, etag: str, wanted: AttachRequest) -> None:
         transport = wanted.transport if wanted.transport != "auto" else root.transport
         self._opener.take(entry, prefix, root, etag, transport)
 
@@ -364,14 +375,26 @@ class ExportRouter:
             if entry.serves():
                 return entry.status()
             record = entry.known_record()
-            if entry.is_fenced() or wanted.take_over:
-                # The log of the fenced life stays where it is, set aside by its id.
+            if entry.is_fenced():
+                self._attach_fenced(entry, record, wanted)
+            elif wanted.take_over:
                 self._opener.close_entry(entry, remove_device=True)
+                self._opener.logs.set_aside(record)
                 self._attach(entry, record.prefix, wanted)
             else:
                 self._opener.close_entry(entry, remove_device=False)
                 self._opener.reopen(entry)
             return entry.status()
+
+    def _attach_fenced(self, entry: Entry, record: ExportRecord, wanted: AttachRequest) -> None:
+        """Take the volume anew, with another log: that of the fenced life is set aside.
+
+        Where the store does not give it, the export stays as it is.
+        """
+        root, etag = self._lease(record.prefix, entry.name, wanted)
+        self._opener.close_entry(entry, remove_device=True)
+        self._opener.logs.set_aside(record)
+        self._take(entry, record.prefix, root, etag, wanted)
 
     # -- resize --------------------------------------------------------------------------------
 
@@ -380,9 +403,11 @@ class ExportRouter:
         self.check_changes()
         wanted = normal_size(size)
         with self.table.locked(name) as entry:
+            entry.check_served()
             record, volume, transport = entry.record, entry.volume, entry.transport
-            if record is None or volume is None or transport is None or not entry.serves():
-                raise GlideError(f"{name} is not served here now; 'glidefs show {name}' says why")
+            assert record is not None
+            assert volume is not None
+            assert transport is not None
             if wanted == record.size:
                 return entry.status()
             if record.read_only:  # of a view as of an own volume
@@ -400,8 +425,7 @@ class ExportRouter:
             except BaseException:
                 transport.resize(before)
                 raise
-            entry.record = replace(record, size=wanted)
-            self._records.save(entry.record)
+            entry.change_record(self._records, size=wanted)
             if wanted > record.size:
                 note = transport.resize(after)
             return entry.status(note=note)
@@ -417,12 +441,19 @@ class ExportRouter:
         entry.drain(timeout)
         return entry.status()
 
-    def detach(self, name: str, timeout: float | None = None) -> dict[str, Any]:
+    def detach(self, name: str, timeout: float | None = None, *, force: bool = False) -> dict[str, Any]:
         """Stop serving, upload everything, give the volume up; see :meth:`Leaving.detach`."""
         self.check_changes()
-        return self._leaving.detach(name, timeout)
+        return self._leaving.detach(name, timeout, force=force)
 
-    def remove(self, name: str, *, purge: bool = False) -> dict[str, Any]:
+    def remove(
+        self, name: str, *, purge: bool = False, force: bool = False, now: bool = False
+    ) -> dict[str, Any]:
         """Delete the volume here and in the store; see :meth:`Leaving.remove`."""
         self.check_changes()
-        return self._leaving.remove(name, purge)
+        return self._leaving.remove(name, purge=purge, force=force, now=now)
+
+    def undelete(self, name: str, prefix: str | None = None) -> dict[str, Any]:
+        """Put a removed volume back into the store; see :meth:`Leaving.undelete`."""
+        self.check_changes()
+        return self._leaving.undelete(name, check_prefix(prefix or self._settings.prefixes[0]))

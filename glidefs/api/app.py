@@ -24,12 +24,14 @@ from glidefs.exports import (
     AttachRequest,
     BlessRequest,
     CreateRequest,
+    DetachRequest,
     DrainRequest,
     ProfileRequest,
     PromoteRequest,
     ResizeRequest,
     SnapshotRequest,
     TagRequest,
+    UndeleteRequest,
 )
 from glidefs.handoff.predecessor import Outcome
 from glidefs.router import ExportRouter
@@ -98,6 +100,11 @@ def sequence_of(text: str) -> int:
     return int(text)
 
 
+def is_set(request: Request, option: str) -> bool:
+    """Whether an option of the query is on."""
+    return request.query_params.get(option, "").lower() in ("1", "true", "yes")
+
+
 class Routes:
     """The handlers."""
 
@@ -141,10 +148,17 @@ class Routes:
 
     async def remove(self, request: Request) -> Response:
         """DELETE /api/exports/{name}: 200 also when it is gone already."""
-        purge = request.query_params.get("purge", "").lower() in ("1", "true", "yes")
+        options = {option: is_set(request, option) for option in ("purge", "force", "now")}
         name = request.path_params["name"]
-        remove = self.life.verb("remove", name, self.control.router.remove, name, purge=purge)
+        remove = self.life.verb("remove", name, self.control.router.remove, name, **options)
         return reply(await self.pools.stores.run(remove))
+
+    async def undelete(self, request: Request) -> Response:
+        """POST /api/exports/{name}/undelete."""
+        wanted = await body(request, UndeleteRequest)
+        name = request.path_params["name"]
+        undelete = self.life.verb("undelete", name, self.control.router.undelete, name, wanted.prefix)
+        return reply(await self.pools.stores.run(undelete))
 
     async def resize(self, request: Request) -> Response:
         """POST /api/exports/{name}/resize."""
@@ -167,13 +181,10 @@ class Routes:
 
     async def detach(self, request: Request) -> Response:
         """POST /api/exports/{name}/detach."""
-        wanted = await body(request, DrainRequest)
+        wanted = await body(request, DetachRequest)
         name = request.path_params["name"]
-        return reply(
-            await self.wait(
-                request, self.life.verb("detach", name, self.control.router.detach, name, wanted.timeout)
-            )
-        )
+        detach = partial(self.control.router.detach, name, wanted.timeout, force=wanted.force)
+        return reply(await self.wait(request, self.life.verb("detach", name, detach)))
 
     async def attach(self, request: Request) -> Response:
         """POST /api/exports/{name}/attach."""
@@ -274,8 +285,9 @@ class Routes:
     async def delete_log(self, request: Request) -> Response:
         """DELETE /api/logs/{volume}/{log}."""
         ids = request.path_params["volume"], request.path_params["log"]
-        delete = self.life.verb("delete-log", "/".join(ids), self.control.router.logs.delete, *ids)
-        return reply(await self.change(self.pools.stores, delete))
+        delete = partial(self.control.router.logs.delete, *ids, force=is_set(request, "force"))
+        deletion = self.life.verb("delete-log", "/".join(ids), delete)
+        return reply(await self.change(self.pools.stores, deletion))
 
     async def hand_over(self, request: Request) -> Response:
         """POST /admin/handoff: answered by the process that was asked; after success another one serves."""
@@ -316,6 +328,7 @@ def build_app(control: Control) -> FastAPI:
         ("POST", f"{export}/drain", routes.drain),
         ("POST", f"{export}/detach", routes.detach),
         ("POST", f"{export}/attach", routes.attach),
+        ("POST", f"{export}/undelete", routes.undelete),
         ("POST", f"{export}/snapshot", routes.snapshot),
         ("GET", f"{export}/snapshots", routes.snapshots),
         ("DELETE", f"{export}/snapshots/{{sequence}}", routes.delete_snapshot),

@@ -25,6 +25,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (errors.ExportExists, 409),
     (errors.OwnedElsewhere, 409),
     (errors.CacheBusy, 409),
+    (errors.InUse, 409),
     (errors.Fenced, 410),
     (errors.InvalidName, 400),
     (errors.ConfigError, 400),

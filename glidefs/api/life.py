@@ -10,7 +10,9 @@ from glidefs.events import event
 from glidefs.export_table import ExportTable
 from glidefs.exports import ExportStatus
 
-ALWAYS = frozenset({"drain", "snapshot", "delete-snapshot", "tag", "make-base", "bless", "remove-base"}) | {
+ALWAYS = frozenset(
+    {"drain", "snapshot", "delete-snapshot", "tag", "make-base", "bless", "remove-base", "undelete"}
+) | {
     "profile",
     "delete-log",
     "remove",

@@ -19,6 +19,7 @@ ConfigOption = Annotated[
     typer.Option("--config", "-c", help="Configuration file; else GLIDEFS_CONFIG.", show_default=False),
 ]
 Prefix = Annotated[str | None, typer.Option("--prefix", help="Store prefix; default: the first configured.")]
+Force = Annotated[bool, typer.Option("--force", help="Also if something is lost; says what.")]
 Timeout = Annotated[str | None, typer.Option("--timeout", help='Give up after this time, such as "30s".')]
 
 

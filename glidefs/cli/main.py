@@ -13,6 +13,7 @@ from glidefs.cli import output
 from glidefs.cli.client import absolute, export_path
 from glidefs.cli.common import (
     ConfigOption,
+    Force,
     Json,
     Name,
     Prefix,
@@ -24,6 +25,7 @@ from glidefs.cli.common import (
 )
 from glidefs.cli.devices import app as devices_app
 from glidefs.cli.forks import add_commands
+from glidefs.cli.logs import app as logs_app
 
 HANDOFF_TIMEOUT = 600.0
 
@@ -36,7 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-logs_app = typer.Typer(help="Write logs on this host: list, export, delete.", rich_markup_mode=None)
 app.add_typer(logs_app, name="logs")
 add_commands(app)
 bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
@@ -201,12 +202,26 @@ def handoff(
 
 
 @app.command()
-def detach(name: Name, timeout: Timeout = None, config: ConfigOption = None, as_json: Json = False) -> None:
+def detach(
+    name: Name,
+    timeout: Timeout = None,
+    force: Force = False,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
     """Stop serving here, upload everything, give the volume up: any host can attach it."""
-    _drained("detach", "detached", name, timeout, config, as_json)
+    _drained("detach", "detached", name, timeout, config, as_json, force=True if force else None)
 
 
-def _drained(verb: str, done: str, name: str, timeout: str | None, config: str | None, as_json: bool) -> None:
+def _drained(
+    verb: str,
+    done: str,
+    name: str,
+    timeout: str | None,
+    config: str | None,
+    as_json: bool,
+    **options: bool | None,
+) -> None:
     with reported(as_json):
         client = connect(config)
 
@@ -215,7 +230,8 @@ def _drained(verb: str, done: str, name: str, timeout: str | None, config: str |
             return float(volume.get("dirty_bytes", 0))
 
         with output.watching(f"{verb} {name}", left):
-            result = client.call("POST", export_path(name, verb), {"timeout": seconds(timeout)})
+            wanted = {"timeout": seconds(timeout)} | {key: on for key, on in options.items() if on}
+            result = client.call("POST", export_path(name, verb), wanted)
         show_result(result, as_json, f"{name}: {done}")
 
 
@@ -240,82 +256,34 @@ def attach(
 @app.command()
 def remove(
     name: Name,
-    purge: Annotated[bool, typer.Option("--purge", help="Its snapshots too.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="Its snapshots too, for good.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="For good: it cannot be undeleted.")] = False,
+    force: Force = False,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a volume, here and in the store."""
+    """Delete a volume, here and in the store; until gc's grace is over it can be undeleted."""
     with reported(as_json):
-        query = {"purge": "true"} if purge else None
+        options = {"purge": purge, "now": now, "force": force}
+        query = {option: "true" for option, on in options.items() if on} or None
         result = connect(config).call("DELETE", export_path(name), query=query)
         line = f"{name}: removed" if result.get("removed") else f"{name}: nothing to remove"
         show_result(result, as_json, line)
 
 
-@logs_app.callback(invoke_without_command=True)
-def logs(context: typer.Context, config: ConfigOption = None, as_json: Json = False) -> None:
-    """Write logs on this host: list (the default), export, delete."""
-    if context.invoked_subcommand is None:
-        _list_logs(config, as_json)
-
-
-@logs_app.command("list")
-def logs_list(config: ConfigOption = None, as_json: Json = False) -> None:
-    """List write logs: in use, fenced (another host took the volume), and set aside when its export went."""
-    _list_logs(config, as_json)
-
-
-def _list_logs(config: str | None, as_json: bool) -> None:
-    with reported(as_json):
-        found = connect(config).call("GET", "/api/logs")
-        if as_json:
-            output.emit(found)
-            return
-        rows = [
-            [
-                entry["volume_id"],
-                entry["log_id"],
-                entry.get("export") or "-",
-                entry["state"],
-                str(entry["segments"]),
-                output.size_text(entry["bytes"]),
-            ]
-            for entry in found
-        ]
-        output.table(["VOLUME", "LOG", "EXPORT", "STATE", "SEGMENTS", "SIZE"], rows, right=(4, 5))
-
-
-Volume = Annotated[str, typer.Argument(metavar="VOLUME", help="Volume id, as `logs list` shows it.")]
-Log = Annotated[str, typer.Argument(metavar="LOG", help="Log id, as `logs list` shows it.")]
-
-
-@logs_app.command("export")
-def logs_export(
-    volume: Volume,
-    log: Log,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Sparse image to write.")],
+@app.command()
+def undelete(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Name of the removed volume.", show_default=False)
+    ],
+    prefix: Prefix = None,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Write what a log holds to a sparse file: each sector where it belongs, holes elsewhere."""
+    """Put a removed volume back into the store, as it was; attach it then."""
     with reported(as_json):
-        target = {"path": absolute(str(file))}
-        result = connect(config).call("POST", f"/api/logs/{_id(volume)}/{_id(log)}/export", target)
-        show_result(result, as_json, f"{file}: {output.size_text(result.get('bytes', 0))} of data")
-
-
-@logs_app.command("delete")
-def logs_delete(volume: Volume, log: Log, config: ConfigOption = None, as_json: Json = False) -> None:
-    """Delete a log that no export uses. What it holds is lost."""
-    with reported(as_json):
-        result = connect(config).call("DELETE", f"/api/logs/{_id(volume)}/{_id(log)}")
-        show_result(result, as_json, f"{log}: deleted")
-
-
-def _id(text: str) -> str:
-    from glidefs.names import check_id
-
-    return check_id(text)
+        result = connect(config).call("POST", export_path(name, "undelete"), {"prefix": prefix})
+        show_result(result, as_json, f"{name}: undeleted, {output.size_text(result['size'])}")
 
 
 @app.command()

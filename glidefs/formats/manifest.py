@@ -48,7 +48,8 @@ MAX_DOCUMENT = 256 << 20
 Id = Annotated[bytes, Meta(min_length=ID_SIZE, max_length=ID_SIZE)]
 PageId = Annotated[bytes, Meta(max_length=ID_SIZE)]
 Natural = Annotated[int, Meta(ge=0)]
-Label = Annotated[str, Meta(max_length=1024)]
+MAX_LABEL = 1024
+Label = Annotated[str, Meta(max_length=MAX_LABEL)]
 
 
 class PackRef(msgspec.Struct, frozen=True, array_like=True):

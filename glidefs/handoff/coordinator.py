@@ -84,11 +84,14 @@ class HandoffCoordinator:
     def snapshot(self) -> tuple[list[ExportCut], list[int]]:
         """Where every export stands now that all are frozen, and the sockets of their connections, in order.
 
-        The descriptors are the caller's.
+        The descriptors are the caller's. Raises GlideError for an export that was fenced meanwhile.
         """
         cuts: list[ExportCut] = []
         sockets: list[int] = []
         for entry, volume in self._volumes():
+            if volume.fenced:  # since the successor read the records: it would serve the volume
+                close_all(sockets)
+                raise GlideError(f"{entry.name} was fenced meanwhile: {volume.fenced}")
             connections = []
             for fd, state in [] if _has_device(entry) else handoff.connections(volume.core):
                 about = self._server.table.about(state.conn_id)

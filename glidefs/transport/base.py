@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 UBLK_CONTROL = Path("/dev/ublk-control")
 MODPROBE_TIMEOUT = 20.0
+NOTICED = 1.0
+"""Seconds in which the end of a connection is noticed."""
 
 
 class TransportCore(NbdCore, Protocol):
@@ -80,6 +82,10 @@ class Transport(Protocol):
 
     def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
         """Delete what an earlier daemon left of an export that ends without having been served here."""
+
+    def in_use(self, name: str) -> str:
+        """Who uses an export that is served, for people; empty if nobody does."""
+        ...
 
     def check_resize(self, export: Attachment, size: int) -> None:
         """Raise NotSupported if guests of `export` cannot live with `size`; changes nothing."""
@@ -152,6 +158,16 @@ class NbdTransport:
 
     def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
         """Nothing is left of connections."""
+
+    def in_use(self, name: str) -> str:
+        """Connections count, whatever they do."""
+        if self.server.table.is_idle(name, NOTICED):
+            return ""
+        peers = [connection.peer for connection in self.server.connections(name)]
+        if not peers:
+            return ""
+        shown = ", ".join(sorted(set(peers))[:3])
+        return f"{len(peers)} NBD client{'s are' if len(peers) > 1 else ' is'} connected ({shown})"
 
     def check_resize(self, export: Attachment, size: int) -> None:
         """Any size will do: what connections see beyond the end fails."""

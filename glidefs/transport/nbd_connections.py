@@ -120,6 +120,13 @@ class ConnectionTable:
             records = list(self._records.values())
         return [record.about for record in records if name in (None, record.about.export)]
 
+    def is_idle(self, name: str, seconds: float) -> bool:
+        """Whether an export has no connection, at the latest in so many seconds: an end is noticed late."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: all(record.about.export != name for record in self._records.values()), seconds
+            )
+
     def detach(self, name: str | None = None) -> None:
         """End every connection of an export, or of all exports and for good. Returns when they are gone."""
         with self._changed:

@@ -23,6 +23,7 @@ from glidefs.errors import DeviceError, NotSupported
 from glidefs.transport.base import Attachment, Endpoint, ublk_missing
 from glidefs.transport.device_names import DeviceNames
 from glidefs.transport.device_tag import DeviceTags, make_tags
+from glidefs.transport.device_use import device_use
 
 log = logging.getLogger(__name__)
 
@@ -269,6 +270,12 @@ class UblkTransport:
         log.info("%s: deleting /dev/ublkb%d, which nobody serves", name, device_id)
         self._delete(name, found)
         self._names.withdraw(device_id, self._names.read(device_id)[1])
+
+    def in_use(self, name: str) -> str:
+        """Whoever has the device open counts, a mount too."""
+        with self._lock:
+            found = self._devices.get(name)
+        return "" if found is None else device_use(found[0].path)
 
     def _can_update(self) -> bool:
         try:

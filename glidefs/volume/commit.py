@@ -183,10 +183,31 @@ class Committer:
         else:
             self._use(self.root, result.etag, data, {})
 
-    def poll(self, store: ObjectStore) -> None:
-        """Find out whether the root in the store is still ours. Raises Fenced, StoreError."""
+    def poll(self, store: ObjectStore, *, adopt: bool = True) -> None:
+        """Find out whether the root in the store is still ours. Raises Fenced, StoreError.
+
+        Another one of ours is used from then on, unless it is not to be adopted.
+        """
         with self._lock:
-            self._poll(store)
+            self._poll(store, adopt)
+
+    def saw(self, etag: str | None, when: float) -> bool:
+        """The store had a root of this ETag at ``when``, of ``time.monotonic``, or none (None).
+
+        False where that is not the one in use: somebody must :meth:`poll`. Waits for nothing.
+        """
+        if not self._lock.acquire(blocking=False):
+            return True  # a commit is under way, and finds out
+        try:
+            if self.last_contact >= when:
+                return True  # one came in between
+            if etag != self.etag:
+                return False
+            if self.confirmed:
+                self.last_contact = when
+            return True
+        finally:
+            self._lock.release()
 
     def copy(self, store: ObjectStore, put: Callable[[Root], None]) -> Root:
         """Call ``put`` with the root in use, which was published; returns it.
@@ -202,7 +223,7 @@ class Committer:
                 if self.root is root:
                     return root
 
-    def _poll(self, store: ObjectStore) -> None:
+    def _poll(self, store: ObjectStore, adopt: bool = True) -> None:
         if self.etag is None:
             return
         try:
@@ -211,7 +232,7 @@ class Committer:
             etag = None
         if etag != self.etag:
             found = lease.resolve(store, self._key, None, self.root.log_id)
-            if found is not None and found.adopted is not None:
+            if adopt and found is not None and found.adopted is not None:
                 self._adopt(found.adopted, found.etag)
         self.last_contact = time.monotonic()
 

@@ -18,7 +18,7 @@ from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
 from glidefs.core.handoff import Position
 from glidefs.core.volume import Recovery, VolumeConfig
-from glidefs.errors import GlideError
+from glidefs.errors import Fenced, GlideError
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.store.resilient import ResilientStore
@@ -35,6 +35,7 @@ from glidefs.volume.settings import MIB, HostSettings
 from glidefs.volume.shadow import ShadowVerifier
 from glidefs.volume.uploader import Uploader
 from glidefs.volume.volume import Volume
+from glidefs.volume.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,13 @@ class Host:
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
         self.scheduler.on_commit = self._committed
+        self.watch = Watch(
+            store.view("background", settings.store_patience),
+            interval=settings.sync_interval,
+            volumes=self.volumes,
+            doubt=self.confirm,
+            paused=lambda: self.scheduler.pausing or self.scheduler.stopping,
+        )
         self._shadow = (
             ShadowVerifier(engine, store, settings, settings.shadow_dir, self.find)
             if settings.shadow_dir is not None
@@ -91,6 +99,7 @@ class Host:
         self.scheduler.start()
         self.compactor.start()
         self._cache_keeper.start()
+        self.watch.start()
         if self._shadow is not None:
             self._shadow.start()
 
@@ -100,6 +109,7 @@ class Host:
             return
         self._closed = True
         self.scheduler.stop()
+        self.watch.close()
         self.compactor.close()
         for volume in self.volumes():
             volume.close()
@@ -127,8 +137,10 @@ class Host:
 
         ``root`` is the newest known of the record's log id (or of a read-only export's manifest),
         ``etag`` that of the store, None where its first put is still to come, which then happens
-        in the background. Raises CorruptLog, CoreError, OSError, GlideError.
+        in the background. Raises Fenced where the record says so; CorruptLog, CoreError, OSError, GlideError.
         """
+        if record.fenced:
+            raise Fenced(record.name, record.fenced)
         if not record.read_only and root.log_id != record.log_id:
             raise GlideError(f"volume {record.name}: its root names another log; attach it first")
         volume = Volume(self, record, root, etag, next(self._cookies), self.meta, self.state_dir)
@@ -186,7 +198,7 @@ class Host:
 
         A volume with nothing to upload would go on with an old one, and gc deletes what only that names.
         """
-        if not volume.read_only:
+        if volume.committer.published or not volume.read_only:
             volume.committer.doubt()
             self.scheduler.request(volume)
 

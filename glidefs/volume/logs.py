@@ -16,7 +16,7 @@ from typing import IO
 import msgspec
 
 from glidefs.core.gather import Gather, log_segments
-from glidefs.errors import GlideError, UnknownExport
+from glidefs.errors import CorruptLog, GlideError, UnknownExport
 from glidefs.formats.atomic import fsync_dir
 from glidefs.formats.pack import BLOCK, FULL_MASK, SECTOR, SECTORS_PER_BLOCK
 
@@ -51,6 +51,22 @@ def log_dir(log_root: Path, volume_id: bytes, log_id: bytes) -> Path:
 def lost_syncs(directory: Path) -> bool:
     """Whether a sync of a segment there failed, and the store was not known to have it since."""
     return any(directory.glob("*.syncfail"))
+
+
+def unsent_bytes(directory: Path, volume_id: bytes, log_id: bytes, sent: int) -> int:
+    """Bytes of the volume, zeros too, that segments beyond ``sent`` hold: what the store does not have.
+
+    Raises CorruptLog.
+    """
+    seqs = [seq for seq in log_segments(directory) if seq > sent]
+    if not seqs:
+        return 0
+    with Gather(None, directory, volume_id, log_id, seqs[0], seqs[-1]) as gather:
+        sectors = sum((entry.mask | entry.zero_mask).bit_count() for entry in gather.entries())
+        unsent = sectors * SECTOR + sum(extent.count for extent in gather.extents()) * BLOCK
+    if not unsent:  # a segment is made by the first write to it
+        raise CorruptLog(str(directory), f"nothing can be read of {len(seqs)} segments")
+    return unsent
 
 
 def list_logs(log_root: Path, live: Collection[tuple[bytes, bytes]]) -> list[LogInfo]:

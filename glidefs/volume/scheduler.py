@@ -245,9 +245,12 @@ class Scheduler:
     def _run(self, job: _Job, seal: bool, urgent: bool) -> float | None:
         """Do what is due for a volume; seconds until it must be looked at again, None for never."""
         volume = job.volume
-        if volume.fenced or volume.closing or volume.read_only:
+        if volume.fenced or volume.closing:
             return None
         try:
+            if volume.read_only:
+                self._uploader.poll(volume)
+                return None
             volume.committer.save_again()
             if urgent:
                 self._retirer.squeeze(volume)

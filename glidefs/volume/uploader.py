@@ -182,7 +182,7 @@ class Uploader:
 
     def poll(self, volume: Volume) -> None:
         """Find out whether another host took the volume. Raises Fenced, StoreError."""
-        volume.committer.poll(self._reads)
+        volume.committer.poll(self._reads, adopt=not volume.read_only)
 
     def _put_all(
         self, volume: Volume, gather: Gather, jobs: list[PackJob], burst: Burst | None

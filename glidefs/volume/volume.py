@@ -323,13 +323,13 @@ class Volume:
         if self.fenced:
             return
         self.fenced = why
-        text = f"volume {self.name} is FENCED: {why}; I/O fails now, its log stays in {self.log_dir}"
-        happened("fence", text, export=self.name, volume_id=self.id.hex(), level=logging.ERROR)
         with contextlib.suppress(Closed):
             self.core.fail(errno.EIO)
-        self._notify()
         if self.on_fenced is not None:
-            self.on_fenced(self, why)
+            self.on_fenced(self, why)  # makes it durable: then it is said
+        text = f"volume {self.name} is FENCED: {why}; I/O fails now, its log stays in {self.log_dir}"
+        happened("fence", text, export=self.name, volume_id=self.id.hex(), level=logging.ERROR)
+        self._notify()
 
     def _check_fenced(self) -> None:
         if self.fenced:

@@ -46,7 +46,7 @@ class Side:
     def is_fenced(self) -> bool:
         """Whether it says that another host has the volume."""
         shown = self.show()
-        return shown["state"] == "failed" and "has it now" in shown["reason"]
+        return shown["state"] == "fenced" and "has it now" in shown["reason"]
 
     def signal(self, number: int) -> None:
         """To the daemon."""

@@ -185,6 +185,13 @@ node = "{node}"
         assert lines[0].startswith("glidefs: ")
         return lines[0]
 
+    def volumes_in_store(self) -> list[str]:
+        """Names of the volumes in the store that were not removed."""
+        found = {path.parent.name: path for path in self.store.rglob("volumes/*/manifest")}
+        return sorted(
+            name for name, path in found.items() if not self.json("inspect", str(path))["removed_at"]
+        )
+
     def io(self, name: str, *commands: str) -> str:
         """qemu-io commands on an export."""
         uri = self.json("show", name)["device"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import time
 from collections.abc import Callable
 
 import pytest
-from daemon_harness import Daemon
+from daemon_harness import Daemon, wait_for
 
 from glidefs.cli.client import CommandError, export_path
 
@@ -160,8 +162,10 @@ def test_take_over_fences_the_first(daemon: Daemon, make_daemon: Make) -> None:
     assert other.has("v1", 5, "0", "1M")
     assert "fenced" in daemon.fails("drain", "v1")
     shown = daemon.json("show", "v1")
-    assert shown["state"] == "failed"
+    assert shown["state"] == "fenced"
     assert "node-2" in shown["reason"]
+    assert daemon.client.call("GET", "/health")["exports"]["fenced"] == 1
+    assert "fenced" in daemon.run("list").stdout
     assert [(entry["export"], entry["state"]) for entry in daemon.json("logs")] == [("v1", "fenced")]
     assert "detach v1 first" in daemon.fails("logs", "delete", shown["volume_id"], shown["log_id"])
     detached = daemon.json("detach", "v1")
@@ -172,7 +176,8 @@ def test_take_over_fences_the_first(daemon: Daemon, make_daemon: Make) -> None:
     ids = aside[0]["volume_id"], aside[0]["log_id"]
     daemon.json("logs", "export", *ids, "aside.img")
     assert (daemon.base / "aside.img").read_bytes()[:4096] == b"\x06" * 4096
-    daemon.json("logs", "delete", *ids)
+    assert "the store does not have 1048576 bytes of it" in daemon.fails("logs", "delete", *ids)
+    assert "1048576 bytes" in daemon.json("logs", "delete", *ids, "--force")["note"]
     assert daemon.json("logs", "list") == []
     assert "no such log" in daemon.fails("logs", "delete", *ids)
     assert other.has("v1", 5, "0", "1M")
@@ -231,11 +236,47 @@ def test_remove(daemon: Daemon) -> None:
     daemon.io("v1", "write -P 5 0 1M")
     assert daemon.json("remove", "v1")["removed"] is True
     assert daemon.json("list") == []
-    assert not list(daemon.store.rglob("manifest"))
+    (root,) = daemon.store.rglob("manifest")
+    assert daemon.json("inspect", str(root))["removed_at"]
     assert list((daemon.base / "cache" / "logs").glob("*/*")) == []
     assert "has a volume of that name" in daemon.fails("remove", "v1")
     daemon.json("create", "v1", "--size", "64MiB")
     assert daemon.has("v1", 0, "0", "1M")
+
+
+@pytest.mark.parametrize("verb", ["detach", "remove"])
+def test_an_export_that_a_client_has_open_stays(daemon: Daemon, verb: str) -> None:
+    uri = daemon.json("create", "v1", "--size", "8MiB", "--transport", "nbd")["device"]
+    with subprocess.Popen(
+        ["qemu-io", "-f", "raw", uri], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as client:
+        wait_for(lambda: daemon.json("show", "v1")["volume"]["connections"], "the client is there")
+        said = daemon.fails(verb, "v1")
+        assert "v1: 1 NBD client is connected" in said
+        assert "--force" in said
+        assert daemon.json("show", "v1")["state"] == "serving"
+        assert "was cut off" in daemon.json(verb, "v1", "--force")["note"]
+        client.communicate(b"")
+    daemon.json("create", "v2", "--size", "8MiB", "--transport", "nbd")
+    daemon.io("v2", "write 0 64k")
+    daemon.json(verb, "v2")  # who has gone is not waited for
+
+
+def test_a_removed_volume_comes_back(daemon: Daemon) -> None:
+    daemon.json("create", "v1", "--size", "8MiB", "--transport", "nbd", "--wait")
+    before = daemon.json("show", "v1")["volume_id"]
+    removed = daemon.json("remove", "v1")
+    assert removed["restorable_until"] > time.time() + 3600
+    assert "glidefs undelete v1" in removed["note"]
+    assert daemon.json("undelete", "v1")["size"] == 8 << 20
+    assert "was not removed" in daemon.fails("undelete", "v1")
+    daemon.json("attach", "v1")
+    assert daemon.json("show", "v1")["volume_id"] == before
+    daemon.json("remove", "v1", "--now", "--purge")
+    assert "was removed" in daemon.fails("attach", "v1"), "it has had two owners"
+    daemon.json("create", "v2", "--size", "8MiB", "--transport", "nbd", "--wait")
+    daemon.json("remove", "v2", "--now")
+    assert "no volume of that name" in daemon.fails("undelete", "v2")
 
 
 def test_remove_of_what_nobody_serves(daemon: Daemon, make_daemon: Make) -> None:
@@ -243,7 +284,7 @@ def test_remove_of_what_nobody_serves(daemon: Daemon, make_daemon: Make) -> None
     other = make_daemon("b", node="node-2").start()
     assert "node-1" in other.fails("remove", "v1")
     daemon.json("detach", "v1")
-    assert other.json("remove", "v1")["removed"] is True
+    assert other.json("remove", "v1", "--now")["removed"] is True
     assert not list(daemon.store.rglob("manifest"))
 
 

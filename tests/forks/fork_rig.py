@@ -60,6 +60,10 @@ class NoGuests:
 
     kind = "nbd"
 
+    def __init__(self) -> None:
+        self.guests: dict[str, str] = {}
+        """Who uses an export, as the test has it."""
+
     def prepare(self, device_id: int | None) -> None:
         pass
 
@@ -71,6 +75,9 @@ class NoGuests:
 
     def release(self, name: str) -> None:
         pass
+
+    def in_use(self, name: str) -> str:
+        return self.guests.get(name, "")
 
     def check_resize(self, export: Attachment, size: int) -> None:
         pass
@@ -128,7 +135,10 @@ class Node:
             logs_dir=home / "logs",
             prefixes=(PREFIX,),
         )
-        self.router = ExportRouter(self.host, self.store, (NoGuests(),), places, self.bases, self.stopping)
+        self.transport = NoGuests()
+        self.router = ExportRouter(
+            self.host, self.store, (self.transport,), places, self.bases, self.stopping
+        )
 
     def close(self) -> None:
         for volume in self.host.volumes():

@@ -121,7 +121,7 @@ def test_a_fork_that_lost_its_name_is_fenced(node: Node, make_node: MakeNode, me
     other.fork("warm", "base:deb")
     node.fork("taken", "base:deb", wait=True)
     other.fork("taken", "base:deb")
-    wait_for(lambda: other.router.show("taken").state == "failed", "the fence")
+    wait_for(lambda: other.router.show("taken").state == "fenced", "the fence")
     assert "a has it" in other.router.show("taken").reason
     assert node.router.show("taken").state == "serving"
     other.fork("mine", "base:deb", wait=True)
@@ -141,7 +141,7 @@ def test_a_fork_whose_root_cannot_be_put_in_time_fails_loudly(
     node.fork("late", "base:deb")
     threading.Event().wait(4.2)  # more than a quarter of the grace period, in whole seconds
     memory.set_down(False)
-    wait_for(lambda: node.router.show("late").state == "failed", "the fence")
+    wait_for(lambda: node.router.show("late").state == "fenced", "the fence")
     assert "make the fork again" in node.router.show("late").reason
 
 

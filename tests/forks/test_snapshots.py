@@ -182,5 +182,5 @@ def test_who_lost_a_volume_makes_no_copies_of_its_old_root(
     other.router.attach("v", AttachRequest(transport="nbd", take_over=True))
     with pytest.raises(Fenced):
         VERBS[verb](node)
-    assert node.router.show("v").state == "failed"
+    assert node.router.show("v").state == "fenced"
     assert [key for key in memory._objects if "/packs/" not in key] == [f"{PREFIX}/volumes/v/manifest"]

@@ -7,8 +7,9 @@ import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
 
 from glidefs import names
-from glidefs.errors import Conflict
+from glidefs.errors import Conflict, UnknownExport
 from glidefs.formats.manifest import decode_root, encode_root
+from glidefs.roots import undelete_root
 from glidefs.volume import lease
 
 
@@ -66,6 +67,50 @@ def test_a_name_is_not_taken_while_gc_deletes_its_tombstone(store: ClockStore) -
     assert refused
     lease.create(store, PREFIX, fresh)
     assert decode_root(key, store.get(key).data) == fresh
+
+
+def test_an_undelete_and_gc_are_one_after_the_other(store: ClockStore) -> None:
+    """! Whoever is first: the volume is back with all that it names, or it is gone and stays so."""
+    pack = rig.put_pack(store)
+    key = names.manifest_key(PREFIX, "x")
+    for when in ("first", "late"):
+        store.put(key, encode_root(rig.inline_root("x", [pack], removed_at=1)))
+        store.now += GRACE
+        done = []
+
+        def other(op: str, where: str, when: str = when, done: list[str] = done) -> None:
+            before = op == "put" and where == names.gc_state_key(PREFIX)
+            after = op == "delete" and where == key
+            if (before if when == "first" else after) and not done:
+                done.append(when)
+                if when == "first":
+                    undelete_root(store, PREFIX, "x")
+                    return
+                with pytest.raises(UnknownExport, match="for good"):
+                    undelete_root(store, PREFIX, "x")
+
+        store.hook = other
+        assert rig.run(store).tombstones == (0 if when == "first" else 1)
+        store.hook = lambda op, where: None
+        assert done == [when]
+        assert (key in store.key_set()) == (when == "first")
+    rig.run(store)
+    store.now += GRACE
+    rig.run(store)
+    assert not rig.has_pack(store, pack)
+
+
+def test_an_undeleted_volume_is_a_root_again(store: ClockStore) -> None:
+    pack, key = rig.put_pack(store), names.manifest_key(PREFIX, "x")
+    store.put(key, encode_root(rig.inline_root("x", [pack], removed_at=1)))
+    store.now += GRACE - 1
+    rig.run(store)
+    undelete_root(store, PREFIX, "x")
+    for _ in range(3):
+        store.now += 2 * GRACE
+        rig.run(store)
+    assert key in store.key_set()
+    assert rig.has_pack(store, pack)
 
 
 def test_a_base_blessed_anew_is_not_deleted(store: ClockStore) -> None:

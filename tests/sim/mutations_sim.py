@@ -125,8 +125,8 @@ SIM = [
     Mutation(
         "detach-does-not-drain",
         "glidefs/leaving.py",
-        "            entry.drain(PATIENCE)\n            root, etag",
-        "            root, etag",
+        "                entry.drain(STORE_PATIENCE if force else PATIENCE)\n",
+        "",
         SEEDS,
     ),
     Mutation(
@@ -181,8 +181,36 @@ SIM = [
     Mutation(
         "fence-of-an-unknown-volume-is-forgotten",
         "glidefs/opener.py",
-        "        volume.on_fenced = lambda volume, why: self._published(entry)\n",
+        "        volume.on_fenced = lambda volume, why: entry.fence(self._records, volume.log_id, why)\n",
         "",
-        ("tests/forks/test_trouble.py",),
+        ("tests/forks/test_fences.py",),
+    ),
+    Mutation(
+        "fence-of-the-record-is-not-looked-at",
+        "glidefs/volume/host.py",
+        "        if record.fenced:\n",
+        "        if False:\n",
+        ("tests/forks/test_fences.py",),
+    ),
+    Mutation(
+        "watch-does-not-compare",
+        "glidefs/volume/watch.py",
+        "        if not volume.committer.saw(etag, began):\n",
+        "        if False:\n",
+        ("tests/forks/test_fences.py", *SEEDS),
+    ),
+    Mutation(
+        "undelete-of-what-is-doomed",
+        "glidefs/roots.py",
+        "        if found.doomed:\n",
+        "        if False:\n",
+        ("tests/volume/test_roots.py",),
+    ),
+    Mutation(
+        "logs-delete-believes-a-damaged-note",
+        "glidefs/volume/aside.py",
+        "        if blake3(body).hexdigest() != document.checksum:\n",
+        "        if False:\n",
+        ("tests/forks/test_leaving.py",),
     ),
 ]

@@ -37,6 +37,7 @@ import glidefs.volume.scheduler
 import glidefs.volume.service
 import glidefs.volume.uploader
 import glidefs.volume.volume
+import glidefs.volume.watch
 
 TIMED: tuple[Any, ...] = (
     glidefs.images.bases,
@@ -53,6 +54,7 @@ TIMED: tuple[Any, ...] = (
     glidefs.volume.service,
     glidefs.volume.uploader,
     glidefs.volume.volume,
+    glidefs.volume.watch,
 )
 """Modules that look at a clock or sleep. What the core takes for the age of a write is real time, and counts
 for nothing: no write of a simulation is old enough to be uploaded for its age alone."""
@@ -62,6 +64,7 @@ WAITING: tuple[Any, ...] = (
     glidefs.volume.compactor,
     glidefs.volume.scheduler,
     glidefs.volume.service,
+    glidefs.volume.watch,
 )
 """Modules that wait for conditions and events."""
 

@@ -243,6 +243,7 @@ class Model:
         self.takers: set[tuple[str, str]] = set()
         self.leavers: set[tuple[str, str]] = set()
         self.removers: set[str] = set()
+        self.undeleters: set[str] = set()
         self.making: dict[str, str] = {}
         """By node: the volume of its last create, unless that worked. It may take back what it put."""
         self.deleted: set[str] = set()
@@ -306,6 +307,9 @@ class Model:
             assert same(content, before.content), f"{key}: the tombstone holds something else"
             assert root.doomed, f"{key}: a tombstone was put again for nothing"
             return
+        if before is not None and before.root.removed_at and root.log_id == NO_ID:
+            self._undeleted(key, before, root, content)
+            return
         if before is None or before.root.removed_at:
             self._first(root, content)
             return
@@ -327,6 +331,13 @@ class Model:
             assert (root.owner_node, name) in self.takers, f"{key} was taken by {root.owner_node}"
             assert root.log_id not in self.lives, f"{key}: a log id was used again"
             self._born(Life(root, root.owner_node, root.size, content, self.store.now), published=True)
+
+    def _undeleted(self, key: str, before: Seen, root: Root, content: Content) -> None:
+        """A tombstone is a volume again, that nobody serves."""
+        assert root.name in self.undeleters, f"{key} was put back"
+        assert not before.root.doomed, f"{key} was put back, and is about to be deleted"
+        assert (root.volume_id, root.owner_node) == (before.root.volume_id, ""), f"{key} is another volume"
+        assert same(content, before.content), f"{key}: what was put back is not what was removed"
 
     def _born(self, life: Life, *, published: bool) -> None:
         life.published = published

@@ -181,6 +181,23 @@ class Verbs(Steps):
             for life in unknown:  # nobody but its node knew the fork
                 life.stale = not life.published
 
+    def undelete(self) -> None:
+        """A removed volume is put back, unless gc or a create was faster; then it may be attached."""
+        node = self.draw_node()
+        removed = sorted(
+            seen.root.name
+            for key, seen in self.model.roots.items()
+            if seen.root.removed_at and key.startswith(f"{PREFIX}/volumes/")
+        )
+        if node is None or not removed:
+            self.remove()
+            return
+        name = self.rng.choice(removed)
+        self.model.undeleters.add(name)
+        with self.verb(node, f"undelete {name}"):
+            node.router.undelete(name, PREFIX)
+            self.counts["undeleted"] += 1
+
     def give_up(self, node: SimNode, name: str) -> None:
         """A verb begins after which the node has the volume no more, or has it as before."""
         self.gave_up |= {life.log_id for life, _ in self.entries(node) if life.name == name and not life.lost}
@@ -258,6 +275,16 @@ class Verbs(Steps):
             else:
                 node.host.scheduler.request(volume, seal=True)
                 node.run_due()
+
+    def watch(self) -> None:
+        """Volumes with nothing to upload are compared with the store."""
+        node = self.draw_node()
+        if node is None:
+            return
+        with self.step_of(node):
+            node.host.watch.look()
+            node.run_due()
+        node.check_alive()
 
     # -- copies ----------------------------------------------------------------------------------------
 

@@ -84,6 +84,8 @@ class World:
         self._armed: dict[str, tuple[str, int]] = {}
         """What the next crash of a node waits for: (kind of operation, how many more)."""
         self.errors = Errors()
+        self.fenced: set[bytes] = set()
+        """Logs whose records say that they are fenced."""
         self.acting: list[SimNode] = []
         """Nodes whose step is under way: while one waits for the store another may do something."""
         self._stores: dict[str, FaultyStore] = {}
@@ -314,12 +316,27 @@ class World:
                 self.check_open(node)
 
     def check_fenced(self) -> None:
-        """Nobody is fenced but for a reason."""
+        """Nobody is fenced but for a reason, and whoever was once stays so."""
         for node in self.nodes.values():
             for life, volume in self.entries(node):
+                must(volume.fenced or life.log_id not in self.fenced, f"{life} was fenced, and is served")
                 if volume.fenced and not life.lost:
                     assert self.late(life), f"{life} is fenced: {volume.fenced}"
                     life.stale = True
+            for entry in node.router.table.all() if node.up else ():
+                if entry.record is not None and entry.record.fenced and not entry.unsaved:
+                    self.fenced.add(entry.record.log_id)
+
+    def check_all_know(self) -> None:
+        """Whoever lost a volume to the store's knowledge hears of it, also with nothing to upload."""
+        for node in self.nodes.values():
+            with self.step_of(node):
+                self.clock.sleep(node.host.settings.sync_interval)
+                node.host.watch.look()
+                node.run_due()
+            for life, volume in self.entries(node):
+                stale = life.stale and life.published and volume.etag is not None
+                must(volume.fenced or not stale, f"{life} is stale, and does not know")
 
     # -- what others do --------------------------------------------------------------------------------
 

@@ -46,10 +46,12 @@ WEIGHTS = {
     "fork": 4,
     "fork_and_drop": 3,
     "remove": 1,
+    "undelete": 2,
     "detach": 2,
     "attach": 4,
     "take_over": 2,
     "use_stale": 3,
+    "watch": 2,
     "snapshot": 2,
     "tag": 1,
     "make_base": 1,
@@ -196,6 +198,7 @@ class Simulation(Verbs):
         for where in self.usable():
             assert self.drain_now(where) or where[1].lost, f"{where[1]} cannot be drained"
         self.check_fenced()
+        self.check_all_know()
         self.check_everything()
         for _ in range(3):
             self.clock.sleep(GRACE + 1.0)

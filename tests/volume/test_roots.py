@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from glidefs.errors import AccessDenied, Conflict, Fenced, UnknownExport
-from glidefs.formats.manifest import Root, decode_root, encode_root
+from glidefs.errors import AccessDenied, Conflict, ExportExists, Fenced, UnknownExport
+from glidefs.formats.manifest import EMPTY_PAGE, Root, decode_root, encode_root
 from glidefs.names import manifest_key
-from glidefs.roots import delete_root, put_first_root
+from glidefs.roots import delete_root, put_first_root, undelete_root
 from glidefs.store.memory import MemoryStore
 from glidefs.volume import lease
 
@@ -31,13 +31,83 @@ def stored(store: MemoryStore) -> Root:
     return decode_root(KEY, store.get(KEY).data)
 
 
-def test_a_volume_with_one_owner_leaves_nothing() -> None:
+def test_a_volume_with_one_owner_leaves_nothing_if_asked_to() -> None:
     store, root = MemoryStore(), volume()
     put_first_root(store, PREFIX, root)
-    assert delete_root(store, PREFIX, root)
+    assert delete_root(store, PREFIX, root, now=True)
     with pytest.raises(UnknownExport):
         lease.read_root(store, PREFIX, "v")
+    assert delete_root(store, PREFIX, root, now=True)
+    with pytest.raises(UnknownExport):
+        undelete_root(store, PREFIX, "v")
+
+
+def test_a_removed_volume_is_put_back_as_it_was_without_an_owner() -> None:
+    store, root = MemoryStore(), msgspec.structs.replace(volume(), inline_page=EMPTY_PAGE, flush="store")
+    put_first_root(store, PREFIX, root)
     assert delete_root(store, PREFIX, root)
+    assert delete_root(store, PREFIX, root), "a removal that is done is done"
+    with pytest.raises(UnknownExport, match="was removed"):
+        lease.attach(store, PREFIX, "v", "a")
+    back = undelete_root(store, PREFIX, "v")
+    assert stored(store) == back
+    kept = ("volume_id", "size", "page_ids", "inline_page", "flush", "source", "created_at")
+    assert [getattr(back, field) for field in kept] == [getattr(root, field) for field in kept]
+    assert (back.owner_node, back.log_id, back.removed_at) == ("", lease.NO_ID, 0)
+    assert not delete_root(store, PREFIX, root), "who removed it once has no part in its new life"
+    with pytest.raises(ExportExists, match="was not removed"):
+        undelete_root(store, PREFIX, "v")
+    assert lease.attach(store, PREFIX, "v", "b")[0].epoch == root.epoch + 1
+
+
+def test_what_is_about_to_be_deleted_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """! The delete would take the volume along."""
+    store, root = MemoryStore(), volume()
+    put_first_root(store, PREFIX, root)
+    delete, refused = store.delete, []
+
+    def slow(key: str) -> None:
+        with pytest.raises(UnknownExport, match="for good"):
+            undelete_root(store, PREFIX, "v")
+        refused.append(1)
+        delete(key)
+
+    monkeypatch.setattr(store, "delete", slow)
+    assert delete_root(store, PREFIX, root, now=True)
+    assert refused
+
+
+def test_who_undeletes_and_who_creates_are_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """! An undelete that read the tombstone before must not put its root over another volume."""
+    store, root, fresh = MemoryStore(), volume(), volume()
+    put_first_root(store, PREFIX, root)
+    delete_root(store, PREFIX, root)
+    read_root = lease.read_root
+
+    def slow(view: MemoryStore, prefix: str, name: str) -> tuple[Root, str]:
+        found = read_root(view, prefix, name)
+        if found[0].removed_at:
+            put_first_root(store, PREFIX, fresh)
+        return found
+
+    monkeypatch.setattr(lease, "read_root", slow)
+    with pytest.raises(ExportExists):
+        undelete_root(store, PREFIX, "v")
+    assert stored(store) == fresh
+
+
+def test_an_undelete_whose_answer_was_lost_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, root = MemoryStore(), volume()
+    put_first_root(store, PREFIX, root)
+    delete_root(store, PREFIX, root)
+    put = store.put
+
+    def lost(key: str, data: Any, **conditions: Any) -> str:
+        put(key, data, **conditions)
+        return put(key, data, **conditions)  # sent again: refused
+
+    monkeypatch.setattr(store, "put", lost)
+    assert undelete_root(store, PREFIX, "v") == stored(store)
 
 
 def test_what_was_taken_over_and_removed_is_not_put_again() -> None:
@@ -71,7 +141,7 @@ def test_nobody_takes_a_name_that_is_being_removed(monkeypatch: pytest.MonkeyPat
         delete(key)
 
     monkeypatch.setattr(store, "delete", slow)
-    assert delete_root(store, PREFIX, root)
+    assert delete_root(store, PREFIX, root, now=True)
     assert refused == [True]
     put_first_root(store, PREFIX, fresh)
     assert stored(store) == fresh
@@ -87,7 +157,7 @@ def test_a_name_whose_removal_was_interrupted_is_free_later(monkeypatch: pytest.
 
         patch.setattr(store, "delete", fail)
         with pytest.raises(AccessDenied):
-            delete_root(store, PREFIX, root)
+            delete_root(store, PREFIX, root, now=True)
     monkeypatch.setattr(lease, "DOOMED_PATIENCE", 0.0)
     with pytest.raises(Conflict):
         put_first_root(store, PREFIX, fresh)
@@ -109,5 +179,5 @@ def test_a_removal_that_goes_on_says_so_anew(monkeypatch: pytest.MonkeyPatch) ->
         delete(key, **conditions)
 
     monkeypatch.setattr(store, "delete", look)
-    assert delete_root(store, PREFIX, root)
+    assert delete_root(store, PREFIX, root, now=True)
     assert seen[0] > 1

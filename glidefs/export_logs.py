@@ -1,0 +1,78 @@
+"""The write log of an export that is closed: how much of it the store lacks, and where it goes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from pathlib import Path
+from typing import Protocol
+
+from glidefs.errors import CorruptObject
+from glidefs.formats.export_record import ExportRecord
+from glidefs.volume import aside, local, logs
+
+log = logging.getLogger(__name__)
+
+
+class Directories(Protocol):
+    """What is used of the router's settings."""
+
+    @property
+    def state_dir(self) -> Path:
+        """Local copies of roots and pages."""
+        ...
+
+    @property
+    def logs_dir(self) -> Path:
+        """Write logs."""
+        ...
+
+
+class ExportLogs:
+    """Logs by the records of their exports. The caller holds the entry's lock."""
+
+    def __init__(self, places: Directories) -> None:
+        self._places = places
+
+    def directory(self, record: ExportRecord) -> Path:
+        """Where the log is."""
+        return logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
+
+    def sent_segment(self, record: ExportRecord) -> int:
+        """The last segment of the log that the store has, as far as this host knows."""
+        try:
+            saved = local.load(self._places.state_dir, record.volume_id)
+        except CorruptObject:
+            return 0
+        return saved[0].last_segment if saved is not None and saved[0].log_id == record.log_id else 0
+
+    def unsent_bytes(self, record: ExportRecord) -> int:
+        """Bytes that the log holds and the store does not. Raises CorruptLog."""
+        sent = self.sent_segment(record)
+        return logs.unsent_bytes(self.directory(record), record.volume_id, record.log_id, sent)
+
+    def set_aside(self, record: ExportRecord) -> None:
+        """Note beside a log that leaves its export whose it was, and what of it the store has."""
+        directory = self.directory(record)
+        note = aside.Aside(
+            name=record.name,
+            prefix=record.prefix,
+            why=record.fenced,
+            at=record.fenced_at or int(time.time()),
+            sent=self.sent_segment(record),
+        )
+        try:
+            aside.write(directory, note)
+        except OSError as error:
+            log.warning("%s: nothing is noted beside its log in %s: %s", record.name, directory, error)
+
+    def delete(self, record: ExportRecord) -> None:
+        """Delete the log; others of the volume, which were set aside, stay."""
+        directory = self.directory(record)
+        logs.remove_log(directory)
+        try:
+            directory.parent.rmdir()  # fails where other logs of the volume were set aside
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                log.warning("%s: %s", directory.parent, error.strerror)

@@ -1,0 +1,56 @@
+"""What is known of a write log that was set aside: whose it was, why, and how much of it the store has.
+
+A small file in the log's directory, written when its export loses the log: it outlives the record and the
+local root. A log without one, or with one that is damaged, counts as if the store had nothing of it.
+
+    {"checksum": BLAKE3 in hex of the bytes of the value of "aside", "aside": {...}}
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+from blake3 import blake3
+
+from glidefs.formats.atomic import write_file_atomic
+
+FILE = "aside.json"
+_MAX_FILE = 64 << 10
+
+
+class Aside(msgspec.Struct, frozen=True, kw_only=True):
+    """``name`` and ``prefix`` of the export; ``at``: unix seconds; ``sent``: last segment in the store."""
+
+    name: str
+    prefix: str
+    why: str
+    at: int
+    sent: int
+
+
+class _File(msgspec.Struct):
+    checksum: str
+    aside: msgspec.Raw
+
+
+def write(directory: Path, aside: Aside) -> None:
+    """Note it in a log's directory, unless that is not there. Durable on return. Raises OSError."""
+    if not directory.is_dir():
+        return
+    body = msgspec.json.encode(aside)
+    document = _File(checksum=blake3(body).hexdigest(), aside=msgspec.Raw(body))
+    write_file_atomic(directory / FILE, msgspec.json.encode(document) + b"\n")
+
+
+def read(directory: Path) -> Aside | None:
+    """What was noted; None where nothing was, or it cannot be believed."""
+    try:
+        with (directory / FILE).open("rb") as file:
+            document = msgspec.json.decode(file.read(_MAX_FILE), type=_File)
+        body = bytes(document.aside)
+        if blake3(body).hexdigest() != document.checksum:
+            return None
+        return msgspec.json.decode(body, type=Aside)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,67 @@
+"""Who has a block device open. A loop device stands for a ublk device."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from glidefs.transport.device_use import device_use
+
+
+@pytest.fixture
+def device(tmp_path: Path) -> Iterator[str]:
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(16 << 20)
+    made = subprocess.run(
+        ["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no loop device can be had: {made.stderr.strip()}")
+    path = made.stdout.strip()
+    yield path
+    subprocess.run(["losetup", "--detach", path], check=False)
+
+
+def test_nobody(device: str) -> None:
+    assert device_use(device, 0.0) == ""
+    assert device_use("/dev/no-such-device", 0.0) == ""
+
+
+def test_a_process_that_has_it_open_is_named(device: str) -> None:
+    script = f"import os, sys; os.open({device!r}, os.O_RDONLY); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert device_use(device, 0.0).startswith(f"{device} is open (pid {process.pid} ")
+        process.communicate(b"")
+    assert device_use(device, 0.0) == ""
+
+
+def test_who_only_looks_is_waited_for(device: str) -> None:
+    script = f"import os; os.open({device!r}, os.O_RDONLY); print(flush=True); os.close(1); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        process.stdin.close()  # it ends while we wait
+        assert device_use(device, 20.0) == ""
+
+
+def test_an_exclusive_claim_of_the_kernel_counts(device: str) -> None:
+    """As a mount, swap or another device has it: of this process, which is not looked at otherwise."""
+    claim = os.open(device, os.O_RDONLY | os.O_EXCL)
+    try:
+        assert device_use(device, 0.0) == f"{device} is mounted, or in use by another device"
+    finally:
+        os.close(claim)
+    assert device_use(device, 0.0) == ""
