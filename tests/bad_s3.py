@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,15 @@ from xml.sax.saxutils import escape
 Shape = Literal["bare", "html", "xml"]
 SHAPES: tuple[Shape, ...] = ("bare", "html", "xml")
 METHODS = ("GET", "HEAD", "PUT", "LIST", "DELETE")
+CODES = (
+    "InternalError",
+    "AccessDenied",
+    "SlowDown",
+    "ServiceUnavailable",
+    "ExpiredToken",
+    "MethodNotAllowed",
+)
+"""Of error documents that say nothing about an object."""
 BUCKET = "bucket"
 
 
@@ -57,6 +67,18 @@ class Fault(NamedTuple):
         return b"default backend - %d" % self.status, "text/plain"
 
 
+class Storm(NamedTuple):
+    """Faults drawn anew for each request that is hit: a status of ``statuses`` with any body.
+
+    A share ``done`` of the PUTs and DELETEs that are hit is done all the same: only its answer is lost.
+    """
+
+    statuses: Sequence[int]
+    methods: frozenset[str] = frozenset(METHODS)
+    share: float = 1.0
+    done: float = 0.3
+
+
 class Stored(NamedTuple):
     """An object."""
 
@@ -75,7 +97,7 @@ class BadS3:
 
     def __init__(self) -> None:
         self.objects: dict[str, Stored] = {}
-        self.fault: Fault | None = None
+        self.fault: Fault | Storm | None = None
         self.token = ""
         self.refuse: tuple[int, str] = (400, "ExpiredToken")
         self.requests: Counter[str] = Counter()
@@ -109,7 +131,15 @@ class BadS3:
             if fault is None or method not in fault.methods or self._random.random() >= fault.share:
                 return None
             self.faults[method] += 1
-            return fault
+            if isinstance(fault, Fault):
+                return fault
+            shape = self._random.choice(SHAPES)
+            return Fault(self._random.choice(fault.statuses), shape, code=self._random.choice(CODES))
+
+    def does(self) -> bool:
+        """Whether a request that was hit is done all the same."""
+        with self.lock:
+            return isinstance(self.fault, Storm) and self._random.random() < self.fault.done
 
 
 class _Server(ThreadingHTTPServer):
@@ -152,6 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = self.s3.hit(method)
         token = self.headers.get("X-Amz-Security-Token") or query.get("X-Amz-Security-Token", "")
         if fault is not None:
+            if method in ("PUT", "DELETE") and self.s3.does():
+                self._change(method, key, data)
             body, kind = fault.content()
             self._answer(fault.status, body, Content_Type=kind)
         elif self.s3.token and token != self.s3.token:
@@ -164,31 +196,33 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(404, "NoSuchBucket")
         elif method == "LIST":
             self._list(query)
-        elif method == "PUT":
-            self._put(key, data)
-        elif method == "DELETE":
-            with self.s3.lock:
-                self.s3.objects.pop(key, None)
-            self._answer(204)
+        elif method in ("PUT", "DELETE"):
+            status, what = self._change(method, key, data)
+            if status >= 400:
+                self._error(status, what)
+            elif status == 200:
+                self._answer(200, ETag=what)
+            else:
+                self._answer(204)
         else:
             self._get(key)
 
-    def _put(self, key: str, data: bytes) -> None:
+    def _change(self, method: str, key: str, data: bytes) -> tuple[int, str]:
+        """Do a PUT or DELETE: its status, and the ETag or the code of the error."""
+        if method == "DELETE":
+            with self.s3.lock:
+                self.s3.objects.pop(key, None)
+            return 204, ""
         match, none_match = self.headers.get("If-Match"), self.headers.get("If-None-Match")
         etag = f'"{hashlib.md5(data).hexdigest()}"'
         with self.s3.lock:
             found = self.s3.objects.get(key)
             if match and found is None:
-                refused = (404, "NoSuchKey")
-            elif (match and found is not None and found.etag != match) or (none_match and found is not None):
-                refused = (412, "PreconditionFailed")
-            else:
-                refused = None
-                self.s3.objects[key] = Stored(data, etag, time.time())
-        if refused is not None:
-            self._error(*refused)
-        else:
-            self._answer(200, ETag=etag)
+                return 404, "NoSuchKey"
+            if (match and found is not None and found.etag != match) or (none_match and found is not None):
+                return 412, "PreconditionFailed"
+            self.s3.objects[key] = Stored(data, etag, time.time())
+        return 200, etag
 
     def _get(self, key: str) -> None:
         with self.s3.lock:
