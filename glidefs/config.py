@@ -316,6 +316,12 @@ def _check(source: str, config: Config) -> None:
     for key, url in (("url", config.store.url), ("endpoint_url", config.store.endpoint_url)):
         if url and "@" in urlsplit(url).netloc:
             refuse("store", key, "credentials do not belong in an url; they come from the AWS chain")
+    for key, timeout in (
+        ("connect_timeout", config.store.connect_timeout),
+        ("read_timeout", config.store.read_timeout),
+    ):
+        if timeout <= 0:
+            refuse("store", key, "must be more than 0: no request would ever be answered in time")
     if config.store.gc_grace < MIN_GC_GRACE:
         # An upload has half of it from its first pack to its commit, a fork a quarter.
         refuse("store", "gc_grace", "must be at least 1m")

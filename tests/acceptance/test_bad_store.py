@@ -219,7 +219,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "upload": {"sync_interval": '"1s"'},
     }
     with servers.s3_environment(), BadS3() as s3:
-        store = {"url": f'"s3://{BUCKET}/root"', "gc_grace": '"1m"', "endpoint_url": f'"{s3.endpoint}"'}
+        # The first root of a fork has a quarter of the grace to get into the store.
+        store = {"url": f'"s3://{BUCKET}/root"', "gc_grace": '"4m"', "endpoint_url": f'"{s3.endpoint}"'}
         base: Path = tmp_path_factory.mktemp("bad-store")
         node = Node(base / "a", settings={**settings, "store": store})
         world = World(node, s3)

@@ -119,6 +119,8 @@ def test_durations() -> None:
         ("[store]\nprefixes = []", "[store] prefixes"),
         ("[store]\nreads = 0", "[store] reads"),
         ('[store]\ngc_grace = "59s"', "[store] gc_grace: must be at least 1m"),
+        ('[store]\nread_timeout = "0s"', "[store] read_timeout: must be more than 0"),
+        ("[store]\nconnect_timeout = 0", "[store] connect_timeout: must be more than 0"),
         ('[store]\nurl = "s3://key:secret@bucket"', "[store] url: credentials do not belong"),
         ('[daemon]\non_stop = "explode"', "[daemon] on_stop"),
         ('[api]\nlisten = "127.0.0.1:1"', "[api] listen"),
