@@ -36,10 +36,12 @@ COLD_BLOCKS = 768
 """Of random bytes: more than log and block cache take."""
 CLASSES = {"2xx": range(200, 300), "3xx": range(300, 400), "4xx": range(400, 500), "5xx": range(500, 600)}
 SHARES = (0.1, 0.5, 1.0)
+CALM = 1 << 29
+"""Where nobody else writes."""
 SHORT = 4.0
 LONG = float(os.environ.get("GLIDEFS_STORM_SECONDS", 20))
 DRAINED = 5.0
-"""Seconds after the end within which all that is dirty is in the store."""
+"""Seconds after the end until all that is dirty is in the store, beside what a drain takes without faults."""
 
 
 def cold_data(block: int) -> bytes:
@@ -137,6 +139,14 @@ class World:
                 client.pwrite(block * BLOCK, cold_data(block))
         self.node.json("drain", "cold")
         self.node.json("promote", "cold", "--base", "b")
+
+    def calm(self) -> float:
+        """Seconds that a write and a drain take now, without faults: more on a busy machine."""
+        with stopwatch() as took:
+            with self.node.nbd("hot") as client:
+                client.pwrite(CALM, hot_data(0))
+            self.node.client.call("POST", "/api/exports/hot/drain", {}, timeout=DEADLINE)
+        return took[0]
 
     def storm(self, storm: Storm, seconds: float) -> Round:
         """One round; what was seen."""
@@ -236,10 +246,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def storm(world: World, figure: Figures, seconds: float, storm: Storm) -> None:
+    calm = world.calm()
     with stopwatch() as took:
         seen = world.storm(storm, seconds)
+    figure("drain without faults", calm, "s")
     figure("requests that were hit", seen.hits, at_least=1)
-    figure("drained after the end", seen.drained, "s", below=DRAINED)
+    figure("drained after the end", seen.drained, "s", below=DRAINED + calm)
     figure("cold reads", seen.reads)
     figure("forks", seen.forks)
     figure("round", took[0], "s")
