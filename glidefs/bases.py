@@ -74,7 +74,8 @@ class BaseLibrary:
 
     def store_hot_set(self, prefix: str, base: str, hot_set: HotSet) -> None:
         """Put a hot set beside a base, over one that is there. Raises StoreError."""
-        self._uploads.put(hot_set_key(prefix, base), encode_hot_set(hot_set))
+        key = hot_set_key(prefix, base)
+        self._uploads.put(key, encode_hot_set(hot_set, key))
         self.hot_sets.put(prefix, base, hot_set)
 
     def forget(self, prefix: str, base: str) -> None:

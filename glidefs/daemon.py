@@ -30,6 +30,7 @@ from glidefs.handoff.history import History
 from glidefs.handoff.predecessor import HandoffFailed, Outcome, Predecessor
 from glidefs.handoff.protocol import ExportCut, ListenerInfo
 from glidefs.health import troubles
+from glidefs.identity import CacheIdentity
 from glidefs.metrics import ExportFigures, Metrics, Snapshot
 from glidefs.router import ExportRouter
 from glidefs.serving import Core
@@ -75,6 +76,7 @@ class Daemon:
         self._locks: list[process.DirectoryLock] = []
         self._undo = contextlib.ExitStack()
         self._store: ResilientStore | None = None
+        self._identity: CacheIdentity | None = None
         self._core: Core | None = None
         self._api: ApiServer | None = None
         self._metrics = Metrics(self._snapshot)
@@ -131,7 +133,8 @@ class Daemon:
 
     def _open_core(self, *, standby: bool) -> None:
         assert self._store is not None
-        self._core = Core(self.config, self._store, standby=standby)
+        assert self._identity is not None
+        self._core = Core(self.config, self._store, self._identity, standby=standby)
 
     def _open_exports(self) -> None:
         self.router.start()
@@ -175,6 +178,9 @@ class Daemon:
             self._undo.callback(lock.release)
         for fd in inherited.values():
             os.close(fd)  # of a directory that the configuration names no more
+        beside = {"log_dir": cache.logs, "block_cache_dir": cache.blocks}
+        recorded = any((Path(cache.dir) / "exports").glob("*.json"))
+        self._identity = CacheIdentity(Path(cache.dir), beside, keeps_logs=recorded)
 
     def _open_store(self) -> ResilientStore:
         settings = self.config.store

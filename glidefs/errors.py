@@ -42,8 +42,27 @@ class CorruptObject(GlideError):
         )
 
 
+class WrongObject(CorruptObject):
+    """An object is whole and valid, but another one than belongs there: swapped, copied or restored amiss."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(key, 0, why)
+        self.args = (f"{key}: not the object that belongs here: {why}; put the right one back",)
+
+
 class NewerFormat(CorruptObject):
     """The object is whole, but of a version or with flags that are not known here."""
+
+
+class OlderFormat(CorruptObject):
+    """The object is whole, but of a version from before the first release that promised to stay readable."""
+
+    def __init__(self, key: str, offset: int, found: int, known: int) -> None:
+        super().__init__(key, offset, f"format {found}; this GlideFS reads format {known}")
+        self.args = (
+            f"{key}: written by an early GlideFS (format {found}; this one reads format {known}): "
+            "export it with the version that wrote it",
+        )
 
 
 class CorruptLog(GlideError):
@@ -111,6 +130,22 @@ class NotFound(StoreError):
 
 class PreconditionFailed(StoreError):
     """The object changed, exists already or is gone, so the conditional request was refused."""
+
+
+class StoreWentBack(StoreError):
+    """The store has an older root than this host: a bucket was restored, or a replica lags behind.
+
+    Nothing is adopted, put or given up until it has caught up, or an operator says that the older one counts.
+    """
+
+    def __init__(self, key: str, ours: int, found: int) -> None:
+        self.ours = ours
+        self.found = found
+        super().__init__(
+            f"the store went back in time: it has commit {found} of this volume, this host has {ours}; bring "
+            "the store up to date, or take the older state with 'glidefs attach NAME --accept-older'",
+            key=key,
+        )
 
 
 class Conflict(StoreError):
@@ -181,13 +216,14 @@ class UnknownExport(GlideError):
 
 
 class OwnedElsewhere(GlideError):
-    """Another node serves the volume."""
+    """Another host serves the volume. ``note`` says what else is known of that one."""
 
-    def __init__(self, volume: str, node: str) -> None:
+    def __init__(self, volume: str, node: str, note: str = "") -> None:
         self.volume = volume
         self.node = node
+        what = f" {note}" if note else ""
         super().__init__(
-            f"volume {volume} is owned by node {node or '(unnamed)'}: detach it there, "
+            f"volume {volume} is owned by node {node or '(unnamed)'}{what}: detach it there, "
             "or take it over with --take-over, which fences that node"
         )
 

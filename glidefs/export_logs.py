@@ -10,6 +10,7 @@ from typing import Protocol
 
 from glidefs.errors import CorruptObject
 from glidefs.formats.export_record import ExportRecord
+from glidefs.names import manifest_key
 from glidefs.volume import aside, local, logs
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,9 @@ class ExportLogs:
     def sent_segment(self, record: ExportRecord) -> int:
         """The last segment of the log that the store has, as far as this host knows."""
         try:
-            saved = local.load(self._places.state_dir, record.volume_id)
+            saved = local.load(
+                self._places.state_dir, record.volume_id, manifest_key(record.prefix, record.name)
+            )
         except CorruptObject:
             return 0
         return saved[0].last_segment if saved is not None and saved[0].log_id == record.log_id else 0

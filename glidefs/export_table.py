@@ -25,7 +25,7 @@ from glidefs.formats import export_record
 from glidefs.formats.atomic import fsync_dir, write_file_atomic
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import MAX_LABEL, Root, encode_root, manifest_hash
-from glidefs.names import check_name
+from glidefs.names import check_name, manifest_key
 from glidefs.transport.base import Endpoint, Transport
 from glidefs.volume.volume import Volume
 
@@ -404,7 +404,7 @@ class ExportTable:
 
 def new_record(root: Root, prefix: str, transport: str, *, published: bool) -> ExportRecord:
     """The record of a volume with this root."""
-    data = encode_root(root)
+    data = encode_root(root, manifest_key(prefix, root.name))
     return ExportRecord(
         name=root.name,
         volume_id=root.volume_id,

@@ -110,9 +110,14 @@ class ProfileRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class AttachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../attach."""
+    """Body of POST .../attach.
+
+    ``take_over`` fences the host that has the volume. ``accept_older`` takes the store's state where that
+    went back in time: what this host has beyond it stays in its log, set aside.
+    """
 
     take_over: bool = False
+    accept_older: bool = False
     prefix: str | None = None
     transport: TransportChoice = "auto"
 

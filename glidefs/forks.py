@@ -23,7 +23,7 @@ from glidefs.exports import (
     TagRequest,
 )
 from glidefs.formats.hot_set import HotSet, make_hot_set
-from glidefs.formats.manifest import Root, encode_root
+from glidefs.formats.manifest import Root
 from glidefs.images.bases import list_bases, remove_base
 from glidefs.images.bless import bless
 from glidefs.images.profile import IDLE, recording, wait
@@ -149,7 +149,7 @@ class ForkVerbs:
                 self._opener.reopen(entry)
                 raise
             if etag is not None:
-                local.save(self._opener.places.state_dir, root.volume_id, root, encode_root(root), etag, {})
+                local.save(self._opener.places.state_dir, root, manifest_key(record.prefix, name), etag)
             fresh = new_record(root, record.prefix, record.transport, published=etag is not None)
             entry.set_record(self._records, replace(fresh, size=record.size, device_id=record.device_id))
             if root.volume_id != record.volume_id:
@@ -169,16 +169,15 @@ class ForkVerbs:
                     root,
                     root.name,
                     root.size,
-                    self._opener.places.node,
+                    self._opener.places.owner,
                     source=record.source,
                     transport=root.transport,
                     flush=root.flush,
                 )
                 return fork, None if source.kind == "base" else put_first_root(view, record.prefix, fork)
-        own = replace(root, read_only=False, sequence=root.sequence + 1)
-        result = lease.commit_root(
-            view, manifest_key(record.prefix, root.name), encode_root(own), etag, own.log_id
-        )
+        own = lease.next_root(root, read_only=False)
+        local.save_tried(self._opener.places.state_dir, root.volume_id, [own.nonce])
+        result = lease.commit_root(view, manifest_key(record.prefix, root.name), own, etag, base=root)
         return result.adopted or own, result.etag
 
     # -- bases -------------------------------------------------------------------------------------

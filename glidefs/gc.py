@@ -246,7 +246,7 @@ class _Run:
         key = names.gc_state_key(self._prefix)
         packs, pages = (self._sightings(kind) for kind in self._kinds)
         state = make_state(secrets.token_bytes(ID_SIZE), packs, pages, self._checkpoint_sightings())
-        data = encode_state(state)
+        data = encode_state(state, names.gc_state_key(self._prefix))
         etag = self._state_etag
         try:
             self._state_etag = self._store.put(key, data, if_match=etag, if_none_match=etag is None)
@@ -290,7 +290,7 @@ class _Run:
             # create takes the name of a doomed one.
             claimed = lease.tombstone(tombstone.root, doomed=True)
             try:
-                self._store.put(key, encode_root(claimed), if_match=tombstone.etag)
+                self._store.put(key, encode_root(claimed, key), if_match=tombstone.etag)
             except (PreconditionFailed, Conflict):
                 continue
             if key.startswith(names.bases_prefix(self._prefix)):
@@ -311,7 +311,7 @@ class _Run:
             if deleted >= limit:
                 break
             key = checkpoint.info.key
-            empty = encode_blessing(make_blessing(0, (), 0))
+            empty = encode_blessing(make_blessing(0, (), 0), key)
             try:
                 self._store.put(key, empty, if_match=checkpoint.info.etag)
             except (PreconditionFailed, Conflict):

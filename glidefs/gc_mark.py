@@ -247,7 +247,7 @@ class Marker:
     def _read_page(self, page_id: bytes) -> Page:
         key = self._pages.key(page_id.hex())
         try:
-            return decode_page(key, self._store.get(key).data)
+            return decode_page(key, self._store.get(key).data, page_id)
         except NotFound:
             raise _PageGone(key) from None
 

@@ -17,6 +17,7 @@ from glidefs.errors import (
 )
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import NO_ID
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import check_name
 from glidefs.opener import STORE_PATIENCE, Opener
@@ -121,6 +122,7 @@ class Leaving:
         try:
             if entry.volume is not None:
                 entry.drain(STORE_PATIENCE if force else PATIENCE)
+                tried = entry.volume.committer.tried
                 root, etag = self._opener.close_volume(entry)
         except Fenced as error:
             return self._lost(entry, record, error.why)
@@ -139,7 +141,7 @@ class Leaving:
             view = self._store.view("upload", PATIENCE)
             if etag is None:  # read-only and never published
                 etag = put_first_root(view, record.prefix, root)
-            lease.detach(view, record.prefix, root, etag)
+            lease.detach(view, record.prefix, root, etag, tried)
         except Fenced as error:  # a clean volume does not ask the store whose it is
             return self._lost(entry, record, error.why)
         except BaseException:
@@ -258,7 +260,7 @@ class Leaving:
                 continue
             if root.removed_at and not root.doomed and not now:
                 continue
-            if root.owner_node not in ("", self._opener.places.node):
+            if root.owner_host not in (NO_ID, self._opener.places.owner.host):
                 raise OwnedElsewhere(name, root.owner_node)
             now = now or root.doomed
             delete_root(view, prefix, root, now=now)

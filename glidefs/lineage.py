@@ -149,10 +149,10 @@ class Lineage:
         Raises StoreError.
         """
         view, copy = self._view(), kept_copy(root)
-        data = encode_root(copy)
         sequence = max([copy.sequence, *(kept + 1 for kept in self._sequences(view, prefix, root.name))])
         while True:
             key = snapshot_key(prefix, root.name, sequence)
+            data = encode_root(copy, key)
             try:
                 view.put(key, data, if_none_match=True)
                 return sequence
@@ -179,7 +179,8 @@ class Lineage:
 
     def tag(self, prefix: str, tag: str, root: Root) -> None:
         """Put a copy of ``root`` under a tag, over what the tag named before. Raises StoreError."""
-        self._view().put(tag_key(prefix, check_name("tag", tag)), encode_root(kept_copy(root)))
+        key = tag_key(prefix, check_name("tag", tag))
+        self._view().put(key, encode_root(kept_copy(root), key))
 
     def snapshots(self, prefix: str, name: str) -> list[dict[str, Any]]:
         """The snapshots of a volume, oldest first, with the time of each (unix seconds)."""

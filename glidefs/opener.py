@@ -2,7 +2,7 @@
 
 At start every record is opened from local files alone, so that an outage of the store keeps nobody
 from what is resident. What fails is listed with its reason; what may pass is tried again. A host
-without records looks in the store for volumes that name it as owner.
+without records names the volumes that the store says a host of its name had, and takes none of them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Protocol
 
 from glidefs.core.handoff import Position
-from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, UnknownExport
+from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
 from glidefs.export_logs import ExportLogs
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
-from glidefs.formats.manifest import Root, decode_root, encode_root, manifest_hash
-from glidefs.names import volumes_prefix
+from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
+from glidefs.names import manifest_key
 from glidefs.roots import delete_root
-from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.resilient import ResilientStore
+from glidefs.stored_volumes import list_volumes
 from glidefs.transport.base import Attachment, Transport, choose_transport
 from glidefs.volume import lease, local, logs
 from glidefs.volume.host import Host
@@ -34,14 +34,21 @@ log = logging.getLogger(__name__)
 OPEN_THREADS = 4
 STORE_PATIENCE = 5.0
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0
+NAMED = 10
+"""Volumes that a message names."""
 
 
 class Places(Protocol):
     """What is used of the router's settings."""
 
     @property
-    def node(self) -> str:
-        """Owner label of this host."""
+    def owner(self) -> lease.Owner:
+        """This host, as roots name it."""
+        ...
+
+    @property
+    def logs_missing(self) -> str:
+        """Why the log directory is not this host's; empty if it is."""
         ...
 
     @property
@@ -165,7 +172,7 @@ class Opener:
             ours = delete_root(view, record.prefix, record)
         else:
             root, _ = lease.read_root(view, record.prefix, record.name)
-            done = root.volume_id == record.volume_id and not root.owner_node
+            done = root.volume_id == record.volume_id and root.owner_host == NO_ID
             ours = True
         if not done:
             self._records.set_intent(entry.name, None)
@@ -186,49 +193,38 @@ class Opener:
         return not any(entry.state == "failed" and entry.retry and not entry.gone for entry in waiting)
 
     def _scan(self) -> bool:
-        """Once per cache directory: serve volumes whose root names this node. True when complete."""
+        """Once per cache directory: name the volumes that the store says this node had. True when complete.
+
+        They are not taken: a name is no evidence, for another host may bear it.
+        """
         if self._records.scanned:
             return True
         view = self._store.view("background", STORE_PATIENCE)
+        owner = self.places.owner
         try:
             for prefix in self.places.prefixes:
-                names = [dir_name(path) for path in view.list_dirs(volumes_prefix(prefix))]
-                with ThreadPoolExecutor(OPEN_THREADS, "find-export") as pool:
-                    list(pool.map(lambda name, prefix=prefix: self._look(view, prefix, name), names))
+                lost = [found.name for found in list_volumes(view, prefix) if found.is_candidate(owner)]
+                if lost:
+                    log.warning(
+                        "prefix %s has %d volumes of another host that was called %s (%s): if that host or "
+                        "its disk is lost, take them with 'glidefs attach --all --node %s --take-over'",
+                        prefix,
+                        len(lost),
+                        owner.node,
+                        ", ".join(lost[:NAMED]),
+                        owner.node,
+                    )
         except StoreError as error:
-            log.warning("cannot look for exports of this node in the store yet: %s", error)
+            log.warning("cannot look for volumes of this node in the store yet: %s", error)
             return False
         self._records.mark_scanned()
         return True
-
-    def _look(self, view: ObjectStore, prefix: str, name: str) -> None:
-        """Attach a volume of ours that this disk knows nothing of. Its old log is lost with the disk.
-
-        A root that cannot be read is left for its owner to look at. Raises StoreError.
-        """
-        if self._table.find(name) is not None or self._stopping.is_set():
-            return
-        try:
-            found, _ = lease.read_root(view, prefix, name)
-            if found.owner_node != self.places.node:
-                return
-            log.warning("%s: the store says that this node serves it; taking it up again", name)
-            with self._table.reserved(name) as entry:
-                own = self._store.view("upload", STORE_PATIENCE)
-                root, etag = lease.attach(own, prefix, name, self.places.node)
-                self.take(entry, prefix, root, etag, root.transport)
-        except UnknownExport:
-            pass  # removed: its snapshots or an empty directory are left
-        except StoreError:
-            raise
-        except GlideError as error:
-            log.warning("%s: not taken up: %s", name, error)
 
     # -- one export ------------------------------------------------------------------------------
 
     def take(self, entry: Entry, prefix: str, root: Root, etag: str, transport: str) -> None:
         """Serve a volume that is ours in the store by now. A failure is kept in the entry."""
-        local.save(self.places.state_dir, root.volume_id, root, encode_root(root), etag, {})
+        local.save(self.places.state_dir, root, manifest_key(prefix, root.name), etag)
         entry.set_record(self._records, new_record(root, prefix, transport, published=True))
         self.try_open(entry, root, etag)
 
@@ -248,6 +244,7 @@ class Opener:
     def prepare(self, entry: Entry) -> None:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
         assert entry.record is not None
+        self.check_logs(entry.record)
         root, etag = self._find_root(entry.record)
         entry.volume = self._host.open(entry.record, root, etag, standby=True)
         self._watch(entry, entry.volume)
@@ -274,6 +271,7 @@ class Opener:
         """Serve from the record and the local root; from the store's where the local one is lost."""
         assert entry.record is not None
         try:
+            self.check_logs(entry.record)
             root, etag = self._find_root(entry.record)
             self.open(entry, root, etag)
             if entry.volume is not None:
@@ -311,7 +309,7 @@ class Opener:
             root, _ = lease.read_root(view, record.prefix, record.name)
         except UnknownExport:
             return record.root_published
-        return root.volume_id == record.volume_id and not root.owner_node
+        return root.volume_id == record.volume_id and root.owner_host == NO_ID
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         if isinstance(error, Fenced) and entry.record is not None:
@@ -320,9 +318,29 @@ class Opener:
         unexpected = not isinstance(error, GlideError | OSError)
         log.error("%s: cannot be served: %s", entry.name, error, exc_info=error if unexpected else None)
 
-    def _find_root(self, record: ExportRecord) -> tuple[Root, str | None]:
+    def check_logs(self, record: ExportRecord) -> None:
+        """Raises GlideError where the log of an export is elsewhere: it may hold what the store has not."""
+        if self.places.logs_missing and not record.is_view:
+            raise GlideError(
+                f"{record.name}: its write log is not here: the log directory {self.places.logs_dir}: "
+                f"{self.places.logs_missing}; mount the right disk and start again"
+            )
+
+    def check_not_older(self, record: ExportRecord) -> None:
+        """Raises StoreWentBack where the store has an older root than the local copy. StoreError."""
+        key = manifest_key(record.prefix, record.name)
         try:
-            saved = local.load(self.places.state_dir, record.volume_id)
+            saved = local.load(self.places.state_dir, record.volume_id, key)
+            found, _ = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
+        except (CorruptObject, UnknownExport):
+            return
+        if saved is not None and found.volume_id == record.volume_id and found.sequence < saved[0].sequence:
+            raise StoreWentBack(key, saved[0].sequence, found.sequence)
+
+    def _find_root(self, record: ExportRecord) -> tuple[Root, str | None]:
+        key = manifest_key(record.prefix, record.name)
+        try:
+            saved = local.load(self.places.state_dir, record.volume_id, key)
         except CorruptObject as error:
             log.warning("%s: %s; asking the store", record.name, error)
             saved = None
@@ -334,7 +352,7 @@ class Opener:
             if ours and not (etag is None and record.root_published):
                 return self._newest(record, root, etag)
         if record.root and manifest_hash(record.root) == record.manifest_hash:
-            return self._newest(record, decode_root(record.name, record.root), None)
+            return self._newest(record, decode_root(key, record.root, f"record of {record.name}"), None)
         if not record.root_published:
             raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
         view = self._store.view("read", STORE_PATIENCE)

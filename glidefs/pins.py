@@ -37,6 +37,7 @@ def kept_copy(root: Root) -> Root:
     """The root as a snapshot, tag or pin keeps it: no host's."""
     return replace(
         root,
+        owner_host=NO_ID,
         owner_node="",
         log_id=NO_ID,
         last_segment=0,
@@ -98,4 +99,4 @@ def _pin_stored(store: ObjectStore, prefix: str, source: Source, key: str) -> Ro
 
 
 def _put(store: ObjectStore, key: str, root: Root) -> None:
-    store.put(key, encode_root(kept_copy(root)))
+    store.put(key, encode_root(kept_copy(root), key))

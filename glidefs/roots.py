@@ -15,10 +15,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from msgspec.structs import replace
-
 from glidefs.errors import ExportExists, Fenced, UnknownExport
-from glidefs.formats.manifest import NO_ID, Root, encode_root
+from glidefs.formats.manifest import Root
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
 from glidefs.volume import lease
@@ -77,12 +75,9 @@ def delete_root(store: ObjectStore, prefix: str, mine: Identity, *, now: bool = 
         if kept and found.removed_at:
             return True
         try:
-            data = encode_root(lease.tombstone(found, doomed=not kept))
-            result = lease.commit_root(store, key, data, etag, mine.log_id)
+            lease.commit_root(store, key, lease.tombstone(found, doomed=not kept), etag, base=found)
         except Fenced:
-            continue  # somebody was faster: look at what there is now
-        if result.adopted is not None:
-            continue  # a commit of ours came late
+            continue  # somebody was faster, or a commit of ours came late: look at what there is now
         if not kept:
             store.delete(key)
         return True
@@ -99,9 +94,9 @@ def undelete_root(store: ObjectStore, prefix: str, name: str) -> Root:
             raise ExportExists(name, f"the volume in prefix {prefix} was not removed; attach it")
         if found.doomed:
             raise UnknownExport(name, f"it is being deleted from prefix {prefix} for good")
-        root = replace(found, removed_at=0, sequence=found.sequence + 1)
+        root = lease.next_root(found, removed_at=0)
         try:
-            result = lease.commit_root(store, manifest_key(prefix, name), encode_root(root), etag, NO_ID)
+            lease.commit_root(store, manifest_key(prefix, name), root, etag, base=found)
         except Fenced:
             continue  # gc or a create was faster: look at what there is now
-        return result.adopted or root
+        return root

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from glidefs.bases import BaseLibrary
 from glidefs.errors import (
@@ -49,9 +49,11 @@ from glidefs.names import Source, check_name, check_prefix, parse_source
 from glidefs.opener import Opener
 from glidefs.roots import delete_root, put_first_root
 from glidefs.store.resilient import ResilientStore
+from glidefs.stored_volumes import list_volumes
 from glidefs.transport.base import Transport, choose_transport
 from glidefs.volume import lease
 from glidefs.volume.host import Host
+from glidefs.volume.logs import log_dir
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +66,17 @@ STANDBY_THREADS = 4
 
 
 class RouterSettings(Struct, frozen=True):
-    """Who this node is and where things are; the first of `prefixes` is the default."""
+    """Who this host is and where things are; the first of `prefixes` is the default.
 
-    node: str
+    ``logs_missing`` says why the log directory is not this host's; empty if it is.
+    """
+
+    owner: lease.Owner
     exports_dir: Path
     state_dir: Path
     logs_dir: Path
     prefixes: tuple[str, ...]
+    logs_missing: str = ""
 
 
 class ExportRouter:
@@ -223,6 +229,7 @@ class ExportRouter:
         with self.table.reserved(name) as entry, self._origin(prefix, source) as origin:
             root, size = self._first_root(name, wanted, origin, size)
             entry.record = replace(new_record(root, prefix, wanted.transport, published=False), size=size)
+            self._opener.check_logs(entry.record)
             try:
                 self._create(entry, root, wanted.wait)
             except BaseException:
@@ -239,10 +246,10 @@ class ExportRouter:
         self, name: str, wanted: CreateRequest, origin: Origin | None, size: int | None
     ) -> tuple[Root, int]:
         """The root of a new volume, and the volume's size. Raises ConfigError."""
-        node, transport, flush = self._settings.node, wanted.transport, wanted.flush
+        owner, transport, flush = self._settings.owner, wanted.transport, wanted.flush
         if origin is None:
             assert size is not None
-            root = lease.empty_root(name, size, node, transport=transport, flush=flush)
+            root = lease.empty_root(name, size, owner, transport=transport, flush=flush)
         else:
             size = normal_size(origin.root.size) if size is None else size
             if size < origin.root.size:
@@ -251,7 +258,7 @@ class ExportRouter:
                     "leave --size out"
                 )
             root = lease.fork_root(
-                origin.root, name, size, node, source=str(origin.source), transport=transport, flush=flush
+                origin.root, name, size, owner, source=str(origin.source), transport=transport, flush=flush
             )
         return replace(root, read_only=wanted.read_only), size
 
@@ -358,11 +365,35 @@ class ExportRouter:
 
     def _lease(self, prefix: str, name: str, wanted: AttachRequest) -> tuple[Root, str]:
         store = self._store.view("upload", VERB_PATIENCE)
-        return lease.attach(store, prefix, name, self._settings.node, take_over=wanted.take_over)
+        return lease.attach(
+            store,
+            prefix,
+            name,
+            self._settings.owner,
+            take_over=wanted.take_over or wanted.accept_older,
+            has_log=lambda root: log_dir(self._settings.logs_dir, root.volume_id, root.log_id).is_dir(),
+        )
 
     def _take(self, entry: Entry, prefix: str, root: Root, etag: str, wanted: AttachRequest) -> None:
         transport = wanted.transport if wanted.transport != "auto" else root.transport
         self._opener.take(entry, prefix, root, etag, transport)
+
+    def stored_volumes(self, prefix: str | None) -> list[dict[str, Any]]:
+        """The volumes of a prefix as the store knows them; `candidate`: a host of this name had it.
+
+        Raises StoreError.
+        """
+        where = check_prefix(prefix or self._settings.prefixes[0])
+        found = list_volumes(self._store.view("read", VERB_PATIENCE), where)
+        served = {entry.record.volume_id.hex() for entry in self.table.all() if entry.record is not None}
+        return [
+            {
+                **asdict(volume),
+                "served_here": volume.volume_id in served,
+                "candidate": volume.is_candidate(self._settings.owner),
+            }
+            for volume in found
+        ]
 
     def _attach_again(self, entry: Entry, wanted: AttachRequest) -> ExportStatus:
         with entry.lock:
@@ -372,12 +403,14 @@ class ExportRouter:
             if wanted.take_over and entry.volume is not None and entry.serves():
                 with contextlib.suppress(Fenced):  # the caller may know what this host has not heard yet
                     self._lineage.confirm(entry.volume)
-            if entry.serves():
+            if entry.serves() and not wanted.accept_older:
                 return entry.status()
             record = entry.known_record()
+            if wanted.take_over and not wanted.accept_older:
+                self._opener.check_not_older(record)
             if entry.is_fenced():
                 self._attach_fenced(entry, record, wanted)
-            elif wanted.take_over:
+            elif wanted.take_over or wanted.accept_older:
                 self._opener.close_entry(entry, remove_device=True)
                 self._opener.logs.set_aside(record)
                 self._attach(entry, record.prefix, wanted)

@@ -11,12 +11,14 @@ from glidefs.config import Config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
 from glidefs.export_table import Entry
 from glidefs.handoff.coordinator import HandoffCoordinator
+from glidefs.identity import LOG_DIR, CacheIdentity
 from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import NbdTransport
 from glidefs.transport.nbd import NbdServer
 from glidefs.transport.ublk import UblkTransport
 from glidefs.volume.host import Host
+from glidefs.volume.lease import Owner
 from glidefs.volume.settings import HostSettings
 
 
@@ -68,14 +70,15 @@ def host_settings(config: Config) -> HostSettings:
 class Core:
     """What serves the exports: engine, host, router, NBD server. A daemon may have one after another."""
 
-    def __init__(self, config: Config, store: ResilientStore, *, standby: bool) -> None:
+    def __init__(
+        self, config: Config, store: ResilientStore, identity: CacheIdentity, *, standby: bool
+    ) -> None:
         self.stopping = threading.Event()
         self._undo = contextlib.ExitStack()
         self.engine = self._undo.enter_context(Engine(engine_config(config, standby=standby)))
         self.host = Host(
             self.engine,
             store,
-            node=config.daemon.node_name,
             state_dir=config.cache.state,
             settings=host_settings(config),
         )
@@ -84,11 +87,12 @@ class Core:
         nbd.bind(self.server)
         ublk = UblkTransport(config.ublk, config.cache.state)
         settings = RouterSettings(
-            node=config.daemon.node_name,
+            owner=Owner(identity.host_id, config.daemon.node_name),
             exports_dir=Path(config.cache.dir) / "exports",
             state_dir=config.cache.state,
             logs_dir=config.cache.logs,
             prefixes=config.store.prefixes,
+            logs_missing=identity.foreign.get(LOG_DIR, ""),
         )
         bases = BaseLibrary(store, grace=self.host.settings.gc_grace, stopping=self.stopping)
         self.router = ExportRouter(self.host, store, (nbd, ublk), settings, bases, self.stopping)

@@ -193,6 +193,11 @@ class Routes:
         attach = self.life.verb(verb, name, self.control.router.attach, name, wanted)
         return reply(await self.pools.stores.run(attach))
 
+    async def volumes(self, request: Request) -> Response:
+        """GET /api/volumes: what the store has, whoever serves it."""
+        volumes, prefix = self.control.router.stored_volumes, request.query_params.get("prefix")
+        return reply(await self.pools.stores.run(volumes, prefix))
+
     # -- forks -------------------------------------------------------------------------------------
 
     async def snapshot(self, request: Request) -> Response:
@@ -335,6 +340,7 @@ def build_app(control: Control) -> FastAPI:
         ("POST", f"{export}/tag", routes.tag),
         ("POST", f"{export}/promote", routes.promote),
         ("POST", f"{export}/profile", routes.profile),
+        ("GET", "/api/volumes", routes.volumes),
         ("GET", "/api/bases", routes.list_bases),
         ("POST", "/api/bases/{name}", routes.bless),
         ("DELETE", "/api/bases/{name}", routes.remove_base),

@@ -26,6 +26,8 @@ from glidefs.cli.common import (
 from glidefs.cli.devices import app as devices_app
 from glidefs.cli.forks import add_commands
 from glidefs.cli.logs import app as logs_app
+from glidefs.cli.stored import attach_all, list_stored
+from glidefs.errors import ConfigError
 
 HANDOFF_TIMEOUT = 600.0
 
@@ -121,9 +123,19 @@ def create(
 
 
 @app.command("list")
-def list_exports(config: ConfigOption = None, as_json: Json = False) -> None:
-    """List the exports of this host."""
+def list_exports(
+    store: Annotated[
+        bool, typer.Option("--store", help="All volumes of a prefix in the store, whoever has them.")
+    ] = False,
+    prefix: Prefix = None,
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """List the exports of this host, or the volumes of the store."""
     with reported(as_json):
+        if store:
+            list_stored(connect(config), prefix, as_json)
+            return
         exports = connect(config).call("GET", "/api/exports")
         if as_json:
             output.emit(exports)
@@ -237,18 +249,39 @@ def _drained(
 
 @app.command()
 def attach(
-    name: Name,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Name of the volume.", show_default=False)
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="All volumes that the store says a node had; see --node.")
+    ] = False,
+    node: Annotated[
+        str | None, typer.Option("--node", metavar="NODE", help="With --all: that node; default: this one.")
+    ] = None,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Take it from the node that owns it, which is fenced.")
+    ] = False,
+    accept_older: Annotated[
+        bool, typer.Option("--accept-older", help="The store went back in time: take what it has now.")
     ] = False,
     prefix: Prefix = None,
     transport: Annotated[str, typer.Option("--transport", help="auto, ublk or nbd.")] = "auto",
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a volume that is in the store."""
+    """Serve a volume that is in the store, or with --all those that a lost host or disk had."""
     with reported(as_json):
-        wanted = {"take_over": take_over, "prefix": prefix, "transport": transport}
+        wanted = {
+            "take_over": take_over,
+            "accept_older": accept_older,
+            "prefix": prefix,
+            "transport": transport,
+        }
+        if (name is None) != every or (node is not None and not every):
+            raise ConfigError("name one volume, or use --all, with --node for another node than this one")
+        if name is None:
+            attach_all(connect(config), node, prefix, wanted, as_json)
+            return
         status = connect(config).call("POST", export_path(name, "attach"), wanted)
         show_result(status, as_json, f"{status['name']}: {status['transport']} {status['device']}")
 

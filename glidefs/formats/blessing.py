@@ -21,7 +21,7 @@ from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import ID_SIZE
 
 BLESSING_MAGIC = b"GLBL"
-FORMAT = 1
+FORMAT = 2
 MINOR = 1
 KNOWN_FLAGS = 0
 MAX_DOCUMENT = 64 << 20
@@ -52,15 +52,15 @@ def make_blessing(started_at: int, packs: Iterable[PutPack], saved_at: int) -> B
     return Blessing(started_at, tuple(packs), saved_at, secrets.token_bytes(ID_SIZE))
 
 
-def encode_blessing(blessing: Blessing) -> bytes:
-    """The object's bytes."""
-    return envelope.seal(BLESSING_MAGIC, FORMAT, MINOR, 0, _encoder.encode(blessing))
+def encode_blessing(blessing: Blessing, key: str) -> bytes:
+    """The bytes of the object ``key``."""
+    return envelope.seal(BLESSING_MAGIC, FORMAT, MINOR, 0, _encoder.encode(blessing), key.encode())
 
 
-def decode_blessing(key: str, data: bytes) -> Blessing:
+def decode_blessing(key: str, data: bytes, where: str = "") -> Blessing:
     """The checkpoint in an object's bytes. Raises CorruptObject."""
-    raw = envelope.unseal(key, data, BLESSING_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT)
+    raw = envelope.unseal(where or key, data, BLESSING_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT, key.encode())
     try:
         return _decoder.decode(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptObject(key, envelope.PREFIX_SIZE, f"blessing: {error}") from error
+        raise CorruptObject(where or key, envelope.PREFIX_SIZE, f"blessing: {error}") from error

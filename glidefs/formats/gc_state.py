@@ -21,7 +21,7 @@ from glidefs.formats import envelope
 from glidefs.formats.pack import ID_SIZE
 
 STATE_MAGIC = b"GLGC"
-FORMAT = 1
+FORMAT = 2
 MINOR = 1
 KNOWN_FLAGS = 0
 MAX_IDS = 4 << 20
@@ -109,17 +109,17 @@ def _parse(raw: bytes) -> GcState:
     return state
 
 
-def encode_state(state: GcState) -> bytes:
-    """The object's bytes. Raises ValueError for a state that would not decode."""
+def encode_state(state: GcState, key: str) -> bytes:
+    """The bytes of the object ``key``. Raises ValueError for a state that would not decode."""
     raw = _encoder.encode(state)
     _parse(raw)
-    return envelope.seal(STATE_MAGIC, FORMAT, MINOR, 0, raw)
+    return envelope.seal(STATE_MAGIC, FORMAT, MINOR, 0, raw, key.encode())
 
 
-def decode_state(key: str, data: bytes) -> GcState:
+def decode_state(key: str, data: bytes, where: str = "") -> GcState:
     """The state in an object's bytes. Raises CorruptObject."""
-    raw = envelope.unseal(key, data, STATE_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT)
+    raw = envelope.unseal(where or key, data, STATE_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT, key.encode())
     try:
         return _parse(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptObject(key, envelope.PREFIX_SIZE, f"gc state: {error}") from error
+        raise CorruptObject(where or key, envelope.PREFIX_SIZE, f"gc state: {error}") from error

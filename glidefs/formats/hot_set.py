@@ -18,7 +18,7 @@ from glidefs.formats import envelope
 from glidefs.formats.pack import MAX_BLOCK
 
 HOT_SET_MAGIC = b"GLHS"
-FORMAT = 1
+FORMAT = 2
 MINOR = 0
 KNOWN_FLAGS = 0
 MAX_DOCUMENT = 32 << 20
@@ -74,17 +74,17 @@ def _parse(raw: bytes) -> HotSet:
     return hot_set
 
 
-def encode_hot_set(hot_set: HotSet) -> bytes:
-    """The object's bytes. Raises ValueError for runs that overlap or are out of bounds."""
+def encode_hot_set(hot_set: HotSet, key: str) -> bytes:
+    """The bytes of the object ``key``. Raises ValueError for runs that overlap or are out of bounds."""
     raw = _encoder.encode(hot_set)
     _parse(raw)
-    return envelope.seal(HOT_SET_MAGIC, FORMAT, MINOR, 0, raw)
+    return envelope.seal(HOT_SET_MAGIC, FORMAT, MINOR, 0, raw, key.encode())
 
 
-def decode_hot_set(key: str, data: bytes) -> HotSet:
+def decode_hot_set(key: str, data: bytes, where: str = "") -> HotSet:
     """The hot set in an object's bytes. Raises CorruptObject."""
-    raw = envelope.unseal(key, data, HOT_SET_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT)
+    raw = envelope.unseal(where or key, data, HOT_SET_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT, key.encode())
     try:
         return _parse(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptObject(key, envelope.PREFIX_SIZE, f"hot set: {error}") from error
+        raise CorruptObject(where or key, envelope.PREFIX_SIZE, f"hot set: {error}") from error

@@ -1,11 +1,11 @@
 """The manifest: which packs hold each chunk of a volume.
 
 A manifest is a *root* and up to one *page* per 128 GiB of volume. Both are MessagePack documents in
-the wrapping of :mod:`glidefs.formats.envelope` (magic ``GLMR`` and ``GLMP``). Field by field, a root
-is a map of the names in :class:`Root`, a page an array of the fields of :class:`Page`, and a pack
-reference an array of the fields of :class:`PackRef`. A reader skips root fields that it does not
-know; what a reader must not skip is announced by a flag. Encoding is deterministic: equal manifests
-are equal bytes.
+the wrapping of :mod:`glidefs.formats.envelope` (magic ``GLMR`` and ``GLMP``), which says which root
+or page it is. Field by field, a root is a map of the names in :class:`Root`, a page an array of the
+fields of :class:`Page`, and a pack reference an array of the fields of :class:`PackRef`. A reader skips
+root fields that it does not know; what a reader must not skip is announced by a flag. Encoding is
+deterministic: equal manifests under one key are equal bytes.
 
 Everything here is frozen once built and shared between threads and forks; nobody may change the
 ``chunks`` of a page in place.
@@ -14,16 +14,16 @@ Everything here is frozen once built and shared between threads and forks; nobod
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from blake3 import blake3
 from msgspec import Meta
 
-from glidefs.errors import CorruptObject
+from glidefs.errors import CorruptObject, WrongObject
 from glidefs.formats import envelope
-from glidefs.formats.pack import BLOCK, CHUNK, ID_SIZE, MAX_PACK_SIZE, TRAILER_SIZE, pack_id
+from glidefs.formats.pack import BLOCK, CHUNK, ID_SIZE, MAX_PACK_SIZE, TRAILER_SIZE
 from glidefs.names import NAME_PATTERN
 
 PAGE_CHUNKS = 1024
@@ -31,7 +31,7 @@ PAGE_CHUNKS = 1024
 PAGE_BYTES = PAGE_CHUNKS * CHUNK
 MAX_SIZE = 1 << 60
 """Bytes of the largest volume."""
-FORMAT = 1
+FORMAT = 2
 """Major version of roots and pages."""
 MINOR = 0
 KNOWN_FLAGS = 0
@@ -50,6 +50,7 @@ PageId = Annotated[bytes, Meta(max_length=ID_SIZE)]
 Natural = Annotated[int, Meta(ge=0)]
 MAX_LABEL = 1024
 Label = Annotated[str, Meta(max_length=MAX_LABEL)]
+T = TypeVar("T")
 
 
 class PackRef(msgspec.Struct, frozen=True, array_like=True):
@@ -86,7 +87,9 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     ``page_ids`` has one id per page of the size, ``b""`` for a page that is all zeros; a volume of
     one page may carry it as ``inline_page`` instead, and its only page id is then ``b""``.
     ``log_id`` is the fencing token; ``last_segment`` of that log is the last one included (0: none).
-    ``owner_node`` and ``epoch`` are labels for people. ``source`` says what it was forked from.
+    ``nonce`` is drawn for each put: whoever reads a root knows whether it is the one that it tried to put.
+    ``owner_host`` is the id of the host that has it, ``owner_node`` and ``epoch`` are labels for people.
+    ``source`` says what it was forked from.
     ``removed_at`` (unix seconds) makes it a tombstone, and ``doomed`` says that who put that is about to
     delete it: nobody takes its name meanwhile. ``content_hash`` (32 bytes, or
     none) says what a blessed image holds, whatever packs it is in: see :class:`ContentHash`.
@@ -100,9 +103,11 @@ class Root(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     flags: int = 0
     block_size: int = BLOCK
     sequence: Natural = 0
+    nonce: Id = NO_ID
     inline_page: Page | None = None
     log_id: Id = NO_ID
     last_segment: Natural = 0
+    owner_host: Id = NO_ID
     owner_node: Label = ""
     epoch: Natural = 0
     source: Label = ""
@@ -210,47 +215,65 @@ def _parse_root(raw: bytes) -> Root:
     return root
 
 
-def encode_root(root: Root) -> bytes:
-    """The object's bytes. Raises ValueError for a root that would not decode to itself."""
+def encode_root(root: Root, key: str) -> bytes:
+    """The bytes of the object ``key``. Raises ValueError for a root that would not decode to itself."""
     if root.inline_page is not None:
         root = msgspec.structs.replace(root, inline_page=_sorted(root.inline_page))
     raw = _encoder.encode(root)
     # Read back what was written: a manifest that cannot be decoded is a lost volume.
     if _parse_root(raw) != root:
         raise ValueError("the root does not decode to itself")
-    return envelope.seal(ROOT_MAGIC, FORMAT, MINOR, root.flags, raw)
+    return envelope.seal(ROOT_MAGIC, FORMAT, MINOR, root.flags, raw, key.encode())
 
 
-def encode_page(page: Page) -> bytes:
-    """The object's bytes. Raises ValueError for a page that would not decode to itself."""
+def encode_page(page: Page, volume_id: bytes, nonce: bytes) -> bytes:
+    """The object's bytes, made unique by the volume and a new nonce (16 bytes each): see :func:`page_id`.
+
+    Raises ValueError for a page that would not decode to itself.
+    """
+    if not len(volume_id) == len(nonce) == ID_SIZE:
+        raise ValueError("an id or a nonce has not 16 bytes")
     page = _sorted(page)
     raw = _encoder.encode(page)
     if _parse_page(raw) != page:
         raise ValueError("the page does not decode to itself")
-    return envelope.seal(PAGE_MAGIC, FORMAT, MINOR, 0, raw)
+    return envelope.seal(PAGE_MAGIC, FORMAT, MINOR, 0, raw, volume_id + nonce)
 
 
-def decode_root(key: str, data: bytes) -> Root:
-    """The root in an object's bytes. Raises CorruptObject."""
-    raw = envelope.unseal(key, data, ROOT_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT)
+def decode_root(key: str, data: bytes, where: str = "") -> Root:
+    """The root that was put as ``key``, from its bytes; ``where`` they are, if not in the store.
+
+    Raises CorruptObject; WrongObject for the root of another key.
+    """
+    where = where or key
+    raw = envelope.unseal(where, data, ROOT_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT, key.encode())
+    return _read(_parse_root, raw, where, "root")
+
+
+def decode_page(where: str, data: bytes, expected: bytes) -> Page:
+    """The page with the id ``expected``, from the bytes of an object or of a copy.
+
+    Raises CorruptObject; WrongObject for another page.
+    """
+    raw = envelope.unseal(where, data, PAGE_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT, None)
+    if page_id(data) != expected:
+        raise WrongObject(where, f"this is page {page_id(data).hex()}")
+    return _read(_parse_page, raw, where, "page")
+
+
+def _read(parse: Callable[[bytes], T], raw: bytes, where: str, kind: str) -> T:
     try:
-        return _parse_root(raw)
+        return parse(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptObject(key, envelope.PREFIX_SIZE, f"manifest root: {error}") from error
+        raise CorruptObject(where, envelope.PREFIX_SIZE, f"manifest {kind}: {error}") from error
 
 
-def decode_page(key: str, data: bytes) -> Page:
-    """The page in an object's bytes. Raises CorruptObject."""
-    raw = envelope.unseal(key, data, PAGE_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT)
-    try:
-        return _parse_page(raw)
-    except (ValueError, RecursionError) as error:
-        raise CorruptObject(key, envelope.PREFIX_SIZE, f"manifest page: {error}") from error
+def page_id(data: bytes) -> bytes:
+    """The id of 16 bytes of an encoded page: a hash of all its bytes, unique by the nonce among them.
 
-
-def page_id(content: bytes, volume_id: bytes, nonce: bytes) -> bytes:
-    """A new id of 16 bytes for the encoded page ``content``; unique by its nonce, as a pack's is."""
-    return pack_id(content, volume_id, nonce)
+    So a root that names a page names its content.
+    """
+    return envelope.identity(data)
 
 
 def manifest_hash(data: bytes) -> bytes:

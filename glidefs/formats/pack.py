@@ -12,11 +12,13 @@ All integers are little-endian; all offsets count from the first byte of the obj
         each is either the plain sectors or one zstd frame of them, whichever is shorter; it is
         plain exactly if its stored length is 4096 * popcount(sector mask)
     index     one zstd frame of the entries below, which states its plain size
-    trailer   28 bytes
+    trailer   60 bytes
         0   4  length of the index frame in bytes
         4   4  number of entries
         8  16  BLAKE3-128 of the index frame
-        24  4  magic "GLIX"
+        24 16  id of the volume that it was made for
+        40 16  nonce
+        56  4  magic "GLI2" ("GLIX" until format 1)
 
     entry     40 bytes, in strictly ascending order of block
         0   8  block: which block of the volume
@@ -30,6 +32,10 @@ A reader fetches index and trailer with one suffix range of :func:`index_length`
 sees the header: a version or flag that changes how the index is read changes the magic of the
 trailer too. The checksum of the index is verified before any length in it is believed; that of a
 payload covers plain bytes, so it also catches a store that answers with other bytes of the pack.
+
+**The id of a pack is evidence.** It is a hash of the last three fields before the magic
+(:func:`pack_id`), so whoever has the id from a manifest knows the one index that belongs to it, and by
+that every payload: the pack of another volume in its place is a :class:`WrongObject`.
 """
 
 from __future__ import annotations
@@ -41,7 +47,7 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from glidefs.errors import CorruptObject
+from glidefs.errors import CorruptObject, NewerFormat, OlderFormat, WrongObject
 from glidefs.formats import compression
 
 SECTOR = 4096
@@ -59,13 +65,14 @@ FULL_MASK = (1 << SECTORS_PER_BLOCK) - 1
 """The sector mask of a whole block."""
 
 PACK_MAGIC = b"GLPK"
-TRAILER_MAGIC = b"GLIX"
-PACK_MAJOR = 1
+TRAILER_MAGIC = b"GLI2"
+TRAILER_MAGIC_1 = b"GLIX"
+PACK_MAJOR = 2
 PACK_MINOR = 0
 KNOWN_FLAGS = 0
 
 HEADER_SIZE = 16
-TRAILER_SIZE = 28
+TRAILER_SIZE = 60
 ENTRY_SIZE = 40
 HASH_SIZE = 16
 ID_SIZE = 16
@@ -79,7 +86,7 @@ MAX_PACK_SIZE = (1 << 32) - 1
 """Offsets are 32 bits wide."""
 
 _HEADER = struct.Struct("<4sHHII")
-_TRAILER = struct.Struct("<II16s4s")
+_TRAILER = struct.Struct("<II16s16s16s4s")
 _ENTRY = struct.Struct("<QIIII16s")
 _BLOCK_EVERY = ENTRY_SIZE // 8
 
@@ -184,10 +191,12 @@ def check_header(key: str, head: Buffer) -> None:
     magic, major, _minor, flags, block = _HEADER.unpack_from(head)
     if magic != PACK_MAGIC:
         raise CorruptObject(key, 0, "not a pack (wrong magic)")
-    if major != PACK_MAJOR:
-        raise CorruptObject(key, 4, f"pack format {major} is not known here; a newer GlideFS wrote it")
+    if major < PACK_MAJOR:
+        raise OlderFormat(key, 4, major, PACK_MAJOR)
+    if major > PACK_MAJOR:
+        raise NewerFormat(key, 4, f"pack format {major} is not known here; a newer GlideFS wrote it")
     if flags & ~KNOWN_FLAGS:
-        raise CorruptObject(key, 8, f"pack flags {flags:#x} are not known here; a newer GlideFS wrote it")
+        raise NewerFormat(key, 8, f"pack flags {flags:#x} are not known here; a newer GlideFS wrote it")
     if block != BLOCK:
         raise CorruptObject(key, 12, f"block size {block}, expected {BLOCK}")
 
@@ -234,9 +243,12 @@ def encode_index(entries: Iterable[PackEntry]) -> bytes:
     return compression.compress(b"".join(_ENTRY.pack(*entry) for entry in ordered))
 
 
-def encode_trailer(index: bytes, count: int) -> bytes:
-    """The last bytes of a pack, for the index frame ``index`` of ``count`` entries."""
-    return _TRAILER.pack(len(index), count, payload_hash(index), TRAILER_MAGIC)
+def encode_trailer(index: bytes, count: int, volume_id: bytes, nonce: bytes) -> bytes:
+    """The last bytes of a pack, for the index frame ``index`` of ``count`` entries.
+
+    ``volume_id`` and ``nonce`` are those of its id: see :func:`pack_id`.
+    """
+    return _TRAILER.pack(len(index), count, payload_hash(index), volume_id, nonce, TRAILER_MAGIC)
 
 
 def index_length(index: bytes) -> int:
@@ -244,19 +256,27 @@ def index_length(index: bytes) -> int:
     return len(index) + TRAILER_SIZE
 
 
-def pack_id(content_index: bytes, volume_id: bytes, nonce: bytes) -> bytes:
-    """A new id of 16 bytes, for a pack or a page.
+def pack_id(index_hash: bytes, volume_id: bytes, nonce: bytes) -> bytes:
+    """The id of the pack with an index of this BLAKE3-128, made for this volume: all three 16 bytes.
 
-    The nonce makes it unique even for equal content, so that an id is never reused and the grace
-    period of gc means something. Raises ValueError for a nonce of fewer than 16 bytes.
+    The nonce, drawn for each pack, makes it unique even for equal content, so that an id is never reused
+    and the grace period of gc means something. Raises ValueError for fields of another length.
     """
-    if len(nonce) < ID_SIZE:
-        raise ValueError("the nonce has fewer than 16 bytes")
-    hasher = blake3(payload_hash(content_index))
-    hasher.update(struct.pack("<II", len(volume_id), len(nonce)))
-    hasher.update(volume_id)
-    hasher.update(nonce)
-    return hasher.digest(length=ID_SIZE)
+    if not len(index_hash) == len(volume_id) == len(nonce) == ID_SIZE:
+        raise ValueError("a hash, an id or a nonce has not 16 bytes")
+    return blake3(index_hash + volume_id + nonce).digest(length=ID_SIZE)
+
+
+def rename(pack: Buffer, volume_id: bytes, nonce: bytes) -> tuple[bytes, list[Buffer]]:
+    """Another id for the same content: that id, and the parts of the object that has it.
+
+    ``pack`` is a whole pack whose index was verified.
+    """
+    view = memoryview(pack)
+    end = len(view) - TRAILER_SIZE
+    length, count, digest, _, _, magic = _TRAILER.unpack_from(view, end)
+    trailer = _TRAILER.pack(length, count, digest, volume_id, nonce, magic)
+    return pack_id(digest, volume_id, nonce), [view[:end], trailer]
 
 
 def _check_records(key: str, records: bytes, payload_end: int, where: int) -> None:
@@ -269,18 +289,21 @@ def _check_records(key: str, records: bytes, payload_end: int, where: int) -> No
         last = entry.block
 
 
-def decode_index(key: str, tail: Buffer, object_size: int) -> PackIndex:
-    """The index of a pack, from the last bytes of the object.
+def decode_index(key: str, tail: Buffer, object_size: int, expected: bytes | None) -> PackIndex:
+    """The index of the pack with the id ``expected`` (None: of any), from the last bytes of the object.
 
     ``tail`` holds at least index and trailer (more is fine), ``object_size`` is that of the whole
-    object in bytes. Raises CorruptObject for anything that is not a well-formed index.
+    object in bytes. Raises CorruptObject for anything that is not a well-formed index, of these WrongObject
+    for that of another pack.
     """
     if not HEADER_SIZE + TRAILER_SIZE <= object_size <= MAX_PACK_SIZE:
         raise CorruptObject(key, object_size, "no pack has this size")
     if not TRAILER_SIZE <= len(tail) <= object_size:
         raise CorruptObject(key, object_size, f"read {len(tail)} bytes for the index, which cannot hold it")
     trailer_at = object_size - TRAILER_SIZE
-    length, count, digest, magic = _TRAILER.unpack_from(tail, len(tail) - TRAILER_SIZE)
+    length, count, digest, volume_id, nonce, magic = _TRAILER.unpack_from(tail, len(tail) - TRAILER_SIZE)
+    if magic == TRAILER_MAGIC_1:
+        raise OlderFormat(key, object_size - 4, 1, PACK_MAJOR)
     if magic != TRAILER_MAGIC:
         raise CorruptObject(key, object_size - 4, "not a pack of a known format (wrong trailer magic)")
     if length > min(len(tail) - TRAILER_SIZE, trailer_at - HEADER_SIZE, MAX_INDEX_FRAME):
@@ -292,6 +315,9 @@ def decode_index(key: str, tail: Buffer, object_size: int) -> PackIndex:
     frame = memoryview(tail)[start : start + length]
     if payload_hash(frame) != digest:
         raise CorruptObject(key, index_at, "checksum of the index does not match")
+    found = pack_id(digest, volume_id, nonce)
+    if expected is not None and found != expected:
+        raise WrongObject(key, f"this is pack {found.hex()}, made for volume {volume_id.hex()}")
     try:
         records = compression.decompress(frame, count * ENTRY_SIZE)
     except compression.BadFrame as error:

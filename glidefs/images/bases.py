@@ -84,7 +84,9 @@ def base_root(root: Root, name: str, *, created_at: int | None = None) -> Root:
         name=name,
         log_id=NO_ID,
         last_segment=0,
+        owner_host=NO_ID,
         owner_node="",
+        nonce=NO_ID,
         epoch=0,
         transport="auto",
         flush="local",
@@ -103,7 +105,7 @@ def publish_base(store: ObjectStore, prefix: str, root: Root) -> str:
     one the same call finds out what became of the first).
     """
     key = names.base_manifest_key(prefix, root.name)
-    data = encode_root(root)
+    data = encode_root(root, key)
     while True:
         try:
             return store.put(key, data, if_none_match=True)
@@ -157,13 +159,15 @@ def remove_base(store: ObjectStore, prefix: str, base: str) -> BaseInfo:
         found = load_base(store, prefix, base)
         if found.root.removed_at:
             return describe(found)
-        data = encode_root(msgspec.structs.replace(found.root, removed_at=int(time.time())))
+        removed = msgspec.structs.replace(found.root, removed_at=int(time.time()))
+        key = names.base_manifest_key(prefix, base)
+        data = encode_root(removed, key)
         try:
-            etag = store.put(names.base_manifest_key(prefix, base), data, if_match=found.etag)
+            etag = store.put(key, data, if_match=found.etag)
         except (Conflict, PreconditionFailed):
             time.sleep(_PAUSE)  # somebody else removed it, or we did and did not hear of it: look again
             continue
-        return describe(StoredBase(decode_root(base, data), etag, manifest_hash(data)))
+        return describe(StoredBase(removed, etag, manifest_hash(data)))
 
 
 def describe(base: StoredBase) -> BaseInfo:

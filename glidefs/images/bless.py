@@ -33,7 +33,7 @@ from glidefs.formats.manifest import (
     page_count,
     page_id,
 )
-from glidefs.formats.pack import BLOCK, ID_SIZE, PACK_TARGET, TRAILER_SIZE, pack_id
+from glidefs.formats.pack import BLOCK, ID_SIZE, PACK_TARGET, decode_index, rename
 from glidefs.images import resume as checkpoints
 from glidefs.images.bases import StoredBase, load_base, name_taken, publish_base
 from glidefs.images.pack_writer import PackWriter
@@ -194,7 +194,8 @@ def _label(image: Image) -> str:
 
 def _put_hot_set(store: ObjectStore, prefix: str, base: str, manifest: bytes, blocks: Sequence[int]) -> None:
     """A hot set names the manifest that it is of, so one that loses a race to a base does no harm."""
-    store.put(names.hot_set_key(prefix, base), encode_hot_set(make_hot_set(manifest, blocks)))
+    key = names.hot_set_key(prefix, base)
+    store.put(key, encode_hot_set(make_hot_set(manifest, blocks), key))
 
 
 class _Run:
@@ -261,7 +262,7 @@ class _Run:
     def _publish(self, content: _Content) -> BlessResult:
         packs = [self._fresh(pack) for pack in (*self._matcher.reused, *self._writer.packs)]
         root = self._root(content, packs)
-        data = encode_root(root)
+        data = encode_root(root, names.base_manifest_key(self._prefix, self._base))
         if self._options.hot_set is not None:
             _put_hot_set(self._store, self._prefix, self._base, manifest_hash(data), self._options.hot_set)
         try:
@@ -295,9 +296,9 @@ class _Run:
             return pack
         ref = pack.ref
         data = self._store.get(names.pack_key(self._prefix, ref.id.hex())).data
-        index = data[len(data) - ref.index_length : len(data) - TRAILER_SIZE]
-        new = pack_id(index, self._volume_id, secrets.token_bytes(ID_SIZE))
-        self._store.put(names.pack_key(self._prefix, new.hex()), data)
+        decode_index(names.pack_key(self._prefix, ref.id.hex()), data, len(data), ref.id)
+        new, parts = rename(data, self._volume_id, secrets.token_bytes(ID_SIZE))
+        self._store.put(names.pack_key(self._prefix, new.hex()), parts)
         return DonePack(msgspec.structs.replace(ref, id=new), pack.chunks, now)
 
     def _root(self, content: _Content, packs: Sequence[DonePack]) -> Root:
@@ -321,8 +322,8 @@ class _Run:
         )
 
     def _put_page(self, page: Page) -> bytes:
-        data = encode_page(page)
-        new = page_id(data, self._volume_id, secrets.token_bytes(ID_SIZE))
+        data = encode_page(page, self._volume_id, secrets.token_bytes(ID_SIZE))
+        new = page_id(data)
         self._store.put(names.page_key(self._prefix, new.hex()), data)
         return new
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import msgspec
 
+from glidefs import names
 from glidefs.errors import ConfigError, CorruptObject
-from glidefs.formats import blessing, export_record, gc_state, hot_set, manifest, pack
+from glidefs.formats import blessing, envelope, export_record, gc_state, hot_set, manifest, pack
 from glidefs.store.base import ObjectStore
 
 SEGMENT_MAGIC = b"GLIDELOG"
@@ -28,9 +29,11 @@ MAX_WHOLE = 512 << 20
 class Source:
     """Bytes to inspect: `size`, `head(n)`, `tail(n)`, `whole()`."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, key: str | None = None) -> None:
         self.name = name
         self.size = size
+        self.key = key
+        """The key that it was asked for; None for a file, which may be a copy of any object."""
 
     def head(self, length: int) -> bytes:
         """The first bytes, fewer if there are not that many."""
@@ -74,7 +77,7 @@ class StoreSource(Source):
 
     def __init__(self, store: ObjectStore, key: str) -> None:
         self._store = store
-        super().__init__(key, store.head(key).size)
+        super().__init__(key, store.head(key).size, key)
 
     def head(self, length: int) -> bytes:
         return bytes(self._store.get_range(self.name, 0, min(length, self.size))) if self.size else b""
@@ -112,18 +115,33 @@ def inspect(source: Source) -> dict[str, Any]:
     return {"object": source.name, "bytes": source.size, **describe(source)}
 
 
+def _key(source: Source, data: bytes) -> str:
+    """What the object must be labelled with; a file may say itself."""
+    return source.key or envelope.label_of(data).decode("utf-8", "replace")
+
+
+def _id(source: Source, found: bytes) -> bytes:
+    """The id that the key of a pack or page names; a file may say itself."""
+    name = (source.key or "").rpartition("/")[2]
+    return bytes.fromhex(names.check_id(name)) if name else found
+
+
 def _root(source: Source) -> dict[str, Any]:
     data = source.whole()
-    root = manifest.decode_root(source.name, data)
+    key = _key(source, data)
+    root = manifest.decode_root(key, data, source.name)
     fields = _plain(root)
     fields["page_ids"] = [page.hex() or None for page in root.page_ids[:LISTED]]
     fields["inline_page"] = None if root.inline_page is None else _page_fields(root.inline_page)
-    return {"kind": "manifest root", "manifest_hash": manifest.manifest_hash(data).hex(), **fields}
+    hash_ = manifest.manifest_hash(data).hex()
+    return {"kind": "manifest root", "key": key, "manifest_hash": hash_, **fields}
 
 
 def _page(source: Source) -> dict[str, Any]:
-    page = manifest.decode_page(source.name, source.whole())
-    return {"kind": "manifest page", **_page_fields(page)}
+    data = source.whole()
+    own = _id(source, manifest.page_id(data))
+    page = manifest.decode_page(source.name, data, own)
+    return {"kind": "manifest page", "id": own.hex(), **_page_fields(page)}
 
 
 def _page_fields(page: manifest.Page) -> dict[str, Any]:
@@ -142,7 +160,7 @@ def _pack(source: Source) -> dict[str, Any]:
     length = int.from_bytes(trailer[:4], "little") + pack.TRAILER_SIZE
     if len(trailer) < pack.TRAILER_SIZE or length > source.size or length > pack.MAX_INDEX_FRAME:
         raise CorruptObject(source.name, source.size, "no index trailer; the pack is cut off")
-    index = pack.decode_index(source.name, source.tail(length), source.size)
+    index = pack.decode_index(source.name, source.tail(length), source.size, _id(source, b"") or None)
     entries = list(index.entries())
     return {
         "kind": "pack",
@@ -198,7 +216,8 @@ def _segment(source: Source) -> dict[str, Any]:
 
 
 def _hot_set(source: Source) -> dict[str, Any]:
-    found = hot_set.decode_hot_set(source.name, source.whole())
+    data = source.whole()
+    found = hot_set.decode_hot_set(_key(source, data), data, source.name)
     return {
         "kind": "hot set",
         "manifest_hash": found.manifest_hash.hex(),
@@ -208,7 +227,8 @@ def _hot_set(source: Source) -> dict[str, Any]:
 
 
 def _blessing(source: Source) -> dict[str, Any]:
-    found = blessing.decode_blessing(source.name, source.whole())
+    data = source.whole()
+    found = blessing.decode_blessing(_key(source, data), data, source.name)
     return {
         "kind": "checkpoint of a bless",
         "started_at": found.started_at,
@@ -220,7 +240,8 @@ def _blessing(source: Source) -> dict[str, Any]:
 
 
 def _gc_state(source: Source) -> dict[str, Any]:
-    found = gc_state.decode_state(source.name, source.whole())
+    data = source.whole()
+    found = gc_state.decode_state(_key(source, data), data, source.name)
     packs, pages = gc_state.first_seen(found)
     return {
         "kind": "gc state",

@@ -72,7 +72,7 @@ class BlockReader:
                 self._pages.move_to_end(number)
                 return self._pages[number]
         key = names.page_key(self._prefix, self._root.page_ids[number].hex())
-        page = decode_page(key, self._store.get(key).data)
+        page = decode_page(key, self._store.get(key).data, self._root.page_ids[number])
         with self._lock:
             self._pages[number] = page
             while len(self._pages) > PAGES_KEPT:
@@ -130,7 +130,7 @@ class BlockReader:
         tail, size = self._store.get_suffix(key, ref.index_length)
         if size != ref.size:
             raise CorruptObject(key, size, f"the pack has {size} bytes, the manifest says {ref.size}")
-        index = decode_index(key, tail, size)
+        index = decode_index(key, tail, size, ref.id)
         with self._lock:
             if ref.id not in self._indices:
                 self._indices[ref.id] = index

@@ -68,7 +68,7 @@ def load(store: ObjectStore, prefix: str, base: str, now: int, max_age: float) -
             break
         usable.append(PutPack(pack.ref, max(0, now - math.ceil(pack_age))))
     if usable:
-        claim = encode_blessing(make_blessing(blessing.started_at, usable, now))
+        claim = encode_blessing(make_blessing(blessing.started_at, usable, now), key)
         if found.etag != info.etag or not _replace(store, key, claim, found.etag):
             log.warning("the checkpoint of base %s is being used or removed; beginning anew", base)
             return []
@@ -91,8 +91,8 @@ def save(store: ObjectStore, prefix: str, base: str, started_at: int, packs: Seq
     """Write the checkpoint. Best effort: without it there is only more to do again."""
     put = tuple(PutPack(pack.ref, pack.put_at) for pack in packs)
     try:
-        data = encode_blessing(make_blessing(started_at, put, int(time.time())))
-        store.put(names.blessing_key(prefix, base), data)
+        key = names.blessing_key(prefix, base)
+        store.put(key, encode_blessing(make_blessing(started_at, put, int(time.time())), key))
     except StoreError as error:
         log.warning("no checkpoint of base %s: %s", base, error)
 
@@ -181,7 +181,7 @@ class Matcher:
                 raise CorruptObject(
                     key, size, f"the pack has {size} bytes, the checkpoint says {pack.ref.size}"
                 )
-            self._entries = list(decode_index(key, tail, size).entries())
+            self._entries = list(decode_index(key, tail, size, pack.ref.id).entries())
         except (CorruptObject, NotFound) as error:
             log.warning("a pack of the interrupted bless is of no use: %s", error)
             return False

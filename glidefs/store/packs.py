@@ -20,6 +20,7 @@ from glidefs.formats.pack import (
     encode_index,
     encode_trailer,
     pack_id,
+    payload_hash,
 )
 from glidefs.names import pack_key
 from glidefs.store.base import Buffer
@@ -50,12 +51,13 @@ def put_pack(
     ``level`` is the compaction tier. ``put`` stores an object, with whatever patience it has.
     """
     index = encode_index(entries)
-    trailer = encode_trailer(index, len(entries))
-    new = pack_id(index, volume_id, secrets.token_bytes(ID_SIZE))
+    nonce = secrets.token_bytes(ID_SIZE)
+    trailer = encode_trailer(index, len(entries), volume_id, nonce)
+    new = pack_id(payload_hash(index), volume_id, nonce)
     key = pack_key(prefix, new.hex())
     size = HEADER_SIZE + len(area) + len(index) + TRAILER_SIZE
     put(key, [encode_header(), area, index, trailer])
     tail = index + trailer
-    decoded = decode_index(key, tail, size)
+    decoded = decode_index(key, tail, size, new)
     chunks = tuple(sorted({entry.block // CHUNK_BLOCKS for entry in entries}))
     return BuiltPack(PackRef(new, size, len(index) + TRAILER_SIZE, level), chunks, decoded, tail)

@@ -6,6 +6,7 @@ Everything that changes a manifest (uploads, compaction, resize, the first put o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from glidefs.errors import Fenced, GlideError, NotFound, StoreError
-from glidefs.formats.manifest import Page, Root, encode_page, encode_root, page_id
+from glidefs.errors import CorruptObject, Fenced, GlideError, NotFound, StoreError
+from glidefs.formats.manifest import Page, Root, encode_page, page_id
 from glidefs.formats.pack import ID_SIZE
 from glidefs.names import manifest_key, page_key
 from glidefs.store.base import ObjectStore
@@ -43,12 +44,14 @@ class Committer:
     """
 
     __slots__ = (
+        "_kept_nonce",
         "_key",
         "_lock",
         "_meta",
         "_on_change",
         "_prefix",
         "_state_dir",
+        "_tried",
         "_unsaved",
         "adoptions",
         "copy_lags",
@@ -82,12 +85,21 @@ class Committer:
         self.copy_lags = False
         """Whether the local copy is not of the root in use, because it could not be written."""
         self._unsaved: dict[bytes, bytes] = {}
+        self._tried: tuple[bytes, ...] = ()
         self._prefix = prefix
         self._key = manifest_key(prefix, root.name)
         self._meta = meta
         self._state_dir = state_dir
         self._on_change = on_change
         self._lock = threading.Lock()
+        kept = local.load_tried(state_dir, root.volume_id)
+        self._tried = (root.nonce, *kept)
+        self._kept_nonce = self._tried[-1]
+
+    @property
+    def tried(self) -> tuple[bytes, ...]:
+        """The nonces of roots that this host put and has not heard of: evidence that a root is its own."""
+        return self._tried
 
     @property
     def published(self) -> bool:
@@ -119,10 +131,11 @@ class Committer:
             if self.etag is None and not self._has_local():
                 self.local_segment = self.root.last_segment
                 return
-            saved = local.load(self._state_dir, self.root.volume_id) if self._has_local() else None
+            saved = None
+            with contextlib.suppress(CorruptObject):  # a damaged copy is replaced
+                saved = local.load(self._state_dir, self.root.volume_id, self._key)
             if saved is None or saved[:2] != (self.root, self.etag):
-                data = encode_root(self.root)
-                local.save(self._state_dir, self.root.volume_id, self.root, data, self.etag, {})
+                local.save(self._state_dir, self.root, self._key, self.etag)
             else:
                 local.sync(self._state_dir, self.root.volume_id)
             self.local_segment = self.root.last_segment
@@ -131,7 +144,7 @@ class Committer:
         """Write the local copy if that failed after a commit: until it is there no segment may go."""
         if self.copy_lags:
             with self._lock:
-                self._save(self.root, encode_root(self.root), {})
+                self._save(self.root, {})
 
     def _has_local(self) -> bool:
         return local.volume_dir(self._state_dir, self.root.volume_id).exists()
@@ -147,22 +160,39 @@ class Committer:
                 raise Superseded(f"{self.root.name}: the manifest was replaced meanwhile")
             new_root, new_pages = edit(self.manifest(store), change)
             new_root, encoded = self._put_pages(store, new_root, new_pages)
-            data = encode_root(new_root)
             self.known_segment = max(self.known_segment, new_root.last_segment)
-            result = lease.commit_root(store, self._key, data, self.etag, new_root.log_id)
+            new_root = msgspec.structs.replace(new_root, nonce=self._try(new_root.nonce))
+            result = lease.commit_root(
+                store, self._key, new_root, self.etag, base=self.root, tried=self._tried
+            )
             if result.adopted is not None:
                 self._adopt(result.adopted, result.etag)
                 raise Superseded(f"{self.root.name}: the store had another root of this log, now in use")
-            self._use(new_root, result.etag, data, encoded)
+            self._use(new_root, result.etag, encoded)
             return new_root
+
+    def _try(self, nonce: bytes) -> bytes:
+        """Make it durable that a root with ``nonce`` is about to be put; returns the nonce to put.
+
+        Where the disk does not take it, that is the last one that it took: a restart must know it, and
+        what is written must get into the store above all where the disk fails.
+        """
+        tried = (*self._tried, nonce)[-local.MAX_TRIED :]
+        try:
+            local.save_tried(self._state_dir, self.root.volume_id, tried)
+        except OSError as error:
+            log.warning("volume %s: the nonce of a commit cannot be kept: %s", self.root.name, error)
+            nonce = self._kept_nonce
+            tried = (*self._tried, nonce)
+        self._tried, self._kept_nonce = tried, nonce
+        return nonce
 
     def publish(self, store: ObjectStore) -> None:
         """Put the root as it is, if the store has none of this volume yet. Raises Fenced, StoreError."""
         with self._lock:
             if self.etag is not None:
                 return
-            data = encode_root(self.root)
-            self._published(lease.commit_first(store, self._key, self.root, data), data)
+            self._published(lease.commit_first(store, self._key, self.root, self._tried))
 
     def was_published(self, store: ObjectStore) -> bool:
         """Whether the store has our first root already, from a put whose answer was lost; then it is in use.
@@ -170,18 +200,17 @@ class Committer:
         Nothing is put. Raises Fenced, StoreError.
         """
         with self._lock:
-            data = encode_root(self.root)
-            found = lease.resolve(store, self._key, data, self.root.log_id, gone_is_fence=False)
+            found = lease.resolve(store, self._key, self.root, None, self._tried)
             if found is not None:
-                self._published(found, data)
+                self._published(found)
             return found is not None
 
-    def _published(self, result: lease.CommitResult, data: bytes) -> None:
-        """The store has the first root, ``data``, or another one of this log."""
+    def _published(self, result: lease.CommitResult) -> None:
+        """The store has the first root, or another one of this host."""
         if result.adopted is not None:
             self._adopt(result.adopted, result.etag)
         else:
-            self._use(self.root, result.etag, data, {})
+            self._use(self.root, result.etag, {})
 
     def poll(self, store: ObjectStore, *, adopt: bool = True) -> None:
         """Find out whether the root in the store is still ours. Raises Fenced, StoreError.
@@ -231,8 +260,12 @@ class Committer:
         except NotFound:
             etag = None
         if etag != self.etag:
-            found = lease.resolve(store, self._key, None, self.root.log_id)
-            if adopt and found is not None and found.adopted is not None:
+            found = lease.resolve(store, self._key, None, self.root, self._tried)
+            assert found is not None
+            assert found.adopted is not None
+            if found.adopted is self.root:
+                self._use(self.root, found.etag, {})  # the store was copied or restored
+            elif adopt:
                 self._adopt(found.adopted, found.etag)
         self.last_contact = time.monotonic()
 
@@ -242,8 +275,8 @@ class Committer:
         ids = list(root.page_ids)
         encoded: dict[bytes, bytes] = {}
         for number, page in sorted(pages.items()):
-            data = encode_page(page)
-            new = page_id(data, root.volume_id, secrets.token_bytes(ID_SIZE))
+            data = encode_page(page, root.volume_id, secrets.token_bytes(ID_SIZE))
+            new = page_id(data)
             store.put(page_key(self._prefix, new.hex()), data)
             self._meta.pages.put(new, page)
             ids[number] = new
@@ -266,19 +299,21 @@ class Committer:
             root.last_segment,
         )
         self.adoptions += 1
-        self._use(root, etag, encode_root(root), {})
+        self._use(root, etag, {})
 
-    def _use(self, root: Root, etag: str, data: bytes, pages: dict[bytes, bytes]) -> None:
+    def _use(self, root: Root, etag: str, pages: dict[bytes, bytes]) -> None:
         self.root = root
         self.etag = etag
         self.last_contact = time.monotonic()
-        self._save(root, data, pages)
+        self._save(root, pages)
+        if not self.copy_lags:
+            self._tried = ()  # an older one cannot come any more: its ETag is gone
         self._on_change()
 
-    def _save(self, root: Root, data: bytes, pages: dict[bytes, bytes]) -> None:
+    def _save(self, root: Root, pages: dict[bytes, bytes]) -> None:
         self._unsaved.update(pages)
         try:
-            local.save(self._state_dir, root.volume_id, root, data, self.etag, self._unsaved)
+            local.save(self._state_dir, root, self._key, self.etag, self._unsaved)
         except OSError as error:
             # Without the copy nothing may be retired, but the commit stands.
             log.error("volume %s: the local copy of its manifest cannot be written: %s", root.name, error)

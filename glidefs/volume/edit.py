@@ -9,6 +9,7 @@ from typing import NamedTuple
 import msgspec
 
 from glidefs.formats.manifest import PAGE_CHUNKS, PackRef, Page, Root, chunk_count, page_count
+from glidefs.volume import lease
 from glidefs.volume.meta import Manifest
 
 
@@ -62,10 +63,9 @@ def edit(manifest: Manifest, change: Change) -> Edited:
         for number, edits in by_page.items()
         if number < count
     }
-    root = msgspec.structs.replace(
+    root = lease.next_root(
         old,
         size=size,
-        sequence=old.sequence + 1,
         last_segment=old.last_segment if change.last_segment is None else change.last_segment,
     )
     if count == 1:

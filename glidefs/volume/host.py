@@ -48,11 +48,10 @@ class Host:
     """
 
     def __init__(
-        self, engine: Engine, store: ResilientStore, *, node: str, state_dir: Path, settings: HostSettings
+        self, engine: Engine, store: ResilientStore, *, state_dir: Path, settings: HostSettings
     ) -> None:
         self.engine = engine
         self.store = store
-        self.node = node
         self.state_dir = state_dir
         self.settings = settings
         index_files = IndexFiles(state_dir / "indices", settings.index_disk_bytes)

@@ -39,7 +39,7 @@ class IndexFiles:
         except OSError:
             return None
         try:
-            index = decode_index(key, tail, ref.size)
+            index = decode_index(key, tail, ref.size, ref.id)
         except CorruptObject as error:
             log.warning("%s: %s; the store has it", path, error)
             self._forget(path.name)

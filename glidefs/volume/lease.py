@@ -1,15 +1,20 @@
-"""Ownership of a volume: the manifest root names the node and the log id that may commit to it.
+"""Ownership of a volume: the manifest root names the host and the log id that may commit to it.
 
-The log id is the only fencing token; node and epoch are labels for people. It is drawn when a host
-takes a volume and committed before the first write, so a log that the root does not name was set
-aside by that fact.
+The log id is the fencing token; host id and node say whose it is, the epoch is a label for people. A log id
+is drawn when a host takes a volume and committed before the first write, so a log that the root does not
+name was set aside by that fact.
+
+A root that is not the one we expected is believed by evidence alone (:func:`judge`): its nonce says
+whether we tried to put it, its sequence whether the store went back in time, its volume id whether it is
+this volume at all. Two hosts with one log id are copies of one cache directory: neither knows the
+nonces of the other.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import msgspec
@@ -21,12 +26,13 @@ from glidefs.errors import (
     NotFound,
     OwnedElsewhere,
     PreconditionFailed,
+    StoreWentBack,
     UnknownExport,
 )
 from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root, page_count
 from glidefs.formats.pack import ID_SIZE
-from glidefs.names import manifest_key, volumes_prefix
-from glidefs.store.base import ObjectStore, dir_name
+from glidefs.names import manifest_key
+from glidefs.store.base import ObjectStore
 
 CONFLICT_PAUSE = 0.05
 DOOMED_PATIENCE = 2.0
@@ -43,37 +49,46 @@ class CommitResult(NamedTuple):
     adopted: Root | None
 
 
-class OwnedRoot(NamedTuple):
-    """A root that names a node as owner."""
+class Owner(NamedTuple):
+    """A host as roots name it: the id of its cache directory (16 bytes), and its name for people."""
 
-    prefix: str
-    root: Root
-    etag: str
+    host: bytes
+    node: str
+
+
+NOBODY = Owner(NO_ID, "")
 
 
 def new_id() -> bytes:
-    """A random id of 16 bytes for a volume or a log."""
+    """A random id of 16 bytes for a volume or a log, or the nonce of a root."""
     return secrets.token_bytes(ID_SIZE)
+
+
+def next_root(root: Root, **changes: object) -> Root:
+    """The root that is to replace ``root``: with these changes, the next sequence and a nonce of its own."""
+    return msgspec.structs.replace(root, sequence=root.sequence + 1, nonce=new_id(), **changes)
 
 
 def empty_root(
     name: str,
     size: int,
-    node: str,
+    owner: Owner,
     *,
     transport: str = "auto",
     flush: str = "local",
     source: str = "",
     created_at: int | None = None,
 ) -> Root:
-    """The first root of a new, empty volume that ``node`` owns, with ids drawn for it."""
+    """The first root of a new, empty volume that ``owner`` has, with ids drawn for it."""
     root = Root(
         volume_id=new_id(),
         name=name,
         size=size,
         page_ids=(b"",) * page_count(size),
         log_id=new_id(),
-        owner_node=node,
+        nonce=new_id(),
+        owner_host=owner.host,
+        owner_node=owner.node,
         epoch=1,
         transport=transport,
         source=source,
@@ -83,7 +98,14 @@ def empty_root(
 
 
 def fork_root(
-    base: Root, name: str, size: int, node: str, *, source: str, transport: str = "auto", flush: str = "local"
+    base: Root,
+    name: str,
+    size: int,
+    owner: Owner,
+    *,
+    source: str,
+    transport: str = "auto",
+    flush: str = "local",
 ) -> Root:
     """The first root of a fork: the chunks of ``base``, everything else its own.
 
@@ -95,20 +117,30 @@ def fork_root(
         raise ValueError(f"a fork has at least the {base.size} bytes of its source")
     if base.inline_page is not None and page_count(size) > 1:
         size = base.size
-    own = empty_root(name, size, node, transport=transport, flush=flush, source=source)
+    own = empty_root(name, size, owner, transport=transport, flush=flush, source=source)
     if base.inline_page is not None:
         return msgspec.structs.replace(own, inline_page=base.inline_page)
     missing = page_count(size) - len(base.page_ids)
     return msgspec.structs.replace(own, page_ids=base.page_ids + (b"",) * missing)
 
 
-def commit_root(store: ObjectStore, key: str, data: bytes, etag: str | None, log_id: bytes) -> CommitResult:
-    """Put an encoded root over the one of ``etag`` (None: where there is none).
+def commit_root(
+    store: ObjectStore,
+    key: str,
+    new: Root,
+    etag: str | None,
+    *,
+    base: Root | None = None,
+    tried: Collection[bytes] = (),
+) -> CommitResult:
+    """Put ``new`` over ``base``, whose ETag is ``etag`` (both None: where there is nothing).
 
-    A refusal may be our own put whose answer was lost, so it is resolved by reading the key: a root
-    with our ``log_id`` is adopted whole, and the caller rebuilds on it. Raises Fenced for anything
-    else, StoreError when the store fails (the put may have been applied: the same call again finds out).
+    A refusal may be our own put whose answer was lost, so it is resolved by reading the key. ``tried`` are
+    the nonces of roots that were put before and not heard of since: one of these is adopted whole,
+    and the caller rebuilds on it. Raises what :func:`judge` does, StoreError when the store
+    fails (the put may have been applied: the same call again finds out).
     """
+    data = encode_root(new, key)
     while True:
         try:
             if etag is None:
@@ -117,22 +149,24 @@ def commit_root(store: ObjectStore, key: str, data: bytes, etag: str | None, log
         except Conflict:
             time.sleep(CONFLICT_PAUSE)
         except PreconditionFailed:
-            found = resolve(store, key, data, log_id, gone_is_fence=etag is not None)
-            if found is not None:
+            found = resolve(store, key, new, base, tried)
+            if found is None:
+                continue  # what was in the way is gone
+            if found.adopted is None or found.adopted != base:
                 return found
+            etag = found.etag  # the same root: the store was copied or restored
 
 
-def commit_first(store: ObjectStore, key: str, root: Root, data: bytes) -> CommitResult:
+def commit_first(store: ObjectStore, key: str, root: Root, tried: Collection[bytes] = ()) -> CommitResult:
     """Put the first root of a volume where there is none, or the tombstone of one that was removed.
 
-    ``data`` is the root, encoded.
     As :func:`commit_root`: Fenced means that another volume has the name, or that this one was put before,
     taken over and removed. Raises Conflict where somebody is about to delete a tombstone.
     """
     deadline = time.monotonic() + DOOMED_PATIENCE
     while True:
         try:
-            return commit_root(store, key, data, None, root.log_id)
+            return commit_root(store, key, root, None, tried=tried)
         except Fenced:
             try:
                 found = store.get(key)
@@ -149,32 +183,50 @@ def commit_first(store: ObjectStore, key: str, root: Root, data: bytes) -> Commi
                 time.sleep(CONFLICT_PAUSE)
                 continue
         try:
-            return commit_root(store, key, data, found.etag, root.log_id)
+            return commit_root(store, key, root, found.etag, tried=tried)
         except Fenced:
             continue  # the tombstone went, or somebody was faster
 
 
 def resolve(
-    store: ObjectStore, key: str, data: bytes | None, log_id: bytes, *, gone_is_fence: bool = True
+    store: ObjectStore, key: str, new: Root | None, base: Root | None, tried: Collection[bytes]
 ) -> CommitResult | None:
-    """What the store has under ``key`` where it is not what we expected. Raises Fenced,
-    CorruptObject.
+    """What the store has under ``key``, where ``base`` is in use here and ``new`` was to be put over it.
 
-    None: there is nothing, and ``gone_is_fence`` is false.
+    None: there is nothing, and nothing is expected there (``base`` is None). Raises what :func:`judge`
+    does, Fenced if ``base`` is gone, CorruptObject, StoreError.
     """
     try:
         found = store.get(key)
     except NotFound:
-        if gone_is_fence:
+        if base is not None:
             raise Fenced(key, "its manifest is gone from the store") from None
         return None
-    if found.data == data:
-        return CommitResult(found.etag, None)
     root = decode_root(key, found.data)
-    if root.log_id == log_id and log_id != NO_ID:
-        return CommitResult(found.etag, root)
-    owner = f"node {root.owner_node} has it now" if root.owner_node else "nobody owns it any more"
-    raise Fenced(key, f"{owner} (epoch {root.epoch})")
+    if new is not None and root.nonce == new.nonce:
+        return CommitResult(found.etag, None)
+    if base is not None and root == base:
+        return CommitResult(found.etag, base)
+    ours = base or new
+    if root.nonce not in tried and ours is not None:
+        raise judge(key, root, ours)
+    return CommitResult(found.etag, root)
+
+
+def judge(key: str, found: Root, ours: Root) -> Fenced | StoreWentBack:
+    """Why a root that nobody here tried to put is not that of this host's volume, which is ``ours``."""
+    whose = f"node {found.owner_node} has it now" if found.owner_node else "nobody owns it any more"
+    if found.volume_id != ours.volume_id:
+        return Fenced(key, f"the store has another volume of this name ({found.volume_id.hex()}); {whose}")
+    if found.sequence < ours.sequence:
+        return StoreWentBack(key, ours.sequence, found.sequence)
+    if found.log_id == ours.log_id and found.log_id != NO_ID:
+        return Fenced(
+            key,
+            f"a copy of this host's cache directory has committed it (sequence {found.sequence}, "
+            f"node {found.owner_node}): a machine was cloned; remove the cache directory of one of the two",
+        )
+    return Fenced(key, f"{whose} (epoch {found.epoch})")
 
 
 def create(store: ObjectStore, prefix: str, root: Root) -> str:
@@ -183,7 +235,7 @@ def create(store: ObjectStore, prefix: str, root: Root) -> str:
     Raises ExportExists if the name is taken, StoreError.
     """
     try:
-        result = commit_first(store, manifest_key(prefix, root.name), root, encode_root(root))
+        result = commit_first(store, manifest_key(prefix, root.name), root)
     except Fenced as error:
         raise ExportExists(root.name) from error
     return result.etag
@@ -191,13 +243,13 @@ def create(store: ObjectStore, prefix: str, root: Root) -> str:
 
 def tombstone(root: Root, *, doomed: bool) -> Root:
     """What replaces the root of a volume that is removed."""
-    return msgspec.structs.replace(
+    return next_root(
         root,
+        owner_host=NO_ID,
         owner_node="",
         log_id=NO_ID,
         removed_at=int(time.time()),
         doomed=doomed,
-        sequence=root.sequence + 1,
     )
 
 
@@ -211,61 +263,62 @@ def read_root(store: ObjectStore, prefix: str, name: str) -> tuple[Root, str]:
     return decode_root(key, found.data), found.etag
 
 
-def attach(
-    store: ObjectStore, prefix: str, name: str, node: str, *, take_over: bool = False
-) -> tuple[Root, str]:
-    """Make ``node`` the owner, with a new log id. Returns the root and its ETag.
+def has_no_log(root: Root) -> bool:
+    """For :func:`attach`: the log that a root names is not on this host."""
+    return False
 
-    Raises OwnedElsewhere where another node owns it (unless ``take_over``, which fences that node)
-    or was faster, UnknownExport where there is none, or only a tombstone.
+
+def attach(
+    store: ObjectStore,
+    prefix: str,
+    name: str,
+    owner: Owner,
+    *,
+    take_over: bool = False,
+    has_log: Callable[[Root], bool] = has_no_log,
+) -> tuple[Root, str]:
+    """Make ``owner`` that of the volume, with a new log id. Returns the root and its ETag.
+
+    Without ``take_over``, which fences who has it, only a volume that nobody has is taken, or one of
+    this host whose log is here (``has_log``): a copy of this host has the same id, and not that log.
+    Raises OwnedElsewhere, UnknownExport where there is none, or only a tombstone.
     """
     while True:
         root, etag = read_root(store, prefix, name)
         if root.removed_at:
             raise UnknownExport(name, f"it was removed from prefix {prefix}")
-        if root.owner_node not in ("", node) and not take_over:
-            raise OwnedElsewhere(name, root.owner_node)
-        mine = msgspec.structs.replace(
+        if root.owner_host != NO_ID and not take_over:
+            if root.owner_host != owner.host:
+                raise OwnedElsewhere(name, root.owner_node)
+            if not has_log(root):
+                raise OwnedElsewhere(name, root.owner_node, "with this host's id, but its log is not here")
+        mine = next_root(
             root,
-            owner_node=node,
+            owner_host=owner.host,
+            owner_node=owner.node,
             log_id=new_id(),
             last_segment=0,
             epoch=root.epoch + 1,
-            sequence=root.sequence + 1,
         )
         try:
-            result = commit_root(store, manifest_key(prefix, name), encode_root(mine), etag, mine.log_id)
+            result = commit_root(store, manifest_key(prefix, name), mine, etag, base=root)
         except Fenced:
             continue  # somebody committed in between: look again at who owns it
-        return (mine if result.adopted is None else result.adopted), result.etag
+        return mine, result.etag
 
 
-def detach(store: ObjectStore, prefix: str, root: Root, etag: str) -> tuple[Root, str]:
+def detach(
+    store: ObjectStore, prefix: str, root: Root, etag: str, tried: Collection[bytes] = ()
+) -> tuple[Root, str]:
     """Give a drained and closed volume up: its root then names no owner and no log.
 
-    ``root`` and ``etag`` are those of the last commit. Raises Fenced if it is not ours any more.
+    ``root`` and ``etag`` are those of the last commit, ``tried`` the nonces put since. Raises Fenced if it
+    is not ours any more, StoreWentBack.
     """
     key = manifest_key(prefix, root.name)
     while True:
-        free = msgspec.structs.replace(
-            root, owner_node="", log_id=NO_ID, last_segment=0, sequence=root.sequence + 1
-        )
-        data = encode_root(free)
-        result = commit_root(store, key, data, etag, root.log_id)
+        free = next_root(root, owner_host=NO_ID, owner_node="", log_id=NO_ID, last_segment=0)
+        result = commit_root(store, key, free, etag, base=root, tried=tried)
         if result.adopted is None:
             return free, result.etag
         root, etag = result.adopted, result.etag
-
-
-def find_exports(store: ObjectStore, prefixes: Iterable[str], node: str) -> list[OwnedRoot]:
-    """The roots that name ``node`` as owner: what a host that lost its disk was serving."""
-    owned: list[OwnedRoot] = []
-    for prefix in prefixes:
-        for directory in store.list_dirs(volumes_prefix(prefix)):
-            try:
-                root, etag = read_root(store, prefix, dir_name(directory))
-            except UnknownExport:
-                continue
-            if root.owner_node == node:
-                owned.append(OwnedRoot(prefix, root, etag))
-    return owned

@@ -1,23 +1,40 @@
 """Local copies of manifests: what a host knows of its volumes while the store is away.
 
 ``{state_dir}/volumes/{volume id}/`` holds ``root`` (MessagePack: the ETag or nil, and the bytes of the
-encoded root, which carry their own checksum) and ``pages/{page id}``. The copy is durable before
-segments that the root includes may be unlinked, so the local log and manifest together never lag
-behind the store.
+encoded root, which carry their own checksum and the key that they belong to) and ``pages/{page id}``.
+The copy is durable before segments that the root includes may be unlinked, so the local log and
+manifest together never lag behind the store.
+
+``tried`` holds the nonces of the roots that were put since the copy was written. It is one sector that is
+written in place, durable before the put begins, so it costs one sync for each commit:
+
+    0   4  magic "GLTR"
+    4   4  number of nonces n, little-endian
+    8  16n the nonces, oldest first
+    .  16  BLAKE3-128 of the volume id and all bytes before
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from blake3 import blake3
 
-from glidefs.errors import CorruptObject
-from glidefs.formats.atomic import fsync_dir, write_file_atomic
-from glidefs.formats.manifest import Root, decode_root
+from glidefs.errors import CorruptObject, WrongObject
+from glidefs.formats.atomic import fsync_dir, write_file_atomic, write_in_place
+from glidefs.formats.manifest import Root, decode_root, encode_root
+from glidefs.formats.pack import ID_SIZE
+
+MAX_TRIED = 128
+"""Nonces that are kept. More commits without an answer than that, and the oldest is not ours any more."""
+_TRIED = struct.Struct("<4sI")
+_TRIED_MAGIC = b"GLTR"
+_NO_PAGES: Mapping[bytes, bytes] = {}
 
 
 class _Saved(msgspec.Struct, frozen=True, array_like=True):
@@ -39,19 +56,23 @@ def page_dir(state_dir: Path, volume_id: bytes) -> Path:
     return volume_dir(state_dir, volume_id) / "pages"
 
 
+def _make_dir(state_dir: Path, volume_id: bytes) -> Path:
+    directory = volume_dir(state_dir, volume_id)
+    if not directory.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        fsync_dir(directory.parent)
+        fsync_dir(directory.parent.parent)
+    return directory
+
+
 def save(
-    state_dir: Path, volume_id: bytes, root: Root, data: bytes, etag: str | None, pages: Mapping[bytes, bytes]
+    state_dir: Path, root: Root, key: str, etag: str | None, pages: Mapping[bytes, bytes] = _NO_PAGES
 ) -> None:
-    """Replace the copy by ``data`` (the encoded ``root``) and add encoded ``pages`` by id.
+    """Replace the copy by ``root``, which the store has or will have as ``key``; add encoded ``pages`` by id.
 
     Durable on return. Raises OSError, and then the old copy is whole.
     """
-    directory = volume_dir(state_dir, volume_id)
-    fresh = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        fsync_dir(directory.parent)
-        fsync_dir(directory.parent.parent)
+    directory = _make_dir(state_dir, root.volume_id)
     pages_at = directory / "pages"
     if pages:
         if not pages_at.exists():
@@ -59,12 +80,40 @@ def save(
             fsync_dir(directory)
         for page_id, page in pages.items():
             write_file_atomic(pages_at / page_id.hex(), page)
-    write_file_atomic(directory / "root", _encoder.encode(_Saved(etag, data)))
+    write_file_atomic(directory / "root", _encoder.encode(_Saved(etag, encode_root(root, key))))
     wanted = {page_id.hex() for page_id in root.page_ids}
     with contextlib.suppress(OSError):
         for path in pages_at.iterdir():
             if path.name not in wanted:
                 path.unlink()
+
+
+def save_tried(state_dir: Path, volume_id: bytes, nonces: Sequence[bytes]) -> None:
+    """Replace the nonces of roots that were put; durable on return. Raises OSError."""
+    path = _make_dir(state_dir, volume_id) / "tried"
+    body = _TRIED.pack(_TRIED_MAGIC, len(nonces)) + b"".join(nonces)
+    write_in_place(path, body + _tried_check(volume_id, body))
+
+
+def load_tried(state_dir: Path, volume_id: bytes) -> tuple[bytes, ...]:
+    """The nonces of :func:`save_tried`; none if the file is absent or damaged: then no root is adopted."""
+    try:
+        data = (volume_dir(state_dir, volume_id) / "tried").read_bytes()
+    except OSError:
+        return ()
+    if len(data) < _TRIED.size:
+        return ()
+    magic, count = _TRIED.unpack_from(data)
+    end = _TRIED.size + count * ID_SIZE
+    if magic != _TRIED_MAGIC or count > MAX_TRIED or len(data) < end + ID_SIZE:
+        return ()
+    if data[end : end + ID_SIZE] != _tried_check(volume_id, data[:end]):
+        return ()
+    return tuple(data[at : at + ID_SIZE] for at in range(_TRIED.size, end, ID_SIZE))
+
+
+def _tried_check(volume_id: bytes, body: bytes) -> bytes:
+    return blake3(volume_id + body).digest(length=ID_SIZE)
 
 
 def sync(state_dir: Path, volume_id: bytes) -> None:
@@ -84,8 +133,11 @@ def sync_volumes(state_dir: Path) -> None:
             fsync_dir(place)
 
 
-def load(state_dir: Path, volume_id: bytes) -> tuple[Root, str | None, bytes] | None:
-    """The saved root, its ETag and its encoded bytes, or None. Raises CorruptObject."""
+def load(state_dir: Path, volume_id: bytes, key: str) -> tuple[Root, str | None, bytes] | None:
+    """The saved root of the volume, which the store has as ``key``, its ETag and its encoded bytes, or None.
+
+    Raises CorruptObject; WrongObject for the copy of another volume.
+    """
     path = volume_dir(state_dir, volume_id) / "root"
     try:
         saved = _decoder.decode(path.read_bytes())
@@ -93,7 +145,10 @@ def load(state_dir: Path, volume_id: bytes) -> tuple[Root, str | None, bytes] | 
         return None
     except (OSError, msgspec.MsgspecError) as error:
         raise CorruptObject(str(path), 0, f"local copy of a manifest: {error}") from error
-    return decode_root(str(path), saved.root), saved.etag, saved.root
+    root = decode_root(key, saved.root, str(path))
+    if root.volume_id != volume_id:
+        raise WrongObject(str(path), f"it is the root of volume {root.volume_id.hex()}")
+    return root, saved.etag, saved.root
 
 
 def forget(state_dir: Path, volume_id: bytes) -> None:

@@ -73,7 +73,7 @@ class MetaCache:
         tail, size = store.get_suffix(key, ref.index_length)
         if size != ref.size:
             raise CorruptObject(key, size, f"the pack has {size} bytes, its manifest says {ref.size}")
-        index = decode_index(key, tail, size)
+        index = decode_index(key, tail, size, ref.id)
         if self._files is not None:
             self._files.put(ref, bytes(tail))
         return index
@@ -84,12 +84,12 @@ def _load_page(store: ObjectStore, prefix: str, page_id: bytes, local: Path | No
     if local is not None:
         path = local / name
         try:
-            return decode_page(str(path), path.read_bytes())
+            return decode_page(str(path), path.read_bytes(), page_id)
         except (OSError, CorruptObject):
             pass  # the store has it
     key = page_key(prefix, name)
     data = store.get(key).data
-    page = decode_page(key, data)
+    page = decode_page(key, data, page_id)
     if local is not None and local.parent.exists():
         with contextlib.suppress(OSError):  # a copy for a start while the store is away
             local.mkdir(exist_ok=True)

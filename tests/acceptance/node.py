@@ -40,6 +40,7 @@ class Node(Daemon):
     def __init__(self, base: Path, *, endpoint: str = "", settings: Sections | None = None) -> None:
         self._endpoint = endpoint
         self._settings = settings or {}
+        self.lost = False
         base.mkdir(parents=True, exist_ok=True)
         super().__init__(base, base / "store")
 
@@ -76,9 +77,13 @@ class Node(Daemon):
         """Lose the local disk."""
         assert self.process is None
         shutil.rmtree(self.cache)
+        self.lost = True
 
     def wait_served(self, *names: str) -> None:
-        """Until these exports are served: after a lost disk they come back in the background."""
+        """Until these exports are served: after a lost disk they are taken back first."""
+        if self.lost:
+            self.json("attach", "--all", "--take-over")
+            self.lost = False
 
         def served() -> bool:
             states = {e["name"]: e["state"] for e in self.client.call("GET", "/api/exports")}

@@ -287,13 +287,12 @@ def test_damage_in_the_store(daemon: Daemon, kind: str, damage: Callable[[bytes]
         path.write_bytes(damage(data))
     shutil.rmtree(daemon.base / "cache")
     daemon.start()
-    wait_for(lambda: state(daemon, "good") == "serving", "the other is served")
+    daemon.json("attach", "good", "--take-over")
     assert daemon.has("good", 1, "0", "1M")
     if kind == "manifest":
-        wait_for(lambda: "not taken up" in daemon.log_text, "the log says so")
         assert "corrupt at byte" in daemon.fails("attach", "bad")
     else:
-        wait_for(lambda: state(daemon, "bad") == "serving", "the damaged one, too")
+        daemon.json("attach", "bad", "--take-over")
         assert sum(read_or_error(daemon, "bad", *where) for where in ((2, 0), (3, 200 << 30))) < 2 * MIB
     lines = [line for line in daemon.log_text.splitlines() if "corrupt at byte" in line]
     assert any(path.name in line or path.parent.name in line for path in victims for line in lines), lines
@@ -374,7 +373,7 @@ def test_damage_in_the_block_cache(daemon: Daemon) -> None:
     daemon.stop()
     shutil.rmtree(daemon.base / "cache")
     daemon.start()
-    wait_for(lambda: state(daemon, "v1") == "serving", "it is served")
+    daemon.json("attach", "v1", "--take-over")
     assert daemon.has("v1", 1, "0", "4M")
     daemon.stop()
     for path in (daemon.base / "cache" / "blocks").rglob("*"):

@@ -65,7 +65,8 @@ def test_sigterm_uploads_what_is_dirty(daemon: Daemon) -> None:
     assert len(data) == 64 << 20
 
 
-def test_lost_disk_finds_its_exports_in_the_store(daemon: Daemon) -> None:
+def test_after_a_lost_disk_the_volumes_are_offered_and_taken_by_a_verb(daemon: Daemon) -> None:
+    """! A name is no evidence: nothing is taken because a host of this name had it."""
     daemon.json("create", "v1", "--size", "64MiB")
     daemon.json("create", "gone", "--size", "64MiB")
     daemon.io("v1", "write -P 5 0 4M")
@@ -77,8 +78,16 @@ def test_lost_disk_finds_its_exports_in_the_store(daemon: Daemon) -> None:
     daemon.kill()
     shutil.rmtree(daemon.base / "cache")
     daemon.start()
-    found = wait_for(lambda: daemon.json("list"), "the export is found")
-    assert [e["name"] for e in found] == ["v1"]
+    wait_for(lambda: "attach --all --node node-1 --take-over" in daemon.log_text, "the offer")
+    assert daemon.json("list") == []
+    stored = {volume["name"]: volume for volume in daemon.json("list", "--store")}
+    assert stored["v1"]["candidate"]
+    assert not stored["gone"]["candidate"]
+    assert "corrupt" in stored["aaa"]["damaged"]
+    assert "its host" in daemon.fails("attach", "v1") or "take-over" in daemon.fails("attach", "v1")
+    taken = daemon.json("attach", "--all", "--take-over")
+    assert [export["name"] for export in taken["attached"]] == ["v1"]
+    assert taken["failed"] == []
     assert daemon.has("v1", 5, "0", "4M")
     daemon.io("v1", "write -P 6 0 64k")
     daemon.json("drain", "v1")

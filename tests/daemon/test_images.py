@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from stored_roots import put_root
 
 from glidefs import names
 from glidefs.errors import ConfigError, CorruptObject, UnknownExport
 from glidefs.formats import export_record
-from glidefs.formats.manifest import PAGE_BYTES, PackRef, Page, Root, encode_page, encode_root, page_id
+from glidefs.formats.manifest import PAGE_BYTES, PackRef, Page, Root, encode_page, page_id
 from glidefs.formats.pack import (
     BLOCK,
     CHUNK,
@@ -69,8 +70,9 @@ class Writer:
             entries.append(PackEntry(block, mask, zero, offset, len(stored), payload_hash(bytes(plain))))
             body += stored
         index = encode_index(entries)
-        data = bytes(body) + index + encode_trailer(index, len(entries))
-        new = pack_id(index, VOLUME, secrets.token_bytes(16))
+        nonce = secrets.token_bytes(16)
+        data = bytes(body) + index + encode_trailer(index, len(entries), VOLUME, nonce)
+        new = pack_id(payload_hash(index), VOLUME, nonce)
         self.store.put(names.pack_key("default", new.hex()), data)
         self.packs.append(PackRef(id=new, size=len(data), index_length=index_length(index)))
         for chunk in {block // 1024 for block in blocks}:
@@ -80,8 +82,8 @@ class Writer:
         page = Page(tuple(self.packs), {c: tuple(p) for c, p in self.chunks.items()})
         ids: tuple[bytes, ...] = (b"",) * -(-self.size // PAGE_BYTES)
         if not inline:
-            data = encode_page(page)
-            new = page_id(data, VOLUME, secrets.token_bytes(16))
+            data = encode_page(page, VOLUME, secrets.token_bytes(16))
+            new = page_id(data)
             self.store.put(names.page_key("default", new.hex()), data)
             ids = (new, *ids[1:])
         return Root(
@@ -89,7 +91,7 @@ class Writer:
         )
 
     def commit(self, inline: bool = True) -> None:
-        self.store.put(names.manifest_key("default", "vol"), encode_root(self.root(inline)))
+        put_root(self.store, names.manifest_key("default", "vol"), self.root(inline))
 
     def check(self, image: Path) -> None:
         assert image.stat().st_size == self.size

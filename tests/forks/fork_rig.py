@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stored_roots import owner_of
+
 from glidefs.bases import BaseLibrary
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.core.volume import CoreVolume
@@ -122,14 +124,13 @@ class Node:
         self.host = Host(
             self.engine,
             self.store,
-            node=home.name,
             state_dir=home / "state",
             settings=HostSettings(**options),
         )
         self.host.start()
         self.bases = BaseLibrary(self.store, grace=grace, stopping=self.stopping)
         places = RouterSettings(
-            node=home.name,
+            owner=owner_of(home.name),
             exports_dir=home / "exports",
             state_dir=home / "state",
             logs_dir=home / "logs",

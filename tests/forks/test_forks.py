@@ -298,11 +298,11 @@ def test_a_view_is_promoted_only_while_its_source_has_what_it_shows(
 
 def test_a_read_only_volume_of_its_own_can_be_promoted(node: Node, memory: CountingStore) -> None:
     node.create("v", 64 * MIB, read_only=True)
-    assert decode_root("v", memory.get(manifest_key(PREFIX, "v")).data).read_only
+    assert decode_root(manifest_key(PREFIX, "v"), memory.get(manifest_key(PREFIX, "v")).data).read_only
     assert not node.router.forks.promote("v").read_only
     node.core("v").pwrite(0, DATA)
     node.router.drain("v")
-    assert not decode_root("v", memory.get(manifest_key(PREFIX, "v")).data).read_only
+    assert not decode_root(manifest_key(PREFIX, "v"), memory.get(manifest_key(PREFIX, "v")).data).read_only
 
 
 def test_a_view_is_there_again_after_a_restart(make_node: MakeNode, memory: CountingStore) -> None:

@@ -106,7 +106,8 @@ def test_a_fork_gets_the_hot_set_of_its_base(node: Node, make_node: MakeNode, me
 
 def test_the_hot_set_of_another_manifest_is_not_used(node: Node, memory: CountingStore) -> None:
     base_with_blocks(node, BLOCKS)
-    memory.put(hot_set_key(PREFIX, "deb"), encode_hot_set(make_hot_set(bytes(32), BLOCKS)))
+    key = hot_set_key(PREFIX, "deb")
+    memory.put(key, encode_hot_set(make_hot_set(bytes(32), BLOCKS), key))
     assert not node.bases.hot_set(PREFIX, "deb").runs
 
 

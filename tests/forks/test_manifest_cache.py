@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 from fork_rig import PREFIX, CountingStore, Node, delayed
+from stored_roots import owner_of, put_root
 
 from glidefs.bases import BaseLibrary
 from glidefs.errors import NotFound, StoreUnavailable
-from glidefs.formats.manifest import encode_root
 from glidefs.images.bases import base_root
 from glidefs.manifest_cache import ManifestCache
 from glidefs.names import base_manifest_key
@@ -24,8 +24,8 @@ MakeNode = Callable[..., Node]
 def put_bases(memory: CountingStore, count: int, prefix: str = PREFIX) -> list[str]:
     names = [f"base{i:03}" for i in range(count)]
     for name in names:
-        root = base_root(lease.empty_root(name, 1 << 20, "n"), name)
-        memory.put(base_manifest_key(prefix, name), encode_root(root))
+        root = base_root(lease.empty_root(name, 1 << 20, owner_of("n")), name)
+        put_root(memory, base_manifest_key(prefix, name), root)
     memory.gets.clear()
     return names
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
-from msgspec.structs import replace
+from stored_roots import put_root
 
 import glidefs.export_table
 import glidefs.leaving
@@ -22,7 +22,7 @@ from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
 from glidefs.errors import AccessDenied, StoreError, StoreUnavailable, UnknownExport
 from glidefs.exports import AttachRequest
-from glidefs.formats.manifest import Root, decode_root, encode_root
+from glidefs.formats.manifest import Root, decode_root
 from glidefs.names import manifest_key
 from glidefs.store.base import join_body
 from glidefs.volume import lease, local
@@ -220,8 +220,9 @@ def test_a_commit_whose_local_copy_is_lost_is_found_after_the_start(
     node.close()
     key = manifest_key(PREFIX, "v")
     root = root_of(node, "v")
-    newer = replace(root, sequence=root.sequence + 1)
-    memory.put(key, encode_root(newer))
+    newer = lease.next_root(root)
+    local.save_tried(node.home / "state", root.volume_id, [newer.nonce])
+    put_root(memory, key, newer)
     memory.set_down(True)
     again = make_node()
     again.router.start()

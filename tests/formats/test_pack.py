@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from glidefs.errors import CorruptObject
+from glidefs.errors import CorruptObject, OlderFormat, WrongObject
 from glidefs.formats import compression, pack
 from glidefs.formats.pack import BLOCK, SECTOR, PackEntry
 
 KEY = "p/packs/aa/x"
+VOLUME, NONCE = b"v" * 16, b"n" * 16
 
 
 def build(blocks: dict[int, tuple[int, int, bytes]]) -> tuple[bytes, int]:
@@ -27,13 +28,18 @@ def build(blocks: dict[int, tuple[int, int, bytes]]) -> tuple[bytes, int]:
         entries.append(PackEntry(block, mask, zero_mask, offset, len(stored), pack.payload_hash(plain)))
         out += stored
     index = pack.encode_index(entries)
-    return bytes(out + index + pack.encode_trailer(index, len(entries))), pack.index_length(index)
+    trailer = pack.encode_trailer(index, len(entries), VOLUME, NONCE)
+    return bytes(out + index + trailer), pack.index_length(index)
 
 
-def read(data: bytes, length: int) -> dict[int, tuple[int, int, bytes]]:
+def id_of(data: bytes, length: int) -> bytes:
+    return pack.pack_id(pack.payload_hash(data[-length : -pack.TRAILER_SIZE]), VOLUME, NONCE)
+
+
+def read(data: bytes, length: int, own: bytes | None = None) -> dict[int, tuple[int, int, bytes]]:
     """The blocks of a pack, through the reader's functions."""
     pack.check_header(KEY, data[: pack.HEADER_SIZE])
-    index = pack.decode_index(KEY, data[-length:], len(data))
+    index = pack.decode_index(KEY, data[-length:], len(data), own)
     result = {}
     for entry in index.entries():
         stored = data[entry.offset : entry.offset + entry.stored]
@@ -65,13 +71,13 @@ def test_round_trip(blocks: dict[int, tuple[int, int, bytes]]) -> None:
     data, length = build(blocks)
     assert read(data, length) == blocks
     # A tail that is longer than the index is as good (inspect reads the whole object).
-    assert len(pack.decode_index(KEY, data, len(data))) == len(blocks)
+    assert len(pack.decode_index(KEY, data, len(data), None)) == len(blocks)
 
 
 def test_find_and_range() -> None:
     blocks = {n * 3: (0, 1, b"") for n in range(200)}
     data, length = build(blocks)
-    index = pack.decode_index(KEY, data[-length:], len(data))
+    index = pack.decode_index(KEY, data[-length:], len(data), None)
     assert len(index) == 200
     assert index.nbytes == 200 * pack.ENTRY_SIZE
     for block in range(-1, 610):
@@ -103,7 +109,7 @@ def test_bit_flips_are_noticed(bit: int) -> None:
     at = bit // 8 % len(SAMPLE)
     damaged[at] ^= 1 << bit % 8
     try:
-        assert read(bytes(damaged), SAMPLE_INDEX) == GOOD
+        assert read(bytes(damaged), SAMPLE_INDEX, id_of(SAMPLE, SAMPLE_INDEX)) == GOOD
     except CorruptObject as error:
         caught = error
     else:
@@ -120,7 +126,7 @@ def test_truncated_tail(length: int, size: int) -> None:
     tail = SAMPLE[len(SAMPLE) - length :]
     for claimed in (size, len(SAMPLE)):
         try:
-            index = pack.decode_index(KEY, tail, claimed)
+            index = pack.decode_index(KEY, tail, claimed, None)
         except CorruptObject:
             continue
         assert length == SAMPLE_INDEX
@@ -131,7 +137,7 @@ def test_truncated_tail(length: int, size: int) -> None:
 @given(st.binary(max_size=200))
 def test_noise_is_refused(noise: bytes) -> None:
     with pytest.raises(CorruptObject):
-        pack.decode_index(KEY, noise, max(len(noise), 64))
+        pack.decode_index(KEY, noise, max(len(noise), 128), None)
     with pytest.raises(CorruptObject):
         pack.check_header(KEY, noise)
 
@@ -139,7 +145,8 @@ def test_noise_is_refused(noise: bytes) -> None:
 def forge(records: bytes, count: int, payload: int = 3 * BLOCK) -> tuple[bytes, int]:
     """A tail with a correct checksum over records that no writer makes; and an object size."""
     index = compression.compress(records)
-    return index + pack.encode_trailer(index, count), pack.HEADER_SIZE + payload + len(index) + 28
+    trailer = pack.encode_trailer(index, count, VOLUME, NONCE)
+    return index + trailer, pack.HEADER_SIZE + payload + len(index) + pack.TRAILER_SIZE
 
 
 def record(block: int, mask: int, zero_mask: int, offset: int, stored: int) -> bytes:
@@ -166,13 +173,13 @@ def test_well_summed_nonsense_is_refused(fault: str) -> None:
     records = FAULTS[fault]
     tail, size = forge(records, len(records) // pack.ENTRY_SIZE)
     with pytest.raises(CorruptObject):
-        pack.decode_index(KEY, tail, size)
+        pack.decode_index(KEY, tail, size, None)
 
 
 def test_count_and_size_must_agree_before_memory_is_taken() -> None:
     good = record(2, 1, 0, 16, 9)
     tail, size = forge(good, 1)
-    assert len(pack.decode_index(KEY, tail, size)) == 1
+    assert len(pack.decode_index(KEY, tail, size, None)) == 1
     frame = compression.compress(bytes(64 << 20))
     small = compression.compress(bytes(8 << 20))
     tracemalloc.start()
@@ -180,10 +187,10 @@ def test_count_and_size_must_agree_before_memory_is_taken() -> None:
         for records, count in ((good, 2), (good, 0), (good, 2**32 - 1)):
             tail, size = forge(records, count)
             with pytest.raises(CorruptObject):
-                pack.decode_index(KEY, tail, size)
-        tail = frame + pack.encode_trailer(frame, pack.MAX_ENTRIES)
+                pack.decode_index(KEY, tail, size, None)
+        tail = frame + pack.encode_trailer(frame, pack.MAX_ENTRIES, VOLUME, NONCE)
         with pytest.raises(CorruptObject):
-            pack.decode_index(KEY, tail, 1 << 20)
+            pack.decode_index(KEY, tail, 1 << 20, None)
         entry = PackEntry(1, 1, 0, 16, len(frame), b"h" * 16)
         with pytest.raises(CorruptObject):
             pack.decode_payload(KEY, entry, frame)
@@ -215,6 +222,29 @@ def test_header_of_a_newer_version() -> None:
         assert caught.value.offset == at
 
 
+def test_the_id_names_the_index() -> None:
+    """! The pack of another volume in the place of this one is refused, whole and valid as it is."""
+    mine, length = build({1: (1, 0, b"a" * SECTOR)})
+    own = id_of(mine, length)
+    assert len(pack.decode_index(KEY, mine[-length:], len(mine), own)) == 1
+    theirs, their_length = build({1: (1, 0, b"b" * SECTOR)})
+    with pytest.raises(WrongObject, match="made for volume"):
+        pack.decode_index(KEY, theirs[-their_length:], len(theirs), own)
+    renamed, parts = pack.rename(mine, VOLUME, bytes(16))
+    again = b"".join(parts)
+    assert renamed != own
+    assert read(again, length) == read(mine, length)
+    assert len(pack.decode_index(KEY, again[-length:], len(again), renamed)) == 1
+
+
+def test_a_pack_of_the_first_format_is_refused_by_name() -> None:
+    data, length = build({1: (1, 0, b"a" * SECTOR)})
+    with pytest.raises(OlderFormat, match="format 1"):
+        pack.decode_index(KEY, data[-length:-4] + b"GLIX", len(data), None)
+    with pytest.raises(OlderFormat, match="format 1"):
+        pack.check_header(KEY, data[:4] + (1).to_bytes(2, "little") + data[6 : pack.HEADER_SIZE])
+
+
 def test_encode_index_refuses_what_decode_would() -> None:
     good = PackEntry(1, 1, 0, 16, 9, b"h" * 16)
     for bad in (
@@ -232,9 +262,9 @@ def test_encode_index_refuses_what_decode_would() -> None:
 
 def test_ids_are_never_reused() -> None:
     nonces = [os.urandom(16) for _ in range(50)]
-    ids = {pack.pack_id(b"index", b"v" * 16, nonce) for nonce in nonces}
+    ids = {pack.pack_id(b"i" * 16, b"v" * 16, nonce) for nonce in nonces}
     assert len(ids) == 50
     assert {len(one) for one in ids} == {16}
-    assert pack.pack_id(b"index", b"v" * 16, nonces[0]) != pack.pack_id(b"index", b"w" * 16, nonces[0])
+    assert pack.pack_id(b"i" * 16, b"v" * 16, nonces[0]) != pack.pack_id(b"i" * 16, b"w" * 16, nonces[0])
     with pytest.raises(ValueError, match="nonce"):
-        pack.pack_id(b"index", b"v" * 16, b"")
+        pack.pack_id(b"i" * 16, b"v" * 16, b"")

@@ -9,6 +9,7 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 import msgspec
+from stored_roots import put_root
 
 from glidefs import names
 from glidefs.formats.blessing import PutPack, encode_blessing, make_blessing
@@ -19,9 +20,10 @@ from glidefs.formats.manifest import (
     Root,
     decode_root,
     encode_page,
-    encode_root,
     page_count,
+    page_id,
 )
+from glidefs.formats.pack import TRAILER_SIZE
 from glidefs.gc import GcResult, collect
 from glidefs.store.base import Body, ListPage, ObjectStore
 from glidefs.store.memory import MemoryStore
@@ -121,13 +123,14 @@ def put_pack(store: ObjectStore, size: int = 100) -> bytes:
 
 
 def page_of(packs: Iterable[bytes]) -> Page:
-    refs = tuple(PackRef(id_, 100, 40) for id_ in packs)
+    refs = tuple(PackRef(id_, 100, TRAILER_SIZE + 12) for id_ in packs)
     return Page(refs, {0: tuple(range(len(refs)))} if refs else {})
 
 
 def put_page(store: ObjectStore, packs: Iterable[bytes]) -> bytes:
-    id_ = new_id()
-    store.put(names.page_key(PREFIX, id_.hex()), encode_page(page_of(packs)))
+    data = encode_page(page_of(packs), new_id(), new_id())
+    id_ = page_id(data)
+    store.put(names.page_key(PREFIX, id_.hex()), data)
     return id_
 
 
@@ -147,28 +150,28 @@ def paged_root(name: str, pages: Iterable[bytes], **fields: object) -> Root:
 
 def put_volume(store: ObjectStore, name: str, packs: Iterable[bytes]) -> str:
     key = names.manifest_key(PREFIX, name)
-    store.put(key, encode_root(inline_root(name, packs)))
+    put_root(store, key, inline_root(name, packs))
     return key
 
 
 def put_base(store: ObjectStore, name: str, packs: Iterable[bytes], removed_at: int = 0) -> str:
     key = names.base_manifest_key(PREFIX, name)
-    store.put(key, encode_root(inline_root(name, packs, removed_at=removed_at)))
+    put_root(store, key, inline_root(name, packs, removed_at=removed_at))
     return key
 
 
 def remove_base(store: ClockStore, name: str) -> None:
     key = names.base_manifest_key(PREFIX, name)
     root = decode_root(key, store.data(key))
-    store.put(key, encode_root(msgspec.structs.replace(root, removed_at=int(store.now))))
+    put_root(store, key, msgspec.structs.replace(root, removed_at=int(store.now)))
 
 
 def put_checkpoint(store: ClockStore, base: str, packs: Iterable[bytes]) -> str:
     """A checkpoint of packs that were just put; its key."""
     now = int(store.now)
     key = names.blessing_key(PREFIX, base)
-    put = [PutPack(PackRef(id_, 100, 40), now) for id_ in packs]
-    store.put(key, encode_blessing(make_blessing(now, put, now)))
+    put = [PutPack(PackRef(id_, 100, TRAILER_SIZE + 12), now) for id_ in packs]
+    store.put(key, encode_blessing(make_blessing(now, put, now), key))
     return key
 
 

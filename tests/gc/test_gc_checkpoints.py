@@ -133,7 +133,7 @@ def test_one_of_a_newer_version_ends_the_run(store: ClockStore, major: int, flag
     store.now += GRACE
     rig.run(store)
     store.now += GRACE
-    store.put(KEY, envelope.seal(format_.BLESSING_MAGIC, major, 0, flags, b"?"))
+    store.put(KEY, envelope.seal(format_.BLESSING_MAGIC, major, 0, flags, b"?", KEY.encode()))
     with pytest.raises(NewerFormat):
         rig.run(store)
     assert rig.has_pack(store, pack)
@@ -247,7 +247,8 @@ def test_what_is_too_old_is_put_again_from_there_on(store: ClockStore, host: Hos
         format_.PutPack(pack.ref, pack.put_at - (int(GRACE) if number == known // 2 else 0))
         for number, pack in enumerate(found.packs)
     ]
-    store.put(KEY, format_.encode_blessing(format_.make_blessing(found.started_at, packs, found.saved_at)))
+    again = format_.make_blessing(found.started_at, packs, found.saved_at)
+    store.put(KEY, format_.encode_blessing(again, KEY))
     assert host.bless().reused_packs == known // 2
     host.check()
 

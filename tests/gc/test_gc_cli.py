@@ -12,13 +12,13 @@ from pathlib import Path
 
 import gc_rig as rig
 import pytest
+from stored_roots import put_root
 
 from glidefs import names
 from glidefs.cli.main import gc as gc_verb
 from glidefs.cli.offline import checked_grace
 from glidefs.config import Config, StoreSettings
 from glidefs.errors import ConfigError
-from glidefs.formats.manifest import encode_root
 from glidefs.gc import DEFAULT_LIMIT
 from glidefs.images.inspect import inspect as describe
 from glidefs.images.inspect import open_source
@@ -47,7 +47,7 @@ def filled(tmp_path: Path) -> Path:
     with open_store(f"file://{tmp_path}/store") as store:
         rig.put_volume(store, "v", [rig.put_pack(store)])
         rig.put_pack(store, 5000)
-        store.put(names.manifest_key("q", "w"), encode_root(rig.inline_root("w", [])))
+        put_root(store, names.manifest_key("q", "w"), rig.inline_root("w", []))
     for pack in (tmp_path / "store" / "p" / "packs").rglob("??????*"):
         os.utime(pack, (time.time() - 86400,) * 2)
     return tmp_path

@@ -24,11 +24,13 @@ from gc_rig import GRACE, PREFIX, ClockStore, InlinePool
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from stored_roots import put_root
 
 from glidefs import gc as gc_module
 from glidefs import names
 from glidefs.formats.blessing import PutPack, encode_blessing, make_blessing
-from glidefs.formats.manifest import PackRef, Root, decode_root, encode_root
+from glidefs.formats.manifest import PackRef, Root, decode_root
+from glidefs.formats.pack import TRAILER_SIZE
 from glidefs.images import resume
 
 POOL = gc_module.ThreadPoolExecutor
@@ -127,7 +129,7 @@ class Prefix:
 
     def create(self, number: int) -> None:
         name = self.name("v")
-        self.store.put(names.manifest_key(PREFIX, name), encode_root(self.new_root(name, [], False)))
+        put_root(self.store, names.manifest_key(PREFIX, name), self.new_root(name, [], False))
 
     def upload(self, number: int) -> None:
         if keys := self.root_keys("volume"):
@@ -145,14 +147,14 @@ class Prefix:
             packs = [rig.put_pack(self.store) for _ in packs]
         old = self.root(upload.volume)
         new = self.new_root(old.name, self.packs(old) + packs, number % 2 == 0)
-        self.store.put(upload.volume, encode_root(new))
+        put_root(self.store, upload.volume, new)
 
     def compact(self, number: int) -> None:
         if keys := self.root_keys("volume"):
             key = keys[number % len(keys)]
             packs = self.packs(self.root(key))[number % 3 :]
             new = self.new_root(self.root(key).name, [*packs, rig.put_pack(self.store)], number % 2 == 0)
-            self.store.put(key, encode_root(new))
+            put_root(self.store, key, new)
 
     def keep(self, number: int) -> None:
         """Snapshot, tag or bless."""
@@ -165,7 +167,7 @@ class Prefix:
             names.base_manifest_key(PREFIX, self.name("b")),
         )[number % 3]
         self.counter += 1
-        self.store.put(key, encode_root(root))
+        put_root(self.store, key, root)
 
     def remove(self, number: int) -> None:
         if not (keys := self.root_keys("volume", "snapshot", "tag", "base")):
@@ -175,7 +177,7 @@ class Prefix:
             self.store.delete(key)
         elif not self.root(key).removed_at:
             gone = msgspec.structs.replace(self.root(key), removed_at=int(self.store.now))
-            self.store.put(key, encode_root(gone))
+            put_root(self.store, key, gone)
 
     def begin_fork(self, number: int) -> None:
         """From any root; of a removed base as long as a cache may have it."""
@@ -194,7 +196,7 @@ class Prefix:
         if self.store.now - fork.read_at <= GRACE / 4:
             name = self.name("f")
             root = msgspec.structs.replace(fork.root, name=name, volume_id=rig.new_id(), removed_at=0)
-            self.store.put(names.manifest_key(PREFIX, name), encode_root(root))
+            put_root(self.store, names.manifest_key(PREFIX, name), root)
 
     def fork_and_remove(self, number: int) -> None:
         """A fork whose source goes before its own root comes."""
@@ -210,7 +212,7 @@ class Prefix:
         if keys:
             old = keys[number % len(keys)]
             root = msgspec.structs.replace(self.root(old), name=self.name("h"), volume_id=rig.new_id())
-            self.store.put(names.manifest_key(PREFIX, root.name), encode_root(root))
+            put_root(self.store, names.manifest_key(PREFIX, root.name), root)
             self.store.delete(old)
 
     def bless(self, number: int) -> None:
@@ -226,10 +228,10 @@ class Prefix:
             return
         bless = self.blesses[number % len(self.blesses)]
         now = int(self.store.now + bless.skew)
-        bless.packs.append(PutPack(PackRef(rig.put_pack(self.store), 100, 40), now))
+        bless.packs.append(PutPack(PackRef(rig.put_pack(self.store), 100, TRAILER_SIZE), now))
         if number % 4:
-            data = encode_blessing(make_blessing(now, bless.packs, now))
-            self.store.put(names.blessing_key(PREFIX, bless.base), data)
+            key = names.blessing_key(PREFIX, bless.base)
+            self.store.put(key, encode_blessing(make_blessing(now, bless.packs, now), key))
 
     def bless_dies(self, number: int) -> None:
         if self.blesses:
@@ -248,7 +250,7 @@ class Prefix:
                 ids[at] = rig.put_pack(self.store)
         key = names.base_manifest_key(PREFIX, bless.base)
         if key not in self.store.key_set():
-            self.store.put(key, encode_root(self.new_root(bless.base, ids, number % 2 == 0)))
+            put_root(self.store, key, self.new_root(bless.base, ids, number % 2 == 0))
             if number % 3:  # else it dies here
                 self.store.delete(names.blessing_key(PREFIX, bless.base))
 

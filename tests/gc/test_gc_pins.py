@@ -7,10 +7,10 @@ from collections.abc import Callable
 import gc_rig as rig
 import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
+from stored_roots import put_root
 
 from glidefs import names
 from glidefs.errors import GlideError, UnknownExport
-from glidefs.formats.manifest import encode_root
 from glidefs.names import Source
 from glidefs.pins import pinned
 
@@ -70,7 +70,7 @@ def test_a_source_that_goes_meanwhile_is_no_source(store: ClockStore, tombstone:
 
     def remove() -> None:
         if tombstone:
-            store.put(KEY, encode_root(rig.inline_root("v", [], removed_at=1)))
+            put_root(store, KEY, rig.inline_root("v", [], removed_at=1))
         else:
             store.delete(KEY)
 
@@ -91,7 +91,7 @@ def test_a_source_that_does_not_keep_still_says_so(store: ClockStore) -> None:
 def test_gc_keeps_what_a_pin_names_and_deletes_one_that_is_left(store: ClockStore) -> None:
     pack = rig.put_pack(store)
     key = names.pin_key(PREFIX, "0" * 32)
-    store.put(key, encode_root(rig.inline_root("v", [pack])))
+    put_root(store, key, rig.inline_root("v", [pack]))
     store.now += GRACE - 1
     result = rig.run(store)
     assert (result.pins, result.marked.objects) == (0, 1)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import gc_rig as rig
 import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
+from stored_roots import put_root
 
 from glidefs import gc as gc_module
 from glidefs import names
 from glidefs.errors import GcRefused
-from glidefs.formats.manifest import encode_root
 
 STATE = names.gc_state_key(PREFIX)
 VOLUMES = names.volumes_prefix(PREFIX)
@@ -38,8 +38,8 @@ def test_a_root_that_appears_between_listing_and_marking(store: ClockStore) -> N
     store.now += GRACE
     rig.run(store)
     store.now += GRACE
-    root = encode_root(rig.paged_root("late", [page]))
-    once(store, "list", VOLUMES, lambda: store.put(names.manifest_key(PREFIX, "late"), root))
+    late = names.manifest_key(PREFIX, "late")
+    once(store, "list", VOLUMES, lambda: put_root(store, late, rig.paged_root("late", [page])))
     assert rig.run(store).unreferenced.objects == 0
     assert rig.has_pack(store, pack)
     assert rig.has_page(store, page)
@@ -206,12 +206,12 @@ def test_a_commit_replaces_a_page_while_it_is_read(store: ClockStore) -> None:
     old_pack, new_pack = rig.put_pack(store), rig.put_pack(store)
     old, new = rig.put_page(store, [old_pack]), rig.put_page(store, [new_pack])
     key = names.manifest_key(PREFIX, "v")
-    store.put(key, encode_root(rig.paged_root("v", [old])))
+    put_root(store, key, rig.paged_root("v", [old]))
     store.now += GRACE
     old_key = names.page_key(PREFIX, old.hex())
 
     def commit() -> None:
-        store.put(key, encode_root(rig.paged_root("v", [new])))
+        put_root(store, key, rig.paged_root("v", [new]))
         store.delete(old_key)
 
     once(store, "get", old_key, commit)
@@ -226,7 +226,7 @@ def test_a_commit_replaces_a_page_while_it_is_read(store: ClockStore) -> None:
 def test_a_volume_removed_while_its_page_is_read(store: ClockStore) -> None:
     page = rig.put_page(store, [])
     key = names.manifest_key(PREFIX, "v")
-    store.put(key, encode_root(rig.paged_root("v", [page])))
+    put_root(store, key, rig.paged_root("v", [page]))
     page_key = names.page_key(PREFIX, page.hex())
 
     def remove() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 import gc_rig as rig
 import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
+from stored_roots import put_root
 
 from glidefs import gc_mark, names
 from glidefs.errors import AccessDenied, CorruptObject, GcRefused, GlideError, StoreUnavailable
 from glidefs.formats.gc_state import decode_state, first_seen
-from glidefs.formats.manifest import encode_root
 from glidefs.gc import Tally
 from glidefs.store import open_store
 
@@ -22,10 +22,10 @@ CLOCK = names.gc_clock_key(PREFIX)
 def test_every_root_keeps_what_it_names(store: ClockStore) -> None:
     kept = [rig.put_pack(store) for _ in range(5)]
     page = rig.put_page(store, [kept[0]])
-    store.put(names.manifest_key(PREFIX, "v"), encode_root(rig.paged_root("v", [page])))
-    store.put(names.snapshot_key(PREFIX, "v", 3), encode_root(rig.inline_root("v", [kept[1]])))
-    store.put(names.snapshot_key(PREFIX, "gone", 3), encode_root(rig.inline_root("gone", [kept[2]])))
-    store.put(names.tag_key(PREFIX, "t"), encode_root(rig.inline_root("v", [kept[3]])))
+    put_root(store, names.manifest_key(PREFIX, "v"), rig.paged_root("v", [page]))
+    put_root(store, names.snapshot_key(PREFIX, "v", 3), rig.inline_root("v", [kept[1]]))
+    put_root(store, names.snapshot_key(PREFIX, "gone", 3), rig.inline_root("gone", [kept[2]]))
+    put_root(store, names.tag_key(PREFIX, "t"), rig.inline_root("v", [kept[3]]))
     rig.put_base(store, "b", [kept[4]])
     store.put(names.hot_set_key(PREFIX, "b"), b"not decoded")
     before = store.key_set()
@@ -198,7 +198,7 @@ def test_shared_pages_are_read_once(store: ClockStore) -> None:
     pack = rig.put_pack(store)
     page = rig.put_page(store, [pack])
     for number in range(40):
-        store.put(names.manifest_key(PREFIX, f"v{number}"), encode_root(rig.paged_root("v", [page])))
+        put_root(store, names.manifest_key(PREFIX, f"v{number}"), rig.paged_root("v", [page]))
     store.requests.clear()
     assert rig.run(store).marked.objects == 2
     # 40 roots, the state, and the page: a few may find it unread at the same moment.
@@ -220,11 +220,11 @@ def _doomed(store: ClockStore) -> tuple[bytes, bytes]:
     """A pack and a page that the next run would delete, beside roots of every kind."""
     kept = rig.put_pack(store)
     rig.put_volume(store, "v", [kept])
-    store.put(names.snapshot_key(PREFIX, "v", 1), encode_root(rig.inline_root("v", [kept])))
-    store.put(names.tag_key(PREFIX, "t"), encode_root(rig.inline_root("v", [kept])))
+    put_root(store, names.snapshot_key(PREFIX, "v", 1), rig.inline_root("v", [kept]))
+    put_root(store, names.tag_key(PREFIX, "t"), rig.inline_root("v", [kept]))
     rig.put_base(store, "b", [kept])
     page = rig.put_page(store, [kept])
-    store.put(names.manifest_key(PREFIX, "big"), encode_root(rig.paged_root("big", [page])))
+    put_root(store, names.manifest_key(PREFIX, "big"), rig.paged_root("big", [page]))
     doomed = rig.put_pack(store), rig.put_page(store, [])
     store.now += GRACE
     rig.run(store)
@@ -262,14 +262,14 @@ def test_a_corrupt_page(store: ClockStore) -> None:
     page = rig.put_page(store, [])
     key = names.page_key(PREFIX, page.hex())
     store.put(key, b"x" * 100)
-    store.put(names.manifest_key(PREFIX, "big"), encode_root(rig.paged_root("big", [page])))
+    put_root(store, names.manifest_key(PREFIX, "big"), rig.paged_root("big", [page]))
     assert key in str(_refused(store, doomed, CorruptObject))
 
 
 def test_a_page_that_is_missing(store: ClockStore) -> None:
     doomed = _doomed(store)
     page = rig.new_id()
-    store.put(names.manifest_key(PREFIX, "big"), encode_root(rig.paged_root("big", [page])))
+    put_root(store, names.manifest_key(PREFIX, "big"), rig.paged_root("big", [page]))
     error = _refused(store, doomed, CorruptObject)
     assert page.hex() in str(error)
     assert "volumes/big" in str(error)
@@ -422,7 +422,7 @@ def test_a_store_of_files(tmp_path: Path) -> None:
     with open_store(f"file://{tmp_path}/store") as store:
         kept, doomed = rig.put_pack(store), rig.put_pack(store)
         page = rig.put_page(store, [kept])
-        store.put(names.manifest_key(PREFIX, "v"), encode_root(rig.paged_root("v", [page])))
+        put_root(store, names.manifest_key(PREFIX, "v"), rig.paged_root("v", [page]))
         assert rig.run(store, grace=0.0).waiting.objects == 1
         result = rig.run(store, grace=0.0)
         assert (result.deleted.objects, result.marked.objects) == (1, 2)

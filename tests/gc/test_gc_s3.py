@@ -15,9 +15,9 @@ from gc_rig import PREFIX
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import servers
+from stored_roots import put_root
 
 from glidefs import names
-from glidefs.formats.manifest import encode_root
 from glidefs.gc import Tally
 from glidefs.store import ObjectStore, open_store
 
@@ -45,11 +45,11 @@ def _wait_until(done: Callable[[], bool]) -> None:
 def test_a_real_server(weed: ObjectStore) -> None:
     kept = rig.put_pack(weed)
     page = rig.put_page(weed, [kept])
-    weed.put(names.manifest_key(PREFIX, "v"), encode_root(rig.paged_root("v", [page])))
-    weed.put(names.manifest_key(PREFIX, "v-2"), encode_root(rig.inline_root("v-2", [rig.put_pack(weed)])))
-    weed.put(names.snapshot_key(PREFIX, "v", 1), encode_root(rig.inline_root("v", [rig.put_pack(weed)])))
+    put_root(weed, names.manifest_key(PREFIX, "v"), rig.paged_root("v", [page]))
+    put_root(weed, names.manifest_key(PREFIX, "v-2"), rig.inline_root("v-2", [rig.put_pack(weed)]))
+    put_root(weed, names.snapshot_key(PREFIX, "v", 1), rig.inline_root("v", [rig.put_pack(weed)]))
     removed = names.manifest_key(PREFIX, "gone")
-    weed.put(removed, encode_root(rig.inline_root("gone", [])))
+    put_root(weed, removed, rig.inline_root("gone", []))
     weed.delete(removed)  # leaves a directory there
     reads: list[str] = []
     get = weed.get

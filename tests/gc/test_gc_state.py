@@ -25,13 +25,13 @@ SEEN = st.dictionaries(st.binary(min_size=16, max_size=16), st.sampled_from([0.0
 
 @given(SEEN, SEEN)
 def test_round_trip(packs: dict[bytes, float], pages: dict[bytes, float]) -> None:
-    data = encode_state(make_state(RUN, packs, pages))
+    data = encode_state(make_state(RUN, packs, pages), "k")
     assert first_seen(decode_state("k", data)) == (packs, pages)
 
 
 def test_checkpoints_of_blesses(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = [SeenCheckpoint(float(since), f"b{since}", '"etag"') for since in (3, 1, 2)]
-    state = decode_state("k", encode_state(make_state(RUN, {}, {}, seen)))
+    state = decode_state("k", encode_state(make_state(RUN, {}, {}, seen), "k"))
     assert state.checkpoints == (seen[1], seen[2], seen[0])
     monkeypatch.setattr(gc_state, "MAX_CHECKPOINTS", 2)
     assert make_state(RUN, {}, {}, seen).checkpoints == (seen[1], seen[2])
@@ -39,13 +39,13 @@ def test_checkpoints_of_blesses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_state_of_before_checkpoints_were_kept() -> None:
     raw = msgspec.msgpack.encode([RUN, [[1.0, b"p" * 16, b""]]])
-    state = decode_state("k", envelope.seal(gc_state.STATE_MAGIC, gc_state.FORMAT, 0, 0, raw))
+    state = decode_state("k", envelope.seal(gc_state.STATE_MAGIC, gc_state.FORMAT, 0, 0, raw, b"k"))
     assert (first_seen(state), state.checkpoints) == (({b"p" * 16: 1.0}, {}), ())
 
 
 @given(st.data())
 def test_damage_is_found(data: st.DataObject) -> None:
-    good = encode_state(make_state(RUN, {b"p" * 16: 1.0}, {}))
+    good = encode_state(make_state(RUN, {b"p" * 16: 1.0}, {}), "k")
     at = data.draw(st.integers(0, len(good) - 1))
     bad = bytearray(good)
     bad[at] ^= data.draw(st.integers(1, 255))
@@ -69,7 +69,7 @@ def test_damage_is_found(data: st.DataObject) -> None:
 )
 def test_documents_that_make_no_sense(document: object) -> None:
     raw = msgspec.msgpack.encode(document)
-    data = envelope.seal(gc_state.STATE_MAGIC, gc_state.FORMAT, gc_state.MINOR, 0, raw)
+    data = envelope.seal(gc_state.STATE_MAGIC, gc_state.FORMAT, gc_state.MINOR, 0, raw, b"k")
     with pytest.raises(CorruptObject):
         decode_state("k", data)
 

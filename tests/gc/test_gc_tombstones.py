@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc_rig as rig
 import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
+from stored_roots import owner_of, put_root
 
 from glidefs import names
 from glidefs.errors import Conflict, UnknownExport
-from glidefs.formats.manifest import decode_root, encode_root
+from glidefs.formats.manifest import decode_root
 from glidefs.roots import undelete_root
 from glidefs.volume import lease
 
@@ -39,7 +40,7 @@ def test_a_removed_base_keeps_its_packs_for_the_grace(store: ClockStore) -> None
 def test_tombstones_of_volumes_go_after_the_grace(store: ClockStore) -> None:
     """Until then they keep what they name."""
     pack, key = rig.put_pack(store), names.manifest_key(PREFIX, "x")
-    store.put(key, encode_root(rig.inline_root("x", [pack], removed_at=1)))
+    put_root(store, key, rig.inline_root("x", [pack], removed_at=1))
     store.now += GRACE - 1
     result = rig.run(store)
     assert (result.tombstones, result.marked.objects) == (0, 1)
@@ -51,9 +52,9 @@ def test_tombstones_of_volumes_go_after_the_grace(store: ClockStore) -> None:
 def test_a_name_is_not_taken_while_gc_deletes_its_tombstone(store: ClockStore) -> None:
     """! The delete would hit the new volume."""
     key = names.manifest_key(PREFIX, "x")
-    store.put(key, encode_root(rig.inline_root("x", [], removed_at=1)))
+    put_root(store, key, rig.inline_root("x", [], removed_at=1))
     store.now += GRACE
-    fresh = lease.empty_root("x", 1 << 20, "n")
+    fresh = lease.empty_root("x", 1 << 20, owner_of("n"))
     refused = []
 
     def other(op: str, where: str) -> None:
@@ -74,7 +75,7 @@ def test_an_undelete_and_gc_are_one_after_the_other(store: ClockStore) -> None:
     pack = rig.put_pack(store)
     key = names.manifest_key(PREFIX, "x")
     for when in ("first", "late"):
-        store.put(key, encode_root(rig.inline_root("x", [pack], removed_at=1)))
+        put_root(store, key, rig.inline_root("x", [pack], removed_at=1))
         store.now += GRACE
         done = []
 
@@ -102,7 +103,7 @@ def test_an_undelete_and_gc_are_one_after_the_other(store: ClockStore) -> None:
 
 def test_an_undeleted_volume_is_a_root_again(store: ClockStore) -> None:
     pack, key = rig.put_pack(store), names.manifest_key(PREFIX, "x")
-    store.put(key, encode_root(rig.inline_root("x", [pack], removed_at=1)))
+    put_root(store, key, rig.inline_root("x", [pack], removed_at=1))
     store.now += GRACE - 1
     rig.run(store)
     undelete_root(store, PREFIX, "x")

@@ -99,7 +99,8 @@ def pages_of(store: ObjectStore, root: Root) -> list[Page]:
     if root.inline_page is not None:
         return [root.inline_page]
     keys = [names.page_key(PREFIX, page.hex()) if page else "" for page in root.page_ids]
-    return [decode_page(key, store.get(key).data) if key else EMPTY_PAGE for key in keys]
+    pages = zip(keys, root.page_ids, strict=True)
+    return [decode_page(key, store.get(key).data, id_) if key else EMPTY_PAGE for key, id_ in pages]
 
 
 def entries_of(store: ObjectStore, base: str) -> list[list[PackEntry]]:
@@ -110,7 +111,7 @@ def entries_of(store: ObjectStore, base: str) -> list[list[PackEntry]]:
             key = names.pack_key(PREFIX, ref.id.hex())
             tail, size = store.get_suffix(key, ref.index_length)
             assert size == ref.size
-            found.append(list(decode_index(key, tail, size).entries()))
+            found.append(list(decode_index(key, tail, size, ref.id).entries()))
     return found
 
 

@@ -54,7 +54,7 @@ def test_publish_once(memory: DyingStore) -> None:
     with pytest.raises(ExportExists, match=r"b: .*other content"):
         publish_base(memory, PREFIX, base_root(VOLUME, "b", created_at=6))
     found = read_base(memory, PREFIX, "b")
-    assert found == (root, etag, manifest_hash(encode_root(root)))
+    assert found == (root, etag, manifest_hash(encode_root(root, KEY)))
 
 
 def test_publish_through_trouble(memory: DyingStore) -> None:
@@ -112,7 +112,7 @@ def test_a_base_that_was_not_blessed_cannot_be_compared(memory: DyingStore, tmp_
 def test_remove_is_conditional(memory: DyingStore) -> None:
     """Another host removes it between our read and our put: its time stands."""
     publish_base(memory, PREFIX, base_root(VOLUME, "b"))
-    theirs = encode_root(msgspec.structs.replace(base_root(VOLUME, "b"), removed_at=77))
+    theirs = encode_root(msgspec.structs.replace(base_root(VOLUME, "b"), removed_at=77), KEY)
 
     def race(key: str) -> None:
         memory.before_put = lambda key: None

@@ -122,7 +122,8 @@ def test_packs_may_be_half_as_old_as_the_configured_grace(
 
 def test_inspect_a_checkpoint(cli: Cli, tmp_path: Path) -> None:
     ref = PackRef(id=b"p" * 16, size=1000, index_length=100)
-    (tmp_path / "blessing").write_bytes(encode_blessing(Blessing(5, (PutPack(ref, 6), PutPack(ref, 7)))))
+    checkpoint = Blessing(5, (PutPack(ref, 6), PutPack(ref, 7)))
+    (tmp_path / "blessing").write_bytes(encode_blessing(checkpoint, "p/bases/b/blessing"))
     shown = cli.json("inspect", "blessing")
     assert shown["kind"] == "checkpoint of a bless"
     assert (shown["started_at"], shown["pack_count"], shown["pack_bytes"]) == (5, 2, 2000)

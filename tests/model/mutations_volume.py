@@ -21,7 +21,7 @@ VOLUME = [
     Mutation(
         "attach-does-not-commit",
         "glidefs/volume/lease.py",
-        "result = commit_root(store, manifest_key(prefix, name), encode_root(mine), etag, mine.log_id)",
+        "result = commit_root(store, manifest_key(prefix, name), mine, etag, base=root)",
         "result = CommitResult(etag, None)",
         (OWNERSHIP + "test_attach_refuses_and_takes_over",),
     ),
@@ -35,30 +35,33 @@ VOLUME = [
     Mutation(
         "refused-put-of-our-own-fences",
         "glidefs/volume/lease.py",
-        "    if root.log_id == log_id and log_id != NO_ID:",
-        "    if False:",
+        "    if root.nonce not in tried and ours is not None:\n",
+        "    if ours is not None:\n",
         (OWNERSHIP + "test_a_root_of_our_log_that_we_do_not_know_is_adopted_whole",),
     ),
     Mutation(
         "lost-answer-is-not-found-to-be-ours",
         "glidefs/volume/lease.py",
-        "    if found.data == data:\n        return CommitResult(found.etag, None)\n",
-        '    if found.data == data:\n        raise Fenced(key, "not ours")\n',
+        "    if new is not None and root.nonce == new.nonce:\n        return CommitResult(found.etag, None)",
+        '    if new is not None and root.nonce == new.nonce:\n        raise Fenced(key, "not ours")',
         (OWNERSHIP + "test_the_lost_answer_of_a_commit_is_our_own",),
     ),
     Mutation(
         "foreign-root-is-adopted",
         "glidefs/volume/lease.py",
-        "    if root.log_id == log_id and log_id != NO_ID:",
-        "    if True:",
+        "        raise judge(key, root, ours)\n",
+        "        pass\n",
         (OWNERSHIP + "test_a_foreign_root_fences",),
     ),
     Mutation(
         "root-that-is-gone-is-put-again",
         "glidefs/volume/lease.py",
-        "gone_is_fence=etag is not None)\n            if found is not None:\n                return found\n",
-        "gone_is_fence=False)\n            if found is not None:\n                return found\n"
-        "            etag = None\n",
+        "            found = resolve(store, key, new, base, tried)\n",
+        "            try:\n"
+        "                found = resolve(store, key, new, base, tried)\n"
+        "            except Fenced:\n"
+        "                etag = None\n"
+        "                continue\n",
         (OWNERSHIP + "test_a_root_that_is_gone_fences",),
     ),
     Mutation(
@@ -143,8 +146,8 @@ VOLUME = [
     Mutation(
         "ids-without-the-nonce",
         "glidefs/formats/pack.py",
-        "    hasher.update(nonce)\n",
-        "",
+        "blake3(index_hash + volume_id + nonce)",
+        "blake3(index_hash + volume_id)",
         ("tests/formats/test_pack.py::test_ids_are_never_reused",),
     ),
     Mutation(

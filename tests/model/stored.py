@@ -65,7 +65,7 @@ class Stored:
         for number, page_id in enumerate(root.page_ids):
             if page_id:
                 key = names.page_key(PREFIX, page_id.hex())
-                yield number, decode_page(key, self.store.data(key))
+                yield number, decode_page(key, self.store.data(key), page_id)
 
     def named(self) -> set[str]:
         """The keys of what the roots name. A page that is gone raises KeyError."""
@@ -121,7 +121,7 @@ class Stored:
     def _index(self, key: str, ref: PackRef) -> PackIndex:
         data = self.store.data(key)
         if key not in self._indices:
-            self._indices[key] = decode_index(key, data[-ref.index_length :], len(data))
+            self._indices[key] = decode_index(key, data[-ref.index_length :], len(data), ref.id)
         return self._indices[key]
 
     def _payload(self, key: str, entry: PackEntry) -> bytes:

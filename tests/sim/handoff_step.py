@@ -87,7 +87,7 @@ def _cut_over(sim: Simulation, node: SimNode) -> dict[bytes, CutOver]:
     found = {}
     for life, volume in sim.entries(node):
         info = volume.core.info()
-        saved = local.load(node.home / "state", life.volume_id)
+        saved = local.load(node.home / "state", life.volume_id, manifest_key(PREFIX, life.name))
         copied = saved is not None and saved[1] == volume.etag
         found[life.log_id] = CutOver(volume.etag, copied, info.first_seq, info.last_seq)
     return found

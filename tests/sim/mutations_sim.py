@@ -82,8 +82,8 @@ SIM = [
     Mutation(
         "opened-without-a-local-copy",
         "glidefs/volume/commit.py",
-        "                local.save(self._state_dir, self.root.volume_id, self.root, data, self.etag, {})\n",
-        "                self._save(self.root, data, {})\n",
+        "                local.save(self._state_dir, self.root, self._key, self.etag)\n",
+        "                self._save(self.root, {})\n",
         SEEDS,
     ),
     Mutation(
@@ -111,8 +111,8 @@ SIM = [
     Mutation(
         "tombstone-fences-a-fork",
         "glidefs/volume/commit.py",
-        "lease.commit_first(store, self._key, self.root, data)",
-        "lease.commit_root(store, self._key, data, None, self.root.log_id)",
+        "lease.commit_first(store, self._key, self.root, self._tried)",
+        "lease.commit_root(store, self._key, self.root, None)",
         SEEDS,
     ),
     Mutation(

@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-for directory in ("core", "volume", "forks", "gc", "model", "sim"):
+for directory in (".", "core", "volume", "forks", "gc", "model", "sim"):
     sys.path.insert(0, str(TESTS / directory))
 
 

@@ -26,6 +26,7 @@ import glidefs.opener
 import glidefs.pins
 import glidefs.store.breaker
 import glidefs.store.resilient
+import glidefs.stored_volumes
 import glidefs.volume.commit
 import glidefs.volume.compactor
 import glidefs.volume.host
@@ -73,6 +74,7 @@ POOLED: tuple[Any, ...] = (
     glidefs.gc,
     glidefs.images.bases,
     glidefs.opener,
+    glidefs.stored_volumes,
     glidefs.volume.host,
     glidefs.volume.prefetch,
     glidefs.volume.service,

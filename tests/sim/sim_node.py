@@ -24,6 +24,7 @@ from fork_rig import PREFIX, NoGuests
 from history import SECTOR
 from power_cut import Keep
 from sim_disk import DiskFaults, Platter
+from stored_roots import owner_of
 
 from glidefs.bases import BaseLibrary
 from glidefs.core.check import Closed
@@ -31,10 +32,13 @@ from glidefs.core.engine import Engine, EngineConfig, EngineStats, EventKind
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import StoreError
 from glidefs.export_table import Entry
+from glidefs.formats.manifest import Root
 from glidefs.formats.pack import BLOCK
 from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.host import Host
+from glidefs.volume.lease import Owner
+from glidefs.volume.logs import log_dir
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume
 
@@ -103,6 +107,8 @@ class SimNode:
         self.platter = platter
         self.faults = faults
         self.settings = settings
+        self.disks = 1
+        """How many disks this host has had: each is another host to the store."""
         self.up = False
         self.dead = False
         """The process died, and what it does on its way out does not count."""
@@ -114,6 +120,15 @@ class SimNode:
         self.host: Host
         self.router: ExportRouter
         home.mkdir(parents=True)
+
+    @property
+    def owner(self) -> Owner:
+        """This host with the disk that it has now."""
+        return Owner(owner_of(f"{self.name}/{self.disks}").host, self.name)
+
+    def has_log(self, root: Root) -> bool:
+        """Whether the log that a root names is on this disk."""
+        return log_dir(self.home / "logs", root.volume_id, root.log_id).is_dir()
 
     # -- the life of a process -----------------------------------------------------------------------
 
@@ -137,11 +152,11 @@ class SimNode:
         (self.home / "logs").mkdir(exist_ok=True)
         (self.home / "state").mkdir(exist_ok=True)
         options = HostSettings(log_dir=self.home / "logs", gc_grace=GRACE, compaction=False, **own)
-        self.host = Host(self.engine, store, node=self.name, state_dir=self.home / "state", settings=options)
+        self.host = Host(self.engine, store, state_dir=self.home / "state", settings=options)
         self.engine.volumes = self.host.volumes
         bases = BaseLibrary(store, grace=GRACE, stopping=stopping)
         places = RouterSettings(
-            node=self.name,
+            owner=self.owner,
             exports_dir=self.home / "exports",
             state_dir=self.home / "state",
             logs_dir=self.home / "logs",
@@ -228,6 +243,7 @@ class SimNode:
         """All that this host had is gone."""
         shutil.rmtree(self.home)
         self.home.mkdir()
+        self.disks += 1
         self.platter.lose(self.home)
 
     # -- what threads do ------------------------------------------------------------------------------

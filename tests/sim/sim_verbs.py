@@ -13,6 +13,7 @@ from sim_steps import Steps
 
 from glidefs.errors import GlideError, OwnedElsewhere
 from glidefs.exports import AttachRequest, CreateRequest, PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.formats.manifest import NO_ID
 from glidefs.names import Source, manifest_key, parse_source
 
 VOLUMES = ("v0", "v1", "v2")
@@ -156,7 +157,7 @@ class Verbs(Steps):
     def may_drop(self, node: SimNode, source: str) -> bool:
         """Whether this node may delete it."""
         seen = self.model.roots[parse_source(source).key(PREFIX)]
-        return seen.root.owner_node in ("", node.name)
+        return seen.root.owner_host in (NO_ID, node.owner.host)
 
     def look(self) -> None:
         """Take note of what nodes serve that the store may not know yet."""
@@ -237,15 +238,19 @@ class Verbs(Steps):
 
     def attach_now(self, node: SimNode, name: str, *, take_over: bool) -> None:
         seen = self.model.roots.get(manifest_key(PREFIX, name))
-        owner = seen.root.owner_node if seen is not None else ""
-        free = owner in ("", node.name)
+        root = seen.root if seen is not None else None
+        mine = root is not None and root.owner_host == node.owner.host and node.has_log(root)
+        free = mine or root is None or root.owner_host == NO_ID
         if free or take_over:
             self.model.takers.add((node.name, name))
         with self.verb(node, f"attach {name}{' by take-over' if take_over else ''}"):
             try:
                 node.router.attach(name, AttachRequest(transport="nbd", take_over=take_over))
             except OwnedElsewhere:
-                must(not (free or take_over), f"{node.name} may not attach {name}, which {owner!r} has")
+                must(
+                    not (free or take_over),
+                    f"{node.name} may not attach {name}, which {root and root.owner_node!r} has",
+                )
                 raise
         self.check_open(node)
 
@@ -376,15 +381,8 @@ class Verbs(Steps):
         node = self.draw_node()
         if node is not None:
             with self.step_of(node):
-                self._may_scan(node)
                 node.look_after()
             self.check_open(node)
-
-    def _may_scan(self, node: SimNode) -> None:
-        """A node without records takes up what the store says that it owns."""
-        for seen in self.model.roots.values():
-            if seen.root.owner_node == node.name:
-                self.model.takers.add((node.name, seen.root.name))
 
     def crash_now(self) -> None:
         node = self.draw_node()
@@ -399,7 +397,7 @@ class Verbs(Steps):
             self.arm(node.name, self.rng.choice(["store", "store", "file"]), self.rng.randrange(25))
 
     def lose_disk(self) -> None:
-        """A host that comes back with an empty disk finds what it owns in the store."""
+        """A host that comes back with an empty disk is another host, and takes nothing by its name."""
         node = self.draw_node()
         if node is None:
             return

@@ -191,7 +191,6 @@ class Simulation(Verbs):
             if not node.up:
                 self.boot(node)
             with self.step_of(node):
-                self._may_scan(node)
                 node.look_after()
             self.check_open(node)
         self.guarded(self.background)

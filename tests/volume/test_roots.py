@@ -6,9 +6,10 @@ from typing import Any
 
 import msgspec
 import pytest
+from stored_roots import owner_of, put_root
 
 from glidefs.errors import AccessDenied, Conflict, ExportExists, Fenced, UnknownExport
-from glidefs.formats.manifest import EMPTY_PAGE, Root, decode_root, encode_root
+from glidefs.formats.manifest import EMPTY_PAGE, Root, decode_root
 from glidefs.names import manifest_key
 from glidefs.roots import delete_root, put_first_root, undelete_root
 from glidefs.store.memory import MemoryStore
@@ -19,12 +20,12 @@ KEY = manifest_key(PREFIX, "v")
 
 
 def volume() -> Root:
-    return lease.empty_root("v", 1 << 20, "a")
+    return lease.empty_root("v", 1 << 20, owner_of("a"))
 
 
 def put_again(store: MemoryStore, root: Root) -> None:
     """What a node does that never had an answer to its first put."""
-    lease.commit_first(store, KEY, root, encode_root(root))
+    lease.commit_first(store, KEY, root)
 
 
 def stored(store: MemoryStore) -> Root:
@@ -48,7 +49,7 @@ def test_a_removed_volume_is_put_back_as_it_was_without_an_owner() -> None:
     assert delete_root(store, PREFIX, root)
     assert delete_root(store, PREFIX, root), "a removal that is done is done"
     with pytest.raises(UnknownExport, match="was removed"):
-        lease.attach(store, PREFIX, "v", "a")
+        lease.attach(store, PREFIX, "v", owner_of("a"))
     back = undelete_root(store, PREFIX, "v")
     assert stored(store) == back
     kept = ("volume_id", "size", "page_ids", "inline_page", "flush", "source", "created_at")
@@ -57,7 +58,7 @@ def test_a_removed_volume_is_put_back_as_it_was_without_an_owner() -> None:
     assert not delete_root(store, PREFIX, root), "who removed it once has no part in its new life"
     with pytest.raises(ExportExists, match="was not removed"):
         undelete_root(store, PREFIX, "v")
-    assert lease.attach(store, PREFIX, "v", "b")[0].epoch == root.epoch + 1
+    assert lease.attach(store, PREFIX, "v", owner_of("b"))[0].epoch == root.epoch + 1
 
 
 def test_what_is_about_to_be_deleted_is_not_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +115,7 @@ def test_what_was_taken_over_and_removed_is_not_put_again() -> None:
     """! Its node does not know that the store ever had it, and what it names may be gone."""
     store, root = MemoryStore(), volume()
     put_again(store, root)
-    taken, _ = lease.attach(store, PREFIX, "v", "b", take_over=True)
+    taken, _ = lease.attach(store, PREFIX, "v", owner_of("b"), take_over=True)
     assert delete_root(store, PREFIX, taken)
     with pytest.raises(Fenced, match="took it over and removed it"):
         put_again(store, root)
@@ -162,7 +163,7 @@ def test_a_name_whose_removal_was_interrupted_is_free_later(monkeypatch: pytest.
     with pytest.raises(Conflict):
         put_first_root(store, PREFIX, fresh)
     old = msgspec.structs.replace(stored(store), removed_at=stored(store).removed_at - int(lease.DOOMED_FOR))
-    store.put(KEY, encode_root(old))
+    put_root(store, KEY, old)
     put_first_root(store, PREFIX, fresh)
     assert stored(store) == fresh
 
@@ -171,7 +172,7 @@ def test_a_removal_that_goes_on_says_so_anew(monkeypatch: pytest.MonkeyPatch) ->
     """Its first tombstone may be old enough for somebody to take the name."""
     store, root = MemoryStore(), volume()
     old = msgspec.structs.replace(lease.tombstone(root, doomed=True), removed_at=1)
-    store.put(KEY, encode_root(old))
+    put_root(store, KEY, old)
     delete, seen = store.delete, []
 
     def look(key: str, **conditions: Any) -> None:

@@ -239,8 +239,8 @@ def index_of(*entries: tuple[int, int, int]) -> PackIndex:
         made.append(PackEntry(block, mask, zeros, offset if mask else 0, length, EMPTY_HASH))
         offset += length
     frame = encode_index(made)
-    tail = frame + encode_trailer(frame, len(made))
-    return decode_index("pack", tail, offset + len(tail))
+    tail = frame + encode_trailer(frame, len(made), bytes(16), bytes(16))
+    return decode_index("pack", tail, offset + len(tail), None)
 
 
 def test_zero_masks_go_only_at_the_bottom() -> None:

@@ -9,6 +9,7 @@ import time
 
 import msgspec
 import pytest
+from stored_roots import owner_of, put_root
 from volume_rig import MIB, PREFIX, Rig, record_of, wait_for
 
 from glidefs.core.check import CoreError
@@ -18,6 +19,7 @@ from glidefs.core.volume import VolumeConfig
 from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, UnknownExport
 from glidefs.formats.manifest import NO_ID, encode_root
 from glidefs.names import manifest_key
+from glidefs.stored_volumes import list_volumes
 from glidefs.volume import lease, local, logs
 from glidefs.volume.volume import Volume
 
@@ -55,8 +57,9 @@ def test_a_root_of_our_log_that_we_do_not_know_is_adopted_whole(rig: Rig) -> Non
     volume.core.pwrite(0, b"a" * 4096)
     volume.drain(20)
     # As if an earlier life of this daemon had committed a label of its own after we read the root.
-    ours = msgspec.structs.replace(volume.root, sequence=volume.root.sequence + 1, source="earlier")
-    host.store.put(manifest_key(PREFIX, volume.name), encode_root(ours), if_match=volume.etag)
+    ours = lease.next_root(volume.root, source="earlier")
+    volume.committer._try(ours.nonce)
+    put_root(host.store, manifest_key(PREFIX, volume.name), ours, if_match=volume.etag)
     volume.core.pwrite(8192, b"b" * 4096)
     volume.drain(20)
     assert not volume.fenced
@@ -77,8 +80,8 @@ def test_a_foreign_root_fences(rig: Rig, caplog: pytest.LogCaptureFixture) -> No
     volume = rig.create(host)
     told: list[str] = []
     volume.on_fenced = lambda v, why: told.append(why)
-    foreign = msgspec.structs.replace(volume.root, log_id=lease.new_id(), owner_node="other")
-    host.store.put(manifest_key(PREFIX, volume.name), encode_root(foreign), if_match=volume.etag)
+    foreign = lease.next_root(volume.root, log_id=lease.new_id(), owner_node="other")
+    put_root(host.store, manifest_key(PREFIX, volume.name), foreign, if_match=volume.etag)
     volume.core.pwrite(0, b"a" * 4096)
     with caplog.at_level(logging.ERROR), pytest.raises(Fenced):
         volume.drain(20)
@@ -106,7 +109,7 @@ def test_a_root_that_is_gone_fences(rig: Rig) -> None:
 def test_a_new_volume_that_lost_its_name_is_fenced(rig: Rig) -> None:
     host = rig.host()
     rig.create(host, name="disk")
-    root = lease.empty_root("disk", 64 * MIB, "a")
+    root = lease.empty_root("disk", 64 * MIB, owner_of("a"))
     volume = host.open(record_of(root, published=False), root, None)
     wait_for(lambda: fenced(volume), "the second volume of that name is fenced")
     with pytest.raises(ExportExists):
@@ -115,7 +118,7 @@ def test_a_new_volume_that_lost_its_name_is_fenced(rig: Rig) -> None:
 
 def test_a_new_volume_is_published_in_the_background(rig: Rig) -> None:
     host = rig.host()
-    root = lease.empty_root("disk", 64 * MIB, "a")
+    root = lease.empty_root("disk", 64 * MIB, owner_of("a"))
     volume = host.open(record_of(root, published=False), root, None)
     wait_for(lambda: volume.record.root_published, "published")
     assert volume.committer.published
@@ -229,12 +232,18 @@ def test_detach_gives_the_volume_up(rig: Rig) -> None:
     assert other.core.pread(0, 4096) == b"a" * 4096
 
 
-def test_a_host_finds_its_exports_in_the_store(rig: Rig) -> None:
+def test_the_store_says_which_host_has_a_volume(rig: Rig) -> None:
+    """A name is no evidence: a host of the same name is offered it and does not have it."""
     host = rig.host("a")
-    volume = rig.create(host, name="mine")
+    rig.create(host, name="mine")
     rig.create(rig.host("b"), name="theirs")
-    found = lease.find_exports(host.store, [PREFIX], "a")
-    assert [(f.prefix, f.root, f.etag) for f in found] == [(PREFIX, volume.root, volume.etag)]
+    found = {volume.name: volume for volume in list_volumes(host.store, PREFIX)}
+    namesake = lease.Owner(lease.new_id(), "a")
+    assert [found[name].owner_node for name in ("mine", "theirs")] == ["a", "b"]
+    assert [volume.name for volume in found.values() if volume.is_candidate(namesake)] == ["mine"]
+    assert not found["mine"].is_candidate(owner_of("a"))
+    with pytest.raises(OwnedElsewhere):
+        lease.attach(host.store, PREFIX, "mine", namesake)
     with pytest.raises(UnknownExport):
         lease.read_root(host.store, PREFIX, "nobody")
 
@@ -242,18 +251,19 @@ def test_a_host_finds_its_exports_in_the_store(rig: Rig) -> None:
 def test_the_local_copy_is_there_before_the_log_is_opened(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The core unlinks what the root includes, so the host must know that root without the store."""
     host = rig.host("a")
-    root = lease.empty_root("disk", 64 * MIB, "a")
+    root = lease.empty_root("disk", 64 * MIB, owner_of("a"))
     etag = lease.create(host.store, PREFIX, root)
+    key = manifest_key(PREFIX, "disk")
     seen: list[object] = []
     original = Engine.open_volume
 
     def open_volume(engine: Engine, config: VolumeConfig, shadow: ShadowFile | None) -> object:
-        seen.append(local.load(host.state_dir, root.volume_id))
+        seen.append(local.load(host.state_dir, root.volume_id, key))
         return original(engine, config, shadow)
 
     monkeypatch.setattr(Engine, "open_volume", open_volume)
     host.open(record_of(root), root, etag)
-    assert seen == [(root, etag, encode_root(root))]
+    assert seen == [(root, etag, encode_root(root, key))]
 
 
 def test_a_log_that_the_root_does_not_name_is_not_opened(rig: Rig) -> None:
@@ -263,7 +273,7 @@ def test_a_log_that_the_root_does_not_name_is_not_opened(rig: Rig) -> None:
     volume.core.pwrite(0, b"a" * 4096)
     record = volume.record
     volume.close()
-    root, etag = lease.attach(host.store, PREFIX, volume.name, "b", take_over=True)
+    root, etag = lease.attach(host.store, PREFIX, volume.name, owner_of("b"), take_over=True)
     with pytest.raises(GlideError, match="another log"):
         host.open(record, root, etag)
     assert log_segments(volume.log_dir)
@@ -302,7 +312,7 @@ def test_a_local_copy_that_failed_is_tried_again(rig: Rig, monkeypatch: pytest.M
     assert volume.retirable() == 0
     monkeypatch.undo()
     wait_for(lambda: volume.retirable() == volume.root.last_segment, "the local copy")
-    saved = local.load(host.state_dir, volume.id)
+    saved = local.load(host.state_dir, volume.id, manifest_key(PREFIX, volume.name))
     assert saved is not None
     assert saved[:2] == (volume.root, volume.etag)
 
@@ -332,8 +342,9 @@ def test_segments_that_this_host_lost_are_not_mistaken_for_new_ones(rig: Rig) ->
     """A root of our log that includes more than was replayed here: its numbers are used again."""
     host = rig.host()
     volume = rig.create(host)
-    ahead = msgspec.structs.replace(volume.root, sequence=9, last_segment=7)
-    host.store.put(manifest_key(PREFIX, volume.name), encode_root(ahead), if_match=volume.etag)
+    ahead = lease.next_root(volume.root, last_segment=7)
+    volume.committer._try(ahead.nonce)
+    put_root(host.store, manifest_key(PREFIX, volume.name), ahead, if_match=volume.etag)
     volume.core.pwrite(0, b"a" * 4096)
     with pytest.raises(Fenced, match="lost"):
         volume.drain(20)
@@ -345,7 +356,7 @@ def test_a_fork_whose_root_comes_too_late_is_failed_loudly(rig: Rig) -> None:
     base = rig.create(host, name="base")
     base.core.pwrite(0, b"a" * 4096)
     base.drain(20)
-    fork = lease.fork_root(base.root, "late", base.size, "a", source="volume:base")
+    fork = lease.fork_root(base.root, "late", base.size, owner_of("a"), source="volume:base")
     late = msgspec.structs.replace(fork, created_at=fork.created_at - 11)
     volume = host.open(record_of(late, published=False), late, None)
     wait_for(lambda: fenced(volume), "failed")

@@ -315,7 +315,7 @@ def test_what_a_shrink_cuts_off_is_gone_from_the_manifest(rig: Rig) -> None:
     shrunk = edit(manifest, Change(size=CHUNK)).root
     assert shrunk.inline_page is not None
     assert sorted(shrunk.inline_page.chunks) == [0]
-    encode_root(shrunk)
+    encode_root(shrunk, manifest_key(PREFIX, shrunk.name))
 
 
 @pytest.mark.parametrize("zeroes", [False, True])
@@ -436,7 +436,7 @@ def test_commits_are_prefixes_of_the_writes(rig: Rig) -> None:
     assert len(roots) >= 2
     reader = rig.host("b")
     for data in roots:
-        root = decode_root("root", bytes(data))
+        root = decode_root(manifest_key(PREFIX, volume.name), bytes(data))
         snapshot = reader.open(record_of(root, read_only=True), root, None)
         first = int.from_bytes(snapshot.core.pread(0, 512)[:8], "little")
         second = int.from_bytes(snapshot.core.pread(CHUNK, 512)[:8], "little")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from stored_roots import owner_of
 
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, encode_root, manifest_hash
+from glidefs.names import manifest_key
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import lease, local
@@ -38,7 +40,7 @@ def record_of(root: Root, *, read_only: bool = False, published: bool = True) ->
         volume_id=root.volume_id,
         log_id=root.log_id,
         prefix=PREFIX,
-        manifest_hash=manifest_hash(encode_root(root)),
+        manifest_hash=manifest_hash(encode_root(root, manifest_key(PREFIX, root.name))),
         size=root.size,
         flush=root.flush,
         read_only=read_only,
@@ -71,6 +73,7 @@ class Rig:
         self.memory = memory
         self.live: list[tuple[Host, Engine]] = []
         self.names = itertools.count()
+        self.owners: dict[int, lease.Owner] = {}
         self.differences = Differences()
 
     def host(self, directory: str = "a", *, engine: dict[str, Any] | None = None, **settings: Any) -> Host:
@@ -103,11 +106,10 @@ class Rig:
         }
         defaults.update(settings)
         live_engine = Engine(EngineConfig(**config))
-        host = Host(
-            live_engine, store, node=directory, state_dir=home / "state", settings=HostSettings(**defaults)
-        )
+        host = Host(live_engine, store, state_dir=home / "state", settings=HostSettings(**defaults))
         host.start()
         self.live.append((host, live_engine))
+        self.owners[id(host)] = owner_of(directory)
         return host
 
     def stop(self, host: Host) -> None:
@@ -118,19 +120,19 @@ class Rig:
                 engine.close()
 
     def create(self, host: Host, size: int = 256 * MIB, *, name: str = "", flush: str = "local") -> Volume:
-        root = lease.empty_root(name or f"vol{next(self.names)}", size, host.node, flush=flush)
+        root = lease.empty_root(name or f"vol{next(self.names)}", size, self.owners[id(host)], flush=flush)
         etag = lease.create(host.store, PREFIX, root)
         return host.open(record_of(root), root, etag)
 
     def reopen(self, host: Host, root: Root) -> Volume:
         """As after a restart of the daemon on the same host: from the local copy of the root."""
-        saved = local.load(host.state_dir, root.volume_id)
+        saved = local.load(host.state_dir, root.volume_id, manifest_key(PREFIX, root.name))
         assert saved is not None
         return host.open(msgspec.structs.replace(record_of(saved[0]), size=saved[0].size), saved[0], saved[1])
 
     def attach(self, host: Host, name: str, *, take_over: bool = False) -> Volume:
         """As another host does, from the store alone."""
-        root, etag = lease.attach(host.store, PREFIX, name, host.node, take_over=take_over)
+        root, etag = lease.attach(host.store, PREFIX, name, self.owners[id(host)], take_over=take_over)
         return host.open(record_of(root), root, etag)
 
     def packs(self) -> list[str]:
