@@ -89,7 +89,7 @@ class Clients:
         self._options = options
         self.current = make_client(options)
         self._renewing = threading.Lock()
-        self._next = 0.0
+        self._next = float("-inf")
         self._pause = RENEW_EVERY
 
     def renew(self, used: S3Client, why: str) -> bool:

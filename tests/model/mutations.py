@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from mutations_core import CORE, Mutation
+from mutations_limits import LIMITS
 from mutations_volume import VOLUME
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ from mutations_sim import SIM  # noqa: E402
 BUILD_ARGS = ["setup.py", "-q", "build_ext", "-i"]
 BUILD_TIMEOUT = 600
 TEST_TIMEOUT = 900
-MUTATIONS = CORE + VOLUME + SIM
+MUTATIONS = CORE + LIMITS + VOLUME + SIM
 
 
 def run(mutation: Mutation, tree: Path, python: str) -> tuple[bool, str]:
