@@ -9,6 +9,7 @@ they go through boto3.
 from __future__ import annotations
 
 import contextlib
+import logging
 import ssl
 import threading
 import time
@@ -24,9 +25,12 @@ from botocore.utils import get_environ_proxies
 from glidefs.errors import StoreUnavailable
 from glidefs.store.range_http import HttpError, RangeClient, Response
 from glidefs.store.s3_client import Clients, S3Options
+from glidefs.store.s3_errors import code_in
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -73,7 +77,9 @@ class Ranges:
             raise StoreUnavailable(f"no answer: {error or type(error).__name__}", key=key, op=op) from error
         if answer.status in _REFUSED:
             # The credentials may have ended before the URLs that they signed: all of them are made anew.
-            self.forget_all()
+            if self.forget_all():
+                why = code_in(bytes(answer.body)) or "no error document"
+                log.warning("signed URLs were refused (HTTP %d, %s): all are signed anew", answer.status, why)
             return self._fetch_slowly(key, full, byte_range, op)
         if 300 <= answer.status < 400:
             return self._fetch_slowly(key, full, byte_range, op)
@@ -84,10 +90,12 @@ class Ranges:
         with self._lock:
             self._urls.pop(key, None)
 
-    def forget_all(self) -> None:
-        """Sign all URLs anew."""
+    def forget_all(self) -> bool:
+        """Sign all URLs anew. False if there was none."""
         with self._lock:
+            had = bool(self._urls)
             self._urls.clear()
+        return had
 
     def close(self) -> None:
         """Give connections back."""
