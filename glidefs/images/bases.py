@@ -113,12 +113,12 @@ def publish_base(store: ObjectStore, prefix: str, root: Root) -> str:
             time.sleep(_PAUSE)
         except PreconditionFailed:
             try:
-                found = store.get(key)
+                there, found = get_checked(store, key, decode_root)
             except NotFound:
                 continue  # deleted since: the name is free
             if found.data == data:
                 return found.etag
-            raise name_taken(prefix, decode_root(key, found.data)) from None
+            raise name_taken(prefix, there) from None
 
 
 def name_taken(prefix: str, root: Root) -> ExportExists:

@@ -27,7 +27,7 @@ from glidefs.formats.pack import (
     decode_payload,
 )
 from glidefs.store.base import ObjectStore
-from glidefs.store.checked import fetch_checked
+from glidefs.store.checked import fetch_checked, get_checked
 
 INDEX_BUDGET = 64 << 20
 """Bytes of pack indices kept."""
@@ -72,7 +72,8 @@ class BlockReader:
                 self._pages.move_to_end(number)
                 return self._pages[number]
         key = names.page_key(self._prefix, self._root.page_ids[number].hex())
-        page = decode_page(key, self._store.get(key).data, self._root.page_ids[number])
+        page_id = self._root.page_ids[number]
+        page, _ = get_checked(self._store, key, lambda key, data: decode_page(key, data, page_id))
         with self._lock:
             self._pages[number] = page
             while len(self._pages) > PAGES_KEPT:
@@ -127,10 +128,7 @@ class BlockReader:
                 self._indices.move_to_end(ref.id)
                 return self._indices[ref.id]
         key = names.pack_key(self._prefix, ref.id.hex())
-        tail, size = self._store.get_suffix(key, ref.index_length)
-        if size != ref.size:
-            raise CorruptObject(key, size, f"the pack has {size} bytes, the manifest says {ref.size}")
-        index = decode_index(key, tail, size, ref.id)
+        index = fetch_checked(self._store, key, lambda: self._load_index(key, ref))
         with self._lock:
             if ref.id not in self._indices:
                 self._indices[ref.id] = index
@@ -138,6 +136,12 @@ class BlockReader:
             while self._index_bytes > INDEX_BUDGET and len(self._indices) > 1:
                 self._index_bytes -= self._indices.popitem(last=False)[1].nbytes
         return index
+
+    def _load_index(self, key: str, ref: PackRef) -> PackIndex:
+        tail, size = self._store.get_suffix(key, ref.index_length)
+        if size != ref.size:
+            raise CorruptObject(key, size, f"the pack has {size} bytes, the manifest says {ref.size}")
+        return decode_index(key, tail, size, ref.id)
 
     def _fetch(self, pieces: list[Piece]) -> dict[tuple[bytes, int], Buffer]:
         """Read and verify payloads, neighbours in one pack with one request."""

@@ -126,7 +126,7 @@ class S3Store(ObjectStore):
 
     def _renew(self, client: S3Client, why: str) -> bool:
         """Other credentials, if those of ``client`` may have ended. True if there are some."""
-        renewed = self._clients.renew(client, why)
+        renewed = self._clients.renew(client, why, loud=self._seen_working)
         if renewed:
             self._ranges.forget_all()
         return renewed

@@ -92,8 +92,11 @@ class Clients:
         self._next = float("-inf")
         self._pause = RENEW_EVERY
 
-    def renew(self, used: S3Client, why: str) -> bool:
-        """The credentials of ``used`` were refused: true if there is another client now."""
+    def renew(self, used: S3Client, why: str, *, loud: bool = True) -> bool:
+        """The credentials of ``used`` were refused: true if there is another client now.
+
+        ``loud``: they have worked before, so that it is news.
+        """
         if self.current is not used:
             return True
         if not self._renewing.acquire(blocking=False):
@@ -110,7 +113,8 @@ class Clients:
             except ConfigError as error:
                 log.warning("the S3 credentials were refused (%s) and cannot be read again: %s", why, error)
                 return False
-            log.warning("the S3 credentials were refused (%s): they are read again, URLs signed anew", why)
+            level = logging.WARNING if loud else logging.DEBUG
+            log.log(level, "the S3 credentials were refused (%s): they are read again, URLs signed anew", why)
             return True
         finally:
             self._renewing.release()

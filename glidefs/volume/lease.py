@@ -33,6 +33,7 @@ from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root, page
 from glidefs.formats.pack import ID_SIZE
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
+from glidefs.store.checked import get_checked
 
 CONFLICT_PAUSE = 0.05
 DOOMED_PATIENCE = 2.0
@@ -169,10 +170,9 @@ def commit_first(store: ObjectStore, key: str, root: Root, tried: Collection[byt
             return commit_root(store, key, root, None, tried=tried)
         except Fenced:
             try:
-                found = store.get(key)
+                there, found = get_checked(store, key, decode_root)
             except NotFound:
                 continue  # removed meanwhile
-            there = decode_root(key, found.data)
             if not there.removed_at:
                 raise
             if there.volume_id == root.volume_id:
@@ -197,12 +197,11 @@ def resolve(
     does, Fenced if ``base`` is gone, CorruptObject, StoreError.
     """
     try:
-        found = store.get(key)
+        root, found = get_checked(store, key, decode_root)
     except NotFound:
         if base is not None:
             raise Fenced(key, "its manifest is gone from the store") from None
         return None
-    root = decode_root(key, found.data)
     if new is not None and root.nonce == new.nonce:
         return CommitResult(found.etag, None)
     if base is not None and root == base:
@@ -257,10 +256,10 @@ def read_root(store: ObjectStore, prefix: str, name: str) -> tuple[Root, str]:
     """The root of a volume and its ETag. Raises UnknownExport, CorruptObject, StoreError."""
     key = manifest_key(prefix, name)
     try:
-        found = store.get(key)
+        root, found = get_checked(store, key, decode_root)
     except NotFound:
         raise UnknownExport(name, f"no volume of that name in prefix {prefix}") from None
-    return decode_root(key, found.data), found.etag
+    return root, found.etag
 
 
 def has_no_log(root: Root) -> bool:
