@@ -10,6 +10,7 @@ from typing import Protocol
 
 from glidefs.errors import CorruptObject
 from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root
 from glidefs.names import manifest_key
 from glidefs.volume import aside, local, logs
 
@@ -40,15 +41,30 @@ class ExportLogs:
         """Where the log is."""
         return logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
 
+    def is_own(self, root: Root) -> bool:
+        """Whether the log that a root names is here, and was not set aside."""
+        directory = logs.log_dir(self._places.logs_dir, root.volume_id, root.log_id)
+        return directory.is_dir() and not (directory / aside.FILE).exists()
+
+    def is_newest(self, record: ExportRecord, root: Root) -> bool:
+        """Whether a root of the store is the last one that this host knows of: no copy of it went on."""
+        try:
+            saved = self._saved(record)
+        except CorruptObject:
+            return False
+        return saved is not None and saved[0].nonce == root.nonce
+
     def sent_segment(self, record: ExportRecord) -> int:
         """The last segment of the log that the store has, as far as this host knows."""
         try:
-            saved = local.load(
-                self._places.state_dir, record.volume_id, manifest_key(record.prefix, record.name)
-            )
+            saved = self._saved(record)
         except CorruptObject:
             return 0
         return saved[0].last_segment if saved is not None and saved[0].log_id == record.log_id else 0
+
+    def _saved(self, record: ExportRecord) -> tuple[Root, str | None, bytes] | None:
+        key = manifest_key(record.prefix, record.name)
+        return local.load(self._places.state_dir, record.volume_id, key)
 
     def unsent_bytes(self, record: ExportRecord) -> int:
         """Bytes that the log holds and the store does not. Raises CorruptLog."""

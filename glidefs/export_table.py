@@ -363,6 +363,11 @@ class ExportTable:
             raise UnknownExport(name)
         return entry
 
+    def is_fenced_log(self, log_id: bytes) -> bool:
+        """Whether a fenced export has this log: a root that names it is then of a copy of this host."""
+        records = [entry.record for entry in self.all()]
+        return any(record is not None and record.fenced and record.log_id == log_id for record in records)
+
     @contextmanager
     def locked(self, name: str) -> Iterator[Entry]:
         """The entry with its lock held. Raises UnknownExport, also when it went while we waited."""

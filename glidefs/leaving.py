@@ -17,7 +17,7 @@ from glidefs.errors import (
 )
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
-from glidefs.formats.manifest import NO_ID
+from glidefs.formats.manifest import NO_ID, Root
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import check_name
 from glidefs.opener import STORE_PATIENCE, Opener
@@ -73,6 +73,10 @@ class Leaving:
         except (GlideError, OSError) as error:
             return f"what its log holds cannot be told ({' '.join(str(error).split(';')[0].split())})"
         return f"{unsent} bytes of its log are not in the store" if unsent else ""
+
+    def has_log(self, root: Root) -> bool:
+        """Whether the log that a root names is this host's to go on with, and not a copy's of it."""
+        return self._opener.logs.is_own(root) and not self._table.is_fenced_log(root.log_id)
 
     # -- detach ----------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class Leaving:
         try:
             view = self._store.view("upload", STORE_PATIENCE)
             root, etag = lease.read_root(view, record.prefix, record.name)
-            if root.log_id == record.log_id:
+            if root.log_id == record.log_id and self._opener.logs.is_newest(record, root):
                 lease.detach(view, record.prefix, root, etag)
         except (Fenced, UnknownExport):
             pass  # not ours to give up
@@ -214,10 +218,14 @@ class Leaving:
             if record is None:  # damaged: the store alone knows what it was
                 return self._drop_damaged(entry, "remove", force=force) | {"removed": True}
             lost = self._check_unused(entry, "remove", force=force)
+            if entry.volume is not None:
+                with contextlib.suppress(Fenced):  # a copy of this host may have the volume by the same log
+                    self._lineage.confirm(entry.volume)
+            fenced = entry.is_fenced()
             self._opener.close_entry(entry, remove_device=True)
             try:
                 removed = record.is_view
-                if not removed:
+                if not (removed or fenced):
                     self._records.set_intent(name, "remove")
                     view = self._store.view("upload", PATIENCE)
                     removed = delete_root(view, record.prefix, record, now=now)
@@ -262,6 +270,8 @@ class Leaving:
                 continue
             if root.owner_host not in (NO_ID, self._opener.places.owner.host):
                 raise OwnedElsewhere(name, root.owner_node)
+            if root.owner_host != NO_ID and not self.has_log(root):
+                raise OwnedElsewhere(name, root.owner_node, "with this host's id, but its log is not here")
             now = now or root.doomed
             delete_root(view, prefix, root, now=now)
             if purge:

@@ -53,7 +53,6 @@ from glidefs.stored_volumes import list_volumes
 from glidefs.transport.base import Transport, choose_transport
 from glidefs.volume import lease
 from glidefs.volume.host import Host
-from glidefs.volume.logs import log_dir
 
 log = logging.getLogger(__name__)
 
@@ -371,7 +370,7 @@ class ExportRouter:
             name,
             self._settings.owner,
             take_over=wanted.take_over or wanted.accept_older,
-            has_log=lambda root: log_dir(self._settings.logs_dir, root.volume_id, root.log_id).is_dir(),
+            has_log=self._leaving.has_log,
         )
 
     def _take(self, entry: Entry, prefix: str, root: Root, etag: str, wanted: AttachRequest) -> None:

@@ -289,7 +289,7 @@ class Committer:
             raise Fenced(
                 root.name,
                 f"the store has its log up to segment {root.last_segment}, of which this host lost "
-                f"what follows {self.known_segment}; detach and attach it",
+                f"what follows {self.known_segment}; attach it with --take-over",
             )
         log.warning(
             "volume %s: the store has a root of this log that was not expected here (sequence %d, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import cast
@@ -73,6 +74,22 @@ def check_fenced(node: Node) -> None:
     if entry.volume is not None:
         with pytest.raises(GlideError):
             entry.volume.core.pread(0, 4096)
+
+
+def test_nothing_opens_the_log_of_a_fenced_record(make_node: MakeNode) -> None:
+    """Whoever tries: a verb, a start, the successor of a handoff."""
+    node, _ = lose(make_node)
+    node = restart(node, make_node)
+    record = node.router.table.get("v").record
+    assert record is not None
+    saved = lease.read_root(node.store.view("read", 1.0), PREFIX, "v")[0]
+    for standby in (False, True):
+        with pytest.raises(Fenced):
+            node.host.open(record, saved, None, standby=standby)
+    node.close()
+    successor = make_node("a")
+    with pytest.raises(Fenced):
+        successor.router.start_standby(["v"])
 
 
 @pytest.mark.parametrize("down", [False, True], ids=["store up", "store away"])
@@ -256,6 +273,81 @@ def test_a_verb_that_changes_the_record_does_not_undo_the_fence(
     node.router.resize("v", 2 * SIZE)
     check_fenced(node)
     assert record_on_disk(node)["size"] == 2 * SIZE
+
+
+# -- a copy of this host, with its ids and its logs ------------------------------------------------
+
+
+def twins(make_node: MakeNode) -> tuple[Node, Node]:
+    """Two hosts that were one; the first has committed since, the second does not know."""
+    node = make_node("a")
+    node.create("v", SIZE, wait=True)
+    node.core("v").pwrite(0, OLD)
+    node.router.drain("v", 20.0)
+    node.close()
+    shutil.copytree(node.home, node.home.parent / "copy" / "a")
+    one, two = make_node("a"), make_node("copy/a")
+    for each in (two, one):
+        each.router.start()
+        assert each.router.wait_tried(20)
+        wait_for(lambda each=each: all(v.committer.confirmed for v in each.host.volumes()), "it is compared")
+    one.core("v").pwrite(0, NEW)
+    one.router.drain("v", 20.0)
+    return one, two
+
+
+def lives(node: Node) -> bool:
+    node.core("v").pwrite(4096, OLD)
+    node.router.drain("v", 20.0)
+    return node.core("v").pread(0, 8192) == NEW + OLD
+
+
+def test_a_copy_of_a_host_takes_nothing_from_the_other_but_by_take_over(make_node: MakeNode) -> None:
+    """! The root in the store names the host and the log of both."""
+    one, two = twins(make_node)
+    two.core("v").pwrite(8192, OLD)
+    with pytest.raises(Fenced, match="cloned"):
+        two.router.drain("v", 20.0)
+    with pytest.raises(OwnedElsewhere, match="its log is not here"):
+        attach(two)
+    assert two.router.show("v").state == "fenced"
+    two.router.detach("v")
+    with pytest.raises(OwnedElsewhere, match="its log is not here"):
+        attach(two)
+    with pytest.raises(OwnedElsewhere, match="its log is not here"):
+        two.router.remove("v")
+    assert lives(one)
+    attach(two, take_over=True)
+    assert two.core("v").pread(0, 8192) == NEW + OLD
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["not known", "known"])
+@pytest.mark.parametrize("verb", ["remove", "detach", "detach --force"])
+def test_a_copy_of_a_host_leaves_and_the_volume_stays(make_node: MakeNode, verb: str, known: bool) -> None:
+    one, two = twins(make_node)
+    if known:
+        volume = two.router.table.get("v").volume
+        assert volume is not None
+        with pytest.raises(Fenced):
+            two.router._lineage.confirm(volume)
+    answer = two.router.remove("v") if verb == "remove" else two.router.detach("v", force="force" in verb)
+    assert "set aside" in answer["note"]
+    assert two.router.table.find("v") is None
+    assert lives(one)
+
+
+def test_a_copy_of_a_host_that_could_not_open_the_volume_does_not_free_it(
+    make_node: MakeNode, memory: CountingStore
+) -> None:
+    """! A forced detach gives up what this host had, by the log that both name."""
+    one, two = twins(make_node)
+    entry = two.router.table.get("v")
+    with entry.lock:
+        two.router._opener.close_entry(entry, remove_device=False)
+        entry.failed(GlideError("no such luck"))
+    two.router.detach("v", force=True)
+    assert lease.read_root(memory, PREFIX, "v")[0].owner_node == "a"
+    assert lives(one)
 
 
 # -- volumes with nothing to upload ----------------------------------------------------------------
