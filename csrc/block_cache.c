@@ -16,6 +16,7 @@
 
 #include "disk.h"
 #include "engine.h"
+#include "space.h"
 #include "hash.h"
 #include "util.h"
 
@@ -232,8 +233,7 @@ void cache_close(struct block_cache *c)
         close(c->fd);
     if (c->index_fd >= 0)
         close(c->index_fd);
-    for (uint32_t i = 0; c->slots && i < c->capacity; i++)
-        free(atomic_load(&c->slots[i].fresh)); /* no sync is under way: none is detached but in a list */
+    cache_free_fresh(c);
     free(c->slots);
     free(c->buckets);
     pthread_cond_destroy(&c->changed);
@@ -334,10 +334,17 @@ static bool claim(struct block_cache *c, struct cache_slot *s)
     return true;
 }
 
+/* The cache stops before the logs do, which guests wait for. */
+static bool may_grow(const struct block_cache *c)
+{
+    if (c->touched >= c->capacity || c->touched < PREALLOCATED)
+        return c->touched < c->capacity;
+    return now_ns() >= c->full_until_ns && space_has(c->fd, GLIDE_BLOCK, 2, NULL);
+}
+
 static struct cache_slot *claim_any(struct block_cache *c)
 {
-    if (c->touched < c->capacity && (c->touched < PREALLOCATED || now_ns() >= c->full_until_ns) &&
-        claim(c, &c->slots[c->touched]))
+    if (may_grow(c) && claim(c, &c->slots[c->touched]))
         return &c->slots[c->touched++];
     for (uint64_t tries = 0; tries < 2 * (uint64_t)c->touched; tries++) {
         struct cache_slot *s = &c->slots[c->hand];

@@ -83,6 +83,8 @@ void cache_set_fresh(struct block_cache *c, struct cache_slot *s, struct fresh *
 void cache_detach_fresh(struct cache_slot *s);
 /* Under lock. The disk failed: nothing that was not synced is believed, and nothing is written for a while. */
 void cache_failed(struct block_cache *c, int err);
+/* At the end: no sync is under way. */
+void cache_free_fresh(struct block_cache *c);
 /* Under lock. Forget a used slot: nobody pins it again. */
 void cache_forget(struct block_cache *c, struct cache_slot *s);
 

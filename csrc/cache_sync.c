@@ -60,6 +60,18 @@ void cache_detach_fresh(struct cache_slot *s)
         free(f);
 }
 
+void cache_free_fresh(struct block_cache *c)
+{
+    for (struct fresh *f = c->fresh, *next; f; f = next) {
+        next = f->next;
+        f->listed = false;
+        if (f->detached)
+            free(f);
+    }
+    for (uint32_t i = 0; c->slots && i < c->capacity; i++)
+        free(atomic_load(&c->slots[i].fresh));
+}
+
 bool cache_check(struct block_cache *c, uint32_t slot, uint32_t generation, uint32_t first, uint32_t end,
                  const uint8_t *data)
 {

@@ -88,7 +88,7 @@ int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms,
 
 enum glide_event_kind {
     GLIDE_EV_SEALED = 1,  /* a = sequence number of the segment just sealed by size */
-    GLIDE_EV_LOG_FULL,    /* writers of this volume wait for log space */
+    GLIDE_EV_LOG_FULL,    /* writers of this volume wait for log space; a = errno if the disk has none */
     GLIDE_EV_MAP_FULL,    /* writers of this volume wait for map memory */
     GLIDE_EV_STORE_FLUSH, /* flush = "store": a flush waits for the commit of segment a */
     GLIDE_EV_SYNC_FAILED, /* fdatasync failed: a = segment, b = errno */

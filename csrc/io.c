@@ -203,7 +203,7 @@ static bool append_some(struct volume *v)
         event_post(v->engine, v->cookie, GLIDE_EV_SEALED, log_sealed_seq(&v->log), 0);
     uint32_t count = err ? 0 : take(v, pieces, &sectors);
     if (!err && !log_may_grow(&v->log, sectors)) {
-        block_writers(v, GLIDE_EV_LOG_FULL, 0);
+        block_writers(v, GLIDE_EV_LOG_FULL, v->log.no_room ? ENOSPC : 0);
         return false;
     }
     if (!err && !map_may_grow(v)) {
@@ -212,8 +212,9 @@ static bool append_some(struct volume *v)
     }
     if (!err)
         err = log_append(&v->log, v->worker->append, pieces, count);
-    if (err) {
-        block_writers(v, GLIDE_EV_DISK_ERROR, (uint64_t)-err);
+    if (err) { /* a disk without room is a full log: what is uploaded makes some */
+        v->log.room = 0;
+        block_writers(v, disk_full(err) ? GLIDE_EV_LOG_FULL : GLIDE_EV_DISK_ERROR, (uint64_t)-err);
         return false;
     }
     if (!v->event_dirty) {

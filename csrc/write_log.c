@@ -2,6 +2,7 @@
 
 #include "data_hash.h"
 #include "engine.h"
+#include "space.h"
 #include "util.h"
 
 #include <fcntl.h>
@@ -100,6 +101,7 @@ static void charge(struct write_log *log, struct log_segment *s, uint64_t bytes)
     uint64_t more = s->used - s->bytes;
     s->bytes += more;
     log->bytes += more;
+    log->room -= min_u64(log->room, more);
     atomic_fetch_add(&log->engine->log_bytes, more);
 }
 
@@ -276,6 +278,10 @@ static int open_segment(struct write_log *log)
 
     if (err)
         return err;
+    log->no_room = !log->spare_count &&
+                   !(space_has(log->dir.fd, SEGMENT_HEAD, 1, &log->room) && space_has_files(log->dir.fd));
+    if (log->no_room)
+        return -ENOSPC;
     id.seq++;
     char *path = segment_path(log->path, id.seq, ".seg");
     if (!path)
@@ -361,10 +367,11 @@ void log_mark_sync_failed(struct write_log *log, struct log_segment *s)
  * Space is shared by dynamic thresholds (Choudhury and Hahne 1998): a log may hold up to 8 times what is
  * still free, so one writer alone gets 8/9 of the limit, and many leave some for a newcomer.
  */
-bool log_may_grow(const struct write_log *log, uint32_t sectors)
+bool log_may_grow(struct write_log *log, uint32_t sectors)
 {
     const struct engine *e = log->engine;
     const struct log_segment *s = log->active;
+    log->no_room = false;
     if (s && s->used + record_bytes(sectors) <= s->bytes)
         return true; /* its space is charged already */
     uint64_t used = atomic_load_explicit(&e->log_bytes, memory_order_relaxed);
@@ -373,7 +380,10 @@ bool log_may_grow(const struct write_log *log, uint32_t sectors)
     if (after > e->config.log_limit)
         return false;
     uint64_t floor = min_u64(record_bytes(e->config.segment_sectors), e->config.log_limit / 16);
-    return log->bytes < floor || log->bytes <= 8 * (e->config.log_limit - after);
+    if (log->bytes >= floor && log->bytes > 8 * (e->config.log_limit - after))
+        return false;
+    log->no_room = !space_has(log->dir.fd, record_bytes(sectors), 1, &log->room);
+    return !log->no_room;
 }
 
 /* Fill the journal entries and the data vector for pieces that start at index `at`; returns sectors taken. */

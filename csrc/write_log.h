@@ -60,6 +60,8 @@ struct write_log {
     uint32_t vouch_slot; /* of a segment, the next to be written */
     struct witness_file witness;
     uint64_t bytes; /* charged, spares too */
+    uint64_t room;  /* of the file system, before it is asked again: space.h */
+    bool no_room;   /* that was why log_need_room or log_may_grow said no */
     struct disk_file spares[LOG_SPARES];
     uint64_t spare_bytes[LOG_SPARES];
     uint32_t spare_count;
@@ -92,10 +94,10 @@ static inline uint32_t log_room(const struct write_log *log)
 {
     return log->active ? log->active->sectors - log->active->end : 0;
 }
-/* Make an active segment with room. -errno: nothing changed. */
+/* Make an active segment with room. -errno: nothing changed; -ENOSPC: as a full log, it waits. */
 int log_need_room(struct write_log *log);
-/* May this log take `sectors` more now? Charges nothing. */
-bool log_may_grow(const struct write_log *log, uint32_t sectors);
+/* May this log take `sectors` more now, by the limit and by the room on the disk? Charges nothing. */
+bool log_may_grow(struct write_log *log, uint32_t sectors);
 /* Append pieces that fit in log_room() (a ZERO takes 1). On error nothing is appended and the segment is sealed. */
 int log_append(struct write_log *log, struct append_scratch *scratch, struct append_piece *pieces, uint32_t count);
 /* Everything from vouch_from to pos is durable: say so in the journal, and in the other places (witness.h). Best

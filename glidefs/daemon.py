@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from glidefs import heap, process
 from glidefs.config import Config
+from glidefs.disk_sizes import misfits
 from glidefs.errors import GlideError
 from glidefs.events import event
 from glidefs.export_table import Entry
@@ -170,6 +171,8 @@ class Daemon:
             process.make_directory("shadow_dir", Path(self.config.debug.shadow_dir), "debug")
         for path in (cache.state, Path(cache.dir) / "exports"):
             process.make_directory("dir", path)
+        for line in misfits(self.config):
+            log.warning("%s", line)
         inherited = {os.fstat(fd)[1:3]: fd for fd in locks}
         for path in dict.fromkeys(path.resolve() for path in own.values()):
             lock = process.DirectoryLock(path)

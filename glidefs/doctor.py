@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from glidefs import io_flusher
 from glidefs.config import Config, config_path, load_config
+from glidefs.disk_sizes import misfits
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
 from glidefs.process import LOCK_FILE
 
@@ -59,6 +60,7 @@ def run_checks(config_file: str | None) -> list[Check]:
         ("cache directory", lambda c: _directory(Path(c.cache.dir), 0)),
         ("log directory", lambda c: _directory(c.cache.logs, c.cache.log_size)),
         ("block cache directory", lambda c: _directory(c.cache.blocks, c.cache.block_cache_size)),
+        ("disk sizes", _sizes),
         ("store", _store),
         ("daemon", _daemon),
         ("ublk devices", _orphans),
@@ -232,6 +234,13 @@ def _directory(path: Path, wanted: int) -> Result:
         need = f"{wanted >> 20} MiB are configured"
         return "warn", f"{detail}, {need}", "free space, or lower log_size and block_cache_size"
     return "ok", detail
+
+
+def _sizes(config: Config) -> Result:
+    lines = misfits(config)
+    if lines:
+        return "warn", "; ".join(lines), "see log_size and block_cache_size in docs/operations.md"
+    return "ok", "log_size and block_cache_size fit"
 
 
 def _allocated(path: Path) -> int:

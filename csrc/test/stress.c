@@ -11,6 +11,7 @@
  * shadow verify on.
  */
 #include "../data_hash.h"
+#include "../disk.h"
 #include "../glide_core_internal.h"
 #include "stress_shadow.h"
 
@@ -163,7 +164,7 @@ static void answer(struct volume_state *s, const struct glide_fault *fault)
                 int got;
                 f.block = block;
                 memcpy(f.hash, f.key, 16);
-                while ((got = glide_volume_fill(s->volume, fault->stamp, &f, 1, 0)) == -EAGAIN)
+                while ((got = glide_volume_fill(s->volume, fault->stamp, &f, 1, block % 7 == 0)) == -EAGAIN)
                     usleep(100);
                 MUST(got);
                 continue;
@@ -319,6 +320,11 @@ static void *upload_thread(void *arg)
         pthread_rwlock_unlock(&s->open);
         if (next_random(&seed) % 16 == 0)
             glide_cache_evict_all(engine);
+        if (s == &states[0] && next_random(&seed) % 4 == 0) { /* one thread; now and then the cache's disk fails */
+            if (next_random(&seed) % 16 == 0)
+                MUST(glide_disk_inject(DISK_CACHE_SYNC, EIO, 0, 1));
+            glide_cache_sync(engine);
+        }
         if (next_random(&seed) % 32 == 0)
             reopen(s);
     }

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+
+from glidefs.formats import reserve
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
@@ -27,9 +30,22 @@ def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:
 def write_file_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data``: a reader, or a host that lost power, sees the old or the new file.
 
-    Durable on return. Raises OSError, and then the old file is untouched.
+    Durable on return. Raises OSError, and then the old file is untouched. Without room on the disk it is
+    tried once more with what is reserved for that.
     """
-    target = Path(path)
+    _with_reserve(_write, Path(path), data, mode)
+
+
+def _with_reserve(write: Callable[[Path, bytes, int], None], target: Path, data: bytes, mode: int) -> None:
+    try:
+        write(target, data, mode)
+    except OSError as error:
+        if error.errno not in reserve.NO_ROOM or not reserve.give_way(target):
+            raise
+        write(target, data, mode)
+
+
+def _write(target: Path, data: bytes, mode: int) -> None:
     tmp = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
@@ -49,9 +65,13 @@ def write_file_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o6
 def write_in_place(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) -> None:
     """Write ``data`` over the beginning of ``path``, which costs one sync and no space if the file is there.
 
-    Durable on return. What a crash leaves of it is the reader's to notice. Raises OSError.
+    Durable on return. What a crash leaves of it is the reader's to notice. Raises OSError; without room on
+    the disk it is tried once more with what is reserved for that.
     """
-    target = Path(path)
+    _with_reserve(_write_over, Path(path), data, mode)
+
+
+def _write_over(target: Path, data: bytes, mode: int) -> None:
     fresh = not target.exists()
     fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if fresh else 0), mode)
     try:

@@ -13,6 +13,7 @@ import time
 
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
+from glidefs.formats.reserve import Reserve
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class CacheKeeper:
         self._engine = engine
         self._stop = threading.Event()
         self._failed_at: float | None = None
+        self.reserve: Reserve | None = None
+        """Made again when there is room for it."""
         self._thread = threading.Thread(target=self._run, name="glide-cache", daemon=True)
 
     def start(self) -> None:
@@ -42,6 +45,8 @@ class CacheKeeper:
     def look(self) -> None:
         """Sync once, and say what changed. Raises Closed."""
         error = self._engine.cache.sync()
+        if self.reserve is not None:
+            self.reserve.renew()
         where = self._engine.config.cache_dir
         if error and self._failed_at is None:
             self._failed_at = time.monotonic()

@@ -19,6 +19,7 @@ from glidefs.core.engine import Engine
 from glidefs.core.handoff import Position
 from glidefs.core.volume import Recovery, VolumeConfig
 from glidefs.errors import Fenced, GlideError
+from glidefs.formats import reserve
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.store.resilient import ResilientStore
@@ -84,6 +85,7 @@ class Host:
             else None
         )
         self._cache_keeper = CacheKeeper(engine)
+        self._reserve: reserve.Reserve | None = None
         self._closed = False
 
     # -- life ------------------------------------------------------------------------------------
@@ -91,6 +93,7 @@ class Host:
     def start(self) -> None:
         """Start the threads."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
+        self._reserve = self._cache_keeper.reserve = reserve.register(self.state_dir)
         self.settings.log_dir.mkdir(parents=True, exist_ok=True)
         if self.settings.shadow_dir is not None:
             self.settings.shadow_dir.mkdir(parents=True, exist_ok=True)
@@ -116,6 +119,8 @@ class Host:
         self.prefetcher.close()
         self.faults.close()
         self._cache_keeper.close()
+        if self._reserve is not None:
+            reserve.forget(self._reserve)
         if self._shadow is not None:
             self._shadow.close()
         self._puts.shutdown(cancel_futures=True)

@@ -61,6 +61,8 @@ class IndexFiles:
             fresh.rename(path)
         except OSError as error:
             log.debug("%s: %s", path, error)
+            with contextlib.suppress(OSError):
+                fresh.unlink()  # of a full disk
             return
         with self._lock:
             sizes = self._table()

@@ -26,6 +26,7 @@ import msgspec
 from blake3 import blake3
 
 from glidefs.errors import CorruptObject, WrongObject
+from glidefs.formats import reserve
 from glidefs.formats.atomic import fsync_dir, write_file_atomic, write_in_place
 from glidefs.formats.manifest import Root, decode_root, encode_root
 from glidefs.formats.pack import ID_SIZE
@@ -74,18 +75,29 @@ def save(
     """
     directory = _make_dir(state_dir, root.volume_id)
     pages_at = directory / "pages"
-    if pages:
-        if not pages_at.exists():
-            pages_at.mkdir()
-            fsync_dir(directory)
-        for page_id, page in pages.items():
-            write_file_atomic(pages_at / page_id.hex(), page)
+    try:
+        _save_pages(directory, pages_at, pages)
+    except OSError as error:
+        if error.errno not in reserve.NO_ROOM:
+            raise
+        # The store has the pages. The root is what space waits for: it comes first, and may take theirs.
+        shutil.rmtree(pages_at, ignore_errors=True)
     write_file_atomic(directory / "root", _encoder.encode(_Saved(etag, encode_root(root, key))))
     wanted = {page_id.hex() for page_id in root.page_ids}
     with contextlib.suppress(OSError):
         for path in pages_at.iterdir():
             if path.name not in wanted:
                 path.unlink()
+
+
+def _save_pages(directory: Path, pages_at: Path, pages: Mapping[bytes, bytes]) -> None:
+    if not pages:
+        return
+    if not pages_at.exists():
+        pages_at.mkdir()
+        fsync_dir(directory)
+    for page_id, page in pages.items():
+        write_file_atomic(pages_at / page_id.hex(), page)
 
 
 def save_tried(state_dir: Path, volume_id: bytes, nonces: Sequence[bytes]) -> None:

@@ -20,6 +20,7 @@ from glidefs import heap
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
 from glidefs.errors import Fenced, GlideError, StoreError
+from glidefs.volume.disk_use import disk_use
 from glidefs.volume.pace import Burst
 from glidefs.volume.retire import Retirer
 from glidefs.volume.settings import HostSettings
@@ -34,6 +35,7 @@ EventHandler = Callable[[Event], None]
 MAX_BACKOFF = 30.0
 _SOON = 0.05
 _LOUD_EVERY = 10.0
+_FULL_EVERY = 60.0
 _FEW_SEGMENTS = 4
 """Of one commit that should end soon."""
 
@@ -88,6 +90,7 @@ class Scheduler:
         self._give_up_at = 0.0
         self._last_loud = float("-inf")
         self._last_lost = float("-inf")
+        self._last_full = float("-inf")
         self.on_event: list[EventHandler] = []
         self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
 
@@ -378,6 +381,8 @@ class Scheduler:
             if info.dirty_bytes - info.active_bytes >= self.batch_bytes():
                 self.request(volume)
         elif event.kind in (EventKind.LOG_FULL, EventKind.MAP_FULL):
+            if event.kind == EventKind.LOG_FULL and event.a:
+                self._say_full(volume)
             self._full(volume)
         elif event.kind == EventKind.STORE_FLUSH:
             self.request(volume, seal=True)
@@ -389,6 +394,14 @@ class Scheduler:
             self._full(volume)  # where the disk is full, committed segments make room
         elif event.kind == EventKind.READ_LOST:
             self._say_lost(volume, event)
+
+    def _say_full(self, volume: Volume) -> None:
+        """The disk has no room for the log: whose bytes are there."""
+        now = time.monotonic()
+        if now - self._last_full < _FULL_EVERY:
+            return
+        self._last_full = now
+        log.warning("volume %s: writers wait for uploads: %s", volume.name, disk_use(self._engine, volume))
 
     def _say_lost(self, volume: Volume, event: Event) -> None:
         now = time.monotonic()
