@@ -76,11 +76,12 @@ make_venv() {
     if [[ -z $python ]]; then
         python=$(command -v /usr/bin/python3 || command -v python3) || die "no python3"
     fi
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    # -I: nothing is imported from the directory in which this was called, perhaps as root.
+    "$python" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         die "$python is $("$python" -V 2>&1); GlideFS needs Python 3.11 or later (set PYTHON)"
-    if ! "$VENV/bin/python" -c 'import pip' >/dev/null 2>&1; then
+    if ! "$VENV/bin/python" -I -c 'import pip' >/dev/null 2>&1; then
         rm -rf "$VENV"
-        quietly "$python" -m venv "$VENV" || die "no virtual environment in $VENV"
+        quietly "$python" -I -m venv "$VENV" || die "no virtual environment in $VENV"
     fi
 }
 
