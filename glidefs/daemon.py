@@ -60,12 +60,16 @@ FORCED_EXIT = 60.0
 class Daemon:
     """Owns everything. `start()` and `stop()` are called once each, from the main thread.
 
-    ``config_file`` is what a successor reads. ``handed_over`` is set once another process serves the
+    ``config_file`` is what a successor reads. ``asked_to_stop`` is set by a signal: a handoff that hangs
+    is called off. ``handed_over`` is set once another process serves the
     exports: then this one must end by :meth:`leave`.
     """
 
-    def __init__(self, config: Config, config_file: str = "") -> None:
+    def __init__(
+        self, config: Config, config_file: str = "", asked_to_stop: threading.Event | None = None
+    ) -> None:
         self.config = config
+        self.asked_to_stop = asked_to_stop or threading.Event()
         self.config_file = config_file
         self.started_at = time.time()
         self.history = History()
@@ -145,11 +149,9 @@ class Daemon:
     def _listen(self, listeners: Listeners) -> None:
         """Answer clients, at the sockets of the process before if there was one."""
         self._inherit(listeners)
-        self.core.server.start()
-        if self._api is None:
-            self._api = _api_server(self)
-            mine = [(info, fd) for info, fd in listeners if info.role == "api"]
-            self._api.start([(info.path, socket.socket(fileno=os.dup(fd))) for info, fd in mine])
+        if not self.core.server.is_running:
+            self.core.server.start()
+        self._prepare_api(listeners).start()
         close_all(fd for _, fd in listeners)
         self._ready = True
         exports, url = len(self.router.listing()), self.config.store.url
@@ -157,10 +159,17 @@ class Daemon:
 
     def _inherit(self, listeners: Listeners) -> None:
         """Give the NBD server duplicates of its listeners, unless it has them."""
-        mine = [(info, fd) for info, fd in listeners if info.role == "nbd"]
+        mine = _duplicates(listeners, "nbd")
         if mine and not self.core.server.listeners:
-            sockets = [socket.socket(fileno=os.dup(fd)) for _, fd in mine]
-            self.core.server.inherit(sockets, [info.path for info, _ in mine if info.path])
+            self.core.server.inherit(mine)
+
+    def _prepare_api(self, listeners: Listeners) -> ApiServer:
+        """The API with its listeners and its token, not served yet. Raises ConfigError, ListenError."""
+        if self._api is None:
+            api = _api_server(self)
+            api.prepare(_duplicates(listeners, "api"))
+            self._api = api
+        return self._api
 
     def _prepare_directories(self, locks: list[int]) -> None:
         cache = self.config.cache
@@ -211,7 +220,8 @@ class Daemon:
             if not self._handoff.acquire(blocking=False):
                 raise HandoffFailed("another handoff is under way")
             try:
-                if not self._ready or self._stopping.is_set() or self.handed_over.is_set():
+                ending = self._stopping.is_set() or self.asked_to_stop.is_set() or self.handed_over.is_set()
+                if not self._ready or ending:
                     raise HandoffFailed("the daemon is starting or stopping")
                 outcome = Predecessor(self).run(dry_run=dry_run)
                 what.detail = (
@@ -248,10 +258,8 @@ class Daemon:
         assert self._api is not None
         locks = [os.dup(lock.fileno()) for lock in self._locks]
         server = self.core.server
-        paths = [*server.own_files, *[""] * len(server.listeners)]
         listeners = [
-            (ListenerInfo("nbd", path), os.dup(at.fileno()))
-            for at, path in zip(server.listeners, paths, strict=False)
+            (ListenerInfo("nbd", path), os.dup(at.fileno())) for path, at in server.named_listeners()
         ]
         return locks, listeners + [
             (ListenerInfo("api", path), os.dup(fd)) for path, fd in self._api.descriptors()
@@ -277,25 +285,45 @@ class Daemon:
     # -- handoff: this process is the successor -----------------------------------------------------
 
     def stand_by(self, locks: list[int], listeners: Listeners, names: tuple[str, ...]) -> HandoffCoordinator:
-        """Open these exports while the predecessor serves them."""
+        """Open these exports while the predecessor serves them, and all that could fail once it has left."""
         self._prepare(locks)
         assert self._store is not None
         self._store.patient = True
         self._open_core(standby=True)
         self._inherit(listeners)
-        _api_server(self)  # what it takes to import is not to be waited for later
+        self._prepare_api(listeners)
         self.host.pause(0.0)
         return self.core.coordinator(self.router.start_standby(names))
 
     def take_over(self, listeners: Listeners) -> None:
-        """The exports are served: listen, and look after everything from now on."""
-        for lock in self._locks:
-            lock.sign()
-        self.host.settle()
-        self.host.save_roots()
-        self.host.resume()
-        self.router.end_standby()
-        self._listen(listeners)
+        """The exports are served: listen, and look after everything from now on.
+
+        There is nobody to go back to: what fails here is said, and the rest is done.
+        """
+        steps: tuple[tuple[str, Callable[[], None]], ...] = (
+            *(("the lock file names another process", lock.sign) for lock in self._locks),
+            ("volumes are not all looked after", self.host.settle),
+            ("local copies of roots are not all saved", self.host.save_roots),
+            ("uploads do not go on", self.host.resume),
+            ("exports that were not handed over are not opened", self.router.end_standby),
+            ("NBD does not listen", self.core.server.start),
+            (
+                "the control API does not listen; send SIGHUP to hand over again",
+                lambda: self._listen(listeners),
+            ),
+        )
+        for failure, step in steps:
+            try:
+                step()
+            except Exception as error:
+                log.exception("after the handoff: %s: %s", failure, error)
+
+    def discard_listeners(self) -> None:
+        """This process does not take over: what it would have listened on goes, what it inherited stays."""
+        if self._api is not None:
+            self._api.close(handed_over=True)
+        if self._core is not None:
+            self._core.server.discard()
 
     def leave_standby(self) -> None:
         """Forget what was opened in standby."""
@@ -375,7 +403,10 @@ class Daemon:
 
         A handoff that is under way ends first; if it succeeds there is nothing to stop any more.
         """
-        self._handoff.acquire()
+        self.asked_to_stop.set()
+        if not self._handoff.acquire(timeout=FORCED_EXIT):
+            log.critical("a handoff is past its cut-over and does not end; this process ends as in a crash")
+            os._exit(1)
         if self.handed_over.is_set():
             self.leave()
         deadline = self.config.daemon.drain_deadline
@@ -430,6 +461,10 @@ def _drain_quietly(volume: Volume, until: float) -> None:
         volume.drain(max(0.0, until - time.monotonic()))
     except GlideError as error:
         log.warning("%s", error)
+
+
+def _duplicates(listeners: Listeners, role: str) -> list[tuple[str, socket.socket]]:
+    return [(info.path, socket.socket(fileno=os.dup(fd))) for info, fd in listeners if info.role == role]
 
 
 def _api_server(daemon: Daemon) -> ApiServer:

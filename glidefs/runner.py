@@ -52,16 +52,16 @@ def run_daemon(config_file: str | None) -> int:
             io_flusher.REMEDY,
         )
     signals = Signals()
-    daemon = Daemon(config, str(path.resolve()))
+    daemon = Daemon(config, str(path.absolute()), signals.stop)
     daemon.on_handed_over = signals.wake.set
     try:
         if is_successor():
-            Successor(daemon, config.cache.dir, f"glidefs {version()}").run()
+            _take_over(daemon)
         else:
             daemon.start()
     except Aborted as reason:
         log.info("not taking over: %s", reason)
-        return 0
+        daemon.leave()
     # A successor says that it is the main process now: its predecessor may die before it says so.
     serving = f"STATUS=serving {len(daemon.router.listing())} exports"
     process.notify("READY=1", f"MAINPID={os.getpid()}", serving)
@@ -75,6 +75,15 @@ def run_daemon(config_file: str | None) -> int:
             daemon.leave()
     daemon.stop(signals.hurry)
     return 0
+
+
+def _take_over(daemon: Daemon) -> None:
+    """Raises what ends this process, which then leaves nothing behind."""
+    try:
+        Successor(daemon, daemon.config.cache.dir, f"glidefs {version()}").run()
+    except BaseException:
+        daemon.discard_listeners()
+        raise
 
 
 def _hand_over(daemon: Daemon) -> None:

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from glidefs.api.peer import PeerProtocol
 from glidefs.config import ApiSettings, parse_listen
 from glidefs.errors import ConfigError, GlideError
 from glidefs.transport.nbd_listen import (
+    Inherited,
     activated_listeners,
-    listen_tcp,
-    listen_unix,
+    close_others,
+    keep_or_listen_tcp,
+    keep_or_listen_unix,
     socket_identity,
     unlink_own,
 )
@@ -88,31 +90,43 @@ class ApiServer:
         self._thread: threading.Thread | None = None
         self._servers: list[tuple[uvicorn.Server, list[socket.socket]]] = []
         self._identity: tuple[int, int] | None = None
+        self._made = False
+        self._leftover: list[tuple[str, tuple[int, int]]] = []
         self._failure: BaseException | None = None
         self._running = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def start(self, inherited: Sequence[tuple[str, socket.socket]] = ()) -> None:
-        """Listen and serve. Raises ListenError, ConfigError.
+    def prepare(self, inherited: Inherited = ()) -> None:
+        """Open what `start()` serves, and read the token: whatever can be wrong with it is found here.
 
-        `inherited`: listeners of a process before, each with the socket file that is ours to remove, or "".
+        Listeners of the process before are used where the configuration still names them. Raises
+        ListenError, ConfigError.
         """
         settings = self._settings
         guarded = TokenGuard(self._app, read_token(settings.token_file or "")) if settings.listen else None
-        unix = [listener for _, listener in inherited if listener.family == socket.AF_UNIX]
-        tcp = [listener for _, listener in inherited if listener.family != socket.AF_UNIX]
-        own = any(path == settings.socket for path, _ in inherited)
+        unix = [at for path, at in inherited if at.family == socket.AF_UNIX and not path]
         unix = unix or activated_listeners("api", os.environ)
-        if not unix:
-            unix = [listen_unix(settings.socket)]
-            own = True
-        if own:
-            self._identity = socket_identity(settings.socket)
-        self._servers.append((_server(self._app), unix))
         try:
+            if not unix:
+                unix = [keep_or_listen_unix(inherited, settings.socket)]
+                self._made = all(path != settings.socket for path, _ in inherited)
+                self._identity = socket_identity(settings.socket)
+            self._servers.append((_server(self._app), unix))
             if settings.listen and guarded:
-                tcp = tcp or [listen_tcp(*parse_listen(settings.listen))]
-                self._servers.append((_server(guarded), tcp))
+                tcp = keep_or_listen_tcp(inherited, *parse_listen(settings.listen))
+                self._servers.append((_server(guarded), [tcp]))
+        except BaseException:
+            self.close(handed_over=True)
+            raise
+        self._leftover = close_others(inherited, [at for _, sockets in self._servers for at in sockets])
+
+    def start(self) -> None:
+        """Serve on what `prepare()` has opened, once. Raises as that does, and GlideError."""
+        if self._thread is not None:
+            return
+        if not self._servers:
+            self.prepare()
+        try:
             self._thread = threading.Thread(target=self._serve, name="api", daemon=True)
             self._thread.start()
             if not self._running.wait(START_TIMEOUT) or self._failure:
@@ -120,6 +134,9 @@ class ApiServer:
         except BaseException:
             self.close()
             raise
+        for path, identity in self._leftover:
+            unlink_own(path, identity)
+        self._leftover = []
 
     def _serve(self) -> None:
         try:
@@ -167,9 +184,10 @@ class ApiServer:
     def close(self, *, handed_over: bool = False) -> None:
         """Stop listening, let running requests finish for a moment, remove the socket file.
 
-        With `handed_over` another process has the listeners, and the file stays.
+        With `handed_over` another process has the listeners, and the file stays; one that was made here and
+        never served on is removed all the same.
         """
-        if handed_over:
+        if handed_over and not (self._made and self._thread is None):
             self._identity = None
         for server, _ in self._servers:
             server.should_exit = True

@@ -2,11 +2,14 @@
 
 Which process serves after a failure, and why there is never a second one at the logs:
 
-- before the cut-over was sent, this one: it has only stood still, and goes on;
+- before the cut-over was sent, this one: it has only stood still, and goes on. The successor is told, and
+  killed if it does not end; it touches nothing without the cut-over;
 - after it, the successor alone, until it is dead (a pidfd tells, and its last message was read): then
   this one opens everything again as after a crash of its own (*revival*), with the connections that it
-  still has;
+  still has. One that is late is fenced, so that it cannot come alive any more, and then killed;
 - after "alive" was received this one only exits, whatever happens.
+
+docs/handoff.md has a table: each message, and who owns the exports when either side stops there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,25 +26,24 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from msgspec import Struct
-from msgspec.structs import replace
 
 from glidefs.errors import GlideError
 from glidefs.export_table import Entry
+from glidefs.handoff import launch
+from glidefs.handoff.channel import CalledOff, Channel, PeerGone, Undelivered
 from glidefs.handoff.coordinator import HandoffCoordinator, close_all
+from glidefs.handoff.deadlines import deadlines
 from glidefs.handoff.history import History
 from glidefs.handoff.protocol import (
     CAPABILITIES,
     Abort,
     Alive,
-    Channel,
     CutOver,
     ExportCut,
     Hello,
     HelloAck,
     ListenerInfo,
     Message,
-    PeerGone,
-    PeerSilent,
     ProtocolError,
     Ready,
     Served,
@@ -52,21 +53,6 @@ from glidefs.volume.host import Host
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
-
-FD_VARIABLE = "GLIDEFS_HANDOFF_FD"
-"""In the environment of a successor: its end of the socket."""
-PARENT_VARIABLE = "GLIDEFS_HANDOFF_PARENT"
-"""Its predecessor's process id."""
-VERBS = 10.0
-"""Seconds that running verbs get to end."""
-UPLOADS = 60.0
-"""Seconds that uploads under way get to end."""
-HELLO = 60.0
-READY = 300.0
-ALIVE = 60.0
-"""Seconds that the successor has for each step; then it is ended, and this process goes on."""
-SERVED = 1.0
-"""Seconds that it has to say how long guests waited."""
 
 
 class HandoffFailed(GlideError):
@@ -91,6 +77,8 @@ class Serving(Protocol):
     """What is used of the daemon."""
 
     history: History
+    asked_to_stop: threading.Event
+    """Set when the process shall end: a handoff that has not cut over yet is called off."""
 
     @property
     def config_file(self) -> str:
@@ -149,8 +137,11 @@ class Predecessor:
     def run(self, *, dry_run: bool = False) -> Outcome:
         """Hand over. Raises HandoffFailed: this process serves, as before or again."""
         child, channel = self._start()
+        outcome = None
+        reason = "the predecessor failed"
         try:
-            return self._hand_over(channel, child.pid, dry_run)
+            outcome = self._hand_over(channel, child.pid, dry_run)
+            reason = outcome.reason
         except (GlideError, PeerGone, OSError) as error:
             reason = "the successor died" if isinstance(error, PeerGone) else str(error)
             self._daemon.history.add("aborted")
@@ -158,36 +149,59 @@ class Predecessor:
                 f"the handoff was aborted: {reason}; the exports are served as before"
             ) from error
         finally:
+            if outcome is None or outcome.outcome != "succeeded":
+                channel.call_off(reason)
             channel.close()
             close_all([*self._locks, *(fd for _, fd in self._listeners)])
-            threading.Thread(target=child.wait, name="handoff-child", daemon=True).start()
+            self._see_off(child, succeeded=outcome is not None and outcome.outcome == "succeeded")
+        return outcome
 
     def _start(self) -> tuple[subprocess.Popen[bytes], Channel]:
         """Start the successor, from the program as it is on the disk now."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        environ = os.environ | {FD_VARIABLE: str(theirs.fileno()), PARENT_VARIABLE: str(os.getpid())}
+        child = None
         with theirs:
             try:
-                child = subprocess.Popen(
-                    [sys.executable, "-m", "glidefs", "run", "--config", self._daemon.config_file],
-                    env=environ,
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                )
+                child = launch.start(self._daemon.config_file, theirs.fileno())
+                peer = os.pidfd_open(child.pid)
             except OSError as error:
                 ours.close()
+                if child is not None:
+                    self._see_off(child, succeeded=False)
                 raise HandoffFailed(f"the successor cannot be started: {error}") from error
         log.info("handoff: process %d is to take over", child.pid)
-        return child, Channel(ours, os.pidfd_open(child.pid), "predecessor")
+        return child, Channel(ours, peer, "predecessor", self._daemon.asked_to_stop)
+
+    def _see_off(self, child: subprocess.Popen[bytes], *, succeeded: bool) -> None:
+        """Wait for the end of the child; one that was told to end and does not is killed.
+
+        A stopped successor holds the locks of the directories: before this process ends, it must have ended.
+        """
+
+        def wait() -> None:
+            try:
+                child.wait(None if succeeded else deadlines().end)
+            except subprocess.TimeoutExpired:
+                log.warning("process %d was told that it does not take over, and goes on: killed", child.pid)
+                child.kill()
+                child.wait()
+
+        if self._daemon.asked_to_stop.is_set() and not succeeded:
+            child.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(deadlines().end)
+            return
+        threading.Thread(target=wait, name="handoff-child", daemon=True).start()
 
     # -- the steps ---------------------------------------------------------------------------------
 
     def _hand_over(self, channel: Channel, pid: int, dry_run: bool) -> Outcome:
-        hello = _expect(channel, Hello, HELLO)
+        hello = _expect(channel, Hello, deadlines().hello)
         version = common_version(hello)
         if Path(hello.cache_dir).resolve() != self._daemon.cache_dir.resolve():
-            raise _abort(channel, f"the configuration names another cache directory now: {hello.cache_dir}")
-        with self._daemon.shut("the exports are being handed to a new process; try again", VERBS) as entries:
+            raise HandoffFailed(f"the configuration names another cache directory now: {hello.cache_dir}")
+        why = "the exports are being handed to a new process; try again"
+        with self._daemon.shut(why, deadlines().verbs) as entries:
             served = [entry for entry in entries if entry.volume is not None and entry.state == "serving"]
             return self._with_verbs_shut(channel, served, hello, version, pid, dry_run)
 
@@ -197,7 +211,7 @@ class Predecessor:
         coordinator = self._daemon.coordinator(entries)
         common = CAPABILITIES & set(hello.capabilities)
         if coordinator.has_devices() and "ublk" not in common:
-            raise _abort(channel, f"{hello.program} cannot take ublk devices over")
+            raise HandoffFailed(f"{hello.program} cannot take ublk devices over")
         with self._uploads_paused():
             self._locks, self._listeners = self._daemon.descriptors()
             names = tuple(entry.name for entry in coordinator.entries)
@@ -211,11 +225,9 @@ class Predecessor:
                 self._daemon.history.totals,
             )
             channel.send(ack, [*self._locks, *(fd for _, fd in self._listeners)])
-            _expect(channel, Ready, READY)
+            _expect(channel, Ready, deadlines().ready)
             coordinator.sync_all()
             if dry_run:
-                with contextlib.suppress(PeerGone):
-                    channel.send(Abort("only a rehearsal"))
                 self._daemon.reopen()
                 return Outcome("aborted", "only a rehearsal", os.getpid(), len(names), dry_run=True)
             self._cut_over(channel, coordinator)
@@ -224,7 +236,7 @@ class Predecessor:
     @contextlib.contextmanager
     def _uploads_paused(self) -> Iterator[None]:
         """No commit and no retire inside. Whoever leaves with success exits without going on."""
-        self._daemon.host.pause(UPLOADS)
+        self._daemon.host.pause(deadlines().uploads)
         try:
             yield
         finally:
@@ -232,18 +244,21 @@ class Predecessor:
                 self._daemon.host.resume()
 
     def _cut_over(self, channel: Channel, coordinator: HandoffCoordinator) -> None:
-        """Freeze and say so. What fails here is undone: the successor has nothing yet."""
+        """Freeze and say so. What fails here is undone: without the message the successor touches nothing."""
+        channel.check()
         try:
             coordinator.pause_listeners()
             self._frozen_at = time.monotonic_ns()
             coordinator.freeze_all()
             self._cuts, self._sockets = coordinator.snapshot()
-            channel.send(CutOver(tuple(self._cuts), self._frozen_at), self._sockets)
-        except BaseException:
-            channel.kill_peer()  # it may have read half of it
-            coordinator.unfreeze_all()
+            channel.post(CutOver(tuple(self._cuts), self._frozen_at), self._sockets)
+        except BaseException as error:
+            coordinator.unfreeze_all()  # first of all: guests wait
             close_all(self._sockets)
+            if isinstance(error, Undelivered):
+                raise channel.last_words() from error
             raise
+        channel.committed = True
 
     def _after_cut_over(self, channel: Channel, coordinator: HandoffCoordinator, pid: int) -> Outcome:
         connections = sum(len(cut.connections) for cut in self._cuts)
@@ -260,22 +275,15 @@ class Predecessor:
         return Outcome("succeeded", "", pid, len(self._cuts), connections, _stall(channel, alive))
 
     def _wait_alive(self, channel: Channel) -> Alive:
-        """Raises PeerGone or GlideError once the successor is certainly dead."""
+        """Raises PeerGone or GlideError once the successor is certainly dead, and cannot have come alive."""
         try:
-            return _expect(channel, Alive, ALIVE)
-        except (PeerSilent, ProtocolError, HandoffFailed):
+            return _expect(channel, Alive, deadlines().alive)
+        except GlideError as error:
+            channel.fence()
+            with contextlib.suppress(PeerGone, GlideError):
+                return _expect(channel, Alive, 0)  # it was on its way
             channel.kill_peer()
-            with contextlib.suppress(PeerGone, PeerSilent, HandoffFailed, ProtocolError):
-                _expect(channel, Alive, 0)
-                log.error("the successor came alive after all; its connections are lost")
-                self._forget_connections()
-            raise
-
-    def _forget_connections(self) -> None:
-        """The successor may have received from them, or sent."""
-        close_all(self._sockets)
-        self._sockets = []
-        self._cuts = [replace(cut, connections=()) for cut in self._cuts]
+            raise error
 
     def _tear_down(self, coordinator: HandoffCoordinator) -> None:
         """The exports are the successor's, or nobody's: nothing that fails here changes that."""
@@ -287,7 +295,13 @@ class Predecessor:
         """The successor is dead, and the exports are nobody's: this process opens them again."""
         log.error("the handoff failed after the cut-over: %s; this process goes on", reason)
         _quietly(coordinator.forget)
-        self.revive_after_failed_handoff()
+        try:
+            self.revive_after_failed_handoff()
+        except Exception:
+            log.critical(
+                "the exports cannot be opened again; this process ends, start the daemon", exc_info=True
+            )
+            os._exit(1)  # half of what serves is gone: a new process recovers, as after a crash
         stall = (time.monotonic_ns() - self._frozen_at) / 1e9
         self._daemon.history.add("revived", stall)
         return Outcome("revived", reason, os.getpid(), len(self._cuts), connections, stall)
@@ -304,7 +318,7 @@ def _expect(channel: Channel, kind: type[M], patience: float) -> M:
         return message
     close_all(descriptors)
     if isinstance(message, Abort):
-        raise HandoffFailed(message.reason)
+        raise CalledOff(message.reason)
     raise ProtocolError(f"the successor said {type(message).__name__}, not {kind.__name__}")
 
 
@@ -318,15 +332,9 @@ def _quietly(step: Callable[[], None]) -> None:
 def _stall(channel: Channel, alive: Alive) -> float:
     """How long guests waited, as exactly as the successor says it."""
     try:
-        return _expect(channel, Served, SERVED).stall
+        return _expect(channel, Served, deadlines().served).stall
     except (PeerGone, GlideError):
         return alive.stall
-
-
-def _abort(channel: Channel, reason: str) -> HandoffFailed:
-    with contextlib.suppress(PeerGone, OSError):
-        channel.send(Abort(reason))
-    return HandoffFailed(reason)
 
 
 __all__ = ["HandoffFailed", "Outcome", "Predecessor"]

@@ -76,6 +76,8 @@ class NbdServer:
         self._limits = limits or HandshakeLimits()
         self._listeners = [nbd_listen.checked_listener(listener) for listener in listeners]
         self._own_files: dict[str, tuple[int, int]] = {}
+        self._leftover: list[tuple[str, tuple[int, int]]] = []
+        self._kept_files: set[str] = set()
         self._table = ConnectionTable(exports)
         self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="nbd-attach")
         self._thread: threading.Thread | None = None
@@ -91,24 +93,29 @@ class NbdServer:
             raise RuntimeError("the NBD server was started before")
         if not self._listeners:
             self._listen()
+        for path, identity in self._leftover:
+            nbd_listen.unlink_own(path, identity)
+        self._leftover = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(
             target=self._run, args=(self._loop,), name="nbd-handshake", daemon=True
         )
         self._thread.start()
 
-    def _listen(self) -> None:
+    def _listen(self, inherited: nbd_listen.Inherited = ()) -> None:
         settings = self._settings
         try:
-            self._listeners.append(nbd_listen.listen_unix(settings.socket, settings.socket_group))
+            self._listeners.append(
+                nbd_listen.keep_or_listen_unix(inherited, settings.socket, settings.socket_group)
+            )
             self._own_files[settings.socket] = nbd_listen.socket_identity(settings.socket)
             if settings.listen is not None:
                 host, port = parse_listen(settings.listen)
-                self._listeners.append(nbd_listen.listen_tcp(host, port))
+                self._listeners.append(nbd_listen.keep_or_listen_tcp(inherited, host, port))
                 if not host.startswith("127.") and host not in ("localhost", "::1"):
                     log.warning("NBD on %s is neither encrypted nor authenticated", settings.listen)
         except ListenError:
-            self._close_listeners()
+            self.discard(inherited)
             raise
 
     def close(self, *, handed_over: bool = False) -> None:
@@ -171,15 +178,34 @@ class NbdServer:
         """For the handoff."""
         return self._table
 
-    def inherit(self, listeners: Sequence[socket.socket], own: Sequence[str]) -> None:
-        """Before the start: listen on these, from the process before; the files `own` are ours to remove."""
-        self._listeners = [nbd_listen.checked_listener(listener) for listener in listeners]
-        self._own_files = {path: nbd_listen.socket_identity(path) for path in own}
+    def inherit(self, inherited: nbd_listen.Inherited) -> None:
+        """Before the start: listen on these where the configuration still names them, on new ones else.
+
+        All stay as they are if the service manager had opened them. Raises ListenError.
+        """
+        if not any(path for path, _ in inherited):
+            self._listeners = [nbd_listen.checked_listener(listener) for _, listener in inherited]
+            return
+        self._listen(inherited)
+        self._kept_files = {path for path, _ in inherited if path}
+        self._leftover = nbd_listen.close_others(inherited, self._listeners)
+
+    def discard(self, inherited: nbd_listen.Inherited = ()) -> None:
+        """Close the listeners, never served on; files of the process before, which may go on, stay."""
+        if self._thread is None:
+            kept = {path for path, _ in inherited} | self._kept_files
+            self._own_files = {path: own for path, own in self._own_files.items() if path not in kept}
+            self._close_listeners()
+
+    def named_listeners(self) -> list[tuple[str, socket.socket]]:
+        """The sockets that listen, each with the socket file that goes when the server closes, or ""."""
+        paths = [*self._own_files, *[""] * len(self._listeners)]
+        return list(zip(paths, self._listeners, strict=False))
 
     @property
-    def own_files(self) -> tuple[str, ...]:
-        """Socket files that go when the server closes, in the order of their listeners."""
-        return tuple(self._own_files)
+    def is_running(self) -> bool:
+        """Whether it was started."""
+        return self._thread is not None
 
     def pause(self, seconds: float) -> None:
         """Accept no connections for now; what negotiates gets `seconds` to end, then it is dropped."""

@@ -7,13 +7,14 @@ by a dead server is replaced, but only when nobody answers on it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import os
 import socket
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from glidefs.errors import GlideError
 
@@ -110,6 +111,47 @@ def listen_tcp(host: str, port: int) -> socket.socket:
         raise ListenError(f"{where}: cannot listen: {error.strerror or error}") from error
     listener.setblocking(False)
     return listener
+
+
+Inherited = Sequence[tuple[str, socket.socket]]
+"""Listeners of the process before, each with the socket file that is ours to remove, or ""."""
+
+
+def keep_or_listen_unix(inherited: Inherited, path: str, group: str | None = None) -> socket.socket:
+    """The inherited listener of this path, else a new one. Raises ListenError."""
+    kept = [listener for own, listener in inherited if own == path]
+    return checked_listener(kept[0]) if kept else listen_unix(path, group)
+
+
+def keep_or_listen_tcp(inherited: Inherited, host: str, port: int) -> socket.socket:
+    """The inherited listener of this address (port 0: of any port), else a new one. Raises ListenError."""
+    for _, listener in inherited:
+        if listener.family != socket.AF_UNIX and _is_at(listener, host, port):
+            return checked_listener(listener)
+    return listen_tcp(host, port)
+
+
+def _is_at(listener: socket.socket, host: str, port: int) -> bool:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError:
+        return False
+    at = listener.getsockname()
+    return listener.family == family and at[0] == address[0] and port in (0, at[1])
+
+
+def close_others(inherited: Inherited, kept: Sequence[socket.socket]) -> list[tuple[str, tuple[int, int]]]:
+    """Close those that the configuration names no more; the socket files to remove once others serve."""
+    others = [(path, listener) for path, listener in inherited if listener not in kept]
+    for _, listener in others:
+        listener.close()
+    left = []
+    for path in (path for path, _ in others if path):
+        with contextlib.suppress(FileNotFoundError):
+            left.append((path, socket_identity(path)))
+    return left
 
 
 def activated_listeners(name: str, environ: Mapping[str, str]) -> list[socket.socket]:

@@ -19,10 +19,11 @@ def make_daemon(tmp_path: Path) -> Iterator[Callable[..., Generations]]:
     """Daemons, each with a store of its own; whatever of them is left at the end is killed."""
     made: list[Generations] = []
 
-    def make(die: str = "", endpoint: str = "") -> Generations:
-        made.append(Generations(tmp_path / f"n{len(made)}", endpoint=endpoint, settings=SETTINGS))
-        made[-1].die = die
-        return made[-1]
+    def make(die: str = "", endpoint: str = "", stop_at: str = "", seconds: str = "") -> Generations:
+        daemon = Generations(tmp_path / f"n{len(made)}", endpoint=endpoint, settings=SETTINGS)
+        daemon.die, daemon.stop_at, daemon.seconds = die, stop_at, seconds
+        made.append(daemon)
+        return daemon
 
     yield make
     for daemon in made:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,59 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "acceptance"))
 from node import DEADLINE, Node, wait_for
 
 from glidefs.cli.client import CommandError
+from glidefs.handoff.channel import DIE_VARIABLE, STOP_VARIABLE
+from glidefs.handoff.deadlines import SECONDS_VARIABLE
+
+_environment = threading.Lock()
+
+
+def state_of(pid: int) -> str:
+    """The letter of a process's state: T stopped, Z a corpse; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def is_running(pid: int) -> bool:
     """Whether a process is there, and not only its corpse."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return state_of(pid) not in ("", "Z")
 
 
 class Generations(Node):
-    """``pid`` is the process that serves now. ``die`` in the environment: see handoff/protocol.py."""
+    """``pid`` is the process that serves now. ``die``, ``stop_at``: where, as in handoff/channel.py.
+
+    ``seconds``: deadlines of handoffs that are not the product's, as JSON.
+    """
 
     die = ""
+    stop_at = ""
+    seconds = ""
 
     def spawn(self) -> subprocess.Popen[bytes]:
-        os.environ["GLIDEFS_TEST_HANDOFF_DIE"] = self.die
-        try:
-            return super().spawn()
-        finally:
-            del os.environ["GLIDEFS_TEST_HANDOFF_DIE"]
+        own = {DIE_VARIABLE: self.die, STOP_VARIABLE: self.stop_at, SECONDS_VARIABLE: self.seconds}
+        with _environment:
+            os.environ.update(own)
+            try:
+                return super().spawn()
+            finally:
+                for name in own:
+                    del os.environ[name]
+
+    def processes(self) -> list[int]:
+        """The daemons that were started with this configuration and run, also stopped ones."""
+        pids = []
+        for entry in Path("/proc").iterdir():
+            if not entry.name.isdigit():
+                continue
+            try:
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            words = command.split(b"\0")
+            if str(self.config).encode() in words and b"run" in words and is_running(int(entry.name)):
+                pids.append(int(entry.name))
+        return sorted(pids)
 
     @property
     def pid(self) -> int:
@@ -77,16 +110,8 @@ class Generations(Node):
 
     def kill_all(self) -> None:
         """At the end of a test, whatever is left."""
-        pids = {self.process.pid} if self.process is not None else set()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    command = (entry / "cmdline").read_bytes()
-                except OSError:
-                    continue
-                if str(self.config).encode() in command and b"run" in command.split(b"\0"):
-                    pids.add(int(entry.name))
-        for pid in pids:
+        own = {self.process.pid} if self.process is not None else set()
+        for pid in own.union(self.processes()):
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
