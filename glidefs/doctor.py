@@ -20,6 +20,7 @@ from glidefs import io_flusher
 from glidefs.config import Config, config_path, load_config
 from glidefs.disk_sizes import misfits
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
+from glidefs.leftovers import directory_of, dirs_below, logs_aside, recorded, unnamed_prefixes
 from glidefs.process import LOCK_FILE
 
 State = Literal["ok", "warn", "fail"]
@@ -31,6 +32,7 @@ SYS_IO_URING_SETUP = 425
 REMOTE_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "ceph", "glusterfs"})
 MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 PROBE_DEADLINE = 15.0
+LIST_DEADLINE = 5.0
 
 
 class Check(Struct, frozen=True):
@@ -46,7 +48,7 @@ Result = tuple[State, str] | tuple[State, str, str]
 
 
 def run_checks(config_file: str | None) -> list[Check]:
-    """All checks, in an order in which the first failure explains later ones. Changes nothing."""
+    """All checks, in an order in which the first failure explains later ones. Makes and changes nothing."""
     config, first = _configuration(config_file)
     checks = [first]
     table: tuple[tuple[str, Callable[[Config], Result]], ...] = (
@@ -62,7 +64,10 @@ def run_checks(config_file: str | None) -> list[Check]:
         ("block cache directory", lambda c: _directory(c.cache.blocks, c.cache.block_cache_size)),
         ("disk sizes", _sizes),
         ("store", _store),
+        ("store prefixes", _prefixes),
         ("daemon", _daemon),
+        ("exports", _exports),
+        ("write logs", _logs),
         ("ublk devices", _orphans),
     )
     for name, look in table:
@@ -255,6 +260,9 @@ def _allocated(path: Path) -> int:
 
 
 def _store(config: Config) -> Result:
+    root = directory_of(config.store.url)
+    if root is not None:
+        return _store_directory(root)
     from glidefs.cli.offline import bare_store
     from glidefs.store.probe import probe_store
     from glidefs.store.resilient import ResilientStore
@@ -272,12 +280,80 @@ def _store(config: Config) -> Result:
     return "ok", f"{config.store.url} keeps conditions and ranges ({elapsed:.0f} ms for all requests)"
 
 
+def _store_directory(root: Path) -> Result:
+    """A directory is looked at and nothing is put there: what it keeps is in our own hands."""
+    if not root.exists():
+        return "fail", f"{root} is not there", "mount its disk; the first start of a daemon makes a new store"
+    if not root.is_dir():
+        return "fail", f"{root} is not a directory", "change [store] url"
+    if not os.access(root, os.R_OK | os.W_OK | os.X_OK):
+        return "fail", f"{root} cannot be written", "give it to the daemon's user, or run as root"
+    return "ok", f"{root}, {shutil.disk_usage(root).free >> 20} MiB free"
+
+
+def _prefixes(config: Config) -> Result:
+    from glidefs.cli.offline import bare_store
+    from glidefs.store.resilient import ResilientStore
+
+    named, root = config.store.prefixes, directory_of(config.store.url)
+    try:
+        if root is not None:
+            found = unnamed_prefixes(dirs_below(root), named) if root.is_dir() else []
+        else:
+            with ResilientStore(bare_store(config), deadline=LIST_DEADLINE) as store:
+                found = unnamed_prefixes(store.list_dirs, named)
+    except (GlideError, OSError) as error:
+        return "warn", f"cannot be listed: {error}", "see the line about the store"
+    if found:
+        others = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        remedy = "add them to [store] prefixes where they are used: gc and starts look at those alone"
+        return "warn", f"the store has some that no configuration here names: {others}", remedy
+    return "ok", ", ".join(named)
+
+
+def _exports(config: Config) -> Result:
+    names, damaged = recorded(config)
+    if damaged:
+        some = ", ".join(sorted(damaged)[:8])
+        remedy = "'glidefs list' says why; 'glidefs remove NAME' ends the record, then 'glidefs attach NAME'"
+        return "warn", f"damaged records: {some}", remedy
+    try:
+        served = {export["name"] for export in _ask(config, "/api/exports") if export["state"] == "serving"}
+    except GlideError:
+        if not names:
+            return "ok", "none"
+        return "warn", f"{len(names)} are recorded and no daemon serves them", "start it: 'glidefs run'"
+    if left := sorted(names - served):
+        some = ", ".join(left[:8])
+        return "warn", f"{len(left)} are recorded and not served: {some}", "'glidefs list' says why"
+    return "ok", f"{len(names)} served"
+
+
+def _logs(config: Config) -> Result:
+    found = logs_aside(config)
+    if found.aside:
+        text = f"{len(found.aside)} set aside, {found.size >> 20} MiB: {', '.join(found.aside[:4])}"
+        remedy = "'glidefs logs export' saves what one holds, 'glidefs logs delete' ends it"
+        return "warn", text, remedy
+    if found.strange:
+        return "warn", f"not ours: {', '.join(found.strange[:4])}", "move it elsewhere"
+    return "ok", "none without an export"
+
+
+def _ask(config: Config, path: str) -> Any:
+    """What the daemon says. Raises CommandError."""
+    from glidefs.cli.client import Client
+
+    socket = os.environ.get("GLIDEFS_SOCKET") or config.api.socket
+    return Client(socket).call("GET", path, timeout=5)
+
+
 def _daemon(config: Config) -> Result:
-    from glidefs.cli.client import Client, CommandError
+    from glidefs.cli.client import CommandError
 
     path = os.environ.get("GLIDEFS_SOCKET") or config.api.socket
     try:
-        health: dict[str, Any] = Client(path).call("GET", "/health", timeout=5)
+        health: dict[str, Any] = _ask(config, "/health")
     except CommandError as error:
         return "warn", error.reason, error.hint
     mode = stat.S_IMODE(os.stat(path).st_mode)

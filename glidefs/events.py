@@ -57,9 +57,10 @@ def happened(
     volume_id: str = "",
     seconds: float = 0.0,
     level: int = logging.WARNING,
+    by: Asker | None = None,
 ) -> None:
     """What nobody asked for and is over already, in words of its own; ``seconds``: how long it lasted."""
-    _say(Event(verb, export, volume_id, asker()), level, "happened", seconds, detail)
+    _say(Event(verb, export, volume_id, by or asker()), level, "happened", seconds, detail)
 
 
 def _say(what: Event, level: int, outcome: str, seconds: float, detail: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 
 from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, Refused, UnknownExport
+from glidefs.events import happened
 from glidefs.exports import ExportStatus
 from glidefs.formats import export_record
 from glidefs.formats.atomic import fsync_dir, write_file_atomic
@@ -189,6 +190,10 @@ class Entry:
             )
             self.state, self.reason, self.retry = "fenced", why, False
             self._save(records)
+        if self.volume is None or not self.volume.fenced:  # an open volume says it
+            text = f"export {self.name} is FENCED: {why}; it is not served here, its log stays"
+            volume_id = record.volume_id.hex()
+            happened("fence", text, export=self.name, volume_id=volume_id, level=logging.ERROR)
 
     def _save_unsaved(self, records: RecordDirectory) -> None:
         with self._record_lock:

@@ -24,7 +24,8 @@ class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Body of PUT /api/exports/{name}. `size` in bytes, or text such as "10GiB".
 
     `source` ("base:B", "volume:V", "snapshot:V@SEQ", "tag:T") makes a fork, by default of its size.
-    `prefetch`: make the hot set of its base resident in the background.
+    `prefetch`: make the hot set of its base resident in the background. `new_prefix`: also in a prefix
+    that the configuration does not name.
     """
 
     size: int | str | None = None
@@ -33,6 +34,7 @@ class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     transport: TransportChoice = "auto"
     read_only: bool = False
     prefix: str | None = None
+    new_prefix: bool = False
     flush: Literal["local", "store"] = "local"
     wait: bool = False
 
@@ -85,6 +87,7 @@ class BlessRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     image: str
     prefix: str | None = None
+    new_prefix: bool = False
 
 
 class PromoteRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -27,6 +27,7 @@ from glidefs.formats.manifest import Root
 from glidefs.images.bases import list_bases, remove_base
 from glidefs.images.bless import bless
 from glidefs.images.profile import IDLE, recording, wait
+from glidefs.leftovers import check_named
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import Source, check_name, check_prefix, manifest_key, parse_source
 from glidefs.opener import Opener
@@ -195,10 +196,11 @@ class ForkVerbs:
         image = Path(wanted.image)
         if not image.is_absolute() or "\0" in wanted.image:
             raise ConfigError("name the image by an absolute path")
-        settings = self._host.settings
+        settings, prefix = self._host.settings, self._bases_prefix(wanted.prefix)
+        check_named(prefix, self._opener.places.prefixes, new=wanted.new_prefix)
         result = bless(
             self._store.view("background", PATIENCE),
-            self._bases_prefix(wanted.prefix),
+            prefix,
             check_name("base", base),
             image,
             pack_bytes=settings.pack_bytes,

@@ -14,8 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+from glidefs.asked import START
 from glidefs.core.handoff import Position
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
+from glidefs.events import event
 from glidefs.export_logs import ExportLogs
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
@@ -163,8 +165,7 @@ class Opener:
         if verb is None or record is None:
             return False
         if record.fenced:  # nothing in the store is ours any more
-            self.forget(entry)
-            self._table.drop(entry)
+            self._finished(entry, record, verb, keep_log=True)
             return True
         view = self._store.view("background", STORE_PATIENCE)
         if verb == "remove":
@@ -177,10 +178,14 @@ class Opener:
         if not done:
             self._records.set_intent(entry.name, None)
             return False
-        self.forget(entry, keep_log=not ours)
-        self._table.drop(entry)
-        log.info("%s: finished the %s that was interrupted", entry.name, verb)
+        self._finished(entry, record, verb, keep_log=not ours)
         return True
+
+    def _finished(self, entry: Entry, record: ExportRecord, verb: str, *, keep_log: bool) -> None:
+        with event(verb, entry.name, record.volume_id.hex(), START) as what:
+            self.forget(entry, keep_log=keep_log)
+            self._table.drop(entry)
+            what.detail = "it was interrupted"
 
     def _retry(self) -> bool:
         """Try again what failed for a reason that may pass; True if nothing is left."""
@@ -315,6 +320,8 @@ class Opener:
         if isinstance(error, Fenced) and entry.record is not None:
             entry.fence(self._records, entry.record.log_id, error.why)
         entry.failed(error)
+        if entry.is_fenced():
+            return  # which is said
         unexpected = not isinstance(error, GlideError | OSError)
         log.error("%s: cannot be served: %s", entry.name, error, exc_info=error if unexpected else None)
 

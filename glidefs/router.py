@@ -43,6 +43,7 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.health import judged
 from glidefs.leaving import Leaving
+from glidefs.leftovers import check_named
 from glidefs.lineage import Lineage, Origin
 from glidefs.log_verbs import LogVerbs
 from glidefs.names import Source, check_name, check_prefix, parse_source
@@ -225,6 +226,7 @@ class ExportRouter:
         present = self.table.find(name)
         if present is not None:
             return self._present(present, wanted, source, size, prefix)
+        check_named(prefix, self._settings.prefixes, new=wanted.new_prefix)
         with self.table.reserved(name) as entry, self._origin(prefix, source) as origin:
             root, size = self._first_root(name, wanted, origin, size)
             entry.record = replace(new_record(root, prefix, wanted.transport, published=False), size=size)

@@ -20,6 +20,9 @@ ConfigOption = Annotated[
 ]
 Prefix = Annotated[str | None, typer.Option("--prefix", help="Store prefix; default: the first configured.")]
 Force = Annotated[bool, typer.Option("--force", help="Also if something is lost; says what.")]
+NewPrefix = Annotated[
+    bool, typer.Option("--new-prefix", help="Also in a prefix that the configuration does not name.")
+]
 Timeout = Annotated[str | None, typer.Option("--timeout", help='Give up after this time, such as "30s".')]
 
 

@@ -16,6 +16,7 @@ from glidefs.cli.common import (
     Force,
     Json,
     Name,
+    NewPrefix,
     Prefix,
     Timeout,
     connect,
@@ -94,6 +95,7 @@ def create(
     transport: Annotated[str, typer.Option("--transport", help="auto, ublk or nbd.")] = "auto",
     read_only: Annotated[bool, typer.Option("--read-only", help="Guests cannot write.")] = False,
     prefix: Prefix = None,
+    new_prefix: NewPrefix = False,
     flush: Annotated[
         str, typer.Option("--flush", help="local: FLUSH is durable here; store: in the store.")
     ] = "local",
@@ -113,6 +115,7 @@ def create(
             "transport": transport,
             "read_only": read_only,
             "prefix": prefix,
+            "new_prefix": new_prefix,
             "flush": flush,
             "wait": wait,
         }
@@ -370,6 +373,7 @@ def bless(
     ],
     name: Annotated[str, typer.Option("--name", "-n", help="Name of the new base.", show_default=False)],
     prefix: Prefix = None,
+    new_prefix: NewPrefix = False,
     store: Store = None,
     config: ConfigOption = None,
     as_json: Json = False,
@@ -381,7 +385,7 @@ def bless(
     from glidefs.cli.offline import bless_command
 
     with reported(as_json):
-        bless_command(image, name, prefix, store, config, as_json)
+        bless_command(image, name, prefix, store, config, as_json, new_prefix=new_prefix)
 
 
 @bases_app.callback(invoke_without_command=True)

@@ -12,6 +12,7 @@ import msgspec
 from glidefs.cli import output
 from glidefs.config import Config, age_text, config_path, load_config
 from glidefs.errors import ConfigError, GlideError
+from glidefs.leftovers import check_named, unnamed_prefixes
 from glidefs.names import check_prefix
 from glidefs.store import ObjectStore, open_store
 from glidefs.store.probe import probe_store
@@ -126,7 +127,14 @@ def export_command(
 
 
 def bless_command(
-    image: str, base: str, prefix: str | None, store_url: str | None, config: str | None, as_json: bool
+    image: str,
+    base: str,
+    prefix: str | None,
+    store_url: str | None,
+    config: str | None,
+    as_json: bool,
+    *,
+    new_prefix: bool = False,
 ) -> None:
     """Make a base of an image."""
     from glidefs import heap
@@ -135,9 +143,10 @@ def bless_command(
     heap.keep_large_buffers_apart()
     chosen = settings(config)
     prefix = prefix or chosen.store.default_prefix
+    check_named(check_prefix(prefix), chosen.store.prefixes, new=new_prefix)
     source = 0 if image == "-" else Path(image)
     with _patient(bare_store(chosen, store_url)) as store, output.progress(f"bless {base}") as update:
-        probe_store(store, check_prefix(prefix))
+        probe_store(store, prefix)
         try:
             result = bless(
                 store,
@@ -241,10 +250,17 @@ def gc_command(
             documents.append(msgspec.to_builtins(result))
             if not as_json:
                 _print_gc(result)
+        try:
+            unnamed = unnamed_prefixes(store.list_dirs, chosen.store.prefixes)
+        except GlideError as error:
+            output.say(f"note: other prefixes cannot be listed: {error}")
+            unnamed = []
     failed = [document for document in documents if "error" in document]
     if as_json:
         first = {key: failed[0][key] for key in ("error", "hint")} if failed else {}
-        output.emit({**first, "prefixes": documents})
+        output.emit({**first, "prefixes": documents, "unnamed_prefixes": unnamed})
+    if unnamed:
+        output.say(f"note: [store] prefixes does not name {', '.join(unnamed)}: gc here leaves that alone")
     return int(bool(failed))
 
 

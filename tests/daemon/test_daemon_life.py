@@ -33,7 +33,7 @@ def test_sockets_are_private(daemon: Daemon) -> None:
 
 def test_restart_serves_the_same_exports(daemon: Daemon) -> None:
     daemon.json("create", "v1", "--size", "64MiB")
-    daemon.json("create", "v2", "--size", "1GiB", "--flush", "store", "--prefix", "other")
+    daemon.json("create", "v2", "--size", "1GiB", "--flush", "store", "--prefix", "other", "--new-prefix")
     daemon.io("v1", "write -P 7 0 1M", "write -P 9 33M 64k", "flush")
     before = {e["name"]: e for e in daemon.json("list")}
     daemon.stop()
