@@ -48,7 +48,7 @@ def test_a_number_is_free_when_nobody_has_the_device_open(place: Path) -> None:
         node.start()
         first = rig.create(node, "a", "64MiB")
         holder = os.open(first, os.O_RDWR)
-        node.json("detach", "a")
+        node.json("detach", "a", "--force")
         assert not gone(rig.dev_id(first))
         devices = {first, rig.create(node, "b", "64MiB")}
         devices.add(node.json("attach", "a")["device"])
