@@ -83,6 +83,15 @@ class Fenced(GlideError):
         super().__init__(f"volume {volume} is fenced: {why}; its local log is kept, see `glidefs logs`")
 
 
+class NotServed(GlideError):
+    """A verb did what it should, but the export cannot be served, for ``reason``."""
+
+    def __init__(self, name: str, reason: str, *, retried: bool) -> None:
+        self.name, self.reason = name, reason
+        again = "; it is tried again by itself" if retried else ""
+        super().__init__(f"{name} cannot be served: {reason}{again}")
+
+
 class StoreError(GlideError):
     """A request to the object store failed.
 

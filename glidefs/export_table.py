@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, Refused, UnknownExport
+from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, NotServed, Refused, UnknownExport
 from glidefs.events import happened
 from glidefs.exports import ExportStatus
 from glidefs.formats import export_record
@@ -251,6 +251,12 @@ class Entry:
         if self.record is None:
             raise GlideError(f"{self.name}: its record on this host is damaged; {self.reason}")
         return self.record
+
+    def served_status(self) -> ExportStatus:
+        """The status at the end of a verb that is to have it served. Raises NotServed if it is not."""
+        if self.state in ("failed", "fenced"):
+            raise NotServed(self.name, self.reason, retried=self.retry)
+        return self.status()
 
     def drain(self, timeout: float | None) -> None:
         """Upload everything acknowledged before the call. Raises DrainTimeout when time is up, Fenced."""

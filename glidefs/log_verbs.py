@@ -11,16 +11,19 @@ import msgspec
 from glidefs.errors import ConfigError, GlideError, InUse, UnknownExport
 from glidefs.export_table import ExportTable, RecordDirectory
 from glidefs.names import check_id
-from glidefs.volume import aside, logs
+from glidefs.volume import aside, local, logs
 
 
 class LogVerbs:
     """``directory`` holds the logs. Thread-safe."""
 
-    def __init__(self, records: RecordDirectory, table: ExportTable, directory: Path) -> None:
+    def __init__(
+        self, records: RecordDirectory, table: ExportTable, directory: Path, state_dir: Path
+    ) -> None:
         self._records = records
         self._table = table
         self._directory = directory
+        self._state_dir = state_dir
 
     def _unsent(self, directory: Path, volume: bytes, own: bytes) -> int:
         """Bytes that a log which no export uses holds and the store does not. Raises CorruptLog."""
@@ -44,15 +47,19 @@ class LogVerbs:
         """All write logs of this host, those set aside too.
 
         "fenced": another host has the volume, and its export is still listed here. "was": the export that
-        a log set aside was of, if that is known.
+        a log set aside was of, if that is known. "record lost": `glidefs attach` of "was" replays it.
         """
         known, _ = self._known()
+        lost = {(root.volume_id, root.log_id): root.name for root in local.every(self._state_dir)}
         found = []
         for info in logs.list_logs(self._directory, known.keys()):
-            name = known.get((bytes.fromhex(info.volume_id), bytes.fromhex(info.log_id)))
+            ids = (bytes.fromhex(info.volume_id), bytes.fromhex(info.log_id))
+            name = known.get(ids)
             state = "set aside" if not name else "fenced" if self._is_fenced(name) else "in use"
             noted = None if name else aside.read(Path(info.path))
             was = noted.name if noted is not None else None
+            if not name and noted is None and ids in lost:
+                state, was = "record lost", lost[ids]
             found.append({**msgspec.structs.asdict(info), "export": name, "was": was, "state": state})
         return found
 

@@ -16,12 +16,21 @@ from typing import Protocol
 
 from glidefs.asked import START
 from glidefs.core.handoff import Position
-from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
+from glidefs.errors import (
+    CorruptLog,
+    CorruptObject,
+    Fenced,
+    GlideError,
+    StoreError,
+    StoreWentBack,
+    UnknownExport,
+)
 from glidefs.events import event
 from glidefs.export_logs import ExportLogs
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
+from glidefs.lost_records import advice, find_lost, has_unsent, newer_root
 from glidefs.names import manifest_key
 from glidefs.roots import delete_root
 from glidefs.store.resilient import ResilientStore
@@ -101,11 +110,14 @@ class Opener:
         self._records.sync()
         local.sync_volumes(self.places.state_dir)
         records, damaged = self._records.load()
-        for name, why in damaged.items():
+        places, known = self.places, {record.name for record in records} | set(damaged)
+        lost = {name: advice(name, f"its record is damaged: {why}") for name, why in damaged.items()}
+        lost |= find_lost(places.state_dir, places.logs_dir, known)
+        for name, why in lost.items():
             entry = Entry(name)
             entry.failed(GlideError(why))
             self._table.add(entry)
-            log.error("%s: its record is damaged: %s", name, why)
+            log.error("%s: not served: %s", name, why)
         entries = [Entry(record.name, record) for record in records]
         for entry in entries:
             entry.state = "fenced" if entry.is_fenced() else "starting"
@@ -233,6 +245,20 @@ class Opener:
         entry.set_record(self._records, new_record(root, prefix, transport, published=True))
         self.try_open(entry, root, etag)
 
+    def take_lost(self, entry: Entry, prefix: str, transport: str) -> bool:
+        """Serve a volume whose record was lost, from the log that its root names; False if there is none with
+        unsent writes. A failure to open it is kept in the entry. Raises UnknownExport, StoreError, OSError.
+        """
+        name = entry.name
+        root, etag = lease.read_root(self._store.view("upload", STORE_PATIENCE), prefix, name)
+        ours = root.owner_host == self.places.owner.host and root.log_id != NO_ID
+        if not ours or not has_unsent(self.places.logs_dir, root):
+            return False
+        self.check_not_older(new_record(root, prefix, transport, published=True))
+        log.warning("%s: its record was lost and is made again; log %s is replayed", name, root.log_id.hex())
+        self.take(entry, prefix, root, etag, transport if transport != "auto" else root.transport)
+        return True
+
     def open(self, entry: Entry, root: Root, etag: str | None) -> None:
         """Open the volume and start the transport. Raises, and then neither is left."""
         assert entry.record is not None
@@ -278,7 +304,14 @@ class Opener:
         try:
             self.check_logs(entry.record)
             root, etag = self._find_root(entry.record)
-            self.open(entry, root, etag)
+            try:
+                self.open(entry, root, etag)
+            except CorruptLog as error:
+                newer = newer_root(self._store.view("read", STORE_PATIENCE), entry.record, root)
+                if newer is None:
+                    raise
+                log.warning("%s: %s; but the local root is old, the store's is used", entry.name, error)
+                self.open(entry, *newer)
             if entry.volume is not None:
                 self._host.confirm(entry.volume)
         except Exception as error:

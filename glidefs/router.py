@@ -103,7 +103,7 @@ class ExportRouter:
         self._records = RecordDirectory(settings.exports_dir)
         by_kind: Mapping[str, Transport] = {transport.kind: transport for transport in transports}
         self._transports = by_kind
-        self.logs = LogVerbs(self._records, self.table, settings.logs_dir)
+        self.logs = LogVerbs(self._records, self.table, settings.logs_dir, settings.state_dir)
         self._opener = Opener(self.table, self._records, host, store, by_kind, settings, stopping)
         self._lineage = Lineage(self.table, store, bases)
         self.forks = ForkVerbs(
@@ -358,9 +358,12 @@ class ExportRouter:
             return self._attach_again(present, wanted)
         with self.table.reserved(name) as entry:
             self._attach(entry, prefix, wanted)
-            return entry.status()
+        return entry.served_status()
 
     def _attach(self, entry: Entry, prefix: str, wanted: AttachRequest) -> None:
+        anew = wanted.take_over or wanted.accept_older
+        if not anew and self._opener.take_lost(entry, prefix, wanted.transport):
+            return
         root, etag = self._lease(prefix, entry.name, wanted)
         self._take(entry, prefix, root, etag, wanted)
 
@@ -406,7 +409,10 @@ class ExportRouter:
                     self._lineage.confirm(entry.volume)
             if entry.serves() and not wanted.accept_older:
                 return entry.status()
-            record = entry.known_record()
+            record = entry.record
+            if record is None:
+                self._attach(entry, self._prefix_of(entry.name, wanted.prefix), wanted)
+                return entry.served_status()
             if wanted.take_over and not wanted.accept_older:
                 self._opener.check_not_older(record)
             if entry.is_fenced():
@@ -418,7 +424,16 @@ class ExportRouter:
             else:
                 self._opener.close_entry(entry, remove_device=False)
                 self._opener.reopen(entry)
-            return entry.status()
+            return entry.served_status()
+
+    def _prefix_of(self, name: str, wanted: str | None) -> str:
+        """Where the volume of a lost record is. Raises StoreError."""
+        view = self._store.view("upload", VERB_PATIENCE)
+        for prefix in self._settings.prefixes if wanted is None else ():
+            with contextlib.suppress(UnknownExport):
+                lease.read_root(view, prefix, name)
+                return prefix
+        return check_prefix(wanted or self._settings.prefixes[0])
 
     def _attach_fenced(self, entry: Entry, record: ExportRecord, wanted: AttachRequest) -> None:
         """Take the volume anew, with another log: that of the fenced life is set aside.

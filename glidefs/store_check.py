@@ -38,7 +38,7 @@ class StoreCheck:
         Raises StoreUnsupported; StoreError if it cannot be used and this host served nothing before.
         """
         with contextlib.suppress(OSError):
-            if self._marker.read_text(encoding="utf-8") == self._identity:
+            if self._marker.read_bytes() == self._identity.encode():
                 return
         try:
             self._once(PATIENCE if has_exports else DEADLINE)
@@ -52,7 +52,10 @@ class StoreCheck:
 
     def _once(self, patience: float = DEADLINE) -> None:
         probe_store(self._store.view("background", patience), self._prefix)
-        self._marker.write_text(self._identity, encoding="utf-8")
+        try:
+            self._marker.write_bytes(self._identity.encode())
+        except OSError as error:  # only a hint: the next start tries the store again
+            log.warning("%s cannot be written: %s", self._marker, error)
 
     def _later(self) -> None:
         while not self._stopping.wait(RETRY):

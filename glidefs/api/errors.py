@@ -37,6 +37,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (errors.StoreUnsupported, 502),
     (errors.StoreError, 503),
     (errors.Refused, 503),
+    (errors.NotServed, 503),
     (HandoffFailed, 503),
     (DrainTimeout, 504),
 )

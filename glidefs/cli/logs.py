@@ -23,7 +23,7 @@ def logs(context: typer.Context, config: ConfigOption = None, as_json: Json = Fa
 
 @app.command("list")
 def logs_list(config: ConfigOption = None, as_json: Json = False) -> None:
-    """List write logs: in use, fenced (another host took the volume), and set aside when its export went."""
+    """List write logs: in use, fenced (another host has the volume), set aside, or of a lost record."""
     _list_logs(config, as_json)
 
 

@@ -250,6 +250,12 @@ def decode_root(key: str, data: bytes, where: str = "") -> Root:
     return _read(_parse_root, raw, where, "root")
 
 
+def decode_any_root(where: str, data: bytes) -> Root:
+    """A root of which it is not known as what it was put. Raises CorruptObject."""
+    raw = envelope.unseal(where, data, ROOT_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT, None)
+    return _read(_parse_root, raw, where, "root")
+
+
 def decode_page(where: str, data: bytes, expected: bytes) -> Page:
     """The page with the id ``expected``, from the bytes of an object or of a copy.
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ from blake3 import blake3
 from glidefs.errors import CorruptObject, WrongObject
 from glidefs.formats import reserve
 from glidefs.formats.atomic import fsync_dir, write_file_atomic, write_in_place
-from glidefs.formats.manifest import Root, decode_root, encode_root
+from glidefs.formats.manifest import Root, decode_any_root, decode_root, encode_root
 from glidefs.formats.pack import ID_SIZE
 
 MAX_TRIED = 128
@@ -145,6 +145,15 @@ def sync_volumes(state_dir: Path) -> None:
             fsync_dir(place)
 
 
+def _read(path: Path) -> _Saved:
+    try:
+        return _decoder.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except (OSError, msgspec.MsgspecError) as error:
+        raise CorruptObject(str(path), 0, f"local copy of a manifest: {error}") from error
+
+
 def load(state_dir: Path, volume_id: bytes, key: str) -> tuple[Root, str | None, bytes] | None:
     """The saved root of the volume, which the store has as ``key``, its ETag and its encoded bytes, or None.
 
@@ -152,15 +161,22 @@ def load(state_dir: Path, volume_id: bytes, key: str) -> tuple[Root, str | None,
     """
     path = volume_dir(state_dir, volume_id) / "root"
     try:
-        saved = _decoder.decode(path.read_bytes())
+        saved = _read(path)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise CorruptObject(str(path), 0, f"local copy of a manifest: {error}") from error
     root = decode_root(key, saved.root, str(path))
     if root.volume_id != volume_id:
         raise WrongObject(str(path), f"it is the root of volume {root.volume_id.hex()}")
     return root, saved.etag, saved.root
+
+
+def every(state_dir: Path) -> Iterator[Root]:
+    """The roots of all volumes that there are good copies of."""
+    for path in sorted((state_dir / "volumes").glob("*/root")):
+        with contextlib.suppress(CorruptObject, OSError):
+            root = decode_any_root(str(path), _read(path).root)
+            if root.volume_id.hex() == path.parent.name:
+                yield root
 
 
 def forget(state_dir: Path, volume_id: bytes) -> None:

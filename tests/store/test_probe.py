@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from glidefs.config import StoreSettings
 from glidefs.errors import AccessDenied, StoreUnavailable, StoreUnsupported
 from glidefs.store.memory import MemoryStore
 from glidefs.store.probe import probe_store
+from glidefs.store.resilient import ResilientStore
+from glidefs.store_check import StoreCheck
 
 
 class IgnoresMatch(MemoryStore):
@@ -76,3 +81,24 @@ def test_a_store_that_is_away_is_asked_once() -> None:
     with pytest.raises(StoreUnavailable):
         probe_store(store)
     assert store.requests == {"put": 1}
+
+
+@pytest.mark.parametrize("found", [b"file:///\xbb", b"", b"\0" * 4096, b"memory:// \n", None])
+def test_what_remembers_a_probe_is_a_hint(tmp_path: Path, found: bytes | None) -> None:
+    """Damaged it costs a probe, and is right after it; what cannot be written costs one at the next start."""
+    marker = tmp_path / "store-probed"
+    if found is not None:
+        marker.write_bytes(found)
+    memory, stopping = MemoryStore(), threading.Event()
+    store = ResilientStore(memory, cancel=stopping)
+    check = StoreCheck(store, StoreSettings(url="memory://"), marker, stopping)
+    check.run(has_exports=False)
+    probed = sum(memory.requests.values())
+    assert (probed == 0) == (found == b"memory:// \n")
+    check.run(has_exports=False)
+    assert sum(memory.requests.values()) == probed
+    marker.unlink()
+    marker.mkdir()
+    check.run(has_exports=False)
+    assert sum(memory.requests.values()) > probed
+    store.close()

@@ -1,0 +1,50 @@
+"""What takes the place of local files that are damaged, old or gone.
+
+Exports whose record is lost, though their write log is here:
+
+What such an export was is in other places: the name of the record's file, the local copy of the root, and
+the store's root, which names the log. So it is listed with the verb that takes it up, and that verb replays
+the log where the root names it: what a log holds is set aside only when that is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from glidefs.core.gather import log_segments
+from glidefs.errors import GlideError
+from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import Root
+from glidefs.store.base import ObjectStore
+from glidefs.volume import aside, lease, local, logs
+
+
+def has_unsent(logs_dir: Path, root: Root) -> bool:
+    """Whether the log that ``root`` names is here, not set aside, and has what ``root`` does not include."""
+    directory = logs.log_dir(logs_dir, root.volume_id, root.log_id)
+    return aside.read(directory) is None and any(seq > root.last_segment for seq in log_segments(directory))
+
+
+def advice(name: str, what: str) -> str:
+    """What is said of an export whose record is lost."""
+    return f"{what}; 'glidefs attach {name}' makes it again from the store's root, and replays its write log"
+
+
+def find_lost(state_dir: Path, logs_dir: Path, known: Collection[str]) -> dict[str, str]:
+    """Volumes with unsent writes here that no record names: name, and why it is not served."""
+    lost: dict[str, str] = {}
+    for root in local.every(state_dir):
+        if root.name not in known and not root.read_only and has_unsent(logs_dir, root):
+            lost[root.name] = advice(root.name, "its record is lost, and its write log holds unsent writes")
+    return lost
+
+
+def newer_root(store: ObjectStore, record: ExportRecord, root: Root) -> tuple[Root, str] | None:
+    """The store's root with its ETag if it is ahead of ``root``, a local copy that is old."""
+    try:
+        found, etag = lease.read_root(store, record.prefix, record.name)
+    except GlideError:
+        return None
+    ours = found.volume_id == record.volume_id and found.log_id == record.log_id
+    return (found, etag) if ours and found.sequence > root.sequence else None

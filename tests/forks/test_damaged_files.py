@@ -1,0 +1,196 @@
+"""One fault in the local files of an export: right data, or an error that names it. Never older data."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from fork_rig import BLOCK, MIB, CountingStore, Node
+
+from glidefs.errors import NotServed
+from glidefs.exports import AttachRequest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mutate import bit_flip, copy_over, remove, sectors, swap, truncate, zero_fill, zero_sector
+
+OLD, SENT, UNSENT = b"o" * BLOCK, b"s" * BLOCK, b"u" * 8192
+ATTACH = AttachRequest(transport="nbd")
+
+
+class Host(NamedTuple):
+    """A host that ended with unsent writes, what its volume ``a`` reads, and the ids of ``a`` and ``b``."""
+
+    home: Path
+    store: CountingStore
+    want: bytes
+    ids: tuple[str, str]
+
+
+def started(home: Path, store: CountingStore) -> Node:
+    node = Node(home, store)
+    node.router.start()
+    assert node.router.wait_tried(20)
+    return node
+
+
+@pytest.fixture
+def host(tmp_path: Path, memory: CountingStore) -> Host:
+    node = started(tmp_path / "home", memory)
+    for name in ("a", "b"):
+        node.create(name, 256 * MIB, wait=True)
+        node.core(name).pwrite(0, OLD)
+        node.router.drain(name)
+    older = tmp_path / "older"
+    shutil.copytree(node.home, older)
+    for name in ("a", "b"):
+        node.core(name).pwrite(0, SENT)
+        node.core(name).pwrite(140 * MIB, SENT)
+        node.router.drain(name)
+        node.fork(f"cached-{name}", f"volume:{name}")
+        assert node.core(f"cached-{name}").pread(0, BLOCK) == SENT
+        node.core(name).pwrite(4096, UNSENT)
+        node.core(name).flush()
+    want = node.core("a").pread(0, BLOCK)
+    assert want == SENT[:4096] + UNSENT + SENT[12288:]
+    ids = [node.router.show(name).volume_id for name in ("a", "b")]
+    node.close()
+    return Host(node.home, memory, want, (ids[0], ids[1]))
+
+
+def copied(host: Host, tmp: Path) -> Path:
+    home = tmp / "struck" / "home"  # of the same name, which is the node's
+    shutil.rmtree(home.parent, ignore_errors=True)
+    shutil.copytree(host.home, home)
+    return home
+
+
+def outcome(host: Host, home: Path) -> str:
+    """ "right", "after attach" (what was said before names the cure), or the error that stays."""
+    node = started(home, host.store)
+    try:
+        entry = node.router.table.find("a")
+        assert entry is not None, "the export is gone"
+        said = "right"
+        if not entry.serves():
+            said = entry.reason
+            listed = {one["was"]: one["state"] for one in node.router.logs.list()}
+            assert "its record" not in said or listed.get("a") == "record lost"
+            try:
+                node.router.attach("a", ATTACH)
+            except NotServed:
+                return said
+            assert "glidefs attach a" in said, said
+            said = f"after attach: {said}"
+        assert node.core("a").pread(0, BLOCK) == host.want, "older data"
+        assert node.core("a").pread(140 * MIB, BLOCK) == SENT
+        assert node.core("cached-a").pread(0, BLOCK) == SENT
+        node.router.drain("a")
+        return said
+    finally:
+        node.close()
+
+
+Fault = tuple[str, Callable[[Path], object]]
+
+
+def faults(mine: str, other: str, *, bits: int = 4) -> Iterator[Fault]:
+    """One fault each in the first file that ``mine``, a pattern below the home, finds."""
+
+    def at(home: Path) -> Path:
+        return sorted(home.glob(mine))[0]
+
+    def second(home: Path) -> Path:
+        return sorted(home.glob(other))[-1]
+
+    for i in range(bits):
+        yield (
+            f"bit in part {i} of {bits}",
+            lambda h, i=i: bit_flip(at(h), at(h).stat().st_size * i // bits),
+        )
+    yield "first sector", lambda h: zero_sector(at(h), 0)
+    yield "last sector", lambda h: zero_sector(at(h), sectors(at(h))[-1])
+    for quarter in range(0, 4, 2):
+        yield f"cut at {quarter}/4", lambda h, q=quarter: truncate(at(h), at(h).stat().st_size * q // 4)
+    yield "zeros", lambda h: zero_fill(at(h))
+    yield "gone", lambda h: remove(at(h))
+    yield "swapped", lambda h: at(h) != second(h) and swap(at(h), second(h))
+    yield "that of another", lambda h: copy_over(second(h), at(h))
+    yield "older", lambda h: copy_over(at(h.parents[1] / "older"), at(h))
+
+
+def strike(host: Host, path: str, tmp: Path, **options: int) -> dict[str, str]:
+    """What comes of each fault; ``{}`` in ``path`` is the volume's id, ``{name}`` its name."""
+    found: dict[str, str] = {}
+    objects = dict(host.store._objects)
+    mine, other = (path.format(id, name=name) for id, name in zip(host.ids, "ab", strict=True))
+    for what, fault in faults(mine, other, **options):
+        home = copied(host, tmp)
+        with contextlib.suppress(shutil.SameFileError):  # there is only one such file
+            fault(home)
+        found[what] = outcome(host, home)
+        host.store._objects = dict(objects)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", ["state/volumes/{}/root", "state/indices/*", "logs/{}/*.witness", "blocks/blocks.index"]
+)
+def test_what_the_store_or_others_have_is_made_again(host: Host, tmp_path: Path, path: str) -> None:
+    """A local root, a pack index, a witness and the index of the cache: nobody notices but the log."""
+    found = strike(host, path, tmp_path)
+    assert set(found.values()) == {"right"}, found
+
+
+def test_a_record(host: Host, tmp_path: Path) -> None:
+    """It is listed with the verb that makes it again, log and all; what it was does not get lost."""
+    for what, outcome in strike(host, "exports/{name}.json", tmp_path).items():
+        if what == "older":
+            assert outcome == "right", outcome
+        else:
+            assert outcome.startswith("after attach: its record is "), f"{what}: {outcome}"
+
+
+@pytest.mark.parametrize("damage", ["journal", "gone", "cut off"])
+def test_a_log_that_lost_what_was_flushed(host: Host, tmp_path: Path, damage: str) -> None:
+    """An error that names the file, from `attach` too; `--take-over` then serves what the store has."""
+    home = copied(host, tmp_path)
+    segment = sorted((home / "logs" / host.ids[0]).glob("*/*.seg"))[-1]
+    match damage:
+        case "journal":
+            zero_sector(segment, 2)
+        case "gone":
+            remove(segment)
+        case _:
+            truncate(segment, 8192)
+    node = started(home, host.store)
+    try:
+        said = node.router.show("a")
+        assert said.state == "failed"
+        assert segment.stem in said.reason
+        assert "take-over" in said.reason
+        with pytest.raises(NotServed, match=segment.stem):
+            node.router.attach("a", ATTACH)
+        assert node.router.attach("a", AttachRequest(transport="nbd", take_over=True)).state == "serving"
+        assert node.core("a").pread(0, BLOCK) == SENT
+    finally:
+        node.close()
+
+
+def test_a_record_and_its_log_that_was_sent(host: Host, tmp_path: Path) -> None:
+    """Nothing unsent: `attach` takes the volume as from any other host."""
+    node = started(copied(host, tmp_path), host.store)
+    node.router.drain("a")
+    node.close()
+    remove(node.home / "exports" / "a.json")
+    node = started(node.home, host.store)
+    try:
+        assert node.router.table.find("a") is None
+        assert node.router.attach("a", ATTACH).state == "serving"
+        assert node.core("a").pread(0, BLOCK) == host.want
+    finally:
+        node.close()
