@@ -32,7 +32,8 @@ def _note_of(volume: dict[str, Any]) -> str:
     if volume["damaged"]:
         return str(volume["damaged"])
     if volume["removed_at"]:
-        return "removed"
+        when = output.time_text(volume["removed_at"])
+        return f"removed {when}; until gc deletes it: glidefs undelete NAME"
     if volume["served_here"]:
         return "served here"
     if volume["candidate"]:

@@ -12,6 +12,7 @@ nonces of the other.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Collection
@@ -34,6 +35,8 @@ from glidefs.formats.pack import ID_SIZE
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
+
+log = logging.getLogger(__name__)
 
 CONFLICT_PAUSE = 0.05
 DOOMED_PATIENCE = 2.0
@@ -183,9 +186,15 @@ def commit_first(store: ObjectStore, key: str, root: Root, tried: Collection[byt
                 time.sleep(CONFLICT_PAUSE)
                 continue
         try:
-            return commit_root(store, key, root, found.etag, tried=tried)
+            result = commit_root(store, key, root, found.etag, tried=tried)
         except Fenced:
             continue  # the tombstone went, or somebody was faster
+        log.info(
+            "%s: takes the name of volume %s, which was removed and cannot be undeleted any more",
+            key,
+            there.volume_id.hex(),
+        )
+        return result
 
 
 def resolve(

@@ -78,6 +78,19 @@ def test_what_is_about_to_be_deleted_is_not_put_back(monkeypatch: pytest.MonkeyP
     assert refused
 
 
+def test_who_takes_the_name_of_a_removed_volume_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    store, root = MemoryStore(), volume()
+    put_first_root(store, PREFIX, root)
+    delete_root(store, PREFIX, root)
+    with caplog.at_level("INFO"):
+        put_first_root(store, PREFIX, volume())
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert root.volume_id.hex() in said
+    assert "cannot be undeleted" in said
+    with pytest.raises(ExportExists):
+        undelete_root(store, PREFIX, "v")
+
+
 def test_who_undeletes_and_who_creates_are_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """! An undelete that read the tombstone before must not put its root over another volume."""
     store, root, fresh = MemoryStore(), volume(), volume()
