@@ -53,6 +53,7 @@ _FIRST_BACKOFF: Final = 0.05
 _SLICE: Final = 0.25
 _LOOK: Final = 1.0
 """Seconds after which who waits looks at the clock."""
+NEWS_AFTER: Final = 2.0
 _ANSWER: Final = 2.0
 """Seconds that the store has to say whether it is there."""
 
@@ -314,6 +315,8 @@ class ResilientStore(ObjectStore):
         self.url = inner.url
         self.counters = Counters()
         self.waits = Waits()
+        self.news_after = NEWS_AFTER
+        """Seconds that the store is away before that is said."""
         self.patient = False
         self.identity: Identity | None = None
         self._deadline = deadline
@@ -398,14 +401,16 @@ class ResilientStore(ObjectStore):
             other = self._read_breaker if breaker is self._write_breaker else self._write_breaker
             if not other.is_closed:
                 changed |= other.hear(hurry=changed)
-        if changed:
+        # A store that fails now and then is away for moments: that is no news, what lasts is.
+        if changed or (ok is False and not self._said_away and breaker.open_for >= self.news_after):
             self._say()
 
     def _say(self) -> None:
         with self._saying:
             state = self.state
-            if state.away and not self._said_away:
-                self._said_away = time.monotonic()
+            lasts = max(self._read_breaker.open_for, self._write_breaker.open_for)
+            if state.away and not self._said_away and lasts >= self.news_after:
+                self._said_away = time.monotonic() - lasts
                 happened("store-away", f"the store is away; what needs it waits: {state.reason}")
             elif not state.away and self._said_away:
                 seconds = time.monotonic() - self._said_away

@@ -107,7 +107,7 @@ class Forker(threading.Thread):
 
     def run(self) -> None:
         try:
-            while not self._until.wait(0.5):
+            while not self._until.wait(1.5):
                 name = f"fork-{next(self._names)}"
                 body = {"source": "base:b", "transport": "nbd"}
                 try:

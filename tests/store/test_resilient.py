@@ -253,6 +253,7 @@ def fail_until_open(store: ResilientStore, *calls: Callable[[], object]) -> None
 
 def test_away_and_back_are_said_once_each(inner: MemoryStore, caplog: pytest.LogCaptureFixture) -> None:
     store = ResilientStore(inner, deadline=0.05)
+    store.news_after = 0.0
     assert store.state == StoreState()
     inner.set_down(True)
     before = time.time()
@@ -268,6 +269,24 @@ def test_away_and_back_are_said_once_each(inner: MemoryStore, caplog: pytest.Log
     said = messages(caplog)
     assert [text.split(";")[0] for text in said if "away" in text] == ["the store is away"]
     assert len([text for text in said if text.startswith("the store is back after")]) == 1
+
+
+def test_a_store_that_is_away_for_moments_is_no_news(
+    inner: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ResilientStore(inner, deadline=0.05, probe_every=0.05)
+    store.news_after = 0.5
+    for _ in range(5):
+        inner.set_down(True)
+        fail_until_open(store, lambda: store.get("k"))
+        assert store.state.away
+        inner.set_down(False)
+        wait_for(lambda: succeeds(lambda: store.get("k")))
+    assert not [text for text in messages(caplog) if "away" in text or "back" in text]
+    inner.set_down(True)
+    began = time.monotonic()
+    wait_for(lambda: not succeeds(lambda: store.get("k")) and time.monotonic() - began > 1.0)
+    assert [text.split(";")[0] for text in messages(caplog) if "away" in text] == ["the store is away"]
 
 
 def succeeds(call: Callable[[], object]) -> bool:
