@@ -38,6 +38,7 @@ from glidefs.serving import Core
 from glidefs.store import open_store
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.state import StoreState
+from glidefs.store.which import WhichStore
 from glidefs.store_check import StoreCheck
 from glidefs.version import commit, version
 from glidefs.volume.host import Host
@@ -61,16 +62,23 @@ class Daemon:
     """Owns everything. `start()` and `stop()` are called once each, from the main thread.
 
     ``config_file`` is what a successor reads. ``asked_to_stop`` is set by a signal: a handoff that hangs
-    is called off. ``handed_over`` is set once another process serves the
-    exports: then this one must end by :meth:`leave`.
+    is called off. With ``init_store`` the directory of the store is made. ``handed_over`` is set once
+    another process serves the exports: then this one must end by :meth:`leave`.
     """
 
     def __init__(
-        self, config: Config, config_file: str = "", asked_to_stop: threading.Event | None = None
+        self,
+        config: Config,
+        config_file: str = "",
+        asked_to_stop: threading.Event | None = None,
+        *,
+        init_store: bool = False,
     ) -> None:
         self.config = config
         self.asked_to_stop = asked_to_stop or threading.Event()
         self.config_file = config_file
+        self._init_store = init_store
+        self._has_exports = False
         self.started_at = time.time()
         self.history = History()
         self.handed_over = threading.Event()
@@ -191,8 +199,8 @@ class Daemon:
         for fd in inherited.values():
             os.close(fd)  # of a directory that the configuration names no more
         beside = {"log_dir": cache.logs, "block_cache_dir": cache.blocks}
-        recorded = any((Path(cache.dir) / "exports").glob("*.json"))
-        self._identity = CacheIdentity(Path(cache.dir), beside, keeps_logs=recorded)
+        self._has_exports = any((Path(cache.dir) / "exports").glob("*.json"))
+        self._identity = CacheIdentity(Path(cache.dir), beside, keeps_logs=self._has_exports)
 
     def _open_store(self) -> ResilientStore:
         settings = self.config.store
@@ -204,9 +212,14 @@ class Daemon:
             connections=settings.reads + settings.writes + 8,
             connect_timeout=settings.connect_timeout,
             read_timeout=settings.read_timeout,
+            create=self._init_store,
         )
+        if not self._has_exports:
+            inner.check_there()
         store = ResilientStore(inner, reads=settings.reads, writes=settings.writes, cancel=self._stopping)
         self._undo.callback(store.close)
+        assert self._identity is not None
+        store.identity = WhichStore(self._identity.store_id, self._identity.bind)
         return store
 
     # -- handoff: this process is the predecessor --------------------------------------------------

@@ -39,8 +39,11 @@ class Signals:
         self.wake.set()
 
 
-def run_daemon(config_file: str | None) -> int:
-    """The whole life of the process; returns its exit code. Raises GlideError if it cannot start."""
+def run_daemon(config_file: str | None, *, init_store: bool = False) -> int:
+    """The whole life of the process; returns its exit code. Raises GlideError if it cannot start.
+
+    ``init_store``: make the directory of a ``file://`` store that is not there.
+    """
     refused = io_flusher.become_io_flusher()  # first: every thread from here on inherits it
     path = config_path(config_file)
     config = load_config(path)
@@ -52,7 +55,7 @@ def run_daemon(config_file: str | None) -> int:
             io_flusher.REMEDY,
         )
     signals = Signals()
-    daemon = Daemon(config, str(path.absolute()), signals.stop)
+    daemon = Daemon(config, str(path.absolute()), signals.stop, init_store=init_store)
     daemon.on_handed_over = signals.wake.set
     try:
         if is_successor():

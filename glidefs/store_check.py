@@ -37,6 +37,8 @@ class StoreCheck:
 
         Raises StoreUnsupported; StoreError if it cannot be used and this host served nothing before.
         """
+        if self._store.is_new_directory:
+            return  # nothing is written into it before there is something to keep
         with contextlib.suppress(OSError):
             if self._marker.read_bytes() == self._identity.encode():
                 return

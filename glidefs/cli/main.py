@@ -57,26 +57,32 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a commented configuration file."""
+    """Write a commented configuration file, and make the directory of a file:// store."""
     from glidefs.cli import template
     from glidefs.config import parse_config
 
     with reported(as_json):
         text = template.render(cache_dir, store, run_dir)
-        parse_config(text, str(path), path.resolve().parent)
+        parsed = parse_config(text, str(path), path.resolve().parent)
         template.write(path, text, force)
+        template.make_store(parsed.store.url)
         show_result(
             {"path": absolute(str(path))}, as_json, f"wrote {path}; start with: glidefs run -c {path}"
         )
 
 
 @app.command()
-def run(config: ConfigOption = None) -> None:
+def run(
+    init_store: Annotated[
+        bool, typer.Option("--init-store", help="Make the directory of a file:// store that is not there.")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
     """Run the daemon in the foreground."""
     with reported(False):
         from glidefs.runner import run_daemon
 
-        raise SystemExit(run_daemon(config))
+        raise SystemExit(run_daemon(config, init_store=init_store))
 
 
 @app.command()

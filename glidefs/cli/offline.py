@@ -17,6 +17,7 @@ from glidefs.names import check_prefix
 from glidefs.store import ObjectStore, open_store
 from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore
+from glidefs.store.which import WhichStore
 
 if TYPE_CHECKING:
     from glidefs.gc import GcResult, Tally
@@ -307,4 +308,7 @@ def _print_gc(result: GcResult) -> None:
 
 
 def _patient(store: ObjectStore) -> ResilientStore:
-    return ResilientStore(store, deadline=OFFLINE_DEADLINE)
+    store.check_there()
+    patient = ResilientStore(store, deadline=OFFLINE_DEADLINE)
+    patient.identity = WhichStore(None, lambda _: None)
+    return patient

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from glidefs.cli import output
 from glidefs.errors import ConfigError
+from glidefs.store import open_store
 
 TEMPLATE = """\
 # GlideFS configuration. Lines that begin with '#' show the defaults.
@@ -106,6 +108,16 @@ def write(path: Path, text: str, force: bool) -> None:
         raise ConfigError(f"{path} exists; --force replaces it") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+
+
+def make_store(url: str) -> None:
+    """Make the directory of a `file://` store; where that is not allowed, say who must."""
+    if not url.startswith("file:"):
+        return
+    try:
+        open_store(url, create=True).close()
+    except ConfigError as error:
+        output.say(f"note: {error}; make the directory before the daemon starts")
 
 
 def _quote(text: str) -> str:

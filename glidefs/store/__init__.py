@@ -19,13 +19,15 @@ def open_store(
     connections: int = 64,
     connect_timeout: float = 3.0,
     read_timeout: float = 10.0,
+    create: bool = False,
 ) -> ObjectStore:
     """The bare store at ``url``; the caller wraps it in a ResilientStore.
 
     ``file:///directory``, ``s3://bucket/root`` (credentials come from the AWS chain) or
     ``memory://name`` (shared by name in this process, for tests). The other arguments are for S3:
     ``path_style`` defaults to true where an endpoint is given; ``connections`` is the size of the
-    pool; timeouts are in seconds and per read or connect. Raises ConfigError. No request is made.
+    pool; timeouts are in seconds and per read or connect. Only with ``create`` is the directory of a
+    ``file://`` store made. Raises ConfigError. No request is made.
     """
     parts = urlsplit(url)
     if parts.scheme == "file":
@@ -33,7 +35,7 @@ def open_store(
             raise ConfigError(f"store url {url!r}: write file:///absolute/path")
         from glidefs.store.file import FileStore
 
-        return FileStore(unquote(parts.path))
+        return FileStore(unquote(parts.path), create=create)
     if parts.scheme == "memory":
         from glidefs.store.memory import shared_memory_store
 

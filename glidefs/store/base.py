@@ -165,6 +165,14 @@ class ObjectStore(ABC):
         """Forget what is kept here of ``key`` (a signed URL), so that it is asked for anew."""
         return
 
+    def check_there(self) -> None:
+        """Raise ConfigError where it is known without a request that the store is not there."""
+        return
+
+    def settle_on(self) -> None:
+        """This is the store that is meant: from now on, something else in its place is an error."""
+        return
+
     def close(self) -> None:
         """Give connections back. Calls after it are an error of the caller."""
         return

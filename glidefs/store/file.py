@@ -12,8 +12,9 @@ plain files that ``cp`` and ``rsync`` understand. Locks are ``flock`` on a fixed
 with a dead process, and there is no lock file to clean up. flock on a network file system is only
 as good as that file system; the probe of :mod:`glidefs.store.probe` does not see that.
 
-A root that is not there (an unmounted disk) must not read as a store without objects, for a volume
-without a root is fenced. ``.locks`` is the mark: a missing object counts only if that is there.
+A root that is not there (an unmounted disk) must not read as a store without objects. A directory that is
+there may be the place where the disk is mounted: :mod:`glidefs.store.which` sees that the id is not in it,
+and a root that changed under a process takes no write.
 """
 
 from __future__ import annotations
@@ -72,18 +73,56 @@ def _etag(stat: os.stat_result) -> str:
 
 
 class FileStore(ObjectStore):
-    """Objects as files below ``root``, which is created if its parent is there."""
+    """Objects as files below ``root``, which is made only with ``create``: a disk may be mounted there."""
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
+    def __init__(self, root: str | os.PathLike[str], *, create: bool = False) -> None:
         self._root = Path(root).absolute()
         self.url = self._root.as_uri()
+        self._settled: tuple[int, int] | None = None
         try:
-            self._root.mkdir(parents=True, exist_ok=True)
+            if create:
+                self._root.mkdir(parents=True, exist_ok=True)
+            elif self._root.exists() and not self._root.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        except OSError as error:
+            raise ConfigError(f"{self._root}: cannot be used as a store: {error.strerror}") from error
+        if self._root.is_dir():
+            self.settle_on()
+        self._remove_stale()
+
+    def check_there(self) -> None:
+        if not self._root.is_dir():
+            raise ConfigError(
+                f"{self._root}: the store's directory is not there; mount its disk, or make a new store with "
+                "'glidefs run --init-store'"
+            )
+
+    def settle_on(self) -> None:
+        self._settled = self._location()
+
+    def _location(self) -> tuple[int, int]:
+        """Device and inode of the root: others where another file system is mounted, or none any more."""
+        try:
+            found = os.stat(self._root)
+        except OSError as error:
+            raise self._error(error, "", "stat") from error
+        return found.st_dev, found.st_ino
+
+    def _is_ours(self) -> bool:
+        """Whether the root is there, and the one that was settled on."""
+        return self._root.is_dir() and self._settled in (None, self._location())
+
+    def _prepare(self, key: str, op: str) -> None:
+        """Before a write: the root is the one that was settled on, and has its own directories."""
+        if not self._is_ours():
+            raise StoreUnavailable(
+                f"{self._root} is gone or another directory; is it mounted?", key=key, op=op
+            )
+        try:
             for name in (_LOCKS, _TMP):
                 (self._root / name).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"{self._root}: cannot be used as a store: {error.strerror}") from error
-        self._remove_stale()
+            raise self._error(error, key, op) from error
 
     def _remove_stale(self) -> None:
         """Unlink what writers that died left behind."""
@@ -102,7 +141,7 @@ class FileStore(ObjectStore):
 
     def _error(self, error: OSError, key: str, op: str) -> StoreError:
         """What an OSError means for the caller."""
-        if error.errno in _ABSENT and (self._root / _LOCKS).is_dir():
+        if error.errno in _ABSENT and self._is_ours():
             return NotFound(key=key, op=op)
         if error.errno in _ABSENT:
             return StoreUnavailable(f"{self._root} is not there; is it mounted?", key=key, op=op)
@@ -215,6 +254,7 @@ class FileStore(ObjectStore):
     def put(self, key: str, data: Body, *, if_match: str | None = None, if_none_match: bool = False) -> str:
         check_condition(key, if_match, if_none_match)
         path = self._path(key, "put")
+        self._prepare(key, "put")
         tmp = self._root / _TMP / f"{os.getpid()}.{secrets.token_hex(8)}"
         try:
             fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -259,6 +299,7 @@ class FileStore(ObjectStore):
 
     def delete(self, key: str) -> None:
         path = self._path(key, "delete")
+        self._prepare(key, "delete")
         try:
             with self._locked(key):
                 os.unlink(path)
@@ -307,7 +348,7 @@ class FileStore(ObjectStore):
         below = prefix.rpartition("/")[0]
         start = f"{below}/" if below else ""
         try:
-            if not (self._root / _LOCKS).is_dir():
+            if not self._is_ours():
                 raise FileNotFoundError(errno.ENOENT, "no store")
             walk = self._walk(self._root / below, start, prefix, token)
             infos = tuple(islice(walk, LIST_PAGE))

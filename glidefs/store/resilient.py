@@ -13,7 +13,8 @@ waits for a retry.
 What the store says of itself is judged in one place, for all lanes: the first request that works tells that
 it is back, whichever it is; that it went away and came back is a line in the log each, and so is what
 waits for long (:mod:`glidefs.store.state`). An absence is believed only of the store that is meant:
-where ``identity`` is set, it is asked first.
+where ``identity`` is set, it is asked which one it is: before the first request, again after each trouble,
+and before an absence is believed (:mod:`glidefs.store.which`).
 
 A put may be applied and its answer lost. Its retry then meets its own work, as PreconditionFailed: that
 error leaves here with ``ambiguous`` set, and who commits must read the key to find out.
@@ -36,6 +37,7 @@ from glidefs.store.base import Body, Buffer, Keys, ListPage, Object, ObjectInfo,
 from glidefs.store.breaker import Breaker
 from glidefs.store.counters import Counters, StoreMetrics
 from glidefs.store.state import StoreState, Waits, waiting
+from glidefs.store.which import WhichStore
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +47,8 @@ T = TypeVar("T")
 Kind = Literal["read", "upload", "background"]
 Outcome = Literal["ok", "retry", "error"]
 MetricsHook = Callable[[str, Outcome, float], None]
-Identity = Callable[[ObjectStore], None]
-"""Asks the bare store which one it is; raises a StoreError where that is not the one that is meant."""
 
+WRITES: Final = ("put", "delete")
 MAX_BACKOFF: Final = 1.0
 _FIRST_BACKOFF: Final = 0.05
 _SLICE: Final = 0.25
@@ -190,7 +191,7 @@ class StoreView(ObjectStore):
         ok: bool | None = None
         reason = ""
         try:
-            result = self._believed(request)
+            result = self._believed(call.op, request)
             ok = True
         except StoreError as error:
             if owner.patient and error.waits:
@@ -220,25 +221,24 @@ class StoreView(ObjectStore):
         owner.report(call.op, "ok", started)
         return result
 
-    def _believed(self, request: Callable[[], T]) -> T:
-        """The answer. That something is not there counts only if the store is the one that is meant."""
+    def _believed(self, op: str, request: Callable[[], T]) -> T:
+        """The answer of the store that is meant; which it is is asked again before an absence is believed."""
         identity = self._owner.identity
         if identity is None:
             return request()
+        identity.ensure(self._inner, writes=op in WRITES)
         try:
             result = request()
         except NotFound:
-            self._identify(identity)
+            identity.check(self._inner)
+            raise
+        except StoreError as error:
+            if error.temporary:
+                identity.doubt()
             raise
         if result == [] or result == _EMPTY_PAGE:
-            self._identify(identity)
+            identity.check(self._inner)
         return result
-
-    def _identify(self, identity: Identity) -> None:
-        try:
-            identity(self._inner)
-        except NotFound as error:
-            raise StoreUnavailable(f"is it the right store? {error}", key=error.key, op=error.op) from error
 
     def _enter(self, call: _Call, breaker: Breaker) -> bool:
         """Get past the breaker and into the lane; true for a probe, which takes no place in the lane.
@@ -296,7 +296,7 @@ class ResilientStore(ObjectStore):
 
     ``patient`` is set by a daemon once the store was tried: from then on a store that refuses (no access, no
     bucket, a request that it does not know) is one that has trouble, and callers wait.
-    ``identity`` is called before an absence is believed: a NotFound, an empty listing.
+    ``identity`` knows which store is meant; None asks nobody.
     """
 
     def __init__(
@@ -318,7 +318,7 @@ class ResilientStore(ObjectStore):
         self.news_after = NEWS_AFTER
         """Seconds that the store is away before that is said."""
         self.patient = False
-        self.identity: Identity | None = None
+        self.identity: WhichStore | None = None
         self._deadline = deadline
         self._on_metrics = on_metrics
         self._cancel_event = cancel if isinstance(cancel, threading.Event) else None
@@ -358,6 +358,11 @@ class ResilientStore(ObjectStore):
             )
 
     @property
+    def is_new_directory(self) -> bool:
+        """Whether it is a directory that no host has used yet, as far as this one knows."""
+        return self.url.startswith("file:") and self.identity is not None and self.identity.expected is None
+
+    @property
     def state(self) -> StoreState:
         """Whether the store serves, by the requests of all lanes."""
         wait, why = self.waits.longest()
@@ -392,7 +397,7 @@ class ResilientStore(ObjectStore):
 
     def breaker_of(self, op: str) -> Breaker:
         """The breaker that requests of ``op`` go through."""
-        return self._write_breaker if op in ("put", "delete") else self._read_breaker
+        return self._write_breaker if op in WRITES else self._read_breaker
 
     def settle(self, breaker: Breaker, probe: bool, ok: bool | None, reason: str) -> None:
         """An attempt ended: tell both breakers, and say so if the store went away or is back."""

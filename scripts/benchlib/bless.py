@@ -83,6 +83,7 @@ def ours(report: Report, work: Path, image: Path, data: Path, plain: int) -> Non
     store = work / "store"
     command = [sys.executable, "-m", "glidefs.cli.main", "bless", image, "--name", "b"]
     config = work / "bless.toml"
+    store.mkdir(exist_ok=True)
     config.write_text(f'[store]\nurl = "file://{store}"\n')
     seconds, cpu, peak, out = timed([*map(str, command), "--json"], {"GLIDEFS_CONFIG": str(config)})
     if json.loads(out)["data_bytes"] != plain:

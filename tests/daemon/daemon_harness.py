@@ -64,6 +64,7 @@ class Daemon:
         """Words before the command of the process."""
         self.config = base / "glidefs.toml"
         base.mkdir(exist_ok=True)
+        store.mkdir(parents=True, exist_ok=True)
         self.write_config(extra, node)
         self.process: subprocess.Popen[bytes] | None = None
         self.client = Client(str(base / "api.sock"))

@@ -530,6 +530,7 @@ def test_doctor_lists_them(host: Host, tmp_path: Path, monkeypatch: pytest.Monke
     host.driver.put(6, tags.tag("gone", bytes(16)), QUIESCED)
     host.driver.put(7, 12345, QUIESCED)
     config = tmp_path / "g.toml"
+    (tmp_path / "store").mkdir()
     config.write_text(f'[cache]\ndir = "{host.config.cache.dir}"\n[store]\nurl = "file://{tmp_path}/store"\n')
     check = next(check for check in run_checks(str(config)) if check.name == "ublk devices")
     assert check.state == "warn"

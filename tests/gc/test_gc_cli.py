@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def gc(tmp: Path, *args: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GLIDEFS_")}
     config = tmp / "glidefs.toml"
+    (tmp / "store").mkdir(exist_ok=True)
     config.write_text(f'[store]\nurl = "file://{tmp}/store"\nprefixes = ["p", "q"]\ngc_grace = "2h"\n')
     return subprocess.run(
         [sys.executable, "-m", "glidefs.cli.main", "gc", "-c", str(config), *args],
@@ -44,7 +45,7 @@ def gc(tmp: Path, *args: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def filled(tmp_path: Path) -> Path:
-    with open_store(f"file://{tmp_path}/store") as store:
+    with open_store(f"file://{tmp_path}/store", create=True) as store:
         rig.put_volume(store, "v", [rig.put_pack(store)])
         rig.put_pack(store, 5000)
         put_root(store, names.manifest_key("q", "w"), rig.inline_root("w", []))

@@ -419,7 +419,7 @@ def test_arguments_out_of_range(store: ClockStore) -> None:
 
 
 def test_a_store_of_files(tmp_path: Path) -> None:
-    with open_store(f"file://{tmp_path}/store") as store:
+    with open_store(f"file://{tmp_path}/store", create=True) as store:
         kept, doomed = rig.put_pack(store), rig.put_pack(store)
         page = rig.put_page(store, [kept])
         put_root(store, names.manifest_key(PREFIX, "v"), rig.paged_root("v", [page]))

@@ -25,5 +25,5 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
     if request.param == "memory":
         yield DyingStore()
         return
-    with open_store(f"file://{tmp_path}/store") as opened:
+    with open_store(f"file://{tmp_path}/store", create=True) as opened:
         yield opened

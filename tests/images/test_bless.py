@@ -401,7 +401,7 @@ import sys
 from pathlib import Path
 from glidefs.images.bless import bless
 from glidefs.store import open_store
-bless(open_store(sys.argv[1]), "default", "b", Path(sys.argv[2]), workers=4)
+bless(open_store(sys.argv[1], create=True), "default", "b", Path(sys.argv[2]), workers=4)
 # Not getrusage, which begins with what the parent of a vfork had.
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

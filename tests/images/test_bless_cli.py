@@ -25,6 +25,7 @@ class Cli:
     def __init__(self, directory: Path) -> None:
         self.cwd = directory
         self.config = directory / "g.toml"
+        (directory / "store").mkdir(exist_ok=True)
         self.config.write_text(f'[store]\nurl = "file://{directory}/store"\nprefixes = ["p"]\n')
 
     def run(self, *args: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:

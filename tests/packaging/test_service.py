@@ -67,6 +67,7 @@ class Service:
 @pytest.fixture
 def service(tmp_path: Path) -> Iterator[Service]:
     config = tmp_path / "glidefs.toml"
+    (tmp_path / "store").mkdir()
     config.write_text(
         f"""
 [cache]

@@ -52,7 +52,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
     """An empty store of each kind."""
     unique = secrets.token_hex(8)
     if request.param == "file":
-        opened = open_store(f"file://{tmp_path}/store")
+        opened = open_store(f"file://{tmp_path}/store", create=True)
     elif request.param == "memory":
         opened = open_store(f"memory://{unique}")
     else:

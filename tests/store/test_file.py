@@ -16,7 +16,7 @@ from glidefs.store.file import FileStore
 
 
 def _increment(root: str, times: int) -> None:
-    store = FileStore(root)
+    store = FileStore(root, create=True)
     for _ in range(times):
         while True:
             found = store.get("counter")
@@ -28,7 +28,7 @@ def _increment(root: str, times: int) -> None:
 
 
 def test_compare_and_swap_across_processes(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, create=True)
     store.put("counter", b"0")
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_increment, args=(str(tmp_path), 40)) for _ in range(4)]
@@ -41,7 +41,7 @@ def test_compare_and_swap_across_processes(tmp_path: Path) -> None:
 
 
 def _claim(root: str, rounds: int, results: object) -> None:
-    store = FileStore(root)
+    store = FileStore(root, create=True)
     for i in range(rounds):
         try:
             store.put(f"d{i}/name", b"x", if_none_match=True)
@@ -67,7 +67,7 @@ def test_create_once_across_processes(tmp_path: Path) -> None:
 
 def test_etags_do_not_come_back(tmp_path: Path) -> None:
     """Equal content, fast overwrites, deleted and made again: an old ETag never fits (no ABA)."""
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, create=True)
     seen = set()
     for i in range(200):
         seen.add(store.put("k", b"same"))
@@ -77,7 +77,7 @@ def test_etags_do_not_come_back(tmp_path: Path) -> None:
 
 
 def test_etag_moves_on_though_the_clock_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, create=True)
     monkeypatch.setattr("time.time_ns", lambda: 1_700_000_000_000_000_000)
     times = []
     for _ in range(20):
@@ -88,7 +88,7 @@ def test_etag_moves_on_though_the_clock_does_not(tmp_path: Path, monkeypatch: py
 
 def test_put_and_delete_beside_each_other(tmp_path: Path) -> None:
     """A delete that removes the directory it emptied does not fail a put into it."""
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, create=True)
     failures: list[Exception] = []
 
     def churn(name: str) -> None:
@@ -110,7 +110,7 @@ def test_put_and_delete_beside_each_other(tmp_path: Path) -> None:
 
 def test_unmounted_root_is_an_outage_not_an_empty_store(tmp_path: Path) -> None:
     root = tmp_path / "store"
-    store = FileStore(root)
+    store = FileStore(root, create=True)
     store.put("k", b"x")
     root.rename(tmp_path / "elsewhere")
     for empty_mount_point in (False, True):
@@ -135,7 +135,7 @@ def test_unmounted_root_is_an_outage_not_an_empty_store(tmp_path: Path) -> None:
     [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EIO, "error")],
 )
 def test_disk_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str) -> None:
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, create=True)
     store.put("k", b"old")
 
     def fail(*_: object) -> None:
@@ -150,7 +150,7 @@ def test_disk_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: in
 
 
 def test_own_directories_are_no_keys(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, create=True)
     for key in (".tmp/x", ".locks/00", ".locks"):
         with pytest.raises(StoreError, match="legal key"):
             store.put(key, b"")
@@ -160,18 +160,18 @@ def test_own_directories_are_no_keys(tmp_path: Path) -> None:
 
 
 def test_stale_temporaries_are_removed(tmp_path: Path) -> None:
-    FileStore(tmp_path)
+    FileStore(tmp_path, create=True).put("p/x", b"")
     old, new = tmp_path / ".tmp" / "old", tmp_path / ".tmp" / "new"
     for path in (old, new):
         path.write_bytes(b"x")
     os.utime(old, (1, 1))
-    FileStore(tmp_path)
+    FileStore(tmp_path, create=True)
     assert new.exists()
     assert not old.exists()
 
 
 def test_key_under_an_object(tmp_path: Path) -> None:
-    store = FileStore(tmp_path)
+    store = FileStore(tmp_path, create=True)
     store.put("a", b"x")
     with pytest.raises(StoreError) as caught:
         store.put("a/b", b"x")
@@ -179,7 +179,7 @@ def test_key_under_an_object(tmp_path: Path) -> None:
 
 
 def test_symlinked_object_is_not_followed(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "s")
+    store = FileStore(tmp_path / "s", create=True)
     (tmp_path / "secret").write_bytes(b"secret")
     (tmp_path / "s" / "k").symlink_to(tmp_path / "secret")
     with pytest.raises(StoreError):

@@ -23,7 +23,7 @@ from glidefs.errors import (
     StoreUnsupported,
     Throttled,
 )
-from glidefs.store.base import Object, ObjectStore
+from glidefs.store.base import Object
 from glidefs.store.breaker import Breaker
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
@@ -405,41 +405,3 @@ def test_a_daemon_waits_for_a_store_that_refuses(inner: MemoryStore, error: Stor
     store.patient = True
     inner.fail_next("get", error)
     assert store.get("k").data == b"0123456789"
-
-
-def test_an_absence_counts_only_of_the_store_that_is_meant(inner: MemoryStore) -> None:
-    store = ResilientStore(inner, deadline=0.1)
-    asked: list[ObjectStore] = []
-    wrong: list[StoreError] = []
-
-    def identity(bare: ObjectStore) -> None:
-        asked.append(bare)
-        if wrong:
-            raise wrong[0]
-
-    store.identity = identity
-    absences: list[Callable[[], object]] = [
-        lambda: store.get("none"),
-        lambda: store.head("none"),
-        lambda: store.get_range("none", 0, 1),
-        lambda: store.get_suffix("none", 1),
-    ]
-    for absence in absences:
-        with pytest.raises(NotFound):
-            absence()
-    assert store.list_dirs("none/") == []
-    assert list(store.list("none/")) == []
-    assert asked == [inner] * 6
-    store.get("k")
-    assert len(asked) == 6, "what is there needs no proof"
-    wrong.append(StoreUnavailable("another store"))
-    listings: list[Callable[[], object]] = [
-        lambda: store.list_dirs("none/"),
-        lambda: list(store.list("none/")),
-    ]
-    for absence in [*absences, *listings]:
-        with pytest.raises(StoreUnavailable):
-            absence()
-    wrong[:] = [NotFound(key="store.json")]
-    with pytest.raises(StoreUnavailable):
-        store.get("none")

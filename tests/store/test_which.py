@@ -1,0 +1,121 @@
+"""Which store answers: the id in it decides whether anything is believed, put or deleted."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from glidefs.errors import NotFound, StoreUnavailable
+from glidefs.formats import identity
+from glidefs.formats.identity import StoreIdentity
+from glidefs.store import open_store
+from glidefs.store.base import ObjectStore
+from glidefs.store.memory import MemoryStore
+from glidefs.store.resilient import ResilientStore
+from glidefs.store.which import STORE_KEY, WhichStore
+
+
+def host(inner: ObjectStore, expected: str | None = None) -> tuple[ResilientStore, list[str]]:
+    """A host's store, and the ids that it was bound to."""
+    bound: list[str] = []
+    store = ResilientStore(inner, deadline=0.2, probe_every=0.05)
+    store.identity = WhichStore(expected, bound.append)
+    return store, bound
+
+
+def id_in(inner: ObjectStore) -> str:
+    return identity.decode(STORE_KEY, inner.get(STORE_KEY).data, StoreIdentity).id
+
+
+def test_the_first_write_gives_a_store_its_id() -> None:
+    memory = MemoryStore()
+    store, bound = host(memory)
+    with pytest.raises(NotFound):
+        store.get("p/x")
+    assert memory.requests["put"] == 0, "a read leaves nothing in a store that nobody used"
+    store.put("p/x", b"x")
+    assert bound == [id_in(memory)]
+    again, rebound = host(memory, bound[0])
+    assert again.get("p/x").data == b"x"
+    assert rebound == []
+
+
+def test_two_hosts_agree_on_the_id() -> None:
+    memory, bounds = MemoryStore(), []
+    hosts = [host(memory) for _ in range(8)]
+    threads = [threading.Thread(target=store.put, args=(f"p/{i}", b"")) for i, (store, _) in enumerate(hosts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    bounds = [bound for _, bound in hosts]
+    assert bounds == [[id_in(memory)]] * len(hosts)
+
+
+@pytest.mark.parametrize("other", ["empty", "another", "damaged"])
+def test_another_store_is_an_outage_and_takes_nothing(other: str) -> None:
+    """! Else a bucket that is not the one that is meant fences every volume, for it has none of them."""
+    memory = MemoryStore()
+    if other == "another":
+        host(memory)[0].put("q/x", b"")
+    if other == "damaged":
+        memory.put(STORE_KEY, b"{}")
+    before = {info.key: info.etag for info in memory.list("")}
+    store, bound = host(memory, identity.new_id())
+    for request in (
+        lambda: store.get("p/x"),
+        lambda: store.head("p/x"),
+        lambda: store.get_range("p/x", 0, 1),
+        lambda: store.get_suffix("p/x", 1),
+        lambda: list(store.list("p/")),
+        lambda: store.list_dirs("p/"),
+        lambda: store.put("p/x", b"x"),
+        lambda: store.put("p/x", b"x", if_none_match=True),
+        lambda: store.delete("q/x"),
+    ):
+        with pytest.raises(StoreUnavailable, match="store"):
+            request()
+    assert {info.key: info.etag for info in memory.list("")} == before
+    assert bound == []
+
+
+def test_a_store_that_is_swapped_in_use_is_noticed_before_an_absence_is_believed() -> None:
+    memory = MemoryStore()
+    store, _ = host(memory)
+    store.put("p/x", b"x")
+    for info in list(memory.list("")):
+        memory.delete(info.key)
+    with pytest.raises(StoreUnavailable, match=r"has no store\.json"):
+        store.get("p/x")
+    with pytest.raises(StoreUnavailable, match=r"has no store\.json"):
+        store.list_dirs("p/")
+    with pytest.raises(StoreUnavailable, match=r"has no store\.json"):
+        store.put("p/y", b"y")
+    assert list(memory.list("")) == []
+
+
+def refuses_all(store: ResilientStore) -> None:
+    for request in (lambda: store.get("p/x"), lambda: store.put("p/y", b"y"), lambda: store.delete("p/x")):
+        with pytest.raises(StoreUnavailable):
+            request()
+
+
+def test_a_directory_is_made_only_when_it_is_asked_for(tmp_path: Path) -> None:
+    """! A mount point without its disk is an empty directory, or none; it must not become a new store."""
+    root = tmp_path / "store"
+    store, _ = host(open_store(root.as_uri()))
+    with pytest.raises(StoreUnavailable, match="mounted"):
+        store.put("p/x", b"x")
+    assert not root.exists()
+    first, bound = host(open_store(root.as_uri(), create=True))
+    first.put("p/x", b"x")
+    root.rename(tmp_path / "unmounted")
+    root.mkdir()
+    for mine in (first, host(open_store(root.as_uri()), bound[0])[0]):
+        refuses_all(mine)
+    assert list(root.iterdir()) == []
+    root.rmdir()
+    (tmp_path / "unmounted").rename(root)
+    assert first.get("p/x").data == b"x"
