@@ -16,12 +16,12 @@ from glidefs.core.check import CoreError
 from glidefs.core.engine import Engine, ShadowFile
 from glidefs.core.gather import log_segments
 from glidefs.core.volume import VolumeConfig
-from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, UnknownExport
+from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, StoreWentBack, UnknownExport
 from glidefs.formats.manifest import NO_ID, encode_root
 from glidefs.names import manifest_key
 from glidefs.stored_volumes import list_volumes
 from glidefs.volume import lease, local, logs
-from glidefs.volume.volume import Volume
+from glidefs.volume.volume import DrainTimeout, Volume
 
 
 def test_the_lost_answer_of_a_commit_is_our_own(rig: Rig) -> None:
@@ -95,6 +95,51 @@ def test_a_foreign_root_fences(rig: Rig, caplog: pytest.LogCaptureFixture) -> No
     with pytest.raises(Fenced):
         volume.drain(1)
     assert log_segments(volume.log_dir)  # the log stays
+
+
+def test_a_twin_is_fenced_loudly(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """! A cloned host has the same ids and the same log: only nonces tell who put a root."""
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"a" * 4096)
+    volume.drain(20)
+    twins = lease.next_root(volume.root)
+    put_root(host.store, manifest_key(PREFIX, volume.name), twins, if_match=volume.etag)
+    volume.core.pwrite(4096, b"b" * 4096)
+    with caplog.at_level(logging.ERROR), pytest.raises(Fenced, match="a machine was cloned"):
+        volume.drain(20)
+    assert lease.read_root(host.store, PREFIX, volume.name)[0] == twins
+    assert any("FENCED" in message for message in caplog.messages)
+    assert log_segments(volume.log_dir)
+
+
+@pytest.mark.parametrize("log", ["ours", "another"])
+def test_a_store_that_went_back_is_not_adopted(rig: Rig, log: str) -> None:
+    """! A restored bucket or a replica that lags: what is here is newer, and is not given up."""
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"1" * 4096)
+    volume.drain(20)
+    key = manifest_key(PREFIX, volume.name)
+    old = volume.root if log == "ours" else msgspec.structs.replace(volume.root, log_id=lease.new_id())
+    volume.core.pwrite(0, b"2" * 4096)
+    volume.drain(20)
+    newest, etag = volume.root, volume.etag
+    rig.memory.delete(key)
+    put_root(host.store, key, old)
+    with pytest.raises(StoreWentBack, match="--accept-older"):
+        volume.committer.poll(host.store)
+    volume.core.pwrite(4096, b"3" * 4096)
+    with pytest.raises(DrainTimeout, match="went back in time"):
+        volume.drain(2)
+    assert (volume.root, volume.fenced) == (newest, "")
+    assert lease.read_root(host.store, PREFIX, volume.name)[0] == old
+    assert volume.core.pread(0, 8192) == b"2" * 4096 + b"3" * 4096
+    rig.memory.delete(key)
+    put_root(host.store, key, newest)  # the replica has caught up; its ETags are others
+    volume.drain(20)
+    assert volume.etag != etag
+    assert lease.read_root(host.store, PREFIX, volume.name)[0].sequence == newest.sequence + 1
 
 
 def test_a_root_that_is_gone_fences(rig: Rig) -> None:
