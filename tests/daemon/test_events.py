@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from daemon_harness import Daemon, wait_for
+from fastapi import Request
 
+from glidefs.api.peer import asked_from
 from glidefs.cli.client import CommandError, export_path
 
 pytest.importorskip("glidefs.core._core")
@@ -145,3 +147,12 @@ def test_version_and_commit_are_named(daemon: Daemon) -> None:
     assert health["version"]
     assert health["commit"]
     assert f"ready: glidefs {health['version']} (commit {health['commit']}), 0 exports" in daemon.log_text
+
+
+def test_who_asks_over_tcp_is_an_address() -> None:
+    for client, said in (
+        (("10.0.0.7", 4031), "10.0.0.7:4031"),
+        (("uid 0 pid 7", 0), "uid 0 pid 7"),
+        (None, "unknown"),
+    ):
+        assert asked_from(Request({"type": "http", "client": client})) == said
