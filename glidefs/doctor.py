@@ -283,7 +283,8 @@ def _store(config: Config) -> Result:
 def _store_directory(root: Path) -> Result:
     """A directory is looked at and nothing is put there: what it keeps is in our own hands."""
     if not root.exists():
-        return "fail", f"{root} is not there", "mount its disk; the first start of a daemon makes a new store"
+        remedy = "mount its disk, or make a new store with 'glidefs run --init-store'"
+        return "fail", f"{root} is not there", remedy
     if not root.is_dir():
         return "fail", f"{root} is not a directory", "change [store] url"
     if not os.access(root, os.R_OK | os.W_OK | os.X_OK):

@@ -37,11 +37,14 @@ def checks(daemon: Daemon) -> dict[str, dict[str, str]]:
 
 def test_doctor_makes_nothing(make_daemon: Make, tmp_path: Path) -> None:
     daemon = make_daemon()
+    daemon.store.rmdir()
     before = tree(tmp_path)
     found = checks(daemon)
     assert tree(tmp_path) == before  # neither a store nor a cache directory
     assert found["store"]["state"] == "fail"
     assert "is not there" in found["store"]["detail"]
+    assert "--init-store" in found["store"]["remedy"]
+    daemon.store.mkdir()
     daemon.start()
     daemon.json("create", "v1", "--size", "16MiB", "--wait")
     daemon.io("v1", "write -P 1 0 1M")
