@@ -44,7 +44,7 @@ class ExportLogs:
     def is_own(self, root: Root) -> bool:
         """Whether the log that a root names is here, and was not set aside."""
         directory = logs.log_dir(self._places.logs_dir, root.volume_id, root.log_id)
-        return directory.is_dir() and not (directory / aside.FILE).exists()
+        return directory.is_dir() and not aside.is_noted(directory)
 
     def is_newest(self, record: ExportRecord, root: Root) -> bool:
         """Whether a root of the store is the last one that this host knows of: no copy of it went on."""

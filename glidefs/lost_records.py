@@ -23,7 +23,7 @@ from glidefs.volume import aside, lease, local, logs
 def has_unsent(logs_dir: Path, root: Root) -> bool:
     """Whether the log that ``root`` names is here, not set aside, and has what ``root`` does not include."""
     directory = logs.log_dir(logs_dir, root.volume_id, root.log_id)
-    return aside.read(directory) is None and any(seq > root.last_segment for seq in log_segments(directory))
+    return not aside.is_noted(directory) and any(seq > root.last_segment for seq in log_segments(directory))
 
 
 def advice(name: str, what: str) -> str:

@@ -288,8 +288,14 @@ class Opener:
         self._host.activate(entry.volume, position)
 
     def _watch(self, entry: Entry, volume: Volume) -> None:
-        volume.on_fenced = lambda volume, why: entry.fence(self._records, volume.log_id, why)
+        volume.on_fenced = lambda volume, why: self._fenced(entry, volume.log_id, why)
         volume.on_published = lambda volume: entry.published(self._records)
+
+    def _fenced(self, entry: Entry, log_id: bytes, why: str) -> None:
+        """Noted in the record, and beside the log: who finds that without the record does not replay it."""
+        entry.fence(self._records, log_id, why)
+        if entry.record is not None and entry.record.log_id == log_id:
+            self.logs.set_aside(entry.record)
 
     def try_open(self, entry: Entry, root: Root, etag: str | None) -> None:
         """The same; a failure is kept in the entry."""
@@ -351,7 +357,7 @@ class Opener:
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         if isinstance(error, Fenced) and entry.record is not None:
-            entry.fence(self._records, entry.record.log_id, error.why)
+            self._fenced(entry, entry.record.log_id, error.why)
         entry.failed(error)
         if entry.is_fenced():
             return  # which is said

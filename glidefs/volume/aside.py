@@ -43,6 +43,11 @@ def write(directory: Path, aside: Aside) -> None:
     write_file_atomic(directory / FILE, msgspec.json.encode(document) + b"\n")
 
 
+def is_noted(directory: Path) -> bool:
+    """Whether the log was set aside, even if the note cannot be read any more: then it is not replayed."""
+    return (directory / FILE).exists()
+
+
 def read(directory: Path) -> Aside | None:
     """What was noted; None where nothing was, or it cannot be believed."""
     try:

@@ -76,6 +76,27 @@ def check_fenced(node: Node) -> None:
             entry.volume.core.pread(0, 4096)
 
 
+@pytest.mark.parametrize("note", ["whole", "damaged"])
+def test_a_fence_outlives_the_loss_of_its_record(make_node: MakeNode, note: str) -> None:
+    """! An export whose record is lost is made again from its log, where the root names that."""
+    one, two = twins(make_node)
+    two.core("v").pwrite(0, OLD)
+    with pytest.raises(Fenced):
+        two.router.drain("v", 20.0)
+    two.close()
+    (two.home / "exports" / "v.json").write_bytes(b"damaged")
+    if note == "damaged":
+        (path,) = (two.home / "logs").rglob("aside.json")
+        path.write_bytes(b"damaged")
+    again = make_node("copy/a")
+    again.router.start()
+    assert again.router.wait_tried(20)
+    with pytest.raises(GlideError):
+        attach(again)
+    assert not again.router.table.get("v").serves()
+    assert lives(one)
+
+
 def test_nothing_opens_the_log_of_a_fenced_record(make_node: MakeNode) -> None:
     """Whoever tries: a verb, a start, the successor of a handoff."""
     node, _ = lose(make_node)

@@ -181,7 +181,7 @@ SIM = [
     Mutation(
         "fence-of-an-unknown-volume-is-forgotten",
         "glidefs/opener.py",
-        "        volume.on_fenced = lambda volume, why: entry.fence(self._records, volume.log_id, why)\n",
+        "        volume.on_fenced = lambda volume, why: self._fenced(entry, volume.log_id, why)\n",
         "",
         ("tests/forks/test_fences.py",),
     ),
