@@ -46,6 +46,10 @@ def token_file(node: Generations, mode: int = 0o600) -> Path:
     return path
 
 
+def sockets(node: Generations) -> list[str]:
+    return sorted(path.name for path in node.base.glob("*.sock"))
+
+
 def refused(node: Generations, match: str) -> None:
     """Rehearsal and handoff say why not, and nothing has changed."""
     first = node.pid
@@ -91,7 +95,7 @@ def test_addresses_that_changed(daemon: Generations) -> None:
     text = daemon.config.read_text().replace('"api.sock"', '"api2.sock"').replace('"nbd.sock"', '"nbd2.sock"')
     daemon.config.write_text(text)
     assert daemon.handoff(dry_run=True)["outcome"] == "aborted"
-    assert sorted(path.name for path in daemon.base.glob("*.sock")) == ["api.sock", "nbd.sock"]
+    wait_for(lambda: sockets(daemon) == ["api.sock", "nbd.sock"], "the rehearsal leaves nothing")
     old = daemon.client
     daemon.client = Client(str(daemon.base / "api2.sock"))
     pid = old.call("POST", "/admin/handoff", {}, timeout=DEADLINE * 2)["pid"]
