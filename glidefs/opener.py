@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 OPEN_THREADS = 4
 STORE_PATIENCE = 5.0
+COMPARE_PATIENCE = 1.0
+"""Seconds that the store has at a start to say whose a volume is, before guests are served."""
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0
 NAMED = 10
 """Volumes that a message names."""
@@ -259,18 +261,39 @@ class Opener:
         self.take(entry, prefix, root, etag, transport if transport != "auto" else root.transport)
         return True
 
-    def open(self, entry: Entry, root: Root, etag: str | None) -> None:
-        """Open the volume and start the transport. Raises, and then neither is left."""
+    def open(self, entry: Entry, root: Root, etag: str | None, *, compare: bool = False) -> None:
+        """Open the volume and start the transport. Raises, and then neither is left.
+
+        ``compare``: the root is a local copy, to be compared with the store's.
+        """
         assert entry.record is not None
         entry.volume = self._host.open(entry.record, root, etag)
         self._watch(entry, entry.volume)
         try:
+            if compare:
+                self._compare(entry.volume)
             self.start_transport(entry)
         except BaseException:
             self.close_volume(entry)
             raise
         if entry.volume.committer.published:
             entry.published(self._records)  # before anybody listened
+
+    def _compare(self, volume: Volume) -> None:
+        """Before guests: whether the volume is still this host's. Raises Fenced.
+
+        A store that does not answer at once keeps nobody waiting: then it is asked in the background.
+        """
+        if not volume.committer.published or volume.read_only or self._store.state.away:
+            self._host.confirm(volume)
+            return
+        try:
+            volume.committer.poll(self._store.view("read", COMPARE_PATIENCE))
+        except StoreError as error:
+            if isinstance(error, StoreWentBack):
+                volume.last_error = str(error)
+                log.error("%s: served as it is here: %s", volume.name, error)
+            self._host.confirm(volume)
 
     def prepare(self, entry: Entry) -> None:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
@@ -311,15 +334,13 @@ class Opener:
             self.check_logs(entry.record)
             root, etag = self._find_root(entry.record)
             try:
-                self.open(entry, root, etag)
+                self.open(entry, root, etag, compare=True)
             except CorruptLog as error:
                 newer = newer_root(self._store.view("read", STORE_PATIENCE), entry.record, root)
                 if newer is None:
                     raise
                 log.warning("%s: %s; but the local root is old, the store's is used", entry.name, error)
                 self.open(entry, *newer)
-            if entry.volume is not None:
-                self._host.confirm(entry.volume)
         except Exception as error:
             self._failed(entry, error)
 
@@ -365,11 +386,15 @@ class Opener:
         log.error("%s: cannot be served: %s", entry.name, error, exc_info=error if unexpected else None)
 
     def check_logs(self, record: ExportRecord) -> None:
-        """Raises GlideError where the log of an export is elsewhere: it may hold what the store has not."""
-        if self.places.logs_missing and not record.is_view:
+        """Raises GlideError where the log of an export is elsewhere: it may hold what the store has not.
+
+        A log that was begun in a directory without the mark is here: its volume was taken over again.
+        """
+        if self.places.logs_missing and not record.is_view and not self.logs.directory(record).is_dir():
             raise GlideError(
                 f"{record.name}: its write log is not here: the log directory {self.places.logs_dir}: "
-                f"{self.places.logs_missing}; mount the right disk and start again"
+                f"{self.places.logs_missing}; mount the right disk and start again; if it is lost, "
+                f"'glidefs attach {record.name} --take-over'"
             )
 
     def check_not_older(self, record: ExportRecord) -> None:

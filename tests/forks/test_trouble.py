@@ -244,7 +244,9 @@ def test_a_clean_volume_that_was_taken_over_is_fenced_after_a_start(
     again = make_node()
     again.router.start()
     assert again.router.wait_tried(20)
-    wait_for(lambda: again.router.table.get("v").is_fenced(), "the fence")
+    entry = again.router.table.get("v")
+    assert entry.is_fenced(), "the store is asked before guests are let in"
+    assert entry.transport is None
 
 
 def test_a_start_asks_for_each_root_once(make_node: MakeNode, memory: CountingStore) -> None:
