@@ -225,6 +225,19 @@ def test_one_flush_is_enough(rig: CoreRig, tmp_path: Path, sealed: bool) -> None
             assert outcome != "right", name
 
 
+def test_the_end_of_a_journal_is_lost(make_rig: Callable[..., CoreRig]) -> None:
+    """The witness file knows the first sync of a segment only; the last SYNC record went with the rest."""
+    vol = make_rig(segment_bytes=512 * SECTOR).vol(always_verify=True)
+    vol.core.pwrite(0, pattern(0, SECTOR), fua=True)
+    for i in range(200):
+        vol.core.pwrite((i % 8) * SECTOR, pattern(i, SECTOR))
+    vol.core.flush()
+    vol.close()
+    zero_sector(vol.segments()[0].path, 3)  # records 128 to 255
+    with pytest.raises(CorruptLog, match="record 128 was synced"):
+        vol.open()
+
+
 def test_a_damaged_header_is_made_good(rig: CoreRig, log: Log) -> None:
     path = log.path / "0000000000000002.seg"
     whole = path.read_bytes()

@@ -136,7 +136,7 @@ CORE = [
         "csrc/recover.c",
         "    r->vouch_count += segment_read_vouches(",
         "    r->vouch_count += 0 * segment_read_vouches(",
-        (MUTATED + "test_one_fault_in_a_segment",),
+        (MUTATED + "test_the_end_of_a_journal_is_lost",),
     ),
     Mutation(
         "missing-last-segment-not-noticed",
