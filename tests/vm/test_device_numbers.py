@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import sys
@@ -53,9 +54,11 @@ def test_a_number_is_free_when_nobody_has_the_device_open(place: Path) -> None:
         devices = {first, rig.create(node, "b", "64MiB")}
         devices.add(node.json("attach", "a")["device"])
         assert len(devices) == 3
-        with pytest.raises(OSError, match="error"):  # never another's data
-            os.pread(holder, SECTOR, 0)
+        data = b""
+        with contextlib.suppress(OSError):  # or a device of no size
+            data = os.pread(holder, SECTOR, 0)
         os.close(holder)
+        assert data == b""  # never another's
         wait_for(lambda: gone(rig.dev_id(first)), "the number is free")
         assert rig.create(node, "c", "64MiB") == first
         for name in "abc":
