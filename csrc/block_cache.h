@@ -19,15 +19,15 @@ struct cache_slot {
     _Atomic uint8_t referenced;
     uint8_t used; /* in the hash table */
     uint8_t verified;
-    _Atomic(struct fresh *) fresh; /* cache_sync.c: what it must hold, while the disk may not have it yet */
+    _Atomic(struct fresh *) fresh; /* cache_sync.c: what it must hold, if that is known; stays while it is pinned */
 };
 
-/* What was put into a slot and is not known to be on the disk. */
+/* What was put into a slot, and whether it is known to be on the disk. */
 struct fresh {
     struct fresh *next; /* in block_cache.fresh, or among those of the sync under way */
-    uint64_t sums[GLIDE_BLOCK / GLIDE_SECTOR];
+    uint32_t sums[GLIDE_BLOCK / GLIDE_SECTOR];
     uint32_t slot, generation;
-    bool listed;
+    bool listed;   /* it is not */
     bool detached; /* the slot has other content by now: only the list has it */
 };
 
@@ -67,12 +67,9 @@ bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, u
 
 /* ---- cache_sync.c ---- */
 
-/* The slot's content may be only in memory yet: a read of it takes whole sectors and checks them. Any thread. */
-static inline bool cache_unsynced(struct block_cache *c, uint32_t slot) { return atomic_load(&c->slots[slot].fresh); }
-/* Whether sectors [first, end) that were read from a slot are what was put there. The slot may be dropped meanwhile:
- * then they are not. */
-bool cache_check(struct block_cache *c, uint32_t slot, uint32_t generation, uint32_t first, uint32_t end,
-                 const uint8_t *data);
+/* Whether sectors [first, end) that were read from a pinned slot, which was filled or verified by this process, are
+ * what it must hold. Any thread. */
+bool cache_check(const struct block_cache *c, uint32_t slot, uint32_t first, uint32_t end, const uint8_t *data);
 /* A read failed (err), or its data was wrong (0): the slot goes, and with it all that was not synced. */
 void cache_lost(struct block_cache *c, uint32_t slot, uint32_t generation, int err);
 /* What `data` must be in a slot. NULL = no memory. */

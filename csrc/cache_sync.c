@@ -1,19 +1,21 @@
 /*
  * The block cache on a disk that loses what was written: a thin volume that is
  * full, an SSD that dies. Such a disk fails write-back, of which nobody who reads
- * learns: the page is clean, goes, and old data comes back.
+ * learns: the page is clean, goes, and old data comes back. Or what the file
+ * system knows of the file is lost, and a slot is where another file is by now.
  *
- * So a slot that was written is `fresh` until a sync that began later has worked:
- * it has the hashes of its sectors in memory, and every read of it is compared.
- * A sync that fails, a write that fails or data that is wrong mean that any fresh
- * slot may be gone: all are dropped, and the pages of the file with them, so that
- * whoever reads a slot next sees what the disk has. Then nothing is written for a
- * while, and blocks are served from the store without the cache, until writing
- * is tried again and a sync of it works.
+ * So the hashes of a slot's sectors are in memory (32 bits each: a thousandth of
+ * the cache's size) as long as it has its content, and every read is compared.
+ * A reader holds a pin, so they stay while it looks.
  *
- * The list of fresh slots is under the cache's lock; one thread syncs. A slot
- * whose generation is not that of its `fresh` any more keeps it until nobody has
- * it pinned: a reader that began before must not take it for a synced one.
+ * Until a sync that began after it was written has worked a slot is listed, too. A
+ * sync that fails, a write or read that fails or data that is wrong mean that any
+ * listed slot may be gone: all are dropped, and the pages of the file with them, so
+ * that whoever reads a slot next sees what the disk has. Then nothing is written for
+ * a while, and blocks are served from the store without the cache, until writing is
+ * tried again and a sync of it works.
+ *
+ * The list is under the cache's lock; one thread syncs.
  */
 #include "block_cache.h"
 #include "data_hash.h"
@@ -36,7 +38,7 @@ struct fresh *cache_fresh(const void *data)
     struct fresh *f = calloc(1, sizeof(*f));
 
     for (uint32_t i = 0; f && i < SECTORS; i++)
-        f->sums[i] = data_hash((const uint8_t *)data + (size_t)i * GLIDE_SECTOR, GLIDE_SECTOR);
+        f->sums[i] = (uint32_t)data_hash((const uint8_t *)data + (size_t)i * GLIDE_SECTOR, GLIDE_SECTOR);
     return f;
 }
 
@@ -72,21 +74,15 @@ void cache_free_fresh(struct block_cache *c)
         free(atomic_load(&c->slots[i].fresh));
 }
 
-bool cache_check(struct block_cache *c, uint32_t slot, uint32_t generation, uint32_t first, uint32_t end,
-                 const uint8_t *data)
+bool cache_check(const struct block_cache *c, uint32_t slot, uint32_t first, uint32_t end, const uint8_t *data)
 {
-    struct cache_slot *s = &c->slots[slot];
-    uint64_t sums[SECTORS];
+    const struct fresh *f = atomic_load(&c->slots[slot].fresh);
 
-    pthread_mutex_lock(&c->lock);
-    const struct fresh *f = atomic_load(&s->fresh);
-    bool same = generation_of(s) == generation;
-    if (same && f)
-        memcpy(sums, f->sums, sizeof(sums));
-    pthread_mutex_unlock(&c->lock);
-    for (uint32_t i = first; same && f && i < end; i++)
-        same = data_hash(data + (size_t)(i - first) * GLIDE_SECTOR, GLIDE_SECTOR) == sums[i];
-    return same;
+    for (uint32_t i = first; f && i < end; i++) {
+        if ((uint32_t)data_hash(data + (size_t)(i - first) * GLIDE_SECTOR, GLIDE_SECTOR) != f->sums[i])
+            return false;
+    }
+    return f != NULL;
 }
 
 /* ---- failure ---------------------------------------------------------------------------------- */
@@ -140,18 +136,31 @@ void cache_lost(struct block_cache *c, uint32_t slot, uint32_t generation, int e
 /* ---- sync --------------------------------------------------------------------------------------- */
 
 /* The slots of a list are on the disk. */
-static void settle_list(struct block_cache *c, struct fresh *list)
+static void settle_list(struct fresh *list)
 {
     for (struct fresh *f = list, *next; f; f = next) {
         next = f->next;
-        struct cache_slot *s = &c->slots[f->slot];
         f->listed = false;
-        if (!f->detached && generation_of(s) != f->generation)
-            continue; /* stays until its last reader has gone */
-        if (!f->detached)
-            atomic_store(&s->fresh, NULL);
-        free(f);
+        if (f->detached)
+            free(f);
     }
+}
+
+/* Nothing was put in since the disk failed: whether it takes a sector behind the index, and syncs it. 0 or -errno. */
+static int try_again(struct block_cache *c)
+{
+    static const uint8_t sector[GLIDE_SECTOR];
+    uint64_t at = ((uint64_t)c->capacity * 64 / GLIDE_SECTOR + 1) * GLIDE_SECTOR; /* an entry has less than 64 bytes */
+    int err = disk_injected(DISK_CACHE_WRITE);
+
+    if (!err && pwrite(c->index_fd, sector, sizeof(sector), (off_t)at) != (ssize_t)sizeof(sector))
+        err = -EIO;
+    if (!err && (fdatasync(c->index_fd) || fdatasync(c->fd)))
+        err = -errno;
+    pthread_mutex_lock(&c->lock);
+    c->sick = err;
+    pthread_mutex_unlock(&c->lock);
+    return err;
 }
 
 int glide_cache_sync(glide_engine *engine)
@@ -166,7 +175,7 @@ int glide_cache_sync(glide_engine *engine)
     int sick = c->sick;
     pthread_mutex_unlock(&c->lock);
     if (!list)
-        return sick;
+        return sick && !c->given ? try_again(c) : sick;
     int err = fdatasync(c->fd) ? -errno : 0;
     int injected = disk_injected(DISK_CACHE_SYNC);
     err = injected ? injected : err;
@@ -177,7 +186,7 @@ int glide_cache_sync(glide_engine *engine)
     } else if (c->failures != failures) { /* somebody else was told meanwhile */
         drop_list(c, list);
     } else {
-        settle_list(c, list);
+        settle_list(list);
         c->sick = 0; /* what was written since it failed is there */
     }
     sick = c->sick;

@@ -6,9 +6,9 @@
  * the page cache at once (RWF_NOWAIT); what would block goes through the ring
  * with the segment or slot pinned. Nothing else is held while it waits.
  *
- * Files are not believed. What comes from the log, or from a slot of the cache that is not known to be on the disk, is
- * compared with the hashes of its sectors in memory. Where that fails, or the read does, the block waits for a fault:
- * the store has it, if the segment is committed. EIO is for what is nowhere else, after a second try.
+ * Files are not believed: what is read is compared with the hashes of its sectors in memory. Where that fails, or the
+ * read does, the block waits for a fault: the store has it, if the segment is committed. EIO is for what is nowhere
+ * else, after a second try.
  */
 #include "block_cache.h"
 #include "data_hash.h"
@@ -27,7 +27,7 @@ struct read_op {
     uint64_t block;
     struct log_segment *segment; /* pinned, or NULL: then `slot` is */
     uint32_t slot, generation;
-    uint32_t index, end; /* sectors of the segment or slot that are read, to be checked; equal: not to be */
+    uint32_t index, end; /* sectors of the segment or slot that are read */
     uint8_t *buf;        /* the guest's */
     uint32_t length;     /* of it */
     uint32_t skip;       /* bytes that are read before what the guest wants */
@@ -117,8 +117,7 @@ static bool is_good(struct read_op *x)
 
     if (x->segment)
         return sums_check(&x->segment->sums, x->index, x->end, data);
-    return x->index == x->end ||
-           cache_check(&x->req->volume->engine->cache, x->slot, x->generation, x->index, x->end, data);
+    return cache_check(&x->req->volume->engine->cache, x->slot, x->index, x->end, data);
 }
 
 static int read_later(const struct read_op *x);
@@ -283,18 +282,14 @@ static int read_slot(const struct piece *p, uint32_t at, uint32_t end, const str
                         .block = p->block,
                         .slot = base->slot,
                         .generation = base->generation,
+                        .index = at / SECTOR,
+                        .end = (uint32_t)div_up(end, SECTOR),
                         .buf = buf,
                         .length = end - at,
-                        .offset = cache_offset(base->slot) + at,
-                        .total = end - at};
+                        .skip = at % SECTOR};
 
-    if (cache_unsynced(c, base->slot)) { /* whole sectors, to compare them */
-        x.index = at / SECTOR;
-        x.end = (uint32_t)div_up(end, SECTOR);
-        x.offset = cache_offset(base->slot) + x.index * SECTOR;
-        x.total = (x.end - x.index) * SECTOR;
-        x.skip = at % SECTOR;
-    }
+    x.offset = cache_offset(base->slot) + (uint64_t)x.index * SECTOR;
+    x.total = (uint64_t)(x.end - x.index) * SECTOR;
     cache_pin_again(c, base->slot); /* the piece holds a pin */
     return read_file(&x);
 }

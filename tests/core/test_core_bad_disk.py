@@ -301,6 +301,16 @@ def test_a_dead_cache_disk_is_read_through_and_comes_back(rig: CoreRig) -> None:
     assert rig.engine.stats().cache_used == 8
 
 
+def test_a_cache_disk_that_works_again_is_noticed_without_traffic(rig: CoreRig) -> None:
+    cached(rig)
+    inject(CACHE_SYNC, errno.EIO)
+    assert rig.engine.cache.sync() == errno.EIO
+    inject(CACHE_WRITE, errno.EIO)
+    assert rig.engine.cache.sync() == errno.EIO
+    assert rig.engine.cache.sync() == 0
+    assert rig.engine.stats().cache_errno == 0
+
+
 def test_data_that_is_lent_is_not_kept(rig: CoreRig) -> None:
     vol = rig.vol()
     vol.base = {0: pattern(1, BLOCK)}
