@@ -48,12 +48,6 @@ def run_daemon(config_file: str | None, *, init_store: bool = False) -> int:
     path = config_path(config_file)
     config = load_config(path)
     setup_logging(config.daemon.log_level, config.daemon.log_format)
-    if refused is not None:
-        log.info(
-            "not an I/O flusher (%s): when memory is short the daemon may wait for its own devices; %s",
-            refused,
-            io_flusher.REMEDY,
-        )
     signals = Signals()
     daemon = Daemon(config, str(path.absolute()), signals.stop, init_store=init_store)
     daemon.on_handed_over = signals.wake.set
@@ -65,6 +59,12 @@ def run_daemon(config_file: str | None, *, init_store: bool = False) -> int:
     except Aborted as reason:
         log.info("not taking over: %s", reason)
         daemon.leave()
+    if refused is not None:
+        log.info(
+            "not an I/O flusher (%s): when memory is short the daemon may wait for its own devices; %s",
+            refused,
+            io_flusher.REMEDY,
+        )
     # A successor says that it is the main process now: its predecessor may die before it says so.
     serving = f"STATUS=serving {len(daemon.router.listing())} exports"
     process.notify("READY=1", f"MAINPID={os.getpid()}", serving)

@@ -23,6 +23,7 @@ from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Attachment, Endpoint
 from glidefs.volume.host import Host
+from glidefs.volume.lease import Owner
 from glidefs.volume.settings import HostSettings
 
 PREFIX = "default"
@@ -91,7 +92,15 @@ class NoGuests:
 class Node:
     """One host's router."""
 
-    def __init__(self, home: Path, memory: MemoryStore, *, grace: float = 86400.0, **settings: Any) -> None:
+    def __init__(
+        self,
+        home: Path,
+        memory: MemoryStore,
+        *,
+        grace: float = 86400.0,
+        owner: Owner | None = None,
+        **settings: Any,
+    ) -> None:
         self.home = home
         (home / "exports").mkdir(parents=True, exist_ok=True)
         self.stopping = threading.Event()
@@ -130,7 +139,7 @@ class Node:
         self.host.start()
         self.bases = BaseLibrary(self.store, grace=grace, stopping=self.stopping)
         places = RouterSettings(
-            owner=owner_of(home.name),
+            owner=owner or owner_of(home.name),
             exports_dir=home / "exports",
             state_dir=home / "state",
             logs_dir=home / "logs",
