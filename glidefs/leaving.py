@@ -15,12 +15,13 @@ from glidefs.errors import (
     OwnedElsewhere,
     UnknownExport,
 )
+from glidefs.export_roots import STORE_PATIENCE
 from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import check_name
-from glidefs.opener import STORE_PATIENCE, Opener
+from glidefs.opener import Opener
 from glidefs.roots import delete_root, put_first_root, undelete_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import lease

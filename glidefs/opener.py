@@ -11,72 +11,46 @@ import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 from glidefs.asked import START
 from glidefs.core.handoff import Position
 from glidefs.errors import (
     CorruptLog,
-    CorruptObject,
     Fenced,
     GlideError,
     StoreError,
     StoreWentBack,
-    UnknownExport,
 )
 from glidefs.events import event
 from glidefs.export_logs import ExportLogs
+from glidefs.export_roots import STORE_PATIENCE, RootPlaces, Roots
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
-from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
+from glidefs.formats.manifest import NO_ID, Root
 from glidefs.lost_records import advice, find_lost, has_unsent, newer_root
 from glidefs.names import manifest_key
 from glidefs.roots import delete_root
 from glidefs.store.resilient import ResilientStore
-from glidefs.stored_volumes import list_volumes
 from glidefs.transport.base import Attachment, Transport, choose_transport
-from glidefs.volume import lease, local, logs
+from glidefs.volume import lease, local
 from glidefs.volume.host import Host
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 
 OPEN_THREADS = 4
-STORE_PATIENCE = 5.0
 COMPARE_PATIENCE = 1.0
 """Seconds that the store has at a start to say whose a volume is, before guests are served."""
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0
-NAMED = 10
-"""Volumes that a message names."""
 
 
-class Places(Protocol):
+class Places(RootPlaces, Protocol):
     """What is used of the router's settings."""
-
-    @property
-    def owner(self) -> lease.Owner:
-        """This host, as roots name it."""
-        ...
 
     @property
     def logs_missing(self) -> str:
         """Why the log directory is not this host's; empty if it is."""
-        ...
-
-    @property
-    def state_dir(self) -> Path:
-        """Local copies of roots and pages."""
-        ...
-
-    @property
-    def logs_dir(self) -> Path:
-        """Write logs."""
-        ...
-
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """Where to look for volumes of this node."""
         ...
 
 
@@ -100,6 +74,7 @@ class Opener:
         self._transports = transports
         self.places = places
         self.logs = ExportLogs(places)
+        self.roots = Roots(places, store)
         self._stopping = stopping
         self.tried = threading.Event()
         self._abandoned = False
@@ -138,7 +113,7 @@ class Opener:
         pause = FIRST_RETRY
         while not self._stopping.is_set():
             try:
-                done = self._scan() and self._retry()
+                done = self._offered() and self._retry()
                 pause = FIRST_RETRY if done else min(pause * 2, LAST_RETRY)
             except Exception:
                 log.exception("exports could not be looked after; going on")
@@ -211,32 +186,12 @@ class Opener:
             self._open_recorded(entry)
         return not any(entry.state == "failed" and entry.retry and not entry.gone for entry in waiting)
 
-    def _scan(self) -> bool:
-        """Once per cache directory: name the volumes that the store says this node had. True when complete.
-
-        They are not taken: a name is no evidence, for another host may bear it.
-        """
-        if self._records.scanned:
-            return True
-        view = self._store.view("background", STORE_PATIENCE)
-        owner = self.places.owner
-        try:
-            for prefix in self.places.prefixes:
-                lost = [found.name for found in list_volumes(view, prefix) if found.is_candidate(owner)]
-                if lost:
-                    log.warning(
-                        "prefix %s has %d volumes of another host that was called %s (%s): if that host or "
-                        "its disk is lost, take them with 'glidefs attach --all --node %s --take-over'",
-                        prefix,
-                        len(lost),
-                        owner.node,
-                        ", ".join(lost[:NAMED]),
-                        owner.node,
-                    )
-        except StoreError as error:
-            log.warning("cannot look for volumes of this node in the store yet: %s", error)
-            return False
-        self._records.mark_scanned()
+    def _offered(self) -> bool:
+        """Once per cache directory: say what a host of this name had. True when that is done."""
+        if not self._records.scanned:
+            if not self.roots.offer():
+                return False
+            self._records.mark_scanned()
         return True
 
     # -- one export ------------------------------------------------------------------------------
@@ -256,7 +211,7 @@ class Opener:
         ours = root.owner_host == self.places.owner.host and root.log_id != NO_ID
         if not ours or not has_unsent(self.places.logs_dir, root):
             return False
-        self.check_not_older(new_record(root, prefix, transport, published=True))
+        self.roots.check_not_older(new_record(root, prefix, transport, published=True))
         log.warning("%s: its record was lost and is made again; log %s is replayed", name, root.log_id.hex())
         self.take(entry, prefix, root, etag, transport if transport != "auto" else root.transport)
         return True
@@ -299,7 +254,7 @@ class Opener:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
         assert entry.record is not None
         self.check_logs(entry.record)
-        root, etag = self._find_root(entry.record)
+        root, etag = self.roots.find(entry.record)
         entry.volume = self._host.open(entry.record, root, etag, standby=True)
         self._watch(entry, entry.volume)
         choice = choose_transport(entry.record.transport, self._transports)
@@ -332,7 +287,7 @@ class Opener:
         assert entry.record is not None
         try:
             self.check_logs(entry.record)
-            root, etag = self._find_root(entry.record)
+            root, etag = self.roots.find(entry.record)
             try:
                 self.open(entry, root, etag, compare=True)
             except CorruptLog as error:
@@ -355,7 +310,7 @@ class Opener:
             self._stay_fenced(entry)
             return
         try:
-            given_up = self._given_up(entry.record)
+            given_up = self.roots.given_up(entry.record)
         except StoreError as error:
             self._failed(entry, error)
             entry.retry = True
@@ -366,15 +321,6 @@ class Opener:
             return
         self._records.set_intent(entry.name, None)
         self.reopen(entry)
-
-    def _given_up(self, record: ExportRecord) -> bool:
-        """Whether the store's root says that this host gave the volume up. Raises StoreError."""
-        view = self._store.view("background", STORE_PATIENCE)
-        try:
-            root, _ = lease.read_root(view, record.prefix, record.name)
-        except UnknownExport:
-            return record.root_published
-        return root.volume_id == record.volume_id and root.owner_host == NO_ID
 
     def _failed(self, entry: Entry, error: Exception) -> None:
         if isinstance(error, Fenced) and entry.record is not None:
@@ -396,66 +342,6 @@ class Opener:
                 f"{self.places.logs_missing}; mount the right disk and start again; if it is lost, "
                 f"'glidefs attach {record.name} --take-over'"
             )
-
-    def check_not_older(self, record: ExportRecord) -> None:
-        """Raises StoreWentBack where the store has an older root than the local copy. StoreError."""
-        key = manifest_key(record.prefix, record.name)
-        try:
-            saved = local.load(self.places.state_dir, record.volume_id, key)
-            found, _ = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
-        except (CorruptObject, UnknownExport):
-            return
-        if saved is not None and found.volume_id == record.volume_id and found.sequence < saved[0].sequence:
-            raise StoreWentBack(key, saved[0].sequence, found.sequence)
-
-    def _find_root(self, record: ExportRecord) -> tuple[Root, str | None]:
-        key = manifest_key(record.prefix, record.name)
-        try:
-            saved = local.load(self.places.state_dir, record.volume_id, key)
-        except CorruptObject as error:
-            log.warning("%s: %s; asking the store", record.name, error)
-            saved = None
-        if saved is not None:
-            root, etag, data = saved
-            if etag is None and manifest_hash(data) != record.manifest_hash:
-                raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
-            ours = root.volume_id == record.volume_id and root.log_id == record.log_id
-            if ours and not (etag is None and record.root_published):
-                return self._newest(record, root, etag)
-        if record.root and manifest_hash(record.root) == record.manifest_hash:
-            return self._newest(record, decode_root(key, record.root, f"record of {record.name}"), None)
-        if not record.root_published:
-            raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
-        view = self._store.view("read", STORE_PATIENCE)
-        try:
-            found, etag = lease.read_root(view, record.prefix, record.name)
-        except UnknownExport:
-            raise Fenced(record.name, "its manifest is not in the store: another node removed it") from None
-        if found.volume_id != record.volume_id or found.log_id != record.log_id:
-            raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
-        return found, etag
-
-    def _newest(self, record: ExportRecord, root: Root, etag: str | None) -> tuple[Root, str | None]:
-        """The root to open with: of a log that may have lost what was uploaded, the store's own.
-
-        What a sync failed to write is uploaded from the page cache. If the power fails before the local root
-        says so, the log does not have it: guests would see the volume go back, and forth once the
-        store's root is found. Raises Fenced, StoreError.
-        """
-        log_dir = logs.log_dir(self.places.logs_dir, record.volume_id, record.log_id)
-        if not logs.lost_syncs(log_dir):
-            return root, etag
-        try:
-            found, found_etag = lease.read_root(
-                self._store.view("read", STORE_PATIENCE), record.prefix, record.name
-            )
-        except UnknownExport:
-            return root, etag  # not put yet, or the first commit finds out
-        if found.volume_id == record.volume_id and found.log_id == record.log_id:
-            return found, found_etag
-        if etag is None:
-            return root, etag  # the name is taken, which its first put finds out
-        raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
 
     # -- transports ------------------------------------------------------------------------------
 

@@ -414,7 +414,7 @@ class ExportRouter:
                 self._attach(entry, self._prefix_of(entry.name, wanted.prefix), wanted)
                 return entry.served_status()
             if wanted.take_over and not wanted.accept_older:
-                self._opener.check_not_older(record)
+                self._opener.roots.check_not_older(record)
             if entry.is_fenced():
                 self._attach_fenced(entry, record, wanted)
             elif wanted.take_over or wanted.accept_older:

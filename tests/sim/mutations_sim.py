@@ -88,7 +88,7 @@ SIM = [
     ),
     Mutation(
         "store-is-not-asked-after-a-failed-sync",
-        "glidefs/opener.py",
+        "glidefs/export_roots.py",
         "        if not logs.lost_syncs(log_dir):\n",
         "        if True:\n",
         SEEDS,
@@ -118,7 +118,7 @@ SIM = [
     Mutation(
         "given-up-and-served-again",
         "glidefs/opener.py",
-        "            given_up = self._given_up(entry.record)\n",
+        "            given_up = self.roots.given_up(entry.record)\n",
         "            given_up = False\n",
         SEEDS,
     ),

@@ -184,7 +184,7 @@ class SimNode:
     def look_after(self) -> None:
         """What the opener's thread does now and then."""
         opener = self.router._opener
-        if opener._scan():
+        if opener._offered():
             opener._retry()
         self.check_alive()
 

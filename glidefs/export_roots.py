@@ -1,0 +1,155 @@
+"""The root of an export's record: which one to open with, and what the store says about it.
+
+A start goes by local files. What is damaged here, or may have lost what was uploaded, is taken from the
+store, if that has it for this volume and this log.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Protocol
+
+from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
+from glidefs.formats.export_record import ExportRecord
+from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
+from glidefs.names import manifest_key
+from glidefs.store.resilient import ResilientStore
+from glidefs.stored_volumes import list_volumes
+from glidefs.volume import lease, local, logs
+
+log = logging.getLogger(__name__)
+
+STORE_PATIENCE = 5.0
+NAMED = 10
+"""Volumes that a message names."""
+
+
+class RootPlaces(Protocol):
+    """What is used of the router's settings."""
+
+    @property
+    def owner(self) -> lease.Owner:
+        """This host, as roots name it."""
+        ...
+
+    @property
+    def state_dir(self) -> Path:
+        """Local copies of roots and pages."""
+        ...
+
+    @property
+    def logs_dir(self) -> Path:
+        """Write logs."""
+        ...
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Where volumes are looked for."""
+        ...
+
+
+class Roots:
+    """Finds roots. Holds no state; may be used by any thread."""
+
+    def __init__(self, places: RootPlaces, store: ResilientStore) -> None:
+        self._places = places
+        self._store = store
+
+    def find(self, record: ExportRecord) -> tuple[Root, str | None]:
+        """The root to open a volume with, and its ETag; from the store where the local copy is lost.
+
+        Raises CorruptObject, Fenced, GlideError, StoreError.
+        """
+        key = manifest_key(record.prefix, record.name)
+        try:
+            saved = local.load(self._places.state_dir, record.volume_id, key)
+        except CorruptObject as error:
+            log.warning("%s: %s; asking the store", record.name, error)
+            saved = None
+        if saved is not None:
+            root, etag, data = saved
+            if etag is None and manifest_hash(data) != record.manifest_hash:
+                raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
+            ours = root.volume_id == record.volume_id and root.log_id == record.log_id
+            if ours and not (etag is None and record.root_published):
+                return self._newest(record, root, etag)
+        if record.root and manifest_hash(record.root) == record.manifest_hash:
+            return self._newest(record, decode_root(key, record.root, f"record of {record.name}"), None)
+        if not record.root_published:
+            raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
+        view = self._store.view("read", STORE_PATIENCE)
+        try:
+            found, etag = lease.read_root(view, record.prefix, record.name)
+        except UnknownExport:
+            raise Fenced(record.name, "its manifest is not in the store: another node removed it") from None
+        if found.volume_id != record.volume_id or found.log_id != record.log_id:
+            raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
+        return found, etag
+
+    def _newest(self, record: ExportRecord, root: Root, etag: str | None) -> tuple[Root, str | None]:
+        """The root to open with: of a log that may have lost what was uploaded, the store's own.
+
+        What a sync failed to write is uploaded from the page cache. If the power fails before the local root
+        says so, the log does not have it: guests would see the volume go back, and forth once the
+        store's root is found. Raises Fenced, StoreError.
+        """
+        log_dir = logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
+        if not logs.lost_syncs(log_dir):
+            return root, etag
+        try:
+            found, found_etag = lease.read_root(
+                self._store.view("read", STORE_PATIENCE), record.prefix, record.name
+            )
+        except UnknownExport:
+            return root, etag  # not put yet, or the first commit finds out
+        if found.volume_id == record.volume_id and found.log_id == record.log_id:
+            return found, found_etag
+        if etag is None:
+            return root, etag  # the name is taken, which its first put finds out
+        raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
+
+    def check_not_older(self, record: ExportRecord) -> None:
+        """Raises StoreWentBack where the store has an older root than the local copy. StoreError."""
+        key = manifest_key(record.prefix, record.name)
+        try:
+            saved = local.load(self._places.state_dir, record.volume_id, key)
+            found, _ = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
+        except (CorruptObject, UnknownExport):
+            return
+        if saved is not None and found.volume_id == record.volume_id and found.sequence < saved[0].sequence:
+            raise StoreWentBack(key, saved[0].sequence, found.sequence)
+
+    def given_up(self, record: ExportRecord) -> bool:
+        """Whether the store's root says that this host gave the volume up. Raises StoreError."""
+        view = self._store.view("background", STORE_PATIENCE)
+        try:
+            root, _ = lease.read_root(view, record.prefix, record.name)
+        except UnknownExport:
+            return record.root_published
+        return root.volume_id == record.volume_id and root.owner_host == NO_ID
+
+    def offer(self) -> bool:
+        """Name the volumes that the store says another host of this name had. True when complete.
+
+        They are not taken: a name is no evidence, for another host may bear it.
+        """
+        view = self._store.view("background", STORE_PATIENCE)
+        owner = self._places.owner
+        try:
+            for prefix in self._places.prefixes:
+                lost = [found.name for found in list_volumes(view, prefix) if found.is_candidate(owner)]
+                if lost:
+                    log.warning(
+                        "prefix %s has %d volumes of another host that was called %s (%s): if that host or "
+                        "its disk is lost, take them with 'glidefs attach --all --node %s --take-over'",
+                        prefix,
+                        len(lost),
+                        owner.node,
+                        ", ".join(lost[:NAMED]),
+                        owner.node,
+                    )
+        except StoreError as error:
+            log.warning("cannot look for volumes of this node in the store yet: %s", error)
+            return False
+        return True
