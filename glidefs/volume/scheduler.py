@@ -413,9 +413,8 @@ class Scheduler:
             then = "the store has it, reads go there: look at the disk"
         else:
             then = "it was not uploaded, reads of it fail: write it again, or go back to a snapshot"
-        log.error(
-            "volume %s: the disk lost a part of log segment %d (%s); %s", volume.name, event.a, what, then
-        )
+        path = volume.log_dir / f"{event.a:016x}.seg"
+        log.error("volume %s: the disk lost a part of log segment %s (%s); %s", volume.name, path, what, then)
 
     def _full(self, volume: Volume) -> None:
         """Writers wait: this volume first, and every other whose log could make room."""

@@ -99,6 +99,7 @@ class Node:
         *,
         grace: float = 86400.0,
         owner: Owner | None = None,
+        logs_missing: str = "",
         **settings: Any,
     ) -> None:
         self.home = home
@@ -113,6 +114,7 @@ class Node:
                 log_limit=512 * MIB,
                 map_budget=64 * MIB,
                 cache_bytes=settings.pop("cache_bytes", 64 * MIB),
+                read_timeout_ms=settings.pop("read_timeout_ms", 0),
             )
         )
         options: dict[str, Any] = {
@@ -144,6 +146,7 @@ class Node:
             state_dir=home / "state",
             logs_dir=home / "logs",
             prefixes=(PREFIX,),
+            logs_missing=logs_missing,
         )
         self.transport = NoGuests()
         self.router = ExportRouter(
