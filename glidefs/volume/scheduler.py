@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from glidefs import heap
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
-from glidefs.errors import Fenced, GlideError, StoreError
+from glidefs.errors import Fenced, GlideError, StoreError, StoreWentBack
 from glidefs.volume.disk_use import disk_use
 from glidefs.volume.pace import Burst
 from glidefs.volume.retire import Retirer
@@ -259,7 +259,7 @@ class Scheduler:
                 self._retirer.squeeze(volume)
             self._upload(volume, seal, urgent)
             job.failures = 0
-            volume.last_error = ""
+            volume.last_error, volume.went_back = "", None
             self._retirer.run(volume)
             return self._next_look(volume)
         except Fenced as error:
@@ -274,6 +274,7 @@ class Scheduler:
                 return 0.0
             job.failures += 1
             volume.last_error = str(error)
+            volume.went_back = error if isinstance(error, StoreWentBack) else None
             self._say(volume, error)
             if isinstance(error, StoreError) and error.temporary:
                 return self._settings.backoff

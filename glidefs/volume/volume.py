@@ -17,7 +17,7 @@ import msgspec
 from glidefs.asked import check_listening
 from glidefs.core.check import Closed
 from glidefs.core.volume import CoreVolume
-from glidefs.errors import Fenced, GlideError
+from glidefs.errors import Fenced, GlideError, StoreWentBack
 from glidefs.events import happened
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
@@ -92,6 +92,7 @@ class Volume:
         "record",
         "shadow",
         "size",
+        "went_back",
     )
 
     def __init__(
@@ -116,6 +117,8 @@ class Volume:
         """The last segment that the store has, or that held nothing to upload."""
         self.fenced = ""
         self.last_error = ""
+        self.went_back: StoreWentBack | None = None
+        """Why nothing is committed until an operator has decided; nobody waits for that."""
         self.opened_at = time.time()
         self.on_fenced: Callable[[Volume, str], None] | None = None
         self.on_published: Callable[[Volume], None] | None = None
@@ -180,11 +183,12 @@ class Volume:
     def drain(self, deadline: float | None = None) -> None:
         """Return when the store has everything that was acknowledged before the call.
 
-        ``deadline`` in seconds from now. Raises DrainTimeout, Abandoned, Fenced, Closed.
+        ``deadline`` in seconds from now. Raises DrainTimeout, Abandoned, Fenced, Closed, StoreWentBack.
         """
         if self.read_only:
             return
         self._check_fenced()
+        self.went_back = None  # look again
         target = self.core.seal()
         with self._host.lock_of_conditions:
             if self._changed is None:
@@ -203,6 +207,8 @@ class Volume:
         with changed:
             while not self.drained(target):
                 self._check_fenced()
+                if self.went_back is not None:
+                    raise self.went_back
                 check_listening(f"the drain of {self.name}")
                 left = None if until is None else until - time.monotonic()
                 if left is not None and left <= 0:
