@@ -47,6 +47,9 @@ READ, CACHE_READ, CACHE_WRITE, CACHE_SYNC = range(11, 15)
 
 faulthandler.enable()
 
+SANITIZED = "libasan" in Path("/proc/self/maps").read_text(encoding="utf-8")
+"""Whether the core is a sanitizer's build: programs that a test starts cannot load it then."""
+
 
 def inject(kind: int, err: int, *, skip: int = 0, count: int = 1) -> None:
     """Fail ``count`` disk operations of ``kind``, process-wide."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
+from pathlib import Path
 from typing import IO, Any
 
 from core_rig import BLOCK, MIB, CoreRig, Vol
@@ -26,6 +26,7 @@ class Shadows:
         self.go = threading.Event()
         self.go.set()
         self._bases: dict[int, dict[int, bytes]] = {}
+        self._paths: dict[int, Path] = {}
         self._stop = False
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -35,8 +36,15 @@ class Shadows:
         vol = self.rig.vol(size, **config)
         vol.base = dict(base or {})
         vol.close()
-        with tempfile.TemporaryFile(dir=self.rig.tmp) as file:
-            return self.open(vol, file)
+        path = self.rig.tmp / f"shadow-{vol.cookie}"
+        with path.open("w+b") as file:
+            self.open(vol, file)
+        self._paths[vol.cookie] = path
+        return vol
+
+    def path(self, vol: Vol) -> Path:
+        """The file of the second source of a volume: each byte where it is in the volume."""
+        return self._paths[vol.cookie]
 
     def open(self, vol: Vol, file: IO[bytes], known: list[tuple[int, int]] | None = None) -> Vol:
         vol.shadow = ShadowFile(file.fileno(), known or [])

@@ -150,13 +150,12 @@ def test_what_the_log_holds_at_open_is_known(shadows: Shadows) -> None:
     assert shadows.fills == []
 
 
-def test_damage_of_a_segment_is_found_and_named(shadows: Shadows) -> None:
+def test_a_difference_from_the_log_is_found_and_named(shadows: Shadows) -> None:
     vol = shadows.vol()
     vol.core.pwrite(0, pattern(1, 4 * SECTOR))
     vol.core.pwrite(7 * SECTOR, pattern(2, 3 * SECTOR))
-    segment = vol.segments()[0]
-    flip(segment.path, segment.data_at(5) + 99)
-    flip(segment.path, segment.data_at(6) + 3)
+    flip(shadows.path(vol), 8 * SECTOR + 99)
+    flip(shadows.path(vol), 9 * SECTOR + 3)
     vol.core.pread(0, 7 * SECTOR)
     assert figures(vol)[1] == 0
     vol.core.pread(0, 16 * SECTOR)
@@ -165,21 +164,24 @@ def test_damage_of_a_segment_is_found_and_named(shadows: Shadows) -> None:
     (found,) = shadows.differences
     assert (found.source, found.segment, found.index) == (Source.LOG, 1, 5)
     assert (found.sector, found.count, found.offset) == (8, 2, 8 * SECTOR + 99)
-    assert found.want == pattern(2, 2 * SECTOR)[SECTOR + 99 :][:16]
+    assert found.got == pattern(2, 2 * SECTOR)[SECTOR + 99 :][:16]
     assert [a ^ b for a, b in zip(found.got, found.want, strict=True)] == [0x10] + 15 * [0]
     look = partial(log_record, vol.dir, b"v" * 16, b"l" * 16)
+    assert look(1, 5) == LogRecord(7, 3, 4, False, True)
+    segment = vol.segments()[0]
+    flip(segment.path, segment.data_at(5) + 99)
     assert look(1, 5) == LogRecord(7, 3, 4, False, False)
     assert look(1, 3) == LogRecord(0, 4, 0, False, True)
     assert look(1, 9) is None
     assert look(9, 0) is None
 
 
-def test_damage_of_the_block_cache_is_found_and_named(shadows: Shadows) -> None:
+def test_a_difference_from_the_block_cache_is_found_and_named(shadows: Shadows) -> None:
     vol = shadows.vol(base={3: pattern(7, BLOCK)})
     assert vol.core.pread(3 * BLOCK, BLOCK) == pattern(7, BLOCK)
     path = shadows.rig.tmp / "blocks" / "blocks.data"
     slot = path.read_bytes().index(pattern(7, BLOCK)) // BLOCK
-    flip(path, slot * BLOCK + 2 * SECTOR + 7)
+    flip(shadows.path(vol), 3 * BLOCK + 2 * SECTOR + 7)
     vol.core.pread(3 * BLOCK, 2 * SECTOR)
     assert figures(vol)[1] == 0
     vol.core.pread(3 * BLOCK + 2 * SECTOR, 512)
@@ -210,9 +212,8 @@ def test_an_unaligned_write_takes_no_wrong_bytes_over(shadows: Shadows) -> None:
     """What it merges with may be wrong: the second source takes only what the guest sent."""
     vol = shadows.vol()
     vol.core.pwrite(0, pattern(1, 2 * SECTOR))
-    segment = vol.segments()[0]
-    flip(segment.path, segment.data_at(0) + 5)
-    flip(segment.path, segment.data_at(1) + SECTOR - 5)
+    flip(shadows.path(vol), 5)
+    flip(shadows.path(vol), 2 * SECTOR - 5)
     vol.core.pwrite(512, b"u" * (2 * SECTOR - 1024))
     wait_for(lambda: len(shadows.differences) == 2, "its own reads were compared")
     vol.core.pread(0, 2 * SECTOR)
@@ -278,9 +279,8 @@ def test_many_differences_are_counted_and_some_described(shadows: Shadows) -> No
     vol = shadows.vol()
     for i in range(48):
         vol.core.pwrite(i * SECTOR, pattern(i, SECTOR))
-    for segment in vol.segments():
-        for index in range(16):
-            flip(segment.path, segment.data_at(index))
+    for i in range(48):
+        flip(shadows.path(vol), i * SECTOR)
     for i in range(48):
         vol.core.pread(i * SECTOR, SECTOR)
     assert figures(vol)[1] == 48

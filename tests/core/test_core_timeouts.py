@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, wait_for
+from core_rig import BLOCK, MIB, SANITIZED, SECTOR, Background, CoreRig, wait_for
 
 from glidefs.core.check import Closed, CoreError
 from glidefs.errors import StoreUnavailable
@@ -91,6 +91,7 @@ def test_the_first_trouble_is_said_on_a_young_clock(
     caplog.clear()
 
 
+@pytest.mark.skipif(SANITIZED, reason="another process does not load a sanitizer's build of the core")
 def test_all_of_this_a_second_after_boot() -> None:
     """The file again, in a time name space whose monotonic clock begins at 0."""
     if os.environ.get("GLIDEFS_TEST_YOUNG_CLOCK"):
