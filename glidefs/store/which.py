@@ -98,5 +98,5 @@ def _create(store: ObjectStore) -> StoreIdentity:
     if found is None:
         raise StoreUnavailable("the store does not keep what is put", key=STORE_KEY)
     if found.id == mine.id:
-        log.info("%s is used for the first time; it is store %s", store.url, mine.id)
+        log.debug("%s is used for the first time; it is store %s", store.url, mine.id)
     return found
