@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 
+import msgspec
 import pytest
 from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 
@@ -146,7 +147,8 @@ def test_one_flight_for_all_who_wait(rig: Rig) -> None:
     volume.core.pwrite(0, data)
     cold(host, volume)
     root = volume.root
-    reader = host.open(record_of(root, read_only=True), root, volume.etag)
+    view = msgspec.structs.replace(record_of(root, read_only=True), log_id=lease.new_id())
+    reader = host.open(view, root, volume.etag)
     rig.memory.requests.clear()
     rig.memory.latency = 0.05
     results: list[bytes] = []

@@ -23,7 +23,7 @@ from glidefs.core.gather import log_segments
 from glidefs.core.testing import DiskKind, disk_inject, disk_trace
 from glidefs.errors import AccessDenied
 from glidefs.formats.manifest import PackRef, Page, Root, decode_root, encode_root
-from glidefs.formats.pack import CHUNK
+from glidefs.formats.pack import CHUNK, SECTOR
 from glidefs.names import manifest_key, pack_key
 from glidefs.store.memory import MemoryStore
 from glidefs.volume import lease, pace
@@ -367,6 +367,8 @@ def unsynced_files(trace: Path) -> set[str]:
     """The files of a log that were written to, or made in a directory, since the last sync of either."""
     left: set[str] = set()
     for record in read_trace(trace.read_bytes()):
+        if (record.kind == DiskKind.WRITE and record.offset == SECTOR) or record.path.endswith(".witness"):
+            continue  # what says of a sync that it was done comes after it
         if record.kind in (DiskKind.CREATE, DiskKind.WRITE):
             left.add(record.path)
             if record.kind == DiskKind.CREATE:
