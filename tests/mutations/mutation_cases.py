@@ -48,6 +48,7 @@ ONLY_ONE = ("gc state",)
 NEVER_OLDER = (
     "store id",
     "page",
+    "local page",
     "pack",
     "snapshot",
     "base manifest",
@@ -266,7 +267,7 @@ def _names(world: World, case: Case, home: Path, path: Path, other: Path) -> tup
             f"its record is lost, and its write log holds unsent writes; 'glidefs attach {path.stem}'"
         )
     if case.kind == "tried":  # it is evidence: without it a commit of our own is somebody else's
-        names += [f"volume {_export(world, file)} is FENCED" for file in files]
+        names += [f" {_export(world, file)} is FENCED: " for file in files]
     if case.kind in ("host id", "mark"):
         names += [str(home / "logs"), str(home / "blocks")]
     return tuple(names)
