@@ -367,7 +367,8 @@ def unsynced_files(trace: Path) -> set[str]:
     """The files of a log that were written to, or made in a directory, since the last sync of either."""
     left: set[str] = set()
     for record in read_trace(trace.read_bytes()):
-        if (record.kind == DiskKind.WRITE and record.offset == SECTOR) or record.path.endswith(".witness"):
+        is_vouch = record.kind == DiskKind.WRITE and SECTOR <= record.offset < 2 * SECTOR
+        if is_vouch or record.path.endswith(".witness"):
             continue  # what says of a sync that it was done comes after it
         if record.kind in (DiskKind.CREATE, DiskKind.WRITE):
             left.add(record.path)
