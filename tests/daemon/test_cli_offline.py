@@ -90,7 +90,6 @@ def test_a_device_that_is_not_there(make_daemon: Make) -> None:
 
 def test_inspect_and_export_of_nothing(make_daemon: Make) -> None:
     daemon = make_daemon()
-    daemon.store.mkdir()
     assert "no default/volumes/absent/manifest" in daemon.fails("export-image", "absent", "image")
     assert not (daemon.base / "image").exists()
     assert "volumes/absent" in daemon.fails("inspect", "default/volumes/absent/manifest")

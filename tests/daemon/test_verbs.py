@@ -367,6 +367,7 @@ def test_doctor(daemon: Daemon) -> None:
 
 def test_doctor_says_what_to_do(make_daemon: Make) -> None:
     daemon = make_daemon()
+    daemon.store.rmdir()
     daemon.store.write_text("not a directory")
     report = json.loads(daemon.run("doctor", "--json", check=False).stdout)
     checks = {check["check"]: check for check in report["checks"]}
