@@ -60,9 +60,6 @@ class Owner(NamedTuple):
     node: str
 
 
-NOBODY = Owner(NO_ID, "")
-
-
 def new_id() -> bytes:
     """A random id of 16 bytes for a volume or a log, or the nonce of a root."""
     return secrets.token_bytes(ID_SIZE)
