@@ -3,7 +3,8 @@
 On a file system without a free byte or inode no log can be retired: the local copy of the manifest comes
 first, and is a new file. The core leaves a margin (``csrc/space.h``), but other files may take it. So each
 directory that is registered holds a file of some MiB; who finds no room for a small file removes it, and
-tries again. The next call of :meth:`Reserve.renew` that finds room makes it anew.
+hints that can be had again (:attr:`Reserve.hints`), and tries again. The next call of :meth:`Reserve.renew`
+that finds room makes the file anew.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 NAME = "reserve"
@@ -19,6 +21,9 @@ MOST = 8 << 20
 SHARE = 64
 """Of a small file system."""
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+FILES_LEFT = 32
+"""Who writes hints leaves so many inodes: twice what the core leaves for others (``csrc/space.c``)."""
 
 _lock = threading.Lock()
 _reserves: dict[Path, Reserve] = {}
@@ -30,6 +35,8 @@ class Reserve:
     def __init__(self, directory: Path) -> None:
         self.path = directory / NAME
         self.device = os.stat(directory).st_dev
+        self.hints: list[Callable[[], bool]] = []
+        """Each removes files below the directory that nobody needs; False: there were none."""
 
     def renew(self) -> bool:
         """Make the file if there is room for it twice. Whether it is there."""
@@ -37,7 +44,7 @@ class Reserve:
             return True
         room = os.statvfs(self.path.parent)
         size = min(MOST, room.f_blocks * room.f_frsize // SHARE)
-        if room.f_bavail * room.f_frsize < 2 * size:
+        if room.f_bavail * room.f_frsize < 2 * size or (room.f_files and room.f_favail < 2):
             return False
         fresh = self.path.with_name(f".{NAME}.new")
         try:
@@ -54,11 +61,12 @@ class Reserve:
         return True
 
     def give_way(self) -> bool:
-        """Remove the file. False: there was none."""
+        """Remove the file, and hints. False: there was nothing."""
+        gone = [remove() for remove in self.hints]
         try:
             self.path.unlink()
         except OSError:
-            return False
+            return any(gone)
         return True
 
 
@@ -86,3 +94,9 @@ def give_way(path: Path) -> bool:
         found = [reserve for reserve in _reserves.values() if reserve.device == device]
     given = [reserve.give_way() for reserve in found]
     return any(given)
+
+
+def has_files(directory: Path) -> bool:
+    """Whether the file system of ``directory`` has an inode to spare for a hint. Raises OSError."""
+    room = os.statvfs(directory)
+    return not room.f_files or room.f_favail > FILES_LEFT

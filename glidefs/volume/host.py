@@ -55,8 +55,8 @@ class Host:
         self.store = store
         self.state_dir = state_dir
         self.settings = settings
-        index_files = IndexFiles(state_dir / "indices", settings.index_disk_bytes)
-        self.meta = MetaCache(settings.index_cache_bytes, settings.page_cache_pages, index_files)
+        self._index_files = IndexFiles(state_dir / "indices", settings.index_disk_bytes)
+        self.meta = MetaCache(settings.index_cache_bytes, settings.page_cache_pages, self._index_files)
         self.lock_of_conditions = threading.Lock()
         self._lock = threading.Lock()
         self._volumes: dict[int, Volume] = {}
@@ -94,6 +94,7 @@ class Host:
         """Start the threads."""
         self.state_dir.mkdir(parents=True, exist_ok=True)
         self._reserve = self._cache_keeper.reserve = reserve.register(self.state_dir)
+        self._reserve.hints.append(self._index_files.give_way)
         self.settings.log_dir.mkdir(parents=True, exist_ok=True)
         if self.settings.shadow_dir is not None:
             self.settings.shadow_dir.mkdir(parents=True, exist_ok=True)

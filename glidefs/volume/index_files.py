@@ -2,7 +2,7 @@
 
 ``{directory}/{pack id}`` is the end of a pack as the store has it, index and trailer, and is checked like
 that. The files are hints: written without fsync, read as absent when damaged, and the least recently
-used go first once all of them exceed the limit.
+used go first once all of them exceed the limit, or when the disk is short of inodes or of room.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from glidefs.errors import CorruptObject
+from glidefs.formats import reserve
 from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import PackIndex, decode_index
 
@@ -54,9 +55,11 @@ class IndexFiles:
         """Keep the last bytes of a pack. What fails is only logged."""
         name = ref.id.hex()
         path = self._directory / name
+        fresh = path.with_name(f".{name}.{threading.get_ident()}")
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f".{name}.{threading.get_ident()}")
+            if not reserve.has_files(self._directory) and not self.give_way(1):
+                return
             fresh.write_bytes(tail)
             fresh.rename(path)
         except OSError as error:
@@ -68,13 +71,27 @@ class IndexFiles:
             sizes = self._table()
             self._used += len(tail) - sizes.pop(name, 0)
             sizes[name] = len(tail)
-            gone: list[str] = []
+            excess: list[str] = []
             while self._used > self._limit and len(sizes) > 1:
-                oldest, size = sizes.popitem(last=False)
-                self._used -= size
-                gone.append(oldest)
-        for name in gone:
+                excess.append(self._drop_oldest(sizes))
+        for name in excess:
             self._unlink(name)
+
+    def give_way(self, count: int = 0) -> bool:
+        """Remove the ``count`` least recently used files, or half of all. False: there are none."""
+        with self._lock:
+            sizes = self._table()
+            oldest = [
+                self._drop_oldest(sizes) for _ in range(min(count or (len(sizes) + 1) // 2, len(sizes)))
+            ]
+        for name in oldest:
+            self._unlink(name)
+        return bool(oldest)
+
+    def _drop_oldest(self, sizes: OrderedDict[str, int]) -> str:
+        name, size = sizes.popitem(last=False)
+        self._used -= size
+        return name
 
     def forget(self, ref: PackRef) -> None:
         """Keep no copy of this index."""

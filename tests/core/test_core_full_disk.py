@@ -13,6 +13,8 @@ from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, pattern, wait_for
 
 from glidefs.core.engine import EventKind
 from glidefs.formats import atomic, reserve
+from glidefs.formats.manifest import PackRef
+from glidefs.volume.index_files import IndexFiles
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs")
 
@@ -115,5 +117,30 @@ def test_small_files_are_written_with_what_is_reserved(small: Callable[[str], Pa
             (at / f"other{i}").touch()
         atomic.write_file_atomic(target, b"newer")
         assert target.read_bytes() == b"newer"
+    finally:
+        reserve.forget(kept)
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name[:2] for path in directory.iterdir())
+
+
+def test_copies_of_indices_give_way_to_what_frees_the_log(small: Callable[[str], Path]) -> None:
+    at = small(f"size=16m,nr_inodes={reserve.FILES_LEFT + 8}")
+    files = IndexFiles(at / "indices", MIB)
+    kept = reserve.register(at)
+    kept.hints.append(files.give_way)
+    try:
+        for i in range(20):  # there are inodes for five: root, directory and reserve have the others
+            files.put(PackRef(bytes([i]) * 16, 1, 4096), b"tail")
+        assert names_in(at / "indices") == ["0f", "10", "11", "12", "13"]
+        assert int(os.statvfs(at).f_favail) == reserve.FILES_LEFT
+        for i in range(reserve.FILES_LEFT):
+            (at / f"other{i}").touch()
+        atomic.write_file_atomic(at / "root", b"root")
+        assert names_in(at / "indices") == ["12", "13"], "the older half went"
+        kept.renew()
+        files.put(PackRef(bytes([99]) * 16, 1, 4096), b"tail")
+        assert names_in(at / "indices") == ["13", "63"], "one for one"
     finally:
         reserve.forget(kept)
