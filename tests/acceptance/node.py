@@ -22,8 +22,6 @@ from daemon_harness import DEADLINE, Daemon, wait_for
 from daemon_harness import servers as servers
 from nbd_client import RawClient
 
-from glidefs.cli.client import _UnixConnection
-
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 EMULATED = bool(os.environ.get("GLIDEFS_VM"))
 BUCKET = "glide-test"
@@ -92,19 +90,6 @@ class Node(Daemon):
         wait_for(served, f"{names} are served\n{self.log_text}")
 
     # -- figures ---------------------------------------------------------------------------------
-
-    def metrics(self) -> dict[str, float]:
-        """Every sample of GET /metrics, by its name with labels."""
-        connection = _UnixConnection(self.client.path, DEADLINE)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
-        rows = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
-        return {name: float(value) for name, value in rows}
-
-    def total(self, name: str) -> float:
-        """Sum over the labels of one metric."""
-        return sum(value for key, value in self.metrics().items() if key.split("{")[0] == name)
 
     def _rollup(self, field: str) -> int:
         for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():

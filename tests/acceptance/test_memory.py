@@ -75,9 +75,8 @@ def test_scattered_writes_over_ten_terabytes(
     after, highest = node.anonymous(), peak.stop()
     figure("writes", report["write"]["total_ios"], at_least=SCATTERED)
     figure("write rate", report["write"]["iops"], "1/s")
-    stats = node.metrics()
-    assert stats["glidefs_map_budget_bytes"] == MAP_BUDGET_MIB * MIB
-    figure("maps", stats["glidefs_map_bytes"] / MIB, "MiB", below=MAP_BUDGET_MIB + 1)
+    assert node.total("glidefs_map_budget_bytes") == MAP_BUDGET_MIB * MIB
+    figure("maps", node.total("glidefs_map_bytes") / MIB, "MiB", below=MAP_BUDGET_MIB + 1)
     figure("baseline", baseline / MIB, "MiB")
     limit = MAP_BUDGET_MIB + (INDEX_CACHE_MIB if store == "up" else 0)
     if store == "up":  # packs in the making are beside the maps, and gone when all is uploaded
@@ -87,7 +86,7 @@ def test_scattered_writes_over_ten_terabytes(
             wait_for(lambda: node.anonymous() - baseline < limit * MIB, "the heap shrinks", 10)
         after = node.anonymous()
     figure("anonymous memory over the baseline", (after - baseline) / MIB, "MiB", below=limit)
-    figure("maps after it", node.metrics()["glidefs_map_bytes"] / MIB, "MiB")
+    figure("maps after it", node.total("glidefs_map_bytes") / MIB, "MiB")
 
 
 class Peak:

@@ -157,18 +157,18 @@ def test_writers_wait_when_the_log_is_full(
     )
     wait_for(lambda: node.total("glidefs_log_full_waits_total") > 0, "writers wait")
     until = time.monotonic() + OUTAGE
-    written = node.metrics()['glidefs_operation_bytes_total{export="disk",op="write"}']
+    written = node.total("glidefs_operation_bytes_total", op="write")
     while time.monotonic() < until:
         assert load.poll() is None, load.communicate()[0]
         time.sleep(0.2)
-    now = node.metrics()['glidefs_operation_bytes_total{export="disk",op="write"}']
+    now = node.total("glidefs_operation_bytes_total", op="write")
     assert now == written
     assert node.total("glidefs_export_log_bytes") <= 64 * MIB
     figure("acknowledged into a log of 64 MiB", now / MIB, "MiB", at_least=32)
     relay.mend()
     back = time.monotonic()
     wait_for(
-        lambda: node.metrics()['glidefs_operation_bytes_total{export="disk",op="write"}'] > now,
+        lambda: node.total("glidefs_operation_bytes_total", op="write") > now,
         "writers go on",
     )
     figure("first write after the return", time.monotonic() - back, "s", below=SLACK + 64 * MIB / bandwidth)

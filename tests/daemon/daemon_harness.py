@@ -16,8 +16,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import servers
+from prometheus_client.parser import text_string_to_metric_families
 
-from glidefs.cli.client import Client, CommandError
+from glidefs.cli.client import Client, CommandError, _UnixConnection
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0
@@ -185,6 +186,23 @@ node = "{node}"
         assert len(lines) == 1, done.stderr
         assert lines[0].startswith("glidefs: ")
         return lines[0]
+
+    def samples(self, name: str, **labels: str) -> list[float]:
+        """What GET /metrics has of the sample ``name`` with these labels."""
+        connection = _UnixConnection(self.client.path, DEADLINE)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+
+    def total(self, name: str, **labels: str) -> float:
+        """Sum of the samples ``name`` with these labels."""
+        return sum(self.samples(name, **labels))
 
     def volumes_in_store(self) -> list[str]:
         """Names of the volumes in the store that were not removed."""

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from daemon_harness import Daemon, wait_for
-from prometheus_client.parser import text_string_to_metric_families
-
-from glidefs.cli.client import _UnixConnection
+from open_files import open_below
 
 pytest.importorskip("glidefs.core._core")
 
 SHADOW = '[debug]\nshadow_dir = "shadow"'
 
 
-def metrics(daemon: Daemon) -> dict[str, float]:
-    """Shadow verify's figures, by name and reason."""
-    connection = _UnixConnection(daemon.client.path, 20)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    return {
-        sample.name.removeprefix("glidefs_shadow_") + sample.labels.get("why", ""): sample.value
-        for family in text_string_to_metric_families(text)
-        if family.name.startswith("glidefs_shadow")
-        for sample in family.samples
-    }
-
-
-def second_source(daemon: Daemon) -> Path:
-    """The file of the volume that is compared: it has no name, but a descriptor."""
-    assert daemon.process is not None
-    where = str(daemon.base / "shadow")
-    fds = Path(f"/proc/{daemon.process.pid}/fd").iterdir()
-    (found,) = [fd for fd in fds if os.path.realpath(fd).startswith(where)]
-    return found
-
-
 def test_off_by_default(daemon: Daemon) -> None:
     daemon.run("create", "vm1", "--size", "64MiB", "--transport", "nbd")
     daemon.io("vm1", "write -P 1 0 1M", "read -P 1 0 1M")
-    assert metrics(daemon) == {}
+    assert daemon.samples("glidefs_shadow_compared_sectors_total") == []
 
 
 def test_guests_are_compared_and_a_difference_is_named(make_daemon: Callable[..., Daemon]) -> None:
@@ -62,10 +35,9 @@ def test_guests_are_compared_and_a_difference_is_named(make_daemon: Callable[...
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(guest, range(4)))
-    figures = metrics(daemon)
-    assert figures["differences_total"] == 0
-    assert figures["compared_sectors_total"] >= 8 * (128 + 24 + 256)
-    assert figures["skipped_sectors_totalabsent"] == 0
+    assert daemon.samples("glidefs_shadow_differences_total", export="vm1") == [0]
+    assert daemon.total("glidefs_shadow_compared_sectors_total") >= 8 * (128 + 24 + 256)
+    assert daemon.samples("glidefs_shadow_skipped_sectors_total", export="vm1", why="absent") == [0]
     assert "SHADOW DIFFERENCE" not in daemon.log_text
 
     daemon.io("vm1", "write -P 9 512k 64k")
@@ -74,7 +46,8 @@ def test_guests_are_compared_and_a_difference_is_named(make_daemon: Callable[...
         for path in (daemon.base / "cache" / "logs").glob("*/*/*.seg")
         if b"\t" * 65536 in path.read_bytes()
     ]
-    with second_source(daemon).open("r+b") as file:
+    assert daemon.process is not None
+    with open_below(daemon.process.pid, daemon.base / "shadow").open("r+b") as file:
         file.seek(129 * 4096 + 11)
         file.write(b"\4")
     assert daemon.has("vm1", 9, "512k", "64k"), "it changes no reply"
@@ -85,4 +58,4 @@ def test_guests_are_compared_and_a_difference_is_named(make_daemon: Callable[...
     assert f"first at byte 11 of the sector (offset {129 * 4096 + 11})" in line
     assert f"log segment {int(segment.stem, 16)} ({segment.name}), position " in line
     assert "it is intact" in line
-    assert metrics(daemon)["differences_total"] == 1
+    assert daemon.total("glidefs_shadow_differences_total") == 1

@@ -330,26 +330,11 @@ def test_no_daemon(make_daemon: Make) -> None:
 def test_metrics_and_health(daemon: Daemon) -> None:
     daemon.json("create", "v1", "--size", "64MiB")
     daemon.io("v1", "write -P 5 0 1M", "flush", "read 0 1M")
-    import http.client
-    import socket
-
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(daemon.client.path)
-    connection.request("GET", "/metrics")
-    text = connection.getresponse().read().decode()
-    connection.close()
-    from prometheus_client.parser import text_string_to_metric_families
-
-    families = {family.name: family for family in text_string_to_metric_families(text)}
-    dirty = families["glidefs_dirty_bytes"].samples
-    assert dirty[0].labels["export"] == "v1"
-    assert dirty[0].value >= MIB
-    ops = {s.labels["op"]: s.value for s in families["glidefs_operations"].samples}
-    assert ops["write"] >= 1
-    assert ops["flush"] >= 1
-    assert families["glidefs_store_requests"].samples
-    assert families["glidefs_process_resident_memory_bytes"].samples[0].value < 256 * MIB
+    assert daemon.total("glidefs_dirty_bytes", export="v1") >= MIB
+    assert daemon.total("glidefs_operations_total", op="write") >= 1
+    assert daemon.total("glidefs_operations_total", op="flush") >= 1
+    assert daemon.samples("glidefs_store_requests_total")
+    assert daemon.total("glidefs_process_resident_memory_bytes") < 256 * MIB
     health = daemon.client.call("GET", "/health")
     assert health["ready"] is True
     assert health["exports"]["serving"] == 1

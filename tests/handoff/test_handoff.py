@@ -38,9 +38,8 @@ def test_a_daemon_hands_over_twice(daemon: Generations) -> None:
     again = daemon.handoff()
     assert daemon.pid == again["pid"]
     assert daemon.has("vm", 9, "512k", "1M")
-    figures = daemon.metrics()
-    assert figures['glidefs_handoffs_total{outcome="succeeded"}'] == 2
-    assert figures["glidefs_handoff_stall_seconds_count"] == 2
+    assert daemon.total("glidefs_handoffs_total", outcome="succeeded") == 2
+    assert daemon.total("glidefs_handoff_stall_seconds_count") == 2
     daemon.stop()
     assert not (daemon.base / "api.sock").exists()
     assert not (daemon.base / "nbd.sock").exists()
@@ -114,7 +113,7 @@ def test_another_cache_directory_is_refused(daemon: Generations) -> None:
     with pytest.raises(CommandError, match="names another cache directory"):
         daemon.handoff()
     daemon.io("vm", "write -P 3 0 4k")
-    assert daemon.metrics()['glidefs_handoffs_total{outcome="aborted"}'] == 1
+    assert daemon.total("glidefs_handoffs_total", outcome="aborted") == 1
 
 
 def test_a_configuration_that_is_wrong(daemon: Generations) -> None:
@@ -175,7 +174,7 @@ def test_the_successor_dies_before_the_cut_over(make_daemon: Make, die: str) -> 
         assert node.pid == pid
         client.pwrite(4096, b"b" * 4096)
         assert client.pread(0, 8192) == b"a" * 4096 + b"b" * 4096
-    assert node.metrics()[f'glidefs_handoffs_total{{outcome="{outcome}"}}'] == 1
+    assert node.total("glidefs_handoffs_total", outcome=outcome) == 1
     node.run("drain", "vm")
 
 
@@ -191,7 +190,7 @@ def test_the_successor_dies_after_the_cut_over(make_daemon: Make, die: str) -> N
         client.pwrite(4096, b"b" * 4096)
         assert client.pread(0, 8192) == b"a" * 4096 + b"b" * 4096
         node.run("drain", "vm")
-    assert node.metrics()['glidefs_handoffs_total{outcome="revived"}'] == 1
+    assert node.total("glidefs_handoffs_total", outcome="revived") == 1
     node.io("vm", "write -P 4 128k 64k")
     node.run("create", "other", "--size", "64MiB", "--transport", "nbd")
 
@@ -216,7 +215,7 @@ def test_the_predecessor_dies_before_the_cut_over(make_daemon: Make, die: str) -
         node.handoff()
     wait_for(lambda: node.ready() and node.pid != first, f"the successor serves\n{node.log_text}")
     assert node.has("vm", 6, "0", "1M")
-    assert node.metrics()['glidefs_handoffs_total{outcome="predecessor-died"}'] == 1
+    assert node.total("glidefs_handoffs_total", outcome="predecessor-died") == 1
     node.run("drain", "vm")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from open_files import open_below
 from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 
 from glidefs.core import payloads
@@ -39,10 +40,9 @@ def text_of(seed: int, length: int = BLOCK) -> bytes:
 
 
 def second_source(host: Host) -> Path:
-    """The file of the one volume that is compared: it has no name, but a descriptor."""
-    where = str(host.settings.shadow_dir)
-    (found,) = [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd).startswith(where)]
-    return found
+    """The file of the one volume that is compared."""
+    assert host.settings.shadow_dir is not None
+    return open_below(os.getpid(), host.settings.shadow_dir)
 
 
 def flip(path: Path, offset: int) -> None:
