@@ -2,28 +2,44 @@
  * What a range of sealed segments holds, newest version of each sector as of the
  * last of them. Works from the files alone, in the caller's thread: the live map
  * has newer writes, which must not leak into the commit of an older segment.
+ *
+ * For a volume, each segment must have the records that the volume knows. Offline, replay.c judges what is bad, as at
+ * a start. A record that is lost is mapped like others, so that nothing older is taken for what it held, and left out
+ * at the end.
  */
 #include "glide_core_internal.h"
 #include "log_map.h"
+#include "replay.h"
 #include "sector_sums.h"
 #include "util.h"
 #include "volume.h"
 
 #include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 struct source {
     uint64_t seq;
-    uint32_t end, valid; /* what the volume knows; UINT32_MAX offline */
+    uint32_t end, valid; /* what the volume knows */
     uint32_t sectors;
     struct disk_file file;
     struct sector_sums sums; /* of what was verified: the disk may have lost it by the time it is read again */
 };
 
+/* A record that is lost. */
+struct hole {
+    uint64_t pos;
+    uint32_t count;
+};
+
 struct gather {
     struct source *sources;
     uint32_t source_count;
+    struct glide_loss *losses;
+    struct hole *holes; /* ascending */
+    struct glide_sectors *sectors;
+    uint64_t loss_count, hole_count, sector_count, torn;
     struct leaf_pool pool;
     struct log_map map;
     struct glide_entry *entries;
@@ -51,78 +67,62 @@ static int ask_volume(struct worker *w, void *arg)
     for (uint32_t i = 0; i < log->count; i++) {
         const struct log_segment *s = log->segments[i];
         if (s->seq >= a->first && s->seq <= a->last && s != log->active)
-            a->g->sources[a->g->source_count++] = (struct source){.seq = s->seq, .end = s->end, .valid = s->valid};
+            a->g->sources[a->g->source_count++] = (struct source){
+                .seq = s->seq, .end = s->end, .valid = s->valid, .file = {.fd = -1}};
     }
     return 0;
 }
 
-static int ask_directory(struct gather *g, const char *dir, uint64_t first, uint64_t last)
+/* ---- the segments of a volume --------------------------------------------------------------------- */
+
+static int map_record(struct gather *g, struct source *s, const struct segment_record *r, uint32_t index,
+                      const uint64_t *sums)
 {
-    uint64_t *seqs;
-    int64_t count = segment_list(dir, &seqs);
+    uint64_t pos = pos_make(s->seq, index);
 
-    if (count < 0)
-        return (int)count;
-    g->sources = calloc((size_t)count + 1, sizeof(*g->sources));
-    for (int64_t i = 0; g->sources && i < count; i++) {
-        if (seqs[i] >= first && seqs[i] <= last)
-            g->sources[g->source_count++] = (struct source){.seq = seqs[i], .end = UINT32_MAX, .valid = UINT32_MAX};
-    }
-    free(seqs);
-    return g->sources ? 0 : -ENOMEM;
-}
-
-/* ---- replay ------------------------------------------------------------------------------------- */
-
-static int replay_record(struct gather *g, struct source *s, struct segment_journal *j, uint32_t i, uint8_t *buf,
-                         uint32_t *good)
-{
-    const struct segment_record *r = &j->records[i];
-    uint64_t pos = pos_make(s->seq, i), sums[RECORD_MAX_SECTORS];
-    int err = 0;
-
-    if (r->op == RECORD_SYNC)
-        return 0;
-    if (r->op == RECORD_WRITE)
-        err = segment_verify(&s->file, j, i, buf, sums);
-    if (err == -EUCLEAN) /* torn; the count tells whether that is allowed */
-        return 0;
-    if (!err && r->op == RECORD_WRITE)
-        sums_set(&s->sums, i, sums, r->count);
-    if (!err)
-        err = r->op == RECORD_ZERO ? log_map_zero(&g->map, r->sector, r->count, pos)
-                                   : log_map_write(&g->map, r->sector, r->count, pos);
-    *good += !err;
-    return err;
+    if (r->op == RECORD_WRITE && sums)
+        sums_set(&s->sums, index, sums, r->count);
+    return r->op == RECORD_ZERO ? log_map_zero(&g->map, r->sector, r->count, pos)
+                                : log_map_write(&g->map, r->sector, r->count, pos);
 }
 
 static int replay_source(struct gather *g, struct source *s, const struct segment_header *h, uint8_t *buf)
 {
     struct segment_journal j;
+    uint64_t sums[RECORD_MAX_SECTORS];
     uint32_t good = 0;
     int err = segment_read_journal(&s->file, h, s->end, &j);
 
     if (!err)
         err = sums_reserve(&s->sums, j.end);
     for (uint32_t i = 0; !err && i < j.end; i++) {
-        if (j.records[i].op)
-            err = replay_record(g, s, &j, i, buf, &good);
+        const struct segment_record *r = &j.records[i];
+        if (!r->op || r->op == RECORD_SYNC)
+            continue;
+        err = r->op == RECORD_WRITE ? segment_verify(&s->file, &j, i, buf, sums) : 0;
+        if (err == -EUCLEAN) { /* torn; the count tells whether that is allowed */
+            err = 0;
+            continue;
+        }
+        if (!err)
+            err = map_record(g, s, r, i, sums);
+        good += !err;
     }
     segment_free_journal(&j);
-    if (!err && s->valid != UINT32_MAX && good != s->valid)
+    if (!err && good != s->valid)
         err = fail(-EUCLEAN, "%s: %u of %u records are damaged (bit rot); nothing of it was uploaded", s->file.path,
                    s->valid - good, s->valid);
     return err;
 }
 
-static int replay_all(struct gather *g, const char *dir, struct segment_id *id, bool offline)
+static int replay_volume(struct gather *g, const char *dir, struct segment_id *id)
 {
-    struct segment_header *headers = calloc(g->source_count + 1, sizeof(*headers));
     uint8_t *buf = malloc(RECORD_MAX_SECTORS * SECTOR);
-    int err = headers && buf ? 0 : -ENOMEM;
+    int err = buf ? 0 : -ENOMEM;
 
     for (uint32_t i = 0; i < g->source_count && !err; i++) {
         struct source *s = &g->sources[i];
+        struct segment_header header = {.sectors = 0};
         char *path = segment_path(dir, s->seq, ".seg");
         err = path ? disk_open(&s->file, path, O_RDONLY) : -ENOMEM;
         if (err)
@@ -130,22 +130,127 @@ static int replay_all(struct gather *g, const char *dir, struct segment_id *id, 
         free(path);
         id->seq = s->seq;
         if (!err && s->end)
-            err = segment_read_header(&s->file, id, &headers[i]);
-        if (offline && err == -EUCLEAN) {
-            headers[i].sectors = 0; /* nothing to be had from it */
-            err = 0;
-        }
-        s->sectors = headers[i].sectors;
-        if (offline && i && s->sectors && headers[i].previous_seq == g->sources[i - 1].seq)
-            g->sources[i - 1].end = headers[i].previous_end;
+            err = segment_read_header(&s->file, id, &header);
+        s->sectors = header.sectors;
+        if (!err && s->sectors)
+            err = replay_source(g, s, &header, buf);
     }
-    for (uint32_t i = 0; i < g->source_count && !err; i++) {
-        if (g->sources[i].sectors)
-            err = replay_source(g, &g->sources[i], &headers[i], buf);
-    }
-    free(headers);
     free(buf);
     return err;
+}
+
+/* ---- offline -------------------------------------------------------------------------------------- */
+
+/* Room for one more; they grow by the power of two. NULL = no memory, the old ones stay. */
+static void *grown(void *items, uint64_t count, size_t size)
+{
+    return count & (count - 1) ? items : realloc(items, (count ? 2 * count : 1) * size);
+}
+
+static struct source *source_of(struct gather *g, uint64_t seq)
+{
+    if (!g->source_count || g->sources[g->source_count - 1].seq != seq)
+        g->sources[g->source_count++] = (struct source){.seq = seq, .file = {.fd = -1}};
+    return &g->sources[g->source_count - 1];
+}
+
+static int take_record(void *arg, struct replay_segment *f, uint32_t index, const uint64_t *sums)
+{
+    struct gather *g = arg;
+    struct source *s = source_of(g, f->seq);
+    int err = s->sums.capacity ? 0 : sums_reserve(&s->sums, f->journal.end);
+
+    return err ? err : map_record(g, s, &f->journal.records[index], index, sums);
+}
+
+static int take_file(void *arg, struct replay_segment *f)
+{
+    struct source *s = source_of(arg, f->seq);
+
+    s->sectors = f->usable ? f->header.sectors : 0;
+    s->file = f->file;
+    f->file.fd = -1;
+    f->file.path = NULL;
+    return 0;
+}
+
+static int note_loss(void *arg, const struct replay_loss *lost)
+{
+    struct gather *g = arg;
+    struct glide_loss *l = NULL;
+
+    for (uint64_t i = g->loss_count; i-- > 0 && !l;) {
+        if (g->losses[i].seq == lost->seq && g->losses[i].kind == lost->kind)
+            l = &g->losses[i];
+    }
+    if (!l) {
+        struct glide_loss *losses = grown(g->losses, g->loss_count, sizeof(*losses));
+        if (!losses)
+            return -ENOMEM;
+        g->losses = losses;
+        l = &losses[g->loss_count++];
+        *l = (struct glide_loss){.seq = lost->seq, .kind = lost->kind};
+        snprintf(l->why, sizeof(l->why), "%s", glide_error());
+    }
+    l->count++;
+    if (!lost->record)
+        return 0;
+    struct hole *holes = grown(g->holes, g->hole_count, sizeof(*holes));
+    if (!holes)
+        return -ENOMEM;
+    g->holes = holes;
+    holes[g->hole_count] = (struct hole){pos_make(lost->seq, lost->index), lost->record->count};
+    return log_map_write(&g->map, lost->record->sector, lost->record->count, holes[g->hole_count++].pos);
+}
+
+static const struct replay_calls OFFLINE = {.record = take_record, .end = take_file, .lost = note_loss};
+
+static int replay_directory(struct gather *g, const char *dir, const struct segment_id *id, uint64_t first,
+                            uint64_t last, uint64_t committed)
+{
+    struct replay r = {.dir = dir, .id = *id, .always_verify = true, .calls = &OFFLINE, .arg = g};
+    uint64_t *seqs;
+    int64_t from = 0, count = segment_list(dir, &seqs);
+
+    if (count < 0)
+        return (int)count;
+    bool empty = count == 0;
+    while (count && seqs[count - 1] > last)
+        count--;
+    while (from < count && seqs[from] < first)
+        from++;
+    r.committed_seq = committed != UINT64_MAX ? committed : empty ? 0 : seqs[0] - 1;
+    g->sources = calloc((size_t)(count - from) + 1, sizeof(*g->sources));
+    int err = g->sources ? replay_run(&r, seqs + from, count - from) : -ENOMEM;
+    if (!err && last == UINT64_MAX)
+        err = replay_check_end(&r, NULL);
+    g->torn = r.dropped;
+    free(seqs);
+    return err;
+}
+
+/* The record that is lost and has this position, or NULL. */
+static const struct hole *hole_at(const struct gather *g, uint64_t pos)
+{
+    uint64_t low = 0, high = g->hole_count;
+
+    while (low < high) {
+        uint64_t middle = (low + high) / 2;
+        if (g->holes[middle].pos + g->holes[middle].count <= pos)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low < g->hole_count && g->holes[low].pos <= pos ? &g->holes[low] : NULL;
+}
+
+void glide_gather_damage(glide_gather *g, struct glide_damage *out)
+{
+    *out = (struct glide_damage){.losses = g->losses,
+                                 .sectors = g->sectors,
+                                 .loss_count = g->loss_count,
+                                 .sector_count = g->sector_count,
+                                 .torn = g->torn};
 }
 
 /* ---- result ---------------------------------------------------------------------------------------- */
@@ -156,13 +261,15 @@ static bool add_entry(uint64_t block, uint64_t value, void *arg)
     const struct log_leaf *leaf = (const struct log_leaf *)(uintptr_t)value;
     struct glide_entry *e = &g->entries[g->entry_count++];
 
+    uint32_t lost = 0;
+
     *e = (struct glide_entry){.block = block};
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
         if (leaf->pos[i])
-            *(leaf->pos[i] & POS_ZERO ? &e->zero_mask : &e->mask) |= 1u << i;
+            *(leaf->pos[i] & POS_ZERO ? &e->zero_mask : hole_at(g, leaf->pos[i]) ? &lost : &e->mask) |= 1u << i;
     }
     if (zero_map_find(&g->map.zeros, block))
-        e->zero_mask = ~e->mask;
+        e->zero_mask = ~(e->mask | lost);
     return false;
 }
 
@@ -189,6 +296,29 @@ static void add_extents(struct gather *g)
     }
 }
 
+/* The sectors of a block, all blocks ascending, of which the newest is lost. */
+static int add_lost(struct gather *g, uint64_t block)
+{
+    const uint64_t *pos = log_map_view(&g->map, block).pos;
+
+    for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
+        uint64_t sector = block * BLOCK_SECTORS + i;
+        struct glide_sectors *last = g->sector_count ? &g->sectors[g->sector_count - 1] : NULL;
+        if (!pos[i] || pos[i] & POS_ZERO || !hole_at(g, pos[i]))
+            continue;
+        if (last && last->sector + last->count == sector) {
+            last->count++;
+            continue;
+        }
+        struct glide_sectors *sectors = grown(g->sectors, g->sector_count, sizeof(*sectors));
+        if (!sectors)
+            return -ENOMEM;
+        g->sectors = sectors;
+        sectors[g->sector_count++] = (struct glide_sectors){sector, 1};
+    }
+    return 0;
+}
+
 static int summarize(struct gather *g)
 {
     uint64_t leaves = table_count(&g->map.leaves);
@@ -200,11 +330,14 @@ static int summarize(struct gather *g)
     table_filter(&g->map.leaves, add_entry, g);
     qsort(g->entries, g->entry_count, sizeof(*g->entries), by_block);
     add_extents(g);
-    return 0;
+    int err = 0;
+    for (uint64_t i = 0; i < g->entry_count && g->hole_count && !err; i++)
+        err = add_lost(g, g->entries[i].block);
+    return err;
 }
 
 int glide_gather_open(glide_volume *volume, const char *log_dir, const uint8_t *volume_id, const uint8_t *log_id,
-                      uint64_t first, uint64_t last, glide_gather **out)
+                      uint64_t first, uint64_t last, uint64_t committed, glide_gather **out)
 {
     struct gather *g = calloc(1, sizeof(*g));
     struct segment_id id;
@@ -217,11 +350,10 @@ int glide_gather_open(glide_volume *volume, const char *log_dir, const uint8_t *
     memcpy(id.log_id, log_id, 16);
     leaf_pool_init(&g->pool);
     log_map_init(&g->map, &g->pool);
-    int err = volume ? worker_call(volume->worker, ask_volume, &ask) : ask_directory(g, log_dir, first, last);
-    for (uint32_t i = 0; i < g->source_count; i++)
-        g->sources[i].file.fd = -1;
-    if (!err)
-        err = replay_all(g, log_dir, &id, volume == NULL);
+    int err = volume ? worker_call(volume->worker, ask_volume, &ask)
+                     : replay_directory(g, log_dir, &id, first, last, committed);
+    if (!err && volume)
+        err = replay_volume(g, log_dir, &id);
     if (!err)
         err = summarize(g);
     if (err)
@@ -274,7 +406,8 @@ static int read_run(struct source *s, uint32_t index, uint8_t *buf, uint64_t len
     }
     if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))
         return 0;
-    return fail(-EUCLEAN, "%s: the disk lost data that it had a moment ago; nothing of it was uploaded", s->file.path);
+    return fail(-EUCLEAN, "%s: the disk lost data that it had a moment ago; nothing of the segment is used",
+                s->file.path);
 }
 
 static int fill_entry(struct gather *g, const struct glide_entry *e, uint8_t **buf)
@@ -287,7 +420,7 @@ static int fill_entry(struct gather *g, const struct glide_entry *e, uint8_t **b
             continue;
         }
         uint32_t n = 1;
-        while (i + n < BLOCK_SECTORS && pos[i + n] == pos[i] + n)
+        while (i + n < BLOCK_SECTORS && e->mask >> (i + n) & 1 && pos[i + n] == pos[i] + n)
             n++;
         struct source *s = find_source(g, pos_seq(pos[i]));
         int err = s ? read_run(s, pos_index(pos[i]), *buf, (uint64_t)n * SECTOR) : -EUCLEAN;
@@ -325,5 +458,8 @@ void glide_gather_close(glide_gather *g)
     free(g->sources);
     free(g->entries);
     free(g->extents);
+    free(g->losses);
+    free(g->holes);
+    free(g->sectors);
     free(g);
 }

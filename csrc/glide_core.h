@@ -289,11 +289,33 @@ struct glide_extent {
 /*
  * Replay segments first..last of a log directory, verify every record's data, keep what is newest as of
  * `last`. With `volume`, the records must be exactly those the volume acknowledged (-EUCLEAN
- * otherwise); NULL reads any log offline. Entries are sorted by block; a block is in at most one of
- * extents and entries. Segments that do not exist are skipped.
+ * otherwise), and segments that do not exist are skipped. NULL reads any log offline: what was synced and is
+ * bad is in glide_gather_damage, which must be looked at, by the rules of a start (csrc/replay.c).
+ * `committed`, offline: what the store has; UINT64_MAX = nobody knows, nothing before the first segment is missed.
+ * Entries are sorted by block; a block is in at most one of extents and entries.
  */
 int glide_gather_open(glide_volume *volume, const char *log_dir, const uint8_t *volume_id, const uint8_t *log_id,
-                      uint64_t first, uint64_t last, glide_gather **out);
+                      uint64_t first, uint64_t last, uint64_t committed, glide_gather **out);
+
+enum glide_loss_kind {
+    GLIDE_LOSS_RECORD = 1, /* the data of a WRITE; which sectors is known */
+    GLIDE_LOSS_PLACE,      /* of the journal: what it said cannot be told */
+    GLIDE_LOSS_HEADER,     /* nothing of the file can be read */
+    GLIDE_LOSS_SEGMENT,    /* it is missing */
+};
+struct glide_loss {
+    uint64_t seq;
+    uint32_t kind;
+    uint32_t count; /* RECORD, PLACE */
+    char why[400];  /* HEADER: the file, and what it is; of the others the first of them */
+};
+struct glide_damage {
+    const struct glide_loss *losses;     /* in the order of the log, one for each kind and segment */
+    const struct glide_sectors *sectors; /* of the volume, ascending: the newest of them is a RECORD that is lost */
+    uint64_t loss_count, sector_count;
+    uint64_t torn; /* records that are bad, and that nothing says were synced: left out */
+};
+void glide_gather_damage(glide_gather *gather, struct glide_damage *out);            /* valid until close */
 uint64_t glide_gather_entries(glide_gather *gather, const struct glide_entry **out); /* valid until close */
 uint64_t glide_gather_extents(glide_gather *gather, const struct glide_extent **out);
 /* Bytes of sector data of entries [first, first + count). */
@@ -304,6 +326,19 @@ void glide_gather_close(glide_gather *gather);
 
 /* Sequence numbers of the segments in a log directory, ascending; returns the number found. */
 int glide_log_segments(const char *log_dir, uint64_t *seqs, uint32_t max);
+
+struct glide_segment {
+    uint32_t copies; /* of the header that are good: bits 0 and 1 */
+    uint32_t version, sectors;
+    uint8_t volume_id[16], log_id[16];
+    uint64_t seq, previous_seq;
+    uint32_t previous_end;
+    uint64_t records[4]; /* valid ones, by op: 1 WRITE, 2 ZERO, 3 SYNC */
+    uint64_t written;    /* bytes of the WRITEs */
+};
+/* Describe a segment by its first bytes, head and journal. -EUCLEAN: no copy of the header is good; -ENOTSUP: another
+ * version, nothing but it is filled in. */
+int glide_segment_look(const void *data, uint64_t length, struct glide_segment *out);
 
 struct glide_record {
     uint64_t sector, count; /* of the volume */

@@ -95,12 +95,17 @@ static int read_all(int fd, void *buf, uint64_t length, uint64_t offset, uint64_
     return 0;
 }
 
+static bool header_whole(const struct segment_header *h)
+{
+    return !memcmp(h->magic, MAGIC, sizeof(h->magic)) &&
+           h->check == XXH3_64bits(h, offsetof(struct segment_header, check));
+}
+
 /* Why a copy of the header is not this segment's, set as the error's text; 0 = it is. */
 static int judge_header(const struct disk_file *f, const struct segment_id *id, const struct segment_header *h,
                         bool whole)
 {
-    if (!whole || memcmp(h->magic, MAGIC, sizeof(h->magic)) ||
-        h->check != XXH3_64bits(h, offsetof(struct segment_header, check)))
+    if (!whole || !header_whole(h))
         return fail(-EUCLEAN, "%s: no valid segment header", f->path);
     if (h->version != VERSION)
         return fail(-ENOTSUP,
@@ -165,10 +170,33 @@ static bool record_valid(const struct segment_record *r, uint64_t salt, uint32_t
     return r->op == RECORD_SYNC || r->count;
 }
 
+/* Count the records that are valid, clear op of the others. */
+static void check_journal(struct segment_journal *j, const struct segment_header *h, uint32_t limit)
+{
+    struct segment_id id = {.seq = h->seq};
+
+    memcpy(id.volume_id, h->volume_id, 16);
+    memcpy(id.log_id, h->log_id, 16);
+    uint64_t salt = segment_salt(&id);
+    for (uint32_t i = 0; i < j->sectors;) {
+        struct segment_record *r = &j->records[i];
+        if (i >= limit || !record_valid(r, salt, i, j->sectors)) {
+            r->op = 0;
+            i++;
+            continue;
+        }
+        uint32_t space = r->op == RECORD_WRITE ? r->count : 1;
+        j->valid += r->op != RECORD_SYNC;
+        for (uint32_t k = 1; k < space; k++)
+            j->records[i + k].op = 0;
+        i += space;
+        j->end = i;
+    }
+}
+
 int segment_read_journal(struct disk_file *f, const struct segment_header *h, uint32_t limit,
                          struct segment_journal *out)
 {
-    struct segment_id id = {.seq = h->seq};
     uint64_t got, bytes = segment_journal_bytes(h->sectors);
     struct segment_record *records = calloc(1, bytes);
 
@@ -180,25 +208,9 @@ int segment_read_journal(struct disk_file *f, const struct segment_header *h, ui
         free(records);
         return fail(err, "cannot read the journal of %s", f->path);
     }
-    memcpy(id.volume_id, h->volume_id, 16);
-    memcpy(id.log_id, h->log_id, 16);
-    uint64_t salt = segment_salt(&id);
     out->records = records;
     out->sectors = h->sectors;
-    for (uint32_t i = 0; i < h->sectors;) {
-        struct segment_record *r = &records[i];
-        if (i >= limit || !record_valid(r, salt, i, h->sectors)) {
-            r->op = 0;
-            i++;
-            continue;
-        }
-        uint32_t space = r->op == RECORD_WRITE ? r->count : 1;
-        out->valid += r->op != RECORD_SYNC;
-        for (uint32_t k = 1; k < space; k++)
-            records[i + k].op = 0;
-        i += space;
-        out->end = i;
-    }
+    check_journal(out, h, limit);
     return 0;
 }
 
@@ -291,6 +303,50 @@ void segment_unlink_spares(const char *dir)
     }
     if (d)
         closedir(d);
+}
+
+int glide_segment_look(const void *data, uint64_t length, struct glide_segment *out)
+{
+    struct segment_header copies[2], *h = NULL;
+
+    memset(out, 0, sizeof(*out));
+    for (uint32_t i = 0; i < 2; i++) {
+        if (length < i * SECTOR + sizeof(*h))
+            break;
+        memcpy(&copies[i], (const uint8_t *)data + (uint64_t)i * SECTOR, sizeof(*h));
+        if (!header_whole(&copies[i]))
+            continue;
+        h = h ? h : &copies[i];
+        out->copies |= 1u << i;
+    }
+    if (!h)
+        return -EUCLEAN;
+    out->version = h->version;
+    out->sectors = h->sectors;
+    memcpy(out->volume_id, h->volume_id, 16);
+    memcpy(out->log_id, h->log_id, 16);
+    out->seq = h->seq;
+    out->previous_seq = h->previous_seq;
+    out->previous_end = h->previous_end;
+    if (h->version != VERSION)
+        return -ENOTSUP;
+    if (h->sectors == 0 || h->sectors > SEGMENT_MAX_SECTORS)
+        return -EUCLEAN;
+    if (length <= SEGMENT_HEAD)
+        return 0;
+    struct segment_journal j = {.records = calloc(1, segment_journal_bytes(h->sectors)), .sectors = h->sectors};
+    if (!j.records)
+        return -ENOMEM;
+    memcpy(j.records, (const uint8_t *)data + SEGMENT_HEAD,
+           min_u64(length - SEGMENT_HEAD, segment_journal_bytes(h->sectors)));
+    check_journal(&j, h, UINT32_MAX);
+    for (uint32_t i = 0; i < j.end; i++) {
+        uint32_t op = j.records[i].op;
+        out->records[op] += op != 0;
+        out->written += op == RECORD_WRITE ? (uint64_t)j.records[i].count * SECTOR : 0;
+    }
+    segment_free_journal(&j);
+    return 0;
 }
 
 int glide_log_segments(const char *log_dir, uint64_t *seqs, uint32_t max)

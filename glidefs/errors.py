@@ -68,10 +68,12 @@ class OlderFormat(CorruptObject):
 class CorruptLog(GlideError):
     """A write log on this host has damage below a position that was known to be durable."""
 
-    def __init__(self, path: str, why: str) -> None:
+    def __init__(
+        self, path: str, why: str, remedy: str = "see `glidefs logs` to export what is readable"
+    ) -> None:
         self.path = path
         self.why = why
-        super().__init__(f"{path}: damaged write log: {why}; see `glidefs logs` to export what is readable")
+        super().__init__(f"{path}: damaged write log: {why}; {remedy}")
 
 
 class Fenced(GlideError):

@@ -54,13 +54,15 @@ class ExportLogs:
             return False
         return saved is not None and saved[0].nonce == root.nonce
 
-    def sent_segment(self, record: ExportRecord) -> int:
-        """The last segment of the log that the store has, as far as this host knows."""
+    def sent_segment(self, record: ExportRecord) -> int | None:
+        """The last segment of the log that the store has; None if nothing here knows."""
         try:
             saved = self._saved(record)
         except CorruptObject:
-            return 0
-        return saved[0].last_segment if saved is not None and saved[0].log_id == record.log_id else 0
+            return None
+        if saved is None:
+            return None if record.root_published else 0
+        return saved[0].last_segment if saved[0].log_id == record.log_id else None
 
     def _saved(self, record: ExportRecord) -> tuple[Root, str | None, bytes] | None:
         key = manifest_key(record.prefix, record.name)
@@ -74,12 +76,13 @@ class ExportLogs:
     def set_aside(self, record: ExportRecord) -> None:
         """Note beside a log that leaves its export whose it was, and what of it the store has."""
         directory = self.directory(record)
+        sent = self.sent_segment(record)
         note = aside.Aside(
             name=record.name,
             prefix=record.prefix,
             why=record.fenced,
             at=record.fenced_at or int(time.time()),
-            sent=self.sent_segment(record),
+            sent=aside.UNKNOWN if sent is None else sent,
         )
         try:
             aside.write(directory, note)

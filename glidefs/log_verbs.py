@@ -8,10 +8,11 @@ from typing import Any
 
 import msgspec
 
+from glidefs.core.gather import log_segments
 from glidefs.errors import ConfigError, GlideError, InUse, UnknownExport
 from glidefs.export_table import ExportTable, RecordDirectory
 from glidefs.names import check_id
-from glidefs.volume import aside, local, logs
+from glidefs.volume import aside, local, log_damage, logs
 
 
 class LogVerbs:
@@ -27,8 +28,21 @@ class LogVerbs:
 
     def _unsent(self, directory: Path, volume: bytes, own: bytes) -> int:
         """Bytes that a log which no export uses holds and the store does not. Raises CorruptLog."""
-        noted = aside.read(directory)
-        return logs.unsent_bytes(directory, volume, own, noted.sent if noted is not None else 0)
+        return logs.unsent_bytes(directory, volume, own, self._sent(directory, volume, own))
+
+    def _sent(self, directory: Path, volume: bytes, own: bytes) -> int | None:
+        """The last segment of a log that the store has; None if nothing here knows."""
+        for entry in self._table.all():
+            record, opened = entry.record, entry.volume
+            if record is not None and (record.volume_id, record.log_id) == (volume, own):
+                if opened is not None and opened.log_id == own:
+                    return opened.root.last_segment
+                if not record.root_published:
+                    return 0
+        if aside.is_noted(directory):
+            return aside.sent_segment(aside.read(directory))
+        roots = (root for root in local.every(self._state_dir) if root.log_id == own)
+        return next((root.last_segment for root in roots if root.volume_id == volume), None)
 
     def _known(self) -> tuple[dict[tuple[bytes, bytes], str], Collection[str]]:
         """The logs that records name, and whose they are: never to be deleted by hand. And damaged records.
@@ -63,8 +77,12 @@ class LogVerbs:
             found.append({**msgspec.structs.asdict(info), "export": name, "was": was, "state": state})
         return found
 
-    def export(self, volume_id: str, log_id: str, path: str) -> dict[str, Any]:
-        """Write what a log holds to a sparse file. Raises UnknownExport, ConfigError, CorruptLog."""
+    def export(self, volume_id: str, log_id: str, path: str, *, partial: bool = False) -> dict[str, Any]:
+        """Write what a log holds to a sparse file. Raises UnknownExport, ConfigError, CorruptLog.
+
+        A log of which something that was synced is bad is refused, and nothing is written; with
+        ``partial`` what is whole is written, and "note" and "lost" say what is not.
+        """
         volume, own = bytes.fromhex(check_id(volume_id)), bytes.fromhex(check_id(log_id))
         directory = logs.log_dir(self._directory, volume, own)
         if not directory.is_dir():
@@ -72,9 +90,36 @@ class LogVerbs:
         target = Path(path)
         if not target.is_absolute() or "\0" in path:
             raise ConfigError("name the file by an absolute path")
-        extents = logs.export_log(directory, volume, own, target)
-        data = sum(extent.length for extent in extents if not extent.zero)
-        return {"path": path, "bytes": data, "extents": [msgspec.to_builtins(extent) for extent in extents]}
+        copy, sent = self._copy(directory, volume, own, target, partial=partial)
+        notes = [log_damage.note(copy.damage, directory)]
+        if sent is None and log_segments(directory)[:1] != [1]:
+            notes.append("nothing here says what of the log the store has: its first segments may be missing")
+        data = sum(extent.length for extent in copy.extents if not extent.zero)
+        return {
+            "path": path,
+            "bytes": data,
+            "extents": [msgspec.to_builtins(extent) for extent in copy.extents],
+            "lost": msgspec.to_builtins(copy.damage),
+            "note": "; ".join(filter(None, notes)),
+        }
+
+    def _copy(
+        self, directory: Path, volume: bytes, own: bytes, target: Path, *, partial: bool
+    ) -> tuple[logs.LogCopy, int | None]:
+        """The export, and what the store is known to have; anew where segments went while it was read."""
+        while True:
+            found, sent = log_segments(directory)[:1], self._sent(directory, volume, own)
+            failed: GlideError | None = None
+            try:
+                copy = logs.export_log(directory, volume, own, target, sent=sent, partial=partial)
+            except GlideError as error:
+                failed = error
+            if failed is None and not copy.damage.losses:
+                return copy, sent
+            if log_segments(directory)[:1] == found and self._sent(directory, volume, own) == sent:
+                if failed is not None:
+                    raise failed
+                return copy, sent
 
     def delete(self, volume_id: str, log_id: str, *, force: bool = False) -> dict[str, Any]:
         """Delete a log that was set aside.

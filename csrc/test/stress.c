@@ -237,7 +237,7 @@ static void upload(struct volume_state *s)
     if (seq <= s->committed)
         return;
     MUST(glide_volume_sync(s->volume));
-    MUST(glide_gather_open(s->volume, s->log_dir, s->id, s->id, s->committed + 1, seq, &g));
+    MUST(glide_gather_open(s->volume, s->log_dir, s->id, s->id, s->committed + 1, seq, s->committed, &g));
     pthread_mutex_lock(&s->base_lock);
     uint64_t n = glide_gather_extents(g, &extents);
     for (uint64_t i = 0; i < n; i++)

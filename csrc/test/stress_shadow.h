@@ -55,7 +55,7 @@ static int stress_shadow_begin(struct stress_shadow *x, const char *dir, const c
     const struct glide_entry *entries;
     const struct glide_extent *extents;
     glide_gather *g;
-    int err = glide_gather_open(NULL, log_dir, id, id, committed + 1, UINT64_MAX, &g);
+    int err = glide_gather_open(NULL, log_dir, id, id, committed + 1, UINT64_MAX, committed, &g);
 
     if (err)
         return err;

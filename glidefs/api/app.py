@@ -43,9 +43,13 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class LogExportRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST /api/logs/{volume}/{log}/export: an absolute path on the daemon's host."""
+    """Body of POST /api/logs/{volume}/{log}/export: an absolute path on the daemon's host.
+
+    `partial`: a damaged log is exported as far as it is whole.
+    """
 
     path: str
+    partial: bool = False
 
 
 class HandoffRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -285,7 +289,8 @@ class Routes:
         """POST /api/logs/{volume}/{log}/export."""
         wanted = await body(request, LogExportRequest)
         ids = request.path_params["volume"], request.path_params["log"]
-        return reply(await self.pools.stores.run(self.control.router.logs.export, *ids, wanted.path))
+        export = partial(self.control.router.logs.export, *ids, wanted.path, partial=wanted.partial)
+        return reply(await self.pools.stores.run(export))
 
     async def delete_log(self, request: Request) -> Response:
         """DELETE /api/logs/{volume}/{log}."""

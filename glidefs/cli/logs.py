@@ -56,12 +56,15 @@ def logs_export(
     volume: Volume,
     log: Log,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Sparse image to write.")],
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Of a damaged log what is whole; says what is lost.")
+    ] = False,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
     """Write what a log holds to a sparse file: each sector where it belongs, holes elsewhere."""
     with reported(as_json):
-        target = {"path": absolute(str(file))}
+        target = {"path": absolute(str(file)), "partial": partial}
         result = connect(config).call("POST", f"/api/logs/{_id(volume)}/{_id(log)}/export", target)
         show_result(result, as_json, f"{file}: {output.size_text(result.get('bytes', 0))} of data")
 

@@ -36,14 +36,52 @@ class GatherExtent(msgspec.Struct, frozen=True, order=True):
     count: int
 
 
+class LogLoss(msgspec.Struct, frozen=True):
+    """Something that was synced to segment ``segment`` and is bad now.
+
+    ``kind``: "record", data whose place in the volume is known, ``count`` of them; "place" of a journal,
+    which would say it, ``count`` of them; "header", nothing of the file can be read; "segment", it is
+    missing. ``why`` names the file.
+    """
+
+    segment: int
+    kind: str
+    count: int
+    why: str
+
+
+class LogDamage(msgspec.Struct, frozen=True):
+    """What a log that is read offline lacks: by segment, and the sectors whose newest data is lost.
+
+    ``torn``: records that are bad and that nothing says were ever synced; they count as never written.
+    """
+
+    losses: tuple[LogLoss, ...] = ()
+    sectors: tuple[tuple[int, int], ...] = ()
+    """(first sector, count) of the volume, ascending."""
+    torn: int = 0
+
+
+_KINDS = {
+    lib.GLIDE_LOSS_RECORD: "record",
+    lib.GLIDE_LOSS_PLACE: "place",
+    lib.GLIDE_LOSS_HEADER: "header",
+    lib.GLIDE_LOSS_SEGMENT: "segment",
+}
+LAST = (1 << 64) - 1
+"""As ``last``: to the end of the log, which must be there."""
+
+
 class Gather(Handle):
     """Replays segments ``first``..``last``; every record is verified.
 
-    With ``volume``, the records must be exactly those that it acknowledged; without, any log is
-    read offline. Entries are sorted by block. Raises CorruptLog.
+    With ``volume``, the records must be exactly those that it acknowledged. Without, any log is read
+    offline, and judged as at a start: ``damage`` must be looked at. ``sent`` is then the last segment that
+    the store has: what is missing up to it is not missed; None if nobody knows. Entries are sorted by block.
+    Raises CorruptLog.
     """
 
-    __slots__ = ("_count", "_entries", "_volume")
+    __slots__ = ("_count", "_entries", "_volume", "damage")
 
     def __init__(
         self,
@@ -52,14 +90,24 @@ class Gather(Handle):
         volume_id: bytes,
         log_id: bytes,
         first: int,
-        last: int,
+        last: int = LAST,
+        sent: int | None = None,
     ) -> None:
         self._volume = volume
         path = os.fspath(log_dir)
         out = ffi.new("glide_gather **")
         pointer = ffi.NULL if volume is None else volume._acquire()
         try:
-            result = lib.glide_gather_open(pointer, os.fsencode(path), volume_id, log_id, first, last, out)
+            result = lib.glide_gather_open(
+                pointer,
+                os.fsencode(path),
+                volume_id,
+                log_id,
+                first,
+                last,
+                (1 << 64) - 1 if sent is None else sent,
+                out,
+            )
             check(result, "gather", path=path)
         except BaseException:
             if volume is not None:
@@ -69,6 +117,7 @@ class Gather(Handle):
         entries = ffi.new("const struct glide_entry **")
         self._count = int(lib.glide_gather_entries(out[0], entries))
         self._entries = entries[0]
+        self.damage = _damage(out[0])
 
     def _free(self, pointer: Any) -> None:
         lib.glide_gather_close(pointer)
@@ -115,6 +164,20 @@ class Gather(Handle):
             )
 
 
+def _damage(pointer: Any) -> LogDamage:
+    raw = ffi.new("struct glide_damage *")
+    lib.glide_gather_damage(pointer, raw)
+    losses = [raw.losses[i] for i in range(raw.loss_count)]
+    return LogDamage(
+        tuple(
+            LogLoss(loss.seq, _KINDS[loss.kind], loss.count, ffi.string(loss.why).decode(errors="replace"))
+            for loss in losses
+        ),
+        tuple((raw.sectors[i].sector, raw.sectors[i].count) for i in range(raw.sector_count)),
+        raw.torn,
+    )
+
+
 def log_segments(log_dir: str | os.PathLike[str]) -> list[int]:
     """Sequence numbers of the segments in a log directory, ascending."""
     path = os.fsencode(log_dir)
@@ -125,6 +188,47 @@ def log_segments(log_dir: str | os.PathLike[str]) -> list[int]:
         if found <= room or room >= MAX_SEGMENTS:
             return [int(seqs[i]) for i in range(min(found, room))]
         room = min(found, MAX_SEGMENTS)
+
+
+class LogSegment(msgspec.Struct, frozen=True):
+    """What the head and journal of a segment say. ``copies``: which of the two headers are good.
+
+    ``records``: how many WRITE, ZERO and SYNC records are valid; ``written``: bytes of the WRITEs.
+    """
+
+    version: int
+    copies: tuple[bool, bool]
+    sectors: int
+    volume_id: bytes
+    log_id: bytes
+    sequence: int
+    previous: int
+    records: tuple[int, int, int]
+    written: int
+
+
+def look_at_segment(data: bytes) -> LogSegment | None:
+    """Describe a segment by its first bytes, head and journal; None: no header is good.
+
+    Of another version all but ``version`` may be meaningless.
+    """
+    raw = ffi.new("struct glide_segment *")
+    result = lib.glide_segment_look(data, len(data), raw)
+    if result == -errno.EUCLEAN:
+        return None
+    if result != -errno.ENOTSUP:
+        check(result, "look at a segment")
+    return LogSegment(
+        version=raw.version,
+        copies=(bool(raw.copies & 1), bool(raw.copies & 2)),
+        sectors=raw.sectors,
+        volume_id=bytes(raw.volume_id),
+        log_id=bytes(raw.log_id),
+        sequence=raw.seq,
+        previous=raw.previous_seq,
+        records=(raw.records[1], raw.records[2], raw.records[3]),
+        written=raw.written,
+    )
 
 
 class LogRecord(msgspec.Struct, frozen=True):

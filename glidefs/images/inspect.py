@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from glidefs import names
+from glidefs.core.gather import look_at_segment
 from glidefs.errors import ConfigError, CorruptObject
 from glidefs.formats import blessing, envelope, export_record, gc_state, hot_set, manifest, pack
 from glidefs.store.base import ObjectStore
@@ -18,9 +18,7 @@ SEGMENT_MAGIC = b"GLIDELOG"
 SEGMENT_VERSION = 2
 _HEAD = 2 * pack.SECTOR
 """Two sectors with a copy of the header each, before the journal."""
-MAX_SEGMENT_SECTORS = (1 << 24) - 1
-_SEGMENT = struct.Struct("<8sII16s16s16sQQIIQ")
-_RECORD = struct.Struct("<QIIQQ")
+_RECORD_SIZE = 32
 LISTED = 1000
 """Entries shown of a long table."""
 MAX_WHOLE = 512 << 20
@@ -103,7 +101,7 @@ def inspect(source: Source) -> dict[str, Any]:
         pack.PACK_MAGIC: _pack,
     }
     describe = known.get(magic[:4])
-    if magic == SEGMENT_MAGIC:
+    if describe is None and _is_segment(source):
         describe = _segment
     if describe is None and magic[:1] == b"{":
         describe = _record
@@ -184,35 +182,34 @@ def _pack(source: Source) -> dict[str, Any]:
 
 
 def _segment(source: Source) -> dict[str, Any]:
-    """A segment of a write log (csrc/segment.h). Checksums are left to the core, which replays it."""
-    head = source.head(_SEGMENT.size)
-    if len(head) < _SEGMENT.size:
-        raise CorruptObject(source.name, len(head), "truncated segment header")
-    if head[8:12] != SEGMENT_VERSION.to_bytes(4, "little"):
-        found = int.from_bytes(head[8:12], "little")
-        raise CorruptObject(source.name, 8, f"segment format {found}; this release reads {SEGMENT_VERSION}")
-    _, version, sectors, volume, own, _, seq, previous, _, _, _ = _SEGMENT.unpack(head)
-    if sectors > MAX_SEGMENT_SECTORS:
-        raise CorruptObject(source.name, 12, f"{sectors} sectors, at most {MAX_SEGMENT_SECTORS}")
-    journal = source.head(_HEAD + sectors * _RECORD.size)[_HEAD:]
-    counts = {"WRITE": 0, "ZERO": 0, "SYNC": 0}
-    written = 0
-    for _, count, op, _, _ in _RECORD.iter_unpack(journal[: len(journal) // _RECORD.size * _RECORD.size]):
-        if 1 <= op <= len(counts):
-            counts[list(counts)[op - 1]] += 1
-            written += count * pack.SECTOR if op == 1 else 0
+    """A segment of a write log (csrc/segment.h), by whichever copy of its header is good."""
+    found = look_at_segment(source.head(_HEAD))
+    if found is None:
+        raise CorruptObject(source.name, 0, "a write log segment of which neither copy of the header is good")
+    if found.version != SEGMENT_VERSION:
+        why = f"segment format {found.version}; this release reads {SEGMENT_VERSION}"
+        raise CorruptObject(source.name, 8, why)
+    found = look_at_segment(source.head(_HEAD + found.sectors * _RECORD_SIZE)) or found
+    note = "data is not verified here"
+    if not all(found.copies):
+        bad = "first" if found.copies[1] else "second"
+        note = f"the {bad} copy of its header is damaged, a start of its volume repairs it; {note}"
     return {
         "kind": "write log segment",
-        "version": version,
-        "volume_id": volume.hex(),
-        "log_id": own.hex(),
-        "sequence": seq,
-        "previous": previous,
-        "sectors": sectors,
-        "records": counts,
-        "written_bytes": written,
-        "note": "checksums of records are not verified here",
+        "version": found.version,
+        "volume_id": found.volume_id.hex(),
+        "log_id": found.log_id.hex(),
+        "sequence": found.sequence,
+        "previous": found.previous,
+        "sectors": found.sectors,
+        "records": dict(zip(("WRITE", "ZERO", "SYNC"), found.records, strict=True)),
+        "written_bytes": found.written,
+        "note": note,
     }
+
+
+def _is_segment(source: Source) -> bool:
+    return SEGMENT_MAGIC in (source.head(8), source.head(pack.SECTOR + 8)[pack.SECTOR :])
 
 
 def _hot_set(source: Source) -> dict[str, Any]:

@@ -16,11 +16,15 @@ from blake3 import blake3
 from glidefs.formats.atomic import write_file_atomic
 
 FILE = "aside.json"
+UNKNOWN = -1
 _MAX_FILE = 64 << 10
 
 
 class Aside(msgspec.Struct, frozen=True, kw_only=True):
-    """``name`` and ``prefix`` of the export; ``at``: unix seconds; ``sent``: last segment in the store."""
+    """``name`` and ``prefix`` of the export; ``at``: unix seconds; ``sent``: last segment in the store.
+
+    ``sent`` is UNKNOWN where nothing told.
+    """
 
     name: str
     prefix: str
@@ -32,6 +36,11 @@ class Aside(msgspec.Struct, frozen=True, kw_only=True):
 class _File(msgspec.Struct):
     checksum: str
     aside: msgspec.Raw
+
+
+def sent_segment(noted: Aside | None) -> int | None:
+    """The last segment in the store, None if nobody knows."""
+    return noted.sent if noted is not None and noted.sent >= 0 else None
 
 
 def write(directory: Path, aside: Aside) -> None:

@@ -11,14 +11,15 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import msgspec
 
-from glidefs.core.gather import Gather, log_segments
+from glidefs.core.gather import Gather, LogDamage, log_segments
 from glidefs.errors import CorruptLog, GlideError, UnknownExport
 from glidefs.formats.atomic import fsync_dir
 from glidefs.formats.pack import BLOCK, FULL_MASK, SECTOR, SECTORS_PER_BLOCK
+from glidefs.volume import log_damage
 
 _HEX_ID = re.compile(r"[0-9a-f]{32}\Z")
 _FILL_BYTES = 16 << 20
@@ -53,18 +54,25 @@ def lost_syncs(directory: Path) -> bool:
     return any(directory.glob("*.syncfail"))
 
 
-def unsent_bytes(directory: Path, volume_id: bytes, log_id: bytes, sent: int) -> int:
+class LogCopy(NamedTuple):
+    """What was written of a log, ascending, and what could not be."""
+
+    extents: list[LogExtent]
+    damage: LogDamage
+
+
+def unsent_bytes(directory: Path, volume_id: bytes, log_id: bytes, sent: int | None) -> int:
     """Bytes of the volume, zeros too, that segments beyond ``sent`` hold: what the store does not have.
 
-    Raises CorruptLog.
+    None: nobody knows what it has; then all that is there counts. Raises CorruptLog.
     """
-    seqs = [seq for seq in log_segments(directory) if seq > sent]
-    if not seqs:
-        return 0
-    with Gather(None, directory, volume_id, log_id, seqs[0], seqs[-1]) as gather:
+    after = sent or 0
+    with Gather(None, directory, volume_id, log_id, after + 1, sent=sent) as gather:
+        log_damage.check(gather.damage, directory)
         sectors = sum((entry.mask | entry.zero_mask).bit_count() for entry in gather.entries())
         unsent = sectors * SECTOR + sum(extent.count for extent in gather.extents()) * BLOCK
-    if not unsent:  # a segment is made by the first write to it
+    if not unsent and (seqs := [seq for seq in log_segments(directory) if seq > after]):
+        # A segment is made by the first write to it.
         raise CorruptLog(str(directory), f"nothing can be read of {len(seqs)} segments")
     return unsent
 
@@ -86,46 +94,61 @@ def list_logs(log_root: Path, live: Collection[tuple[bytes, bytes]]) -> list[Log
     return found
 
 
-def export_log(directory: Path, volume_id: bytes, log_id: bytes, out_path: Path) -> list[LogExtent]:
+def export_log(
+    directory: Path,
+    volume_id: bytes,
+    log_id: bytes,
+    out_path: Path,
+    *,
+    sent: int | None = None,
+    partial: bool = False,
+) -> LogCopy:
     """Write what a log holds, newest version of each sector, into a sparse image; says which parts.
 
     What the log does not hold is left as it is in ``out_path``, so a log can be applied over an
-    image of the volume. Raises CorruptLog.
+    image of the volume. ``sent``: the last segment that the store has, None if nobody knows. Raises
+    CorruptLog, and has written nothing then, where something that was synced is bad; with ``partial``
+    that is left out.
     """
-    with out_path.open("r+b" if out_path.exists() else "w+b") as out:
-        extents = copy_log(directory, volume_id, log_id, out)
-        out.flush()
-        if extents:
-            _punch(out.fileno(), extents)
-    return extents
+    with Gather(None, directory, volume_id, log_id, 1, sent=sent) as gather:
+        if not partial:
+            log_damage.check(gather.damage, directory)
+        with out_path.open("r+b" if out_path.exists() else "w+b") as out:
+            extents = _copy(gather, out)
+            out.flush()
+            if extents:
+                _punch(out.fileno(), extents)
+        return LogCopy(extents, gather.damage)
 
 
 def copy_log(
     directory: Path, volume_id: bytes, log_id: bytes, out: IO[bytes], *, after: int = 0
 ) -> list[LogExtent]:
-    """Write what segments beyond ``after`` hold of data to its place in ``out``.
+    """Write what segments beyond ``after``, which the store has, hold of data to its place in ``out``.
 
     Returns all that they hold, ascending; the extents of zeros are the caller's to write. Raises CorruptLog.
     """
+    with Gather(None, directory, volume_id, log_id, after + 1, sent=after) as gather:
+        log_damage.check(gather.damage, directory)
+        return _copy(gather, out)
+
+
+def _copy(gather: Gather, out: IO[bytes]) -> list[LogExtent]:
     extents: list[LogExtent] = []
-    seqs = [seq for seq in log_segments(directory) if seq > after]
-    if not seqs:
-        return extents
-    with Gather(None, directory, volume_id, log_id, seqs[0], seqs[-1]) as gather:
-        for extent in gather.extents():
-            _add(extents, extent.block * BLOCK, extent.count * BLOCK, True)
-        for first, count in _batches(gather):
-            data = memoryview(bytearray(gather.nbytes(first, count)))
-            gather.fill(first, count, data)
-            at = 0
-            for block, mask, zero_mask in gather.entries(first, count):
-                for sector, length, zero in _runs(mask, zero_mask):
-                    offset = block * BLOCK + sector * SECTOR
-                    _add(extents, offset, length * SECTOR, zero)
-                    if not zero:
-                        out.seek(offset)
-                        out.write(data[at : at + length * SECTOR])
-                        at += length * SECTOR
+    for extent in gather.extents():
+        _add(extents, extent.block * BLOCK, extent.count * BLOCK, True)
+    for first, count in _batches(gather):
+        data = memoryview(bytearray(gather.nbytes(first, count)))
+        gather.fill(first, count, data)
+        at = 0
+        for block, mask, zero_mask in gather.entries(first, count):
+            for sector, length, zero in _runs(mask, zero_mask):
+                offset = block * BLOCK + sector * SECTOR
+                _add(extents, offset, length * SECTOR, zero)
+                if not zero:
+                    out.seek(offset)
+                    out.write(data[at : at + length * SECTOR])
+                    at += length * SECTOR
     return sorted(extents, key=lambda extent: extent.offset)
 
 

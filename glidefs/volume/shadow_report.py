@@ -17,6 +17,7 @@ from glidefs.errors import GlideError
 from glidefs.formats.pack import BLOCK, SECTOR, SECTORS_PER_BLOCK, payload_hash
 from glidefs.images.offline import BlockReader, Piece
 from glidefs.store.base import ObjectStore
+from glidefs.volume import log_damage
 from glidefs.volume.keys import scoped_key
 from glidefs.volume.reader import block_key
 
@@ -133,7 +134,8 @@ def _log_lost(volume: Volume, found: ShadowDifference) -> str:
         return ""
     if volume.core.info().dirty_bytes > LOG_SEARCHED:
         return "the log is too long to be searched for it"
-    with Gather(None, volume.log_dir, volume.id, volume.log_id, seqs[0], seqs[-1]) as gather:
+    with Gather(None, volume.log_dir, volume.id, volume.log_id, seqs[0], sent=seqs[0] - 1) as gather:
+        log_damage.check(gather.damage, volume.log_dir)
         masks = (entry.mask | entry.zero_mask for entry in gather.entries() if entry.block == block)
         held = any(mask >> sector & 1 for mask in masks)
         held |= any(extent.block <= block < extent.block + extent.count for extent in gather.extents())

@@ -6,7 +6,7 @@ import errno
 import random
 
 import pytest
-from core_rig import BLOCK, MIB, SECTOR, CoreRig, inject, pattern
+from core_rig import BLOCK, MIB, SECTOR, SECTORS, CoreRig, inject, pattern
 
 from glidefs.core.gather import Gather, log_segments
 from glidefs.errors import CorruptLog
@@ -102,10 +102,68 @@ def test_offline(rig: CoreRig) -> None:
         gather.fill(0, len(gather), data)
         assert data == b"".join(pattern(i, SECTOR) for i in range(40))
     segment = vol.segments()[1]
-    segment.flip(segment.data_at(2))  # offline takes what is there
-    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1, 99) as gather:
+    segment.flip(segment.data_at(2))
+    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1) as gather:
         assert gather.nbytes(0, len(gather)) == 39 * SECTOR
+        (loss,) = gather.damage.losses
+        assert (loss.segment, loss.kind, loss.count) == (2, "record", 1)
+        assert str(segment.path) in loss.why
+        ((sector, count),) = gather.damage.sectors
+        assert count == 1
+        masks = {entry.block: entry.mask for entry in gather.entries()}
+        assert not masks[sector // SECTORS] >> sector % SECTORS & 1
     assert log_segments(vol.dir / "absent") == []
+
+
+def test_offline_leaves_out_what_was_never_synced(rig: CoreRig) -> None:
+    """Torn by a power cut, as at a start: what it meant to replace stays, and the count says so."""
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR), fua=True)
+    vol.core.pwrite(0, pattern(2, SECTOR))
+    vol.close()
+    segment = vol.segments()[0]
+    segment.flip(segment.data_at(2))  # the SYNC is the second record
+    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1) as gather:
+        assert not gather.damage.losses
+        assert gather.damage.torn == 1
+        assert list(gather.entries()) == [(0, 1, 0)]
+        data = bytearray(SECTOR)
+        gather.fill(0, 1, data)
+    assert data == pattern(1, SECTOR)
+
+
+def test_what_is_lost_and_written_again_is_not_missed(rig: CoreRig) -> None:
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, 2 * SECTOR), fua=True)
+    vol.core.zero(0, BLOCK)
+    vol.core.pwrite(SECTOR, pattern(2, 2 * SECTOR), fua=True)
+    vol.core.pwrite(SECTOR, pattern(3, SECTOR), fua=True)
+    vol.close()
+    segment = vol.segments()[0]
+    for index in (0, 4):
+        segment.flip(segment.data_at(index))
+    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1) as gather:
+        assert [loss.count for loss in gather.damage.losses] == [2]
+        assert gather.damage.sectors == ((2, 1),)
+        assert list(gather.entries()) == [(0, 1 << 1, 0xFFFFFFF9)]
+
+
+def test_segments_that_nobody_knows_the_store_to_have(rig: CoreRig) -> None:
+    """The first may be gone because the store has it: only who knows what it has can miss one."""
+    vol = rig.vol()
+    for i in range(40):
+        vol.core.pwrite(i * SECTOR, pattern(i, SECTOR), fua=True)
+    vol.close()
+    first = vol.segments()[0].path
+    first.unlink()
+    for sent, missed in ((None, 0), (1, 0), (0, 1)):
+        with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1, sent=sent) as gather:
+            assert len(gather.damage.losses) == missed, sent
+    for segment in vol.segments():
+        segment.path.unlink()
+    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1) as gather:
+        assert {loss.kind for loss in gather.damage.losses} == {"segment"}
+        assert len(gather) == 0
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -6,14 +6,16 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from core_rig import BLOCK, SECTOR, CoreRig, Vol, pattern
 from mutate import bit_flip, copy_over, remove, sectors, swap, truncate, zero_fill, zero_sector
 
 from glidefs.core.check import CoreError
-from glidefs.errors import CorruptLog
+from glidefs.core.gather import Gather
+from glidefs.errors import CorruptLog, CorruptObject
+from glidefs.images.inspect import inspect, open_source
 
 HEADER_FIELDS = {
     "magic": 0,
@@ -152,6 +154,40 @@ def strike(rig: CoreRig, log: Log, fault: Fault, tmp: Path) -> str:
     shutil.copytree(log.path, where)
     copy_over(log.path.with_name(f"{log.path.name}.witness"), where.with_name(f"{where.name}.witness"))
     fault.strike(where)
+    offline = read_offline(where, log.want, fault)
+    found = start(rig, where, log, fault)
+    assert (offline == "right") == (found == "right"), f"{fault.name}: {offline} offline, {found} at a start"
+    return found
+
+
+def read_offline(where: Path, want: bytes, fault: Fault) -> str:
+    """The same files read offline: what is lost is said, what is whole is right."""
+    with Gather(None, where, b"v" * 16, b"l" * 16, 1, sent=0) as gather:
+        damage = gather.damage
+        data = bytearray(gather.nbytes(0, len(gather)))
+        gather.fill(0, len(gather), data)
+        mask, zeros = 0, 0
+        for entry in gather.entries():
+            assert entry.block == 0
+            mask, zeros = entry.mask, entry.zero_mask
+    lost = sum(((1 << count) - 1) << first for first, count in damage.sectors)
+    assert not lost & (mask | zeros), fault.name
+    if not damage.losses or all(loss.kind == "record" for loss in damage.losses):
+        at = 0
+        for sector in range(BLOCK // SECTOR):
+            there = want[sector * SECTOR : (sector + 1) * SECTOR]
+            if mask >> sector & 1:
+                assert data[at : at + SECTOR] == there, f"{fault.name}: other data of sector {sector}"
+                at += SECTOR
+            elif not lost >> sector & 1:
+                assert not there.strip(b"\0"), f"{fault.name}: sector {sector} is left out"
+    for loss in damage.losses:
+        assert str(where) in loss.why, f"{fault.name}: {loss.why} names no file"
+    return damage.losses[0].why if damage.losses else "right"
+
+
+def start(rig: CoreRig, where: Path, log: Log, fault: Fault) -> str:
+    """What a volume over these files makes of it."""
     vol = Vol(rig, where, 64 << 20, volume_id=b"v" * 16, log_id=b"l" * 16, always_verify=True)
     try:
         vol.open()
@@ -248,6 +284,40 @@ def test_a_damaged_header_is_made_good(rig: CoreRig, log: Log) -> None:
         assert vol.recovery.repaired == 1
         vol.close()
         assert path.read_bytes() == whole
+
+
+def test_a_look_at_a_segment_needs_one_header(log: Log) -> None:
+    path = log.path / "0000000000000002.seg"
+
+    def look() -> dict[str, Any]:
+        return inspect(open_source(None, str(path)))
+
+    whole = look()
+    assert whole["sequence"] == 2
+    assert whole["note"] == "data is not verified here"
+    for sector, name in enumerate(("first", "second")):
+        kept = path.read_bytes()
+        for damage in (
+            lambda s=sector: zero_sector(path, s),
+            lambda s=sector: bit_flip(path, s * SECTOR + 70),
+        ):
+            damage()
+            found = look()
+            assert f"the {name} copy of its header is damaged" in found.pop("note")
+            assert found == {key: value for key, value in whole.items() if key != "note"}
+            path.write_bytes(kept)
+    bit_flip(path, 70)
+    bit_flip(path, SECTOR + 70)
+    with pytest.raises(CorruptObject, match="neither copy of the header"):
+        look()
+
+
+def test_a_look_at_a_segment_counts_what_is_valid(log: Log) -> None:
+    path = log.path / "0000000000000001.seg"
+    before = inspect(open_source(None, str(path)))["records"]
+    bit_flip(path, 2 * SECTOR + 8)
+    after = inspect(open_source(None, str(path)))["records"]
+    assert after == {**before, "WRITE": before["WRITE"] - 1}
 
 
 def test_the_first_format_is_refused_by_name(rig: CoreRig, log: Log) -> None:

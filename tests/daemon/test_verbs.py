@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 from daemon_harness import Daemon, wait_for
+from mutate import bit_flip
 
 from glidefs.cli.client import CommandError, export_path
 
@@ -176,6 +177,14 @@ def test_take_over_fences_the_first(daemon: Daemon, make_daemon: Make) -> None:
     ids = aside[0]["volume_id"], aside[0]["log_id"]
     daemon.json("logs", "export", *ids, "aside.img")
     assert (daemon.base / "aside.img").read_bytes()[:4096] == b"\x06" * 4096
+    segment = next((daemon.base / "cache" / "logs").glob("*/*/*.seg"))
+    bit_flip(segment, segment.stat().st_size - 1)
+    assert "--partial" in daemon.fails("logs", "export", *ids, "damaged.img")
+    assert not (daemon.base / "damaged.img").exists()
+    saved = daemon.run("logs", "export", *ids, "damaged.img", "--partial")
+    assert "0 bytes" not in saved.stderr
+    assert f"{segment} has 1 bad records that were synced: lost are " in saved.stderr
+    bit_flip(segment, segment.stat().st_size - 1)
     assert "the store does not have 1048576 bytes of it" in daemon.fails("logs", "delete", *ids)
     assert "1048576 bytes" in daemon.json("logs", "delete", *ids, "--force")["note"]
     assert daemon.json("logs", "list") == []

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from mutations_core import CORE, Mutation
 from mutations_limits import LIMITS
+from mutations_offline import OFFLINE
 from mutations_volume import VOLUME
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ from mutations_sim import SIM  # noqa: E402
 BUILD_ARGS = ["setup.py", "-q", "build_ext", "-i"]
 BUILD_TIMEOUT = 600
 TEST_TIMEOUT = 900
-MUTATIONS = CORE + LIMITS + VOLUME + SIM
+MUTATIONS = CORE + LIMITS + OFFLINE + VOLUME + SIM
 
 
 def run(mutation: Mutation, tree: Path, python: str) -> tuple[bool, str]:

@@ -195,7 +195,8 @@ def test_attach_refuses_and_takes_over(rig: Rig) -> None:
     (info,) = [i for i in logs.list_logs(first.settings.log_dir, {(taken.id, taken.log_id)}) if not i.live]
     assert info.segments == 2  # one that was committed, one that was not
     out = rig.tmp / "export.img"
-    extents = logs.export_log(volume.log_dir, volume.id, volume.log_id, out)
+    extents, damage = logs.export_log(volume.log_dir, volume.id, volume.log_id, out)
+    assert not damage.losses
     assert [(e.offset, e.length, e.zero) for e in extents][-1][1] % 4096 == 0
     assert out.read_bytes()[4096:8192] == b"lost" * 1024
 

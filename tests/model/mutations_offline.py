@@ -1,0 +1,68 @@
+"""Ways to break what reads a log offline, for mutations.py."""
+
+from __future__ import annotations
+
+from mutations_core import Mutation
+
+GATHER = "tests/core/test_core_gather.py::"
+MUTATED = "tests/core/test_core_mutations.py::"
+DAMAGED = "tests/forks/test_damaged_logs.py::"
+
+OFFLINE = [
+    Mutation(
+        "offline-loss-is-not-said",
+        "glidefs/volume/log_damage.py",
+        "    if damage.losses:\n        raise",
+        "    if False:\n        raise",
+        (DAMAGED + "test_a_damaged_log_is_exported_on_demand_only",),
+    ),
+    Mutation(
+        "offline-loss-shows-what-is-older",
+        "csrc/gather.c",
+        "log_map_write(&g->map, lost->record->sector,",
+        "log_map_write(&g->map, lost->record->sector + 1,",
+        (GATHER + "test_what_is_lost_and_written_again_is_not_missed",),
+    ),
+    Mutation(
+        "offline-run-goes-on-into-what-is-lost",
+        "csrc/gather.c",
+        "e->mask >> (i + n) & 1 && ",
+        "",
+        (MUTATED + "test_one_fault_in_a_segment",),
+    ),
+    Mutation(
+        "offline-end-of-the-log-not-looked-for",
+        "csrc/gather.c",
+        "    if (!err && last == UINT64_MAX)",
+        "    if (false)",
+        (MUTATED + "test_segments_in_each_others_place",),
+    ),
+    Mutation(
+        "offline-zeros-over-what-is-lost",
+        "csrc/gather.c",
+        "        e->zero_mask = ~(e->mask | lost);",
+        "        e->zero_mask = ~e->mask;",
+        (GATHER + "test_what_is_lost_and_written_again_is_not_missed",),
+    ),
+    Mutation(
+        "offline-foreign-file-ends-what-is-whole",
+        "csrc/replay.c",
+        "    if (!r->calls->lost || err == -ENOMEM)",
+        "    if (true)",
+        (DAMAGED + "test_a_file_of_another_log_is_damage",),
+    ),
+    Mutation(
+        "offline-segments-that-go-are-damage",
+        "glidefs/log_verbs.py",
+        "            if log_segments(directory)[:1] == found and ",
+        "            if True or ",
+        (DAMAGED + "test_segments_that_go_while_they_are_read_are_no_damage",),
+    ),
+    Mutation(
+        "inspect-reads-the-first-header-only",
+        "csrc/segment.c",
+        "    for (uint32_t i = 0; i < 2; i++) {\n        if (length < i * SECTOR",
+        "    for (uint32_t i = 0; i < 1; i++) {\n        if (length < i * SECTOR",
+        (MUTATED + "test_a_look_at_a_segment_needs_one_header",),
+    ),
+]
