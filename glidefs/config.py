@@ -341,10 +341,10 @@ def _check(source: str, config: Config) -> None:
     if config.nbd.reply_memory < MIN_REPLY_MEMORY:
         refuse("nbd", "reply_memory", f"must be at least {MIN_REPLY_MEMORY >> 20}MiB")
     cache = config.cache
-    if not 32 * KIB <= cache.segment_size <= 64 * GIB or cache.segment_size % 4096:
-        refuse("cache", "segment_size", "must be a multiple of 4KiB from 32KiB to 64GiB")
-    if cache.log_size < 2 * cache.segment_size:
-        refuse("cache", "log_size", "must hold at least two segments (segment_size)")
+    if not 32 * KIB <= cache.segment_size < 64 * GIB or cache.segment_size % 4096:
+        refuse("cache", "segment_size", "must be a multiple of 4KiB, at least 32KiB and less than 64GiB")
+    if cache.log_size < 4 * cache.segment_size:
+        refuse("cache", "log_size", "must hold at least four segments (segment_size)")
     if cache.block_cache_size < MIB:
         refuse("cache", "block_cache_size", "must be at least 1MiB")
     if cache.map_budget < MIB:

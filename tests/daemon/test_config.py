@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from glidefs.cli import template
@@ -111,7 +112,9 @@ def test_durations() -> None:
         ("[cache]\nlog_size = true", "[cache] log_size"),
         ("[cache]\nlog_size = -1", "[cache] log_size"),
         ("[cache]\nlog_size = 4096", "[cache] log_size: must hold"),
+        ('[cache]\nlog_size = "255MiB"', "[cache] log_size: must hold at least four segments"),
         ("[cache]\nsegment_size = 5000", "[cache] segment_size"),
+        ('[cache]\nsegment_size = "64GiB"\nlog_size = "1TiB"', "[cache] segment_size"),
         ("[cache]\ndir = 5", "[cache] dir"),
         ('[cache]\ndir = ""', "[cache] dir"),
         ('[cache]\ndir = "a\\u0000b"', "[cache] dir"),
@@ -152,3 +155,31 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError):
         load_config(binary)
+
+
+SMALLEST = """
+[cache]
+segment_size = "32KiB"
+log_size = "128KiB"
+block_cache_size = "1MiB"
+map_budget = "1MiB"
+[nbd]
+reply_memory = "64MiB"
+[daemon]
+workers = 1
+"""
+LARGEST_SEGMENT = """
+[cache]
+segment_size = 68719472640
+log_size = "1TiB"
+"""
+
+
+@pytest.mark.parametrize("text", [SMALLEST, LARGEST_SEGMENT])
+def test_what_is_accepted_the_core_takes(tmp_path: Path, text: str) -> None:
+    pytest.importorskip("glidefs.core._core")
+    from glidefs.core.engine import Engine
+    from glidefs.serving import engine_config
+
+    settings = msgspec.structs.replace(engine_config(parse_config(text)), cache_dir=tmp_path / "blocks")
+    Engine(settings).close()
