@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from glidefs.errors import CorruptObject
+from glidefs.formats import atomic
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.names import manifest_key
@@ -40,6 +41,11 @@ class ExportLogs:
     def directory(self, record: ExportRecord) -> Path:
         """Where the log is."""
         return logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
+
+    def begin(self, record: ExportRecord) -> None:
+        """Make the log's directory, durable on return. Raises OSError."""
+        if not record.is_view:
+            atomic.make_directory(self.directory(record))
 
     def is_own(self, root: Root) -> bool:
         """Whether the log that a root names is here, and was not set aside."""

@@ -152,7 +152,7 @@ class ForkVerbs:
             if etag is not None:
                 local.save(self._opener.places.state_dir, root, manifest_key(record.prefix, name), etag)
             fresh = new_record(root, record.prefix, record.transport, published=etag is not None)
-            entry.set_record(self._records, replace(fresh, size=record.size, device_id=record.device_id))
+            self._opener.begin(entry, replace(fresh, size=record.size, device_id=record.device_id))
             if root.volume_id != record.volume_id:
                 self._host.forget_state(record.volume_id)
             self._opener.try_open(entry, root, etag)

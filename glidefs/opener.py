@@ -199,7 +199,7 @@ class Opener:
     def take(self, entry: Entry, prefix: str, root: Root, etag: str, transport: str) -> None:
         """Serve a volume that is ours in the store by now. A failure is kept in the entry."""
         local.save(self.places.state_dir, root, manifest_key(prefix, root.name), etag)
-        entry.set_record(self._records, new_record(root, prefix, transport, published=True))
+        self.begin(entry, new_record(root, prefix, transport, published=True))
         self.try_open(entry, root, etag)
 
     def take_lost(self, entry: Entry, prefix: str, transport: str) -> bool:
@@ -253,7 +253,7 @@ class Opener:
     def prepare(self, entry: Entry) -> None:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
         assert entry.record is not None
-        self.check_logs(entry.record)
+        self.check_log(entry.record)
         root, etag = self.roots.find(entry.record)
         entry.volume = self._host.open(entry.record, root, etag, standby=True)
         self._watch(entry, entry.volume)
@@ -286,7 +286,7 @@ class Opener:
         """Serve from the record and the local root; from the store's where the local one is lost."""
         assert entry.record is not None
         try:
-            self.check_logs(entry.record)
+            self.check_log(entry.record)
             root, etag = self.roots.find(entry.record)
             try:
                 self.open(entry, root, etag, compare=True)
@@ -331,17 +331,32 @@ class Opener:
         unexpected = not isinstance(error, GlideError | OSError)
         log.error("%s: cannot be served: %s", entry.name, error, exc_info=error if unexpected else None)
 
-    def check_logs(self, record: ExportRecord) -> None:
-        """Raises GlideError where the log of an export is elsewhere: it may hold what the store has not.
+    def begin(self, entry: Entry, record: ExportRecord) -> None:
+        """A new life of an export. Its log is there before its record: one that is missing later was lost.
+
+        Raises OSError.
+        """
+        self.logs.begin(record)
+        entry.set_record(self._records, record)
+
+    def check_log(self, record: ExportRecord) -> None:
+        """Raises GlideError where the log of an export is not here: it may hold what the store has not.
 
         A log that was begun in a directory without the mark is here: its volume was taken over again.
         """
-        if self.places.logs_missing and not record.is_view and not self.logs.directory(record).is_dir():
-            raise GlideError(
-                f"{record.name}: its write log is not here: the log directory {self.places.logs_dir}: "
-                f"{self.places.logs_missing}; mount the right disk and start again; if it is lost, "
-                f"'glidefs attach {record.name} --take-over'"
+        directory = self.logs.directory(record)
+        if record.is_view or directory.is_dir():
+            return
+        why = f"{directory} is missing; put it back and start again"
+        if self.places.logs_missing:
+            where = self.places.logs_dir
+            why = (
+                f"the log directory {where}: {self.places.logs_missing}; mount the right disk and start again"
             )
+        raise GlideError(
+            f"{record.name}: its write log is not here: {why}; if it is lost, "
+            f"'glidefs attach {record.name} --take-over'"
+        )
 
     # -- transports ------------------------------------------------------------------------------
 

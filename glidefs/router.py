@@ -230,7 +230,8 @@ class ExportRouter:
         with self.table.reserved(name) as entry, self._origin(prefix, source) as origin:
             root, size = self._first_root(name, wanted, origin, size)
             entry.record = replace(new_record(root, prefix, wanted.transport, published=False), size=size)
-            self._opener.check_logs(entry.record)
+            if self._settings.logs_missing:
+                self._opener.check_log(entry.record)
             try:
                 self._create(entry, root, wanted.wait)
             except BaseException:
@@ -276,7 +277,7 @@ class ExportRouter:
         if root.source and not of_base and not view:
             etag = self._publish(entry, prefix, root, must=True)
         try:
-            entry.set_record(self._records, entry.record)
+            self._opener.begin(entry, entry.record)
             if not root.source or (of_base and wait and not view):
                 # Nobody commits for a read-only export, so its root cannot come later.
                 etag = self._publish(entry, prefix, root, must=wait or root.read_only)

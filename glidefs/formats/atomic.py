@@ -33,16 +33,27 @@ def write_file_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o6
     Durable on return. Raises OSError, and then the old file is untouched. Without room on the disk it is
     tried once more with what is reserved for that.
     """
-    _with_reserve(_write, Path(path), data, mode)
+    with_reserve(lambda: _write(Path(path), data, mode), Path(path))
 
 
-def _with_reserve(write: Callable[[Path, bytes, int], None], target: Path, data: bytes, mode: int) -> None:
+def make_directory(path: str | os.PathLike[str], mode: int = 0o700) -> None:
+    """Make ``path`` and what is missing above it, durable on return, like the above. Raises OSError."""
+    target = Path(path)
+    if target.is_dir():
+        return
+    make_directory(target.parent, mode)
+    with_reserve(lambda: target.mkdir(mode, exist_ok=True), target)
+    fsync_dir(target.parent)
+
+
+def with_reserve(write: Callable[[], None], target: Path) -> None:
+    """Call ``write``, and once more with what is reserved if ``target`` has no room. Raises OSError."""
     try:
-        write(target, data, mode)
+        write()
     except OSError as error:
         if error.errno not in reserve.NO_ROOM or not reserve.give_way(target):
             raise
-        write(target, data, mode)
+        write()
 
 
 def _write(target: Path, data: bytes, mode: int) -> None:
@@ -68,7 +79,7 @@ def write_in_place(path: str | os.PathLike[str], data: bytes, mode: int = 0o600)
     Durable on return. What a crash leaves of it is the reader's to notice. Raises OSError; without room on
     the disk it is tried once more with what is reserved for that.
     """
-    _with_reserve(_write_over, Path(path), data, mode)
+    with_reserve(lambda: _write_over(Path(path), data, mode), Path(path))
 
 
 def _write_over(target: Path, data: bytes, mode: int) -> None:
