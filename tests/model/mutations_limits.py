@@ -6,6 +6,7 @@ from mutations_core import Mutation
 
 TIMEOUTS = "tests/core/test_core_timeouts.py::"
 MEMORY = "tests/nbd/test_nbd_memory.py::"
+FULL = "tests/core/test_core_full_disk.py::"
 DEVICES = "tests/daemon/test_devices.py::"
 
 LIMITS = [
@@ -74,5 +75,26 @@ LIMITS = [
         "    if refused is not None:\n        return refused\n",
         "",
         ("tests/daemon/test_ublk_kernels.py",),
+    ),
+    Mutation(
+        "hints-do-not-give-way",
+        "glidefs/formats/reserve.py",
+        "        gone = [remove() for remove in self.hints]\n",
+        "        gone: list[bool] = []\n",
+        (FULL + "test_copies_of_indices_give_way_to_what_frees_the_log",),
+    ),
+    Mutation(
+        "hints-take-the-last-inode",
+        "glidefs/volume/index_files.py",
+        "            if not reserve.has_files(self._directory) and not self.give_way(1):\n",
+        "            if False:\n",
+        (FULL + "test_copies_of_indices_give_way_to_what_frees_the_log",),
+    ),
+    Mutation(
+        "missing-log-taken-for-one-not-begun",
+        "glidefs/opener.py",
+        "        if record.is_view or directory.is_dir():\n",
+        "        if record.is_view or not self.places.logs_missing:\n",
+        ("tests/forks/test_damaged_files.py::test_a_directory_that_is_lost",),
     ),
 ]

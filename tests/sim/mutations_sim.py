@@ -68,8 +68,8 @@ SIM = [
     Mutation(
         "directories-of-small-files-are-not-synced",
         "glidefs/formats/atomic.py",
-        "    fsync_dir(target.parent)\n",
-        "",
+        "        raise\n    fsync_dir(target.parent)\n",
+        "        raise\n",
         SEEDS,
     ),
     Mutation(
