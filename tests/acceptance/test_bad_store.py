@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import secrets
 import struct
 import subprocess
 import sys
@@ -20,13 +21,17 @@ from pathlib import Path
 
 import pytest
 from figures import Figures
-from node import DEADLINE, Node, servers, stopwatch
+from node import DEADLINE, MIB, Node, servers, stopwatch
 
 from glidefs.cli.client import CommandError
+from glidefs.formats.manifest import encode_root
+from glidefs.names import manifest_key
+from glidefs.volume import lease
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bad_s3 import BUCKET, METHODS, BadS3, Storm
+from bad_s3 import BUCKET, METHODS, BadS3, Stored, Storm
+from stored_roots import owner_of
 
 pytest.importorskip("glidefs.core._core")
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,6 +43,8 @@ CLASSES = {"2xx": range(200, 300), "3xx": range(300, 400), "4xx": range(400, 500
 SHARES = (0.1, 0.5, 1.0)
 CALM = 1 << 29
 """Where nobody else writes."""
+TOMBSTONES = 100
+"""For gc to delete in each round."""
 SHORT = 4.0
 LONG = float(os.environ.get("GLIDEFS_STORM_SECONDS", 20))
 DRAINED = 5.0
@@ -148,8 +155,20 @@ class World:
             self.node.client.call("POST", "/api/exports/hot/drain", {}, timeout=DEADLINE)
         return took[0]
 
+    def leave_garbage(self) -> None:
+        """Tombstones of volumes that were removed long ago, for gc to delete."""
+        with self.s3.lock:
+            for i in range(TOMBSTONES):
+                root = lease.empty_root(f"gone-{i}", MIB, owner_of("gone"))
+                key = manifest_key("default", root.name)
+                data = encode_root(lease.tombstone(root, doomed=False), key)
+                self.s3.objects[f"root/{key}"] = Stored(
+                    data, f'"{secrets.token_hex(16)}"', time.time() - 3600
+                )
+
     def storm(self, storm: Storm, seconds: float) -> Round:
         """One round; what was seen."""
+        self.leave_garbage()
         stop = threading.Event()
         writer = Writer(self.node, self.written, stop)
         reader = Reader(self.node, self.blocks, stop)

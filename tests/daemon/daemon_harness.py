@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import command_line
 import servers
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -161,15 +162,7 @@ node = "{node}"
         environment = {**os.environ, **servers.CREDENTIALS, "PYTHONPATH": str(ROOT)}
         environment["GLIDEFS_CONFIG"] = str(self.config)
         environment.pop("GLIDEFS_SOCKET", None)
-        done = subprocess.run(
-            [sys.executable, "-m", "glidefs.cli.main", *args],
-            cwd=self.base,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE * 2,
-            check=False,
-        )
+        done = command_line.run(args, cwd=self.base, env=environment, timeout=DEADLINE * 2)
         if check:
             assert done.returncode == 0, f"{args}: {done.stdout}{done.stderr}\n{self.log_text}"
         return done

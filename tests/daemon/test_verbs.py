@@ -177,7 +177,7 @@ def test_take_over_fences_the_first(daemon: Daemon, make_daemon: Make) -> None:
     ids = aside[0]["volume_id"], aside[0]["log_id"]
     daemon.json("logs", "export", *ids, "aside.img")
     assert (daemon.base / "aside.img").read_bytes()[:4096] == b"\x06" * 4096
-    segment = next((daemon.base / "cache" / "logs").glob("*/*/*.seg"))
+    segment = max((daemon.base / "cache" / "logs").glob("*/*/*.seg"))
     bit_flip(segment, segment.stat().st_size - 1)
     assert "--partial" in daemon.fails("logs", "export", *ids, "damaged.img")
     assert not (daemon.base / "damaged.img").exists()
@@ -229,7 +229,7 @@ def test_remove_of_a_fenced_export_keeps_the_log_and_the_other_host_s_volume(
 def test_logs_in_use_are_not_deleted(daemon: Daemon) -> None:
     made = daemon.json("create", "v1", "--size", "64MiB")
     daemon.io("v1", "write -P 5 0 1M")
-    segment = next((daemon.base / "cache" / "logs").glob("*/*/*.seg"))
+    segment = max((daemon.base / "cache" / "logs").glob("*/*/*.seg"))
     shown = daemon.json("inspect", str(segment))
     assert (shown["volume_id"], shown["log_id"]) == (made["volume_id"], made["log_id"])
     assert shown["written_bytes"] == MIB
