@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOOK = 0.2
+"""Seconds between two looks whether a volume closes whose packs are queued."""
 REPLANS = 8
 """How often an upload is planned again on a root that the store turned out to have."""
 
@@ -205,7 +207,7 @@ class Uploader:
             if not waiting:
                 break
             try:
-                built.append(waiting.popleft().result())
+                built.append(self._result(volume, waiting.popleft()))
                 if burst is not None:
                     burst.step_back(time.monotonic() - began)
             except BaseException as caught:
@@ -213,6 +215,20 @@ class Uploader:
         if error is not None:
             raise error
         return built
+
+    def _result(self, volume: Volume, future: Future[BuiltPack]) -> BuiltPack:
+        """What comes of a pack. When the volume closes, one that is queued is given up.
+
+        It may be behind those of other volumes, which wait for the store.
+        """
+        while True:
+            try:
+                return future.result(LOOK)
+            except TimeoutError:
+                if future.done():
+                    raise
+                if (volume.closing or self._life().stopping) and future.cancel():
+                    raise Closed(f"volume {volume.name} closes") from None
 
     def _put_one(self, volume: Volume, gather: Gather, job: PackJob) -> BuiltPack:
         plain = heap.buffer(gather.nbytes(job.first, job.count))

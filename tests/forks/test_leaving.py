@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,26 @@ def test_a_forced_detach_needs_no_store(
     image = node.home / "image"
     assert node.router.logs.export(volume, log, str(image))["bytes"] >= 8192
     assert image.read_bytes()[4096:12288] == UNSENT
+
+
+def test_a_forced_detach_does_not_wait_for_the_packs_of_others(
+    make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the store away every thread that puts packs waits for it; those of other volumes for ever."""
+    node = make_node("a", put_threads=1)
+    names = [f"v{i}" for i in range(3)]
+    for name in names:
+        node.create(name, SIZE, wait=True)
+    memory.set_down(True)
+    monkeypatch.setattr("glidefs.leaving.STORE_PATIENCE", 0.2)
+    for name in names:
+        node.core(name).pwrite(4096, UNSENT)
+        with pytest.raises(GlideError):
+            node.router.drain(name, 0.2)
+    until = time.monotonic() + 20
+    for name in reversed(names):  # those whose packs are queued first
+        assert "8192 bytes" in node.router.detach(name, 0.2, force=True)["note"]
+    assert time.monotonic() < until
 
 
 @pytest.mark.parametrize("verb", [0, 1], ids=["detach", "remove"])
