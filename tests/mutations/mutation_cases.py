@@ -12,6 +12,7 @@ import mutate
 from mutation_world import World, put_bytes
 
 from glidefs.store.memory import MemoryStore
+from glidefs.store.which import STORE_KEY
 
 SECTOR = mutate.SECTOR
 OBJECTS: dict[str, Callable[[str], bool]] = {
@@ -23,6 +24,7 @@ OBJECTS: dict[str, Callable[[str], bool]] = {
     "base manifest": lambda key: "/bases/" in key and key.endswith("/manifest"),
     "hot set": lambda key: key.endswith("/hot-set"),
     "gc state": lambda key: key.endswith("gc/state"),
+    "store id": lambda key: key == STORE_KEY,
 }
 FILES = {
     "segment header": "logs/*/*/*.seg",
@@ -85,6 +87,8 @@ def _combinations() -> list[tuple[str, str, str]]:
                 continue
             if mutation == "older" and kind in NEVER_OLDER:
                 continue
+            if mutation == "copy" and kind == "store id":
+                continue  # the same as a swap with that of another store
             if mutation in ("truncation", "absence") and kind in REGIONS[1:]:
                 continue  # one of the file, as of its header
             if kind in OBJECTS:
@@ -131,7 +135,9 @@ def strike_store(world: World, case: Case, memory: MemoryStore, tmp: Path) -> St
     key = rng.choice(keys)
     other = rng.choice([one for one in keys if one != key] or [key])
     data, there = world.objects[key][0], world.objects[other][0]
-    if case.mutation == "swap":
+    if case.kind == "store id" and case.mutation == "swap":
+        put_bytes(memory, key, world.foreign_store, same_etag=False)
+    elif case.mutation == "swap":
         put_bytes(memory, key, there, same_etag=False)
         put_bytes(memory, other, data, same_etag=False)
     elif case.mutation == "copy":
@@ -147,6 +153,8 @@ def strike_store(world: World, case: Case, memory: MemoryStore, tmp: Path) -> St
         put_bytes(memory, key, path.read_bytes(), same_etag=rng.random() < 0.5)
     names = [key, other, _called(other)] if case.mutation == "swap" else [key]
     names.append(_called(key))
+    if case.kind == "store id":
+        names.append("not this host's store")
     if case.kind == "volume root" and case.mutation == "absence":
         names.append("its manifest is gone from the store")
     export = key.split("/")[2] if "/volumes/" in key else ""
@@ -156,6 +164,8 @@ def strike_store(world: World, case: Case, memory: MemoryStore, tmp: Path) -> St
 def _called(key: str) -> str:
     """What a user calls the object, where it has such a name, with the words that say so."""
     parts = key.split("/")
+    if len(parts) == 1:
+        return key
     if "/snapshots/" in key:
         return f"snapshot:{parts[2]}@{int(parts[-1])}: "
     if "/tags/" in key:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from fork_rig import BLOCK, PREFIX, Node
 from mutation_cases import (
@@ -35,22 +36,25 @@ from mutation_world import SECTOR, Image, World, copy_tree, forget, restored, st
 from glidefs.config import StoreSettings
 from glidefs.core.check import CoreError
 from glidefs.errors import GlideError
+from glidefs.export_table import ExportTable, RecordDirectory
 from glidefs.exports import AttachRequest
 from glidefs.formats.manifest import decode_root
 from glidefs.gc import collect
 from glidefs.images.export import export_image
 from glidefs.images.offline import BlockReader
+from glidefs.log_verbs import LogVerbs
 from glidefs.names import parse_source
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
 from glidefs.store.memory import MemoryStore
 from glidefs.store_check import StoreCheck
-from glidefs.volume.logs import export_log
 from glidefs.volume.volume import DrainTimeout
 
 PATIENCE = 60.0
 """Seconds until something that takes milliseconds is called a hang; the machine may be busy."""
 
+WITHOUT_A_STORE = 0.5
+"""The same where the store is not the one that is meant: reads and verbs wait for it, and there are many."""
 
 NEWS = 5.0
 """Seconds until a line that says why something failed is missing."""
@@ -123,6 +127,9 @@ class Play:
             self.struck = strike_files(self.world, self.case, self.home)
         if self.case.start == OFFLINE:
             self._offline()
+        elif self.case.kind == "store id":
+            with patch("glidefs.router.VERB_PATIENCE", WITHOUT_A_STORE):
+                self._started()
         else:
             self._started()
         if self.lines.tracebacks:
@@ -194,7 +201,8 @@ class Play:
             for file in ("blocks.index", "blocks.data"):
                 (self.home / "blocks" / file).unlink()
         try:
-            node = start_node(self.home, self.memory, read_timeout_ms=int(PATIENCE * 1000))
+            patience = WITHOUT_A_STORE if self.case.kind == "store id" else PATIENCE
+            node = start_node(self.home, self.memory, read_timeout_ms=int(patience * 1000))
         except (GlideError, OSError) as error:
             self._error("start", str(error))
             return
@@ -210,6 +218,7 @@ class Play:
             self._copies(node)
             self._drain(node)
         finally:
+            node.stopping.set()
             node.close()
         self._look_offline(self.case.start != COLD)
 
@@ -342,29 +351,41 @@ class Play:
         self._try("gc", lambda: collect(store, PREFIX, grace=0.0))
 
     def _logs(self) -> None:
-        """The log over the image of its volume: what is whole of it, and never other data."""
-        for volume, name in self.world.volumes.items():
-            if name not in self.world.stored or name != self.struck.export:
-                continue
-            target = self.tmp / "image"
-            export_image(self.memory, PREFIX, name, target, force=True)
-            (log,) = (path for path in (self.home / "logs" / volume).iterdir() if path.is_dir())
-            act = partial(export_log, log, bytes.fromhex(volume), bytes.fromhex(log.name), target)
-            if self._try(f"log of {name}", act) is not None:
-                self._compare_sectors(name, target)
-
-    def _compare_sectors(self, name: str, target: Path) -> None:
-        """A log that is damaged is saved as far as it is whole: each sector as it was at some time."""
-        image = self.world.images[name]
-        if self.case.kind == "witness":
-            self._compare_file(f"log of {name} over its image", target, image)
+        """The log over the image of its volume: all, or an error; then what is whole, and what is lost."""
+        home, name = self.home, self.struck.export
+        (volume,) = (volume for volume, of in self.world.volumes.items() if of == name)
+        (log,) = (path for path in (home / "logs" / volume).iterdir() if path.is_dir())
+        verbs = LogVerbs(RecordDirectory(home / "exports"), ExportTable(), home / "logs", home / "state")
+        source = name if name in self.world.stored else "base:deb"
+        target, what = self.tmp / "image", f"log of {name} over its image"
+        export_image(self.memory, PREFIX, source, target, force=True)
+        before = target.stat().st_mtime_ns
+        if self._try(what, lambda: verbs.export(volume, log.name, str(target))) is not None:
+            self._compare_file(what, target, self.world.images[name])
             return
+        if target.stat().st_mtime_ns != before:
+            self._wrong(f"{what}: refused, and something was written")
+        result = verbs.export(volume, log.name, str(target), partial=True)
+        if not self._names(result["note"]):
+            self._wrong(f"{what}: what is lost is not said: {result['note']}")
+        self._compare_whole(what, target, result)
+
+    def _compare_whole(self, what: str, target: Path, result: dict[str, Any]) -> None:
+        """What is left of a log over an image: right, but where it says that it lost something.
+
+        Of lost data it knows the place; where it does not, there may be what was there before.
+        """
+        image = self.world.images[self.struck.export]
+        known = all(loss["kind"] == "record" for loss in result["lost"]["losses"])
+        lost = {at for first, count in result["lost"]["sectors"] for at in range(first, first + count)}
         with target.open("rb") as file:
-            for at, want in image.places.items():
-                file.seek(at)
-                for i in range(0, len(want), SECTOR):
-                    if file.read(SECTOR) not in image.sectors:
-                        self._wrong(f"log of {name} over its image has other data at {at + i}")
+            for place, data in image.places.items():
+                file.seek(place)
+                for i in range(0, len(data), SECTOR):
+                    found, sector = file.read(SECTOR), (place + i) // SECTOR
+                    right = found == data[i : i + SECTOR] or (not known and found in image.sectors)
+                    if not right and not (sector in lost and found in image.sectors):
+                        self._wrong(f"{what} has other data at {place + i}, and does not say so")
 
 
 def play(world: World, case: Case, tmp: Path) -> str:

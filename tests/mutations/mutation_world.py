@@ -21,7 +21,9 @@ from fork_rig import MIB, PREFIX, Node
 
 from glidefs.errors import StoreUnavailable
 from glidefs.exports import SnapshotRequest, TagRequest
+from glidefs.formats import identity
 from glidefs.formats.hot_set import make_hot_set
+from glidefs.formats.identity import StoreIdentity
 from glidefs.gc import collect
 from glidefs.identity import CacheIdentity
 from glidefs.names import manifest_key
@@ -80,12 +82,15 @@ class Image:
 class World(NamedTuple):
     """``home`` and ``older``: the host's directory at the end and before; ``foreign`` that of another host.
 
+    ``foreign_store`` is what another store says of itself.
+
     ``images`` is what this host must serve, ``stored`` what the store has by source, ``before`` what it had.
     """
 
     home: Path
     older: tuple[Path, ...]
     foreign: Path
+    foreign_store: bytes
     objects: Objects
     older_objects: Objects
     images: dict[str, Image]
@@ -112,15 +117,15 @@ def identify(home: Path) -> CacheIdentity:
 
 def start_node(home: Path, memory: MemoryStore, **settings: Any) -> Node:
     """A host as the daemon makes it, without its listeners. Raises ConfigError."""
-    identity = identify(home)
+    own = identify(home)
     node = Node(
         home,
         memory,
-        owner=Owner(identity.host_id, "a"),
-        logs_missing=identity.foreign.get("log_dir", ""),
+        owner=Owner(own.host_id, "a"),
+        logs_missing=own.foreign.get("log_dir", ""),
         **{**NODE, **settings},
     )
-    node.store.identity = WhichStore(identity.store_id, identity.bind)
+    node.store.identity = WhichStore(own.store_id, own.bind)
     return node
 
 
@@ -230,6 +235,7 @@ def make_world(tmp: Path) -> World:
         home=maker.home,
         older=(second, first),
         foreign=foreign,
+        foreign_store=identity.encode(StoreIdentity(id=identity.new_id(), created=1)),
         objects=dict(memory._objects),
         older_objects=older_objects,
         images={name: image for name, image in maker.images.items() if ":" not in name},
