@@ -11,7 +11,7 @@ from typing import Protocol
 from glidefs.errors import CorruptObject
 from glidefs.formats import atomic
 from glidefs.formats.export_record import ExportRecord
-from glidefs.formats.manifest import Root
+from glidefs.formats.manifest import Root, decode_root
 from glidefs.names import manifest_key
 from glidefs.volume import aside, local, logs
 
@@ -52,13 +52,19 @@ class ExportLogs:
         directory = logs.log_dir(self._places.logs_dir, root.volume_id, root.log_id)
         return directory.is_dir() and not aside.is_noted(directory)
 
-    def is_newest(self, record: ExportRecord, root: Root) -> bool:
-        """Whether a root of the store is the last one that this host knows of: no copy of it went on."""
-        try:
-            saved = self._saved(record)
-        except CorruptObject:
-            return False
-        return saved is not None and saved[0].nonce == root.nonce
+    def put_here(self, root: Root, record: ExportRecord | None = None) -> bool | None:
+        """Whether this host put a root that the store has, by its nonce; None if nothing here tells.
+
+        The log that a root names is no evidence: a copy of this host has the same.
+        """
+        known = set(local.load_tried(self._places.state_dir, root.volume_id))
+        saved = local.find(self._places.state_dir, root.volume_id)
+        if saved is not None:
+            known.add(saved.nonce)
+        if record is not None and record.root:
+            key = manifest_key(record.prefix, record.name)
+            known.add(decode_root(key, record.root, f"record of {record.name}").nonce)
+        return root.nonce in known if known else None
 
     def sent_segment(self, record: ExportRecord) -> int | None:
         """The last segment of the log that the store has; None if nothing here knows."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 from glidefs.core.check import Closed
@@ -77,7 +79,8 @@ class Leaving:
 
     def has_log(self, root: Root) -> bool:
         """Whether the log that a root names is this host's to go on with, and not a copy's of it."""
-        return self._opener.logs.is_own(root) and not self._table.is_fenced_log(root.log_id)
+        mine = self._opener.logs.is_own(root) and not self._table.is_fenced_log(root.log_id)
+        return mine and self._opener.logs.put_here(root) is not False
 
     # -- detach ----------------------------------------------------------------------------------
 
@@ -177,7 +180,7 @@ class Leaving:
         try:
             view = self._store.view("upload", STORE_PATIENCE)
             root, etag = lease.read_root(view, record.prefix, record.name)
-            if root.log_id == record.log_id and self._opener.logs.is_newest(record, root):
+            if root.log_id == record.log_id and self._opener.logs.put_here(root, record):
                 lease.detach(view, record.prefix, root, etag)
         except (Fenced, UnknownExport):
             pass  # not ours to give up
@@ -219,9 +222,11 @@ class Leaving:
             if record is None:  # damaged: the store alone knows what it was
                 return self._drop_damaged(entry, "remove", force=force) | {"removed": True}
             lost = self._check_unused(entry, "remove", force=force)
+            tried: Collection[bytes] = ()
             if entry.volume is not None:
                 with contextlib.suppress(Fenced):  # a copy of this host may have the volume by the same log
                     self._lineage.confirm(entry.volume)
+                tried = (entry.volume.root.nonce, *entry.volume.committer.tried)
             fenced = entry.is_fenced()
             self._opener.close_entry(entry, remove_device=True)
             try:
@@ -229,7 +234,14 @@ class Leaving:
                 if not (removed or fenced):
                     self._records.set_intent(name, "remove")
                     view = self._store.view("upload", PATIENCE)
-                    removed = delete_root(view, record.prefix, record, now=now)
+                    put_here = self._opener.logs.put_here
+                    removed = delete_root(
+                        view,
+                        record.prefix,
+                        record,
+                        lambda root: root.nonce in tried or put_here(root, record) is True,
+                        now=now,
+                    )
             except BaseException:
                 self._opener.reopen_after_failure(entry)
                 raise
@@ -273,8 +285,11 @@ class Leaving:
                 raise OwnedElsewhere(name, root.owner_node)
             if root.owner_host != NO_ID and not self.has_log(root):
                 raise OwnedElsewhere(name, root.owner_node, "with this host's id, but its log is not here")
+            if root.owner_host != NO_ID and not self._opener.logs.put_here(root):
+                raise OwnedElsewhere(name, root.owner_node, lease.COPIED)
             now = now or root.doomed
-            delete_root(view, prefix, root, now=now)
+            if not delete_root(view, prefix, root, partial(_is_same, root), now=now):
+                raise OwnedElsewhere(name, root.owner_node)
             if purge:
                 self._lineage.delete_snapshots(prefix, name)
             return self._removed(name, prefix, root.epoch, "", now)
@@ -294,6 +309,10 @@ class Leaving:
             "undeleted": True,
             "note": f"nobody serves it yet; 'glidefs attach {name} --prefix {prefix}' does",
         }
+
+
+def _is_same(root: Root, found: Root) -> bool:
+    return found.nonce == root.nonce
 
 
 def _set_aside(record: ExportRecord) -> str:

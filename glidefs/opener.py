@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 from glidefs.asked import START
@@ -19,6 +20,7 @@ from glidefs.errors import (
     CorruptLog,
     Fenced,
     GlideError,
+    OwnedElsewhere,
     StoreError,
     StoreWentBack,
 )
@@ -159,7 +161,7 @@ class Opener:
         view = self._store.view("background", STORE_PATIENCE)
         if verb == "remove":
             done = True
-            ours = delete_root(view, record.prefix, record)
+            ours = delete_root(view, record.prefix, record, partial(self.logs.put_here, record=record))
         else:
             root, _ = lease.read_root(view, record.prefix, record.name)
             done = root.volume_id == record.volume_id and root.owner_host == NO_ID
@@ -211,6 +213,8 @@ class Opener:
         ours = root.owner_host == self.places.owner.host and root.log_id != NO_ID
         if not ours or not has_unsent(self.places.logs_dir, root):
             return False
+        if self.logs.put_here(root) is False:
+            raise OwnedElsewhere(name, root.owner_node, lease.COPIED)
         self.roots.check_not_older(new_record(root, prefix, transport, published=True))
         log.warning("%s: its record was lost and is made again; log %s is replayed", name, root.log_id.hex())
         self.take(entry, prefix, root, etag, transport if transport != "auto" else root.transport)

@@ -13,6 +13,7 @@ had it, because no put was answered, and must not put it again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from glidefs.errors import ExportExists, Fenced, UnknownExport
@@ -57,9 +58,12 @@ def put_first_root(store: ObjectStore, prefix: str, root: Root) -> str:
         ) from None
 
 
-def delete_root(store: ObjectStore, prefix: str, mine: Identity, *, now: bool = False) -> bool:
+def delete_root(
+    store: ObjectStore, prefix: str, mine: Identity, ours: Callable[[Root], bool | None], *, now: bool = False
+) -> bool:
     """Put a tombstone over a root if it still is that of `mine`; False if another volume or owner has it.
 
+    `ours` says, if it knows, whether this host put a root of this volume and log: a copy of it has both.
     With `now` the tombstone goes, too, where that is safe. A root that is gone already, or a tombstone,
     counts as deleted. Raises StoreError.
     """
@@ -69,7 +73,9 @@ def delete_root(store: ObjectStore, prefix: str, mine: Identity, *, now: bool = 
             found, etag = lease.read_root(store, prefix, mine.name)
         except UnknownExport:
             return True
-        if found.volume_id != mine.volume_id or (found.log_id != mine.log_id and not found.removed_at):
+        if found.volume_id != mine.volume_id:
+            return False
+        if not found.removed_at and (found.log_id != mine.log_id or not ours(found)):
             return False
         kept = not now or found.epoch > 1
         if kept and found.removed_at:

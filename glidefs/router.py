@@ -318,7 +318,8 @@ class ExportRouter:
 
     def _undo_root(self, prefix: str, root: Root) -> None:
         try:
-            delete_root(self._store.view("upload", VERB_PATIENCE), prefix, root, now=True)
+            view = self._store.view("upload", VERB_PATIENCE)
+            delete_root(view, prefix, root, lambda found: found.nonce == root.nonce, now=True)
         except GlideError as error:
             log.warning("%s: its root stays in the store: %s", root.name, error)
 

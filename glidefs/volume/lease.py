@@ -38,6 +38,7 @@ from glidefs.store.checked import get_checked
 
 log = logging.getLogger(__name__)
 
+COPIED = "(with this host's id and log, but not by a root from here: a copy of its cache directory has it)"
 CONFLICT_PAUSE = 0.05
 DOOMED_PATIENCE = 2.0
 """Seconds to wait for a tombstone that somebody is about to delete."""

@@ -173,10 +173,22 @@ def load(state_dir: Path, volume_id: bytes, key: str) -> tuple[Root, str | None,
 def every(state_dir: Path) -> Iterator[Root]:
     """The roots of all volumes that there are good copies of."""
     for path in sorted((state_dir / "volumes").glob("*/root")):
-        with contextlib.suppress(CorruptObject, OSError):
-            root = decode_any_root(str(path), _read(path).root)
-            if root.volume_id.hex() == path.parent.name:
-                yield root
+        root = _find(path)
+        if root is not None:
+            yield root
+
+
+def find(state_dir: Path, volume_id: bytes) -> Root | None:
+    """The root of one volume, under whatever key, if there is a good copy."""
+    return _find(volume_dir(state_dir, volume_id) / "root")
+
+
+def _find(path: Path) -> Root | None:
+    with contextlib.suppress(CorruptObject, OSError):
+        root = decode_any_root(str(path), _read(path).root)
+        if root.volume_id.hex() == path.parent.name:
+            return root
+    return None
 
 
 def forget(state_dir: Path, volume_id: bytes) -> None:

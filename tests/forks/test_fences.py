@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
 
-from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, StoreError, UnknownExport
+from glidefs.errors import ExportExists, Fenced, GlideError, InUse, OwnedElsewhere, StoreError, UnknownExport
 from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest
 from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.names import manifest_key
@@ -369,6 +369,62 @@ def test_a_copy_of_a_host_that_could_not_open_the_volume_does_not_free_it(
     two.router.detach("v", force=True)
     assert lease.read_root(memory, PREFIX, "v")[0].owner_node == "a"
     assert lives(one)
+
+
+def not_open(node: Node) -> None:
+    """``v`` is listed, and could not be opened."""
+    entry = node.router.table.get("v")
+    with entry.lock:
+        node.router._opener.close_entry(entry, remove_device=False)
+        entry.failed(GlideError("no such luck"))
+
+
+def test_a_copy_of_a_host_that_could_not_open_the_volume_does_not_remove_it(
+    make_node: MakeNode, memory: CountingStore
+) -> None:
+    """! Its record and the root in the store name one log."""
+    one, two = twins(make_node)
+    not_open(two)
+    answer = two.router.remove("v")
+    assert "left alone" in answer["note"]
+    assert not lease.read_root(memory, PREFIX, "v")[0].removed_at
+    assert lives(one)
+
+
+@pytest.mark.parametrize(("verb", "root"), [("remove", "here"), ("remove", "lost"), ("attach", "here")])
+def test_a_copy_of_a_host_without_a_record_has_no_part_in_the_volume(
+    make_node: MakeNode, memory: CountingStore, verb: str, root: str
+) -> None:
+    """! It has the id that the root names as its owner, and the log.
+
+    Without a local root nothing tells it from the host itself: then an attach goes on, for the unsent writes.
+    """
+    one, two = twins(make_node)
+    two.core("v").pwrite(8192, OLD)
+    two.close()
+    (two.home / "exports" / "v.json").unlink()
+    if root == "lost":
+        for path in (two.home / "state" / "volumes").glob("*/*"):
+            if path.is_file():
+                path.unlink()
+    again = make_node("copy/a")
+    again.router.start()
+    assert again.router.wait_tried(20)
+    with pytest.raises((OwnedElsewhere, InUse), match=r"not by a root from here|its log is not here|is lost"):
+        again.router.remove("v") if verb == "remove" else attach(again)
+    assert not lease.read_root(memory, PREFIX, "v")[0].removed_at
+    assert lives(one)
+
+
+def test_a_volume_that_is_not_open_is_removed_by_its_host(make_node: MakeNode, memory: CountingStore) -> None:
+    """Also where the answer to its last commit was lost: the nonce is one that was tried."""
+    node = make_node("a")
+    node.create("v", SIZE, wait=True)
+    node.core("v").pwrite(0, OLD)
+    node.router.drain("v", 20.0)
+    not_open(node)
+    assert not node.router.remove("v")["note"].startswith("the store's volume")
+    assert lease.read_root(memory, PREFIX, "v")[0].removed_at
 
 
 # -- volumes with nothing to upload ----------------------------------------------------------------

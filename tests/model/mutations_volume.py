@@ -179,6 +179,22 @@ VOLUME = [
         "        if True:\n",
         (COMPACTION + "test_zero_masks_go_only_at_the_bottom",),
     ),
+    Mutation(
+        "a-copy-of-a-host-removes-by-the-log",
+        "glidefs/roots.py",
+        "found.log_id != mine.log_id or not ours(found)",
+        "found.log_id != mine.log_id",
+        (
+            "tests/forks/test_fences.py::test_a_copy_of_a_host_that_could_not_open_the_volume_does_not_remove_it",
+        ),
+    ),
+    Mutation(
+        "a-copy-of-a-host-goes-on-with-the-log",
+        "glidefs/opener.py",
+        "        if self.logs.put_here(root) is False:",
+        "        if False:",
+        ("tests/forks/test_fences.py::test_a_copy_of_a_host_without_a_record_has_no_part_in_the_volume",),
+    ),
     # -- section 5: keys
     Mutation(
         "merged-blocks-share-the-name-space-of-whole-ones",

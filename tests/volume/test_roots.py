@@ -23,6 +23,11 @@ def volume() -> Root:
     return lease.empty_root("v", 1 << 20, owner_of("a"))
 
 
+def anyone(root: Root) -> bool:
+    """As if there were no copies of hosts."""
+    return True
+
+
 def put_again(store: MemoryStore, root: Root) -> None:
     """What a node does that never had an answer to its first put."""
     lease.commit_first(store, KEY, root)
@@ -35,10 +40,10 @@ def stored(store: MemoryStore) -> Root:
 def test_a_volume_with_one_owner_leaves_nothing_if_asked_to() -> None:
     store, root = MemoryStore(), volume()
     put_first_root(store, PREFIX, root)
-    assert delete_root(store, PREFIX, root, now=True)
+    assert delete_root(store, PREFIX, root, anyone, now=True)
     with pytest.raises(UnknownExport):
         lease.read_root(store, PREFIX, "v")
-    assert delete_root(store, PREFIX, root, now=True)
+    assert delete_root(store, PREFIX, root, anyone, now=True)
     with pytest.raises(UnknownExport):
         undelete_root(store, PREFIX, "v")
 
@@ -46,8 +51,8 @@ def test_a_volume_with_one_owner_leaves_nothing_if_asked_to() -> None:
 def test_a_removed_volume_is_put_back_as_it_was_without_an_owner() -> None:
     store, root = MemoryStore(), msgspec.structs.replace(volume(), inline_page=EMPTY_PAGE, flush="store")
     put_first_root(store, PREFIX, root)
-    assert delete_root(store, PREFIX, root)
-    assert delete_root(store, PREFIX, root), "a removal that is done is done"
+    assert delete_root(store, PREFIX, root, anyone)
+    assert delete_root(store, PREFIX, root, anyone), "a removal that is done is done"
     with pytest.raises(UnknownExport, match="was removed"):
         lease.attach(store, PREFIX, "v", owner_of("a"))
     back = undelete_root(store, PREFIX, "v")
@@ -55,7 +60,7 @@ def test_a_removed_volume_is_put_back_as_it_was_without_an_owner() -> None:
     kept = ("volume_id", "size", "page_ids", "inline_page", "flush", "source", "created_at")
     assert [getattr(back, field) for field in kept] == [getattr(root, field) for field in kept]
     assert (back.owner_node, back.log_id, back.removed_at) == ("", lease.NO_ID, 0)
-    assert not delete_root(store, PREFIX, root), "who removed it once has no part in its new life"
+    assert not delete_root(store, PREFIX, root, anyone), "who removed it once has no part in its new life"
     with pytest.raises(ExportExists, match="was not removed"):
         undelete_root(store, PREFIX, "v")
     assert lease.attach(store, PREFIX, "v", owner_of("b"))[0].epoch == root.epoch + 1
@@ -74,14 +79,14 @@ def test_what_is_about_to_be_deleted_is_not_put_back(monkeypatch: pytest.MonkeyP
         delete(key)
 
     monkeypatch.setattr(store, "delete", slow)
-    assert delete_root(store, PREFIX, root, now=True)
+    assert delete_root(store, PREFIX, root, anyone, now=True)
     assert refused
 
 
 def test_who_takes_the_name_of_a_removed_volume_says_so(caplog: pytest.LogCaptureFixture) -> None:
     store, root = MemoryStore(), volume()
     put_first_root(store, PREFIX, root)
-    delete_root(store, PREFIX, root)
+    delete_root(store, PREFIX, root, anyone)
     with caplog.at_level("INFO"):
         put_first_root(store, PREFIX, volume())
     (said,) = [record.getMessage() for record in caplog.records]
@@ -95,7 +100,7 @@ def test_who_undeletes_and_who_creates_are_one_after_the_other(monkeypatch: pyte
     """! An undelete that read the tombstone before must not put its root over another volume."""
     store, root, fresh = MemoryStore(), volume(), volume()
     put_first_root(store, PREFIX, root)
-    delete_root(store, PREFIX, root)
+    delete_root(store, PREFIX, root, anyone)
     read_root = lease.read_root
 
     def slow(view: MemoryStore, prefix: str, name: str) -> tuple[Root, str]:
@@ -113,7 +118,7 @@ def test_who_undeletes_and_who_creates_are_one_after_the_other(monkeypatch: pyte
 def test_an_undelete_whose_answer_was_lost_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     store, root = MemoryStore(), volume()
     put_first_root(store, PREFIX, root)
-    delete_root(store, PREFIX, root)
+    delete_root(store, PREFIX, root, anyone)
     put = store.put
 
     def lost(key: str, data: Any, **conditions: Any) -> str:
@@ -129,10 +134,10 @@ def test_what_was_taken_over_and_removed_is_not_put_again() -> None:
     store, root = MemoryStore(), volume()
     put_again(store, root)
     taken, _ = lease.attach(store, PREFIX, "v", owner_of("b"), take_over=True)
-    assert delete_root(store, PREFIX, taken)
+    assert delete_root(store, PREFIX, taken, anyone)
     with pytest.raises(Fenced, match="took it over and removed it"):
         put_again(store, root)
-    assert delete_root(store, PREFIX, taken)
+    assert delete_root(store, PREFIX, taken, anyone)
     assert stored(store).removed_at
     fresh = volume()
     put_first_root(store, PREFIX, fresh)
@@ -155,7 +160,7 @@ def test_nobody_takes_a_name_that_is_being_removed(monkeypatch: pytest.MonkeyPat
         delete(key)
 
     monkeypatch.setattr(store, "delete", slow)
-    assert delete_root(store, PREFIX, root, now=True)
+    assert delete_root(store, PREFIX, root, anyone, now=True)
     assert refused == [True]
     put_first_root(store, PREFIX, fresh)
     assert stored(store) == fresh
@@ -171,7 +176,7 @@ def test_a_name_whose_removal_was_interrupted_is_free_later(monkeypatch: pytest.
 
         patch.setattr(store, "delete", fail)
         with pytest.raises(AccessDenied):
-            delete_root(store, PREFIX, root, now=True)
+            delete_root(store, PREFIX, root, anyone, now=True)
     monkeypatch.setattr(lease, "DOOMED_PATIENCE", 0.0)
     with pytest.raises(Conflict):
         put_first_root(store, PREFIX, fresh)
@@ -193,5 +198,5 @@ def test_a_removal_that_goes_on_says_so_anew(monkeypatch: pytest.MonkeyPatch) ->
         delete(key, **conditions)
 
     monkeypatch.setattr(store, "delete", look)
-    assert delete_root(store, PREFIX, root, now=True)
+    assert delete_root(store, PREFIX, root, anyone, now=True)
     assert seen[0] > 1
