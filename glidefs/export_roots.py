@@ -95,6 +95,7 @@ class Roots:
         store's root is found. Raises Fenced, StoreError.
         """
         log_dir = logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
+        tried = local.load_tried(self._places.state_dir, record.volume_id)
         if not logs.lost_syncs(log_dir):
             return root, etag
         try:
@@ -104,9 +105,12 @@ class Roots:
         except UnknownExport:
             return root, etag  # not put yet, or the first commit finds out
         if found.volume_id == record.volume_id and found.log_id == record.log_id:
-            return found, found_etag
-        if etag is None:
-            return root, etag  # the name is taken, which its first put finds out
+            # An older one has less than what is here, one that was not tried here is a copy's: who compares
+            # it before guests come says which.
+            newer = found.sequence > root.sequence and found.nonce in tried
+            return (found, found_etag) if newer else (root, etag)
+        if etag is None or lease.went_back(found, root):
+            return root, etag  # another's name, which the first put finds out; or to be compared, as above
         raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
 
     def check_not_older(self, record: ExportRecord) -> None:
@@ -117,7 +121,7 @@ class Roots:
             found, _ = lease.read_root(self._store.view("read", STORE_PATIENCE), record.prefix, record.name)
         except (CorruptObject, UnknownExport):
             return
-        if saved is not None and found.volume_id == record.volume_id and found.sequence < saved[0].sequence:
+        if saved is not None and lease.went_back(found, saved[0]):
             raise StoreWentBack(key, saved[0].sequence, found.sequence)
 
     def given_up(self, record: ExportRecord) -> bool:

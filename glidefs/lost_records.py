@@ -40,11 +40,16 @@ def find_lost(state_dir: Path, logs_dir: Path, known: Collection[str]) -> dict[s
     return lost
 
 
-def newer_root(store: ObjectStore, record: ExportRecord, root: Root) -> tuple[Root, str] | None:
-    """The store's root with its ETag if it is ahead of ``root``, a local copy that is old."""
+def newer_root(
+    store: ObjectStore, record: ExportRecord, root: Root, tried: Collection[bytes]
+) -> tuple[Root, str] | None:
+    """The store's root with its ETag if it is ahead of ``root``, a local copy that is old, and was put here.
+
+    ``tried`` are the nonces of what was put: that of another root is a copy's of this host.
+    """
     try:
         found, etag = lease.read_root(store, record.prefix, record.name)
     except GlideError:
         return None
     ours = found.volume_id == record.volume_id and found.log_id == record.log_id
-    return (found, etag) if ours and found.sequence > root.sequence else None
+    return (found, etag) if ours and found.sequence > root.sequence and found.nonce in tried else None

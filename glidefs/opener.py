@@ -250,7 +250,7 @@ class Opener:
             volume.committer.poll(self._store.view("read", COMPARE_PATIENCE))
         except StoreError as error:
             if isinstance(error, StoreWentBack):
-                volume.last_error = str(error)
+                volume.last_error, volume.went_back = str(error), error
                 log.error("%s: served as it is here: %s", volume.name, error)
             self._host.confirm(volume)
 
@@ -295,7 +295,8 @@ class Opener:
             try:
                 self.open(entry, root, etag, compare=True)
             except CorruptLog as error:
-                newer = newer_root(self._store.view("read", STORE_PATIENCE), entry.record, root)
+                tried = local.load_tried(self.places.state_dir, root.volume_id)
+                newer = newer_root(self._store.view("read", STORE_PATIENCE), entry.record, root, tried)
                 if newer is None:
                     raise
                 log.warning("%s: %s; but the local root is old, the store's is used", entry.name, error)

@@ -14,19 +14,24 @@ import time
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from glidefs.errors import CorruptObject, Fenced, GlideError, NotFound, StoreError
-from glidefs.formats.manifest import Page, Root, encode_page, page_id
+from glidefs.formats.manifest import Page, Root, decode_root, encode_page, page_id
 from glidefs.formats.pack import ID_SIZE
 from glidefs.names import manifest_key, page_key
 from glidefs.store.base import ObjectStore
+from glidefs.store.checked import get_checked
 from glidefs.volume import lease, local
 from glidefs.volume.edit import Change, edit
+from glidefs.volume.log_digest import LogDigest
 from glidefs.volume.meta import Manifest, MetaCache
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Superseded(GlideError):
@@ -44,9 +49,9 @@ class Committer:
     """
 
     __slots__ = (
-        "_kept_nonce",
         "_key",
         "_lock",
+        "_log",
         "_meta",
         "_on_change",
         "_prefix",
@@ -71,6 +76,7 @@ class Committer:
         meta: MetaCache,
         state_dir: Path,
         on_change: Callable[[], None],
+        log_digest: LogDigest,
     ) -> None:
         self.root = root
         self.etag = etag
@@ -92,9 +98,8 @@ class Committer:
         self._state_dir = state_dir
         self._on_change = on_change
         self._lock = threading.Lock()
-        kept = local.load_tried(state_dir, root.volume_id)
-        self._tried = (root.nonce, *kept)
-        self._kept_nonce = self._tried[-1]
+        self._log = log_digest
+        self._tried = (root.nonce, *local.load_tried(state_dir, root.volume_id))
 
     @property
     def tried(self) -> tuple[bytes, ...]:
@@ -161,9 +166,12 @@ class Committer:
             new_root, new_pages = edit(self.manifest(store), change)
             new_root, encoded = self._put_pages(store, new_root, new_pages)
             self.known_segment = max(self.known_segment, new_root.last_segment)
-            new_root = msgspec.structs.replace(new_root, nonce=self._try(new_root.nonce))
-            result = lease.commit_root(
-                store, self._key, new_root, self.etag, base=self.root, tried=self._tried
+            new_root = msgspec.structs.replace(new_root, nonce=self._try(new_root))
+            result = self._or_ours(
+                store,
+                lambda: lease.commit_root(
+                    store, self._key, new_root, self.etag, base=self.root, tried=self._tried
+                ),
             )
             if result.adopted is not None:
                 self._adopt(result.adopted, result.etag)
@@ -171,21 +179,47 @@ class Committer:
             self._use(new_root, result.etag, encoded)
             return new_root
 
-    def _try(self, nonce: bytes) -> bytes:
-        """Make it durable that a root with ``nonce`` is about to be put; returns the nonce to put.
+    def _try(self, root: Root) -> bytes:
+        """Make it durable that ``root`` is about to be put; returns the nonce to put it with.
 
-        Where the disk does not take it, that is the last one that it took: a restart must know it, and
+        Where the disk does not take it, what the log holds is the evidence: a restart must know the root, and
         what is written must get into the store above all where the disk fails.
         """
+        nonce = root.nonce
         tried = (*self._tried, nonce)[-local.MAX_TRIED :]
         try:
             local.save_tried(self._state_dir, self.root.volume_id, tried)
         except OSError as error:
             log.warning("volume %s: the nonce of a commit cannot be kept: %s", self.root.name, error)
-            nonce = self._kept_nonce
+            nonce = self._told_by_log(root) or nonce
             tried = (*self._tried, nonce)
-        self._tried, self._kept_nonce = tried, nonce
+        self._tried = tried
         return nonce
+
+    def _told_by_log(self, root: Root) -> bytes | None:
+        """The nonce of a root that is made of the log that is here; None where that cannot be read."""
+        after = self.local_segment
+        if root.log_id != self.root.log_id or not after <= root.last_segment <= self.known_segment:
+            return None
+        try:
+            return self._log.nonce(root, after)
+        except GlideError as error:
+            log.warning("volume %s: what its log holds cannot be told: %s", root.name, error)
+            return None
+
+    def _or_ours(self, store: ObjectStore, ask: Callable[[], T]) -> T:
+        """``ask``; once more if what it takes for another's root is made of our log. Raises what it does."""
+        try:
+            return ask()
+        except Fenced:
+            try:
+                found, _ = get_checked(store, self._key, decode_root)
+            except NotFound:
+                found = None
+            if found is None or found.nonce in self._tried or found.nonce != self._told_by_log(found):
+                raise
+            self._tried = (*self._tried, found.nonce)
+            return ask()
 
     def publish(self, store: ObjectStore) -> None:
         """Put the root as it is, if the store has none of this volume yet. Raises Fenced, StoreError."""
@@ -260,7 +294,9 @@ class Committer:
         except NotFound:
             etag = None
         if etag != self.etag:
-            found = lease.resolve(store, self._key, None, self.root, self._tried)
+            found = self._or_ours(
+                store, lambda: lease.resolve(store, self._key, None, self.root, self._tried)
+            )
             assert found is not None
             assert found.adopted is not None
             if found.adopted is self.root:

@@ -138,9 +138,9 @@ def commit_root(
     """Put ``new`` over ``base``, whose ETag is ``etag`` (both None: where there is nothing).
 
     A refusal may be our own put whose answer was lost, so it is resolved by reading the key. ``tried`` are
-    the nonces of roots that were put before and not heard of since: one of these is adopted whole,
-    and the caller rebuilds on it. Raises what :func:`judge` does, StoreError when the store
-    fails (the put may have been applied: the same call again finds out).
+    the nonces of roots that were put before and not heard of since: one of these that is newer than
+    ``base`` is adopted whole, and the caller rebuilds on it. Raises what :func:`judge` does, StoreError when
+    the store fails (the put may have been applied: the same call again finds out).
     """
     data = encode_root(new, key)
     while True:
@@ -214,9 +214,20 @@ def resolve(
     if base is not None and root == base:
         return CommitResult(found.etag, base)
     ours = base or new
-    if root.nonce not in tried and ours is not None:
+    # One that came before what is in use was tried here, too: it is back because the store went back.
+    missed = root.nonce in tried and (base is None or root.sequence > base.sequence)
+    if not missed and ours is not None:
         raise judge(key, root, ours)
     return CommitResult(found.etag, root)
+
+
+def went_back(found: Root, ours: Root) -> bool:
+    """Whether ``found`` is an older root of the volume: the store went back in time.
+
+    One with a later epoch is what somebody made of an older root, which was taken over.
+    """
+    older = found.sequence < ours.sequence and found.epoch <= ours.epoch
+    return older and found.volume_id == ours.volume_id
 
 
 def judge(key: str, found: Root, ours: Root) -> Fenced | StoreWentBack:
@@ -224,7 +235,7 @@ def judge(key: str, found: Root, ours: Root) -> Fenced | StoreWentBack:
     whose = f"node {found.owner_node} has it now" if found.owner_node else "nobody owns it any more"
     if found.volume_id != ours.volume_id:
         return Fenced(key, f"the store has another volume of this name ({found.volume_id.hex()}); {whose}")
-    if found.sequence < ours.sequence:
+    if went_back(found, ours):
         return StoreWentBack(key, ours.sequence, found.sequence)
     if found.log_id == ours.log_id and found.log_id != NO_ID:
         return Fenced(

@@ -257,6 +257,8 @@ class Scheduler:
             volume.committer.save_again()
             if urgent:
                 self._retirer.squeeze(volume)
+            if volume.went_back is not None:
+                self._uploader.poll(volume)
             self._upload(volume, seal, urgent)
             job.failures = 0
             volume.last_error, volume.went_back = "", None
@@ -274,7 +276,8 @@ class Scheduler:
                 return 0.0
             job.failures += 1
             volume.last_error = str(error)
-            volume.went_back = error if isinstance(error, StoreWentBack) else None
+            if isinstance(error, StoreWentBack):
+                volume.went_back = error
             self._say(volume, error)
             if isinstance(error, StoreError) and error.temporary:
                 return self._settings.backoff

@@ -16,6 +16,7 @@ import msgspec
 
 from glidefs.asked import check_listening
 from glidefs.core.check import Closed
+from glidefs.core.gather import Gather
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import Fenced, GlideError, StoreWentBack
 from glidefs.events import happened
@@ -24,6 +25,7 @@ from glidefs.formats.manifest import Root
 from glidefs.images.offline import BlockReader
 from glidefs.store.base import ObjectStore
 from glidefs.volume.commit import Committer
+from glidefs.volume.log_digest import LogDigest
 from glidefs.volume.meta import Manifest, MetaCache
 from glidefs.volume.readahead import ReadAhead, Window
 
@@ -118,7 +120,8 @@ class Volume:
         self.fenced = ""
         self.last_error = ""
         self.went_back: StoreWentBack | None = None
-        """Why nothing is committed until an operator has decided; nobody waits for that."""
+        """Why nothing is committed until an operator has decided; nobody waits for that. It ends when the
+        store was asked again."""
         self.opened_at = time.time()
         self.on_fenced: Callable[[Volume, str], None] | None = None
         self.on_published: Callable[[Volume], None] | None = None
@@ -134,7 +137,15 @@ class Volume:
         # One condition for the host would wake every drain on every commit; this is made on demand.
         self._changed: threading.Condition | None = None
         self.committer = Committer(
-            root, etag, prefix=record.prefix, meta=meta, state_dir=state, on_change=self._root_changed
+            root,
+            etag,
+            prefix=record.prefix,
+            meta=meta,
+            state_dir=state,
+            on_change=self._root_changed,
+            log_digest=LogDigest(
+                lambda first, last: Gather(self.core, self.log_dir, self.id, self.log_id, first, last)
+            ),
         )
 
     # -- identity and manifest -------------------------------------------------------------------
@@ -188,7 +199,7 @@ class Volume:
         if self.read_only:
             return
         self._check_fenced()
-        self.went_back = None  # look again
+        known = self.went_back  # to be looked at again
         target = self.core.seal()
         with self._host.lock_of_conditions:
             if self._changed is None:
@@ -197,17 +208,19 @@ class Volume:
             self._awaited += 1
         try:
             self._host.scheduler.request(self, seal=True)
-            self._wait_drained(self._changed, target, deadline)
+            self._wait_drained(self._changed, target, deadline, known)
         finally:
             with self._changed:
                 self._awaited -= 1
 
-    def _wait_drained(self, changed: threading.Condition, target: int, deadline: float | None) -> None:
+    def _wait_drained(
+        self, changed: threading.Condition, target: int, deadline: float | None, known: StoreWentBack | None
+    ) -> None:
         until = None if deadline is None else time.monotonic() + deadline
         with changed:
-            while not self.drained(target):
+            while self.went_back is not None or not self.drained(target):
                 self._check_fenced()
-                if self.went_back is not None:
+                if self.went_back is not None and self.went_back is not known:
                     raise self.went_back
                 check_listening(f"the drain of {self.name}")
                 left = None if until is None else until - time.monotonic()

@@ -35,7 +35,7 @@ VOLUME = [
     Mutation(
         "refused-put-of-our-own-fences",
         "glidefs/volume/lease.py",
-        "    if root.nonce not in tried and ours is not None:\n",
+        "    if not missed and ours is not None:\n",
         "    if ours is not None:\n",
         (OWNERSHIP + "test_a_root_of_our_log_that_we_do_not_know_is_adopted_whole",),
     ),

@@ -58,7 +58,7 @@ def test_a_root_of_our_log_that_we_do_not_know_is_adopted_whole(rig: Rig) -> Non
     volume.drain(20)
     # As if an earlier life of this daemon had committed a label of its own after we read the root.
     ours = lease.next_root(volume.root, source="earlier")
-    volume.committer._try(ours.nonce)
+    volume.committer._try(ours)
     put_root(host.store, manifest_key(PREFIX, volume.name), ours, if_match=volume.etag)
     volume.core.pwrite(8192, b"b" * 4096)
     volume.drain(20)
@@ -389,7 +389,7 @@ def test_segments_that_this_host_lost_are_not_mistaken_for_new_ones(rig: Rig) ->
     host = rig.host()
     volume = rig.create(host)
     ahead = lease.next_root(volume.root, last_segment=7)
-    volume.committer._try(ahead.nonce)
+    volume.committer._try(ahead)
     put_root(host.store, manifest_key(PREFIX, volume.name), ahead, if_match=volume.etag)
     volume.core.pwrite(0, b"a" * 4096)
     with pytest.raises(Fenced, match="lost"):
