@@ -109,8 +109,8 @@ class FaultyStore(ObjectStore):
     """``inner``, seen over a network and through a client that both fail as ``plan`` says.
 
     ``before`` and ``after`` are called around what a request does to the inner store, also where the
-    answer is lost; both may raise. ``told(op, key, outcome)`` hears of each request. ``counts`` are the
-    faults by kind.
+    answer is lost; both may raise. ``told(op, key, outcome)`` hears of each request, ``sent(key, body)`` of
+    each put before it. ``counts`` are the faults by kind.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class FaultyStore(ObjectStore):
         self.before: Callable[[str, str], None] = _no_hook
         self.after: Callable[[str, str], None] = _no_hook
         self.told: Callable[[str, str, str], None] = lambda op, key, outcome: None
+        self.sent: Callable[[str, bytes], None] = lambda key, body: None
         self._clock = clock
         self._rng = rng
         self._last = ""
@@ -246,6 +247,7 @@ class FaultyStore(ObjectStore):
     def put(self, key: str, data: Body, *, if_match: str | None = None, if_none_match: bool = False) -> str:
         # A late one has its bytes, whatever the caller does to its buffers meanwhile.
         body = join_body(data)
+        self.sent(key, body)
 
         def apply() -> str:
             fresh = self._info(key) is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutations_core import Mutation
 
 SEEDS = ("tests/sim/test_sim.py",)
+IDENTITY = ("tests/sim/test_sim.py::test_seeds_of_clones_and_stores",)
 
 SIM = [
     # -- gc
@@ -205,6 +206,91 @@ SIM = [
         "        if found.doomed:\n",
         "        if False:\n",
         ("tests/volume/test_roots.py",),
+    ),
+    # -- who is who
+    Mutation(
+        "a-412-is-always-our-own-lost-answer",
+        "glidefs/volume/lease.py",
+        "    missed = root.nonce in tried and (base is None or root.sequence > base.sequence)\n",
+        "    missed = ours is None or root.log_id == ours.log_id\n",
+        IDENTITY,
+    ),
+    Mutation(
+        "an-older-root-that-was-put-here-is-adopted",
+        "glidefs/volume/lease.py",
+        "root.nonce in tried and (base is None or root.sequence > base.sequence)",
+        "root.nonce in tried",
+        ("tests/forks/test_older_roots.py", *IDENTITY),
+    ),
+    Mutation(
+        "a-store-that-went-back-fences",
+        "glidefs/volume/lease.py",
+        "    if went_back(found, ours):\n",
+        "    if False:\n",
+        IDENTITY,
+    ),
+    Mutation(
+        "who-takes-an-older-state-fences-nobody",
+        "glidefs/volume/lease.py",
+        "found.sequence < ours.sequence and found.epoch <= ours.epoch",
+        "found.sequence < ours.sequence",
+        ("tests/forks/test_older_roots.py", *IDENTITY),
+    ),
+    Mutation(
+        "older-root-for-a-log-that-lost-a-sync",
+        "glidefs/export_roots.py",
+        "            newer = found.sequence > root.sequence and found.nonce in tried\n",
+        "            newer = found.nonce in tried or found.nonce != root.nonce\n",
+        ("tests/forks/test_older_roots.py", *IDENTITY),
+    ),
+    Mutation(
+        "an-empty-store-is-believed",
+        "glidefs/store/which.py",
+        "        if found is None and self.expected is not None:\n",
+        "        if False:\n",
+        IDENTITY,
+    ),
+    Mutation(
+        "any-store-is-believed",
+        "glidefs/store/which.py",
+        "        if found.id != self.expected:\n",
+        "        if False:\n",
+        IDENTITY,
+    ),
+    Mutation(
+        "a-trouble-leaves-the-store-believed",
+        "glidefs/store/resilient.py",
+        "                identity.doubt()\n",
+        "                pass\n",
+        IDENTITY,
+    ),
+    Mutation(
+        "a-nonce-that-the-disk-had-is-used-again",
+        "glidefs/volume/commit.py",
+        "            nonce = self._told_by_log(root) or nonce\n",
+        "            nonce = self._tried[-1] if self._tried else nonce\n",
+        ("tests/forks/test_older_roots.py", *IDENTITY),
+    ),
+    Mutation(
+        "older-state-is-taken-unasked",
+        "glidefs/router.py",
+        "                self._opener.roots.check_not_older(record)\n",
+        "                pass\n",
+        IDENTITY,
+    ),
+    Mutation(
+        "a-copy-removes-by-the-log-alone",
+        "glidefs/roots.py",
+        "found.log_id != mine.log_id or not ours(found)",
+        "found.log_id != mine.log_id",
+        ("tests/forks/test_older_roots.py", *IDENTITY),
+    ),
+    Mutation(
+        "a-drain-forgets-that-the-store-went-back",
+        "glidefs/volume/scheduler.py",
+        "            if volume.went_back is not None:\n",
+        "            if False:\n",
+        ("tests/forks/test_older_roots.py", *IDENTITY),
     ),
     Mutation(
         "logs-delete-believes-a-damaged-note",

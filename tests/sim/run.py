@@ -1,4 +1,4 @@
-"""Replay seeds of the simulation: ``python -m tests.sim.run SEED [SEED...] [--quiet]``.
+"""Replay seeds of the simulation: ``python -m tests.sim.run SEED [SEED...] [--identity] [--quiet]``.
 
 With ``--count N`` the seeds from SEED on. Shows the trace of a seed that fails, with ``--trace`` of all.
 """
@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1)
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--quiet", action="store_true")
+    parser.add_argument("--identity", action="store_true", help="with clones and swapped stores")
     parser.add_argument("--stop", action="store_true", help="at the first failure")
     options = parser.parse_args()
     from simulation import simulate
@@ -32,7 +33,7 @@ def main() -> int:
     seeds = [seed + i for seed in options.seeds for i in range(options.count)]
     for seed in seeds:
         try:
-            result = simulate(seed, keep_trace=options.trace or not options.quiet)
+            result = simulate(seed, keep_trace=options.trace or not options.quiet, identity=options.identity)
         except Exception as error:
             failed.append(seed)
             if options.quiet:

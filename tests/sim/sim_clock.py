@@ -26,6 +26,7 @@ import glidefs.opener
 import glidefs.pins
 import glidefs.store.breaker
 import glidefs.store.resilient
+import glidefs.store.which
 import glidefs.stored_volumes
 import glidefs.volume.commit
 import glidefs.volume.compactor
@@ -46,6 +47,7 @@ TIMED: tuple[Any, ...] = (
     glidefs.manifest_cache,
     glidefs.store.breaker,
     glidefs.store.resilient,
+    glidefs.store.which,
     glidefs.volume.commit,
     glidefs.volume.compactor,
     glidefs.volume.lease,

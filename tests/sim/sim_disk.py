@@ -7,6 +7,7 @@ each directory that they touch is a ``Disk`` of tests/model/power_cut.py.
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import random
@@ -128,6 +129,14 @@ class Platter:
             _put_files(path, disk.names(), left)
             self.disks[directory] = Disk(directory, left)
 
+    def clone(self, home: Path, to: Path) -> None:
+        """What the platter has of a node, and what it has not yet, for a copy of its disk."""
+        self.settle()
+        for directory in [one for one in self.disks if Path(one).is_relative_to(home)]:
+            disk = copy.deepcopy(self.disks[directory])
+            disk.directory = str(to / Path(directory).relative_to(home))
+            self.disks[disk.directory] = disk
+
     def lose(self, home: Path) -> None:
         """A node's disk is gone."""
         for directory in [one for one in self.disks if Path(one).is_relative_to(home)]:
@@ -244,6 +253,11 @@ class DiskFaults:
     def fail_small(self, operation: str, err: int) -> None:
         """From now on ``operation`` on small files fails."""
         self._small[operation] = err
+
+    @property
+    def small_fail(self) -> bool:
+        """Whether something fails on small files now."""
+        return bool(self._small)
 
     def check_small(self, operation: str, path: str) -> None:
         """Raise what ``operation`` on this file is to meet."""

@@ -1,16 +1,19 @@
 """What the store and every node of a simulation must hold: the byte model.
 
-A *life* is one log of a volume, from the attach, create or fork that drew its id until another log is named,
-or none is. Its ``History`` (tests/model/history.py) has the versions of each hot sector. The model sees every
+A *life* is one log of a volume on one node, from the attach, create or fork that drew its id until another
+log is named, or none is. A cloned host has *twins* of its lives: the same logs, which go on apart. The
+``History`` of a life (tests/model/history.py) has the versions of each hot sector. The model sees every
 version of every root that the store ever had, in order (``observe``), and asks of each whether somebody may
 have put it, and whether what it names holds what it may: read by the formats alone.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from typing import NamedTuple
 
+import msgspec
 from fork_model import AREAS, SMALL, hot
 from fork_rig import PREFIX
 from gc_rig import ClockStore
@@ -20,7 +23,7 @@ from stored import Stored
 
 from glidefs.formats.manifest import NO_ID, Root, decode_root
 from glidefs.names import manifest_key
-from glidefs.store.base import Body, join_body
+from glidefs.store.base import Body, ObjectInfo, join_body
 
 NEVER = 1 << 60
 """The end of an operation that nobody saw end."""
@@ -30,13 +33,27 @@ Content = dict[int, bytes]
 """Hot sectors; what is not in it is zero."""
 
 
+class Change(NamedTuple):
+    """What happened to a root: ``data`` is None for a delete, ``who`` the node that asked for it."""
+
+    key: str
+    data: bytes | None
+    etag: str | None
+    who: str
+
+
 class SimStore(ClockStore):
-    """The one store of all nodes. ``log`` has what happened to roots: key, and bytes or None for a delete."""
+    """The one store of all nodes. ``log`` has what happened to roots, ``kept`` all packs and pages ever."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.log: list[tuple[str, bytes | None]] = []
+        self.by = ""
+        """Whose request is under way."""
+        self.log: list[Change] = []
+        self.kept: dict[str, bytes] = {}
+        now = clock.now
         super().__init__()
+        clock.now = now
 
     @property
     def now(self) -> float:
@@ -50,12 +67,25 @@ class SimStore(ClockStore):
         body = join_body(data)
         etag = super().put(key, body, if_match=if_match, if_none_match=if_none_match)
         if _is_root(key):
-            self.log.append((key, body))
+            self.log.append(Change(key, body, etag, self.by))
+        elif "/packs/" in key or "/pages/" in key:
+            self.kept[key] = body
         return etag
+
+    def objects(self) -> dict[str, tuple[bytes, ObjectInfo]]:
+        """Everything that is in it."""
+        return dict(self._objects)
+
+    def restore(self, key: str, data: bytes, etag: str | None) -> None:
+        """What an administrator puts in the place of an object: it is no request of any node."""
+        super().put(key, data)
+        if etag is not None:
+            info = msgspec.structs.replace(self._objects[key][1], etag=etag)
+            self._objects[key] = (data, info)
 
     def delete(self, key: str) -> None:
         if _is_root(key) and self.etag_of(key) is not None:
-            self.log.append((key, None))
+            self.log.append(Change(key, None, None, self.by))
         super().delete(key)
 
 
@@ -79,10 +109,12 @@ class Origin(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A version of a root, and what it said that the hot sectors hold."""
+    """A version of a root, what it said that the hot sectors hold, and its bytes and ETag in the store."""
 
     root: Root
     content: Content
+    data: bytes
+    etag: str | None
 
 
 def must(condition: object, why: str) -> None:
@@ -139,6 +171,12 @@ class Life:
         self.contested = False
         """Not published, and another volume has the name."""
         self.sync_failed = False
+        self.outdone = False
+        """A twin has committed: what is in the store is not this log's any more."""
+        self.may_adopt = False
+        """But that is made of what this log holds, too: its owner may find that out, and go on from it."""
+        self.back = False
+        """The store has an older root than the node: it must not commit."""
 
     def __str__(self) -> str:
         return f"{self.name}@{self.node}/{self.log_id.hex()[:6]}"
@@ -147,6 +185,12 @@ class Life:
     def lost(self) -> bool:
         """Whether its owner may find out at any time that it is none."""
         return self.stale or self.contested
+
+    def twin(self, node: str) -> Life:
+        """The same life on a clone of its node."""
+        twin = copy.deepcopy(self)
+        twin.node, twin.unchecked = node, True
+        return twin
 
     def now(self) -> Content:
         return {sector: self.history.now(sector) for sector in self.history.versions}
@@ -232,7 +276,8 @@ class Model:
     def __init__(self, store: SimStore) -> None:
         self.store = store
         self.stored = Stored(store)
-        self.lives: dict[bytes, Life] = {}
+        self.lives: dict[tuple[bytes, str], Life] = {}
+        """By log id and node."""
         self.roots: dict[str, Seen] = {}
         self.contents: defaultdict[str, list[Content]] = defaultdict(list)
         """Of each root, what its versions held."""
@@ -241,6 +286,8 @@ class Model:
         self.births: defaultdict[tuple[str, str], list[Origin]] = defaultdict(list)
         """What a volume that a node makes under a name may hold."""
         self.takers: set[tuple[str, str]] = set()
+        self.accepters: set[tuple[str, str]] = set()
+        """Who may take a volume from a store that went back."""
         self.leavers: set[tuple[str, str]] = set()
         self.removers: set[str] = set()
         self.undeleters: set[str] = set()
@@ -248,6 +295,12 @@ class Model:
         """By node: the volume of its last create, unless that worked. It may take back what it put."""
         self.deleted: set[str] = set()
         """Keys that may be deleted."""
+        self.sent: defaultdict[str, set[bytes]] = defaultdict(set)
+        """What each node sent as a root, whatever came of it; of clones, what their node had sent, too."""
+        self.told_by_log: set[bytes] = set()
+        """What of that has a nonce that is made of the log: the disk took none."""
+        self.versions: defaultdict[str, list[Seen]] = defaultdict(list)
+        """Of each root, all that it was."""
 
     # -- what verbs say --------------------------------------------------------------------------------
 
@@ -269,19 +322,25 @@ class Model:
     def observe(self) -> None:
         """Look at every version of every root since the last time."""
         log, self.store.log = self.store.log, []
-        for key, data in log:
+        for key, data, etag, who in log:
             if data is None:
                 self._delete(key)
                 continue
             root = decode_root(key, data)
             before = self.roots.get(key)
             content = self.stored.contents(root, hot(max(root.size, SMALL)))
-            self.roots[key] = Seen(root, content)
-            self.contents[key].append(content)
+            self.show(key, Seen(root, content, data, etag))
             if key.endswith("/manifest") and "/volumes/" in key:
-                self._manifest(key, before, root, content)
+                self._manifest(key, before, root, content, who)
+                self._outdone(root, data, who)
             else:
                 self._copy(key, before, root, content)
+
+    def show(self, key: str, seen: Seen) -> None:
+        """The root is that now."""
+        self.roots[key] = seen
+        self.contents[key].append(seen.content)
+        self.versions[key].append(seen)
 
     def _delete(self, key: str) -> None:
         before = self.roots.pop(key, None)
@@ -301,7 +360,29 @@ class Model:
             f"{key} is no copy of its source"
         )
 
-    def _manifest(self, key: str, before: Seen | None, root: Root, content: Content) -> None:
+    def _outdone(self, root: Root, data: bytes, who: str) -> None:
+        """What one of several twins put is not the others', but what it had sent before it was cloned."""
+        for twin in self.of_log(root.log_id):
+            if data in self.sent[twin.node] or root.sequence == 0:  # the first root is the same of all
+                if twin.cut_at is None:
+                    twin.segment = max(twin.segment, root.last_segment)
+                twin.published, twin.contested = True, False
+            elif twin.node != who:
+                twin.stale = twin.outdone = True
+                twin.may_adopt = data in self.told_by_log
+
+    def forget_log(self, node: str) -> None:
+        """The power of a node is cut: of a root with no nonce on its disk the log may tell no more."""
+        for life in self.lives.values():
+            seen = self.named(life)
+            if life.node == node and not life.stale and seen is not None and seen.data in self.told_by_log:
+                life.stale = life.outdone = life.may_adopt = True
+
+    def of_log(self, log_id: bytes) -> list[Life]:
+        """The lives of a log: one, and its twins."""
+        return [life for (one, _), life in self.lives.items() if one == log_id != NO_ID]
+
+    def _manifest(self, key: str, before: Seen | None, root: Root, content: Content, who: str) -> None:
         name = root.name
         if before is not None and before.root.removed_at and root.removed_at:
             assert same(content, before.content), f"{key}: the tombstone holds something else"
@@ -311,26 +392,32 @@ class Model:
             self._undeleted(key, before, root, content)
             return
         if before is None or before.root.removed_at:
-            self._first(root, content)
+            self._first(root, content, who)
             return
         was = before.root
         assert root.volume_id == was.volume_id, f"{key} was replaced by another volume"
         assert root.sequence > was.sequence, f"{key}: sequence {root.sequence} after {was.sequence}"
         if root.log_id == was.log_id and root.log_id != NO_ID and not root.removed_at:
-            self._commit(key, before, root, content)
+            self._commit(key, before, root, content, who)
             return
         assert same(content, before.content), f"{key}: an owner changed, and with it what it holds"
-        if was.log_id in self.lives:
-            self.lives[was.log_id].stale = True
+        mine = self.lives.get((was.log_id, who))
+        owns = was.log_id == NO_ID or (mine is not None and (mine.may_adopt or not mine.outdone))
+        for life in self.of_log(was.log_id):
+            life.stale = True
         if root.removed_at:
-            undone = was.sequence == 0 and self.making.get(was.owner_node) == name
+            undone = was.sequence == 0 and self.making.get(who) == name
             assert undone or name in self.removers, f"{key} was removed"
+            assert owns, f"{key} was removed by {who}, which does not have it"
         elif root.log_id == NO_ID:
-            assert (was.owner_node, name) in self.leavers, f"{key} was given up"
+            assert (who, name) in self.leavers, f"{key} was given up by {who}"
+            assert owns, f"{key} was given up by {who}, which does not have it"
         else:
-            assert (root.owner_node, name) in self.takers, f"{key} was taken by {root.owner_node}"
-            assert root.log_id not in self.lives, f"{key}: a log id was used again"
-            self._born(Life(root, root.owner_node, root.size, content, self.store.now), published=True)
+            assert (who, name) in self.takers, f"{key} was taken by {who}"
+            unasked = mine is not None and mine.back and (who, name) not in self.accepters
+            assert not unasked, f"{key}: {who} took what is older than what it had, unasked"
+            assert not self.of_log(root.log_id), f"{key}: a log id was used again"
+            self._born(Life(root, who, root.size, content, self.store.now), published=True)
 
     def _undeleted(self, key: str, before: Seen, root: Root, content: Content) -> None:
         """A tombstone is a volume again, that nobody serves."""
@@ -341,27 +428,32 @@ class Model:
 
     def _born(self, life: Life, *, published: bool) -> None:
         life.published = published
-        self.lives[life.log_id] = life
+        self.lives[life.log_id, life.node] = life
 
-    def _first(self, root: Root, content: Content) -> None:
+    def _first(self, root: Root, content: Content, who: str) -> None:
         """The first root of a volume."""
-        life = self.lives.get(root.log_id)
+        life = self.lives.get((root.log_id, who))
         if life is None:
-            origins = self.births[root.owner_node, root.name]
-            assert self._matches(origins, content), f"{root.name} of {root.owner_node} came from nowhere"
-            life = Life(root, root.owner_node, root.size, content, self.store.now)
+            origins = self.births[who, root.name]
+            assert self._matches(origins, content), f"{root.name} of {who} came from nowhere"
+            life = Life(root, who, root.size, content, self.store.now)
             self._born(life, published=True)
         assert not life.stale, f"{life} is stale, and was put"
         assert same(content, life.base), f"{life}: its first root is not what it was made of"
         life.published, life.contested = True, False
         for other in self.lives.values():
-            if other.name == root.name and other is not life and not other.published:
+            if other.name == root.name and other.log_id != life.log_id and not other.published:
                 other.contested = True
 
-    def _commit(self, key: str, before: Seen, root: Root, content: Content) -> None:
-        life = self.lives[root.log_id]
+    def _commit(self, key: str, before: Seen, root: Root, content: Content, who: str) -> None:
+        life = self.lives[root.log_id, who]
+        if life.may_adopt:
+            life.stale = life.outdone = life.may_adopt = False
         assert not life.stale, f"{life} is stale, and committed"
+        assert not life.back, f"{life} committed to a store that went back"
         assert root.last_segment >= before.root.last_segment, f"{key}: {before.root.last_segment} was there"
+        if life.cut_at is not None:
+            return  # its name was another's at the start: nobody has seen yet what a power cut left
         life.segment = root.last_segment
         if root.last_segment == before.root.last_segment:
             assert same(content, before.content), f"{key}: changed without a segment"
@@ -378,7 +470,7 @@ class Model:
 
     def found(self, node: str, root: Root, size: int) -> None:
         """A node serves a volume: one that nobody else knows yet, perhaps."""
-        if root.log_id in self.lives or root.log_id == NO_ID:
+        if (root.log_id, node) in self.lives or root.log_id == NO_ID:
             return
         content = self.stored.contents(root, hot(max(size, SMALL)))
         assert self._matches(self.births[node, root.name], content), (

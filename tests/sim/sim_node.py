@@ -36,6 +36,7 @@ from glidefs.formats.manifest import Root
 from glidefs.formats.pack import BLOCK
 from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.resilient import ResilientStore
+from glidefs.store.which import WhichStore
 from glidefs.volume.host import Host
 from glidefs.volume.lease import Owner
 from glidefs.volume.logs import log_dir
@@ -109,12 +110,22 @@ class SimNode:
         self.settings = settings
         self.disks = 1
         """How many disks this host has had: each is another host to the store."""
+        self.label = name
+        """What people call it: the node's name in roots."""
+        self.host_name = f"{name}/1"
+        """What its id is made of."""
+        self.asks_which = False
+        """Whether it asks the store which one it is."""
+        self.store_id: str | None = None
+        """The store that this host works with, as its disk has it."""
         self.up = False
         self.dead = False
         """The process died, and what it does on its way out does not count."""
         self.died_at = 0
         self.other_boot = False
         """Whether the power was cut since the logs were written: then replays verify what they read."""
+        self.when_stuck: Callable[[SimNode], None] = lambda node: None
+        """Called while a guest waits for something that no time brings about."""
         self._clock: Any = None
         self.engine: StillEngine
         self.host: Host
@@ -124,7 +135,7 @@ class SimNode:
     @property
     def owner(self) -> Owner:
         """This host with the disk that it has now."""
-        return Owner(owner_of(f"{self.name}/{self.disks}").host, self.name)
+        return Owner(owner_of(self.host_name).host, self.label)
 
     def has_log(self, root: Root) -> bool:
         """Whether the log that a root names is on this disk."""
@@ -137,6 +148,8 @@ class SimNode:
         self._clock = clock
         stopping = threading.Event()
         store = ResilientStore(self.faulty, cancel=stopping)
+        if self.asks_which:
+            store.identity = WhichStore(self.store_id, self._bind)
         own = dict(self.settings)
         self.engine = StillEngine(
             EngineConfig(
@@ -166,6 +179,9 @@ class SimNode:
         self.up = True
         self.dead = False
         self._open_recorded()
+
+    def _bind(self, id_: str) -> None:
+        self.store_id = id_
 
     def _open_recorded(self) -> None:
         """What the opener's threads do at a start."""
@@ -244,6 +260,8 @@ class SimNode:
         shutil.rmtree(self.home)
         self.home.mkdir()
         self.disks += 1
+        self.host_name = f"{self.name}/{self.disks}"
+        self.store_id = None
         self.platter.lose(self.home)
 
     # -- what threads do ------------------------------------------------------------------------------
@@ -318,6 +336,8 @@ class SimNode:
             return
         wait.idle += 1
         self._clock.sleep(0.25)
+        if wait.idle == STUCK:
+            self.when_stuck(self)
         if self.faults.log_is_stuck and wait.idle >= STUCK:
             self.faults.stop()
             core.sync()  # writes that wait are tried again with it, rather than at the next tick

@@ -5,6 +5,19 @@ What a seed does changes with the code, so each finding has a test of its own, t
 
 from __future__ import annotations
 
+IDENTITY_REGRESSIONS: dict[int, str] = {
+    4: "an older root, which this host had put once, was adopted as its own lost answer when the store "
+    "went back",
+    8: "a nonce from before a host was cloned was used again while the disk took no other: its clone adopted "
+    "the commit, and with it other data than its own",
+    184: "a drain with nothing to upload said that the store has all, which had gone back and was known to",
+    213: "a volume that a host and its clones had not put yet was put and written by a clone; the host "
+    "removed it",
+    2219: "the root that a clone had put was taken at a start for a log that had lost what a failed sync "
+    "covered",
+}
+"""The same with clones and swapped stores (``--identity``)."""
+
 REGRESSIONS: dict[int, str] = {
     132: "a fork whose first put was answered too late, taken over by another node and removed there, was "
     "put again by its old node once the name was free",

@@ -288,15 +288,22 @@ class Steps(World):
         node, life, _ = where
         begin, now = self.platter.position(), life.now()
         self.note(f"  {life}: drain")
+        if not self.may_drain(where):
+            return False
         with self.step_of(node):
             try:
                 node.router.drain(life.name, 120.0)
             except GlideError as error:
                 node.check_alive()
                 self.note(f"  {life}: not drained: {error}")
+                self.counts[f"drain {type(error).__name__}"] += 1
                 return False
         node.check_alive()
         self.drained(life, begin, now)
+        return True
+
+    def may_drain(self, where: Where) -> bool:
+        """Whether the store takes what this node has; if not, a drain must not say that it did."""
         return True
 
     def drained(self, life: Life, begin: int, now: dict[int, bytes]) -> None:

@@ -24,10 +24,10 @@ PATIENCE = 120.0
 class Verbs(Steps):
     """As in ``Steps``. A verb may fail whenever the store does; then the model finds out what it did."""
 
-    def __init__(self, seed: int, keep_trace: bool = False) -> None:
-        super().__init__(seed, keep_trace)
-        self.gave_up: set[bytes] = set()
-        """Logs of volumes that the verb under way detaches or removes."""
+    def __init__(self, seed: int, keep_trace: bool = False, *, identity: bool = False) -> None:
+        super().__init__(seed, keep_trace, identity=identity)
+        self.gave_up: set[tuple[bytes, str]] = set()
+        """Logs of volumes that the verb under way detaches or removes, and the node."""
 
     # -- choosing --------------------------------------------------------------------------------------
 
@@ -57,7 +57,7 @@ class Verbs(Steps):
             seen = self.model.roots.get(manifest_key(PREFIX, life.name))
             gone = life.published and (seen is None or not seen.root.owner_node)
             given_up = gone and (seen is None or seen.root.volume_id == life.volume_id)
-            ours = life.log_id in self.gave_up
+            ours = (life.log_id, life.node) in self.gave_up
             assert not (given_up and ours) or volume.fenced, f"{life} is served, and was given up"
         self.gave_up.clear()
 
@@ -201,7 +201,8 @@ class Verbs(Steps):
 
     def give_up(self, node: SimNode, name: str) -> None:
         """A verb begins after which the node has the volume no more, or has it as before."""
-        self.gave_up |= {life.log_id for life, _ in self.entries(node) if life.name == name and not life.lost}
+        lives = [life for life, _ in self.entries(node) if life.name == name and not life.lost]
+        self.gave_up |= {(life.log_id, life.node) for life in lives}
 
     # -- owners ----------------------------------------------------------------------------------------
 
@@ -233,26 +234,40 @@ class Verbs(Steps):
         """The other node takes a volume that is in use."""
         where = self.draw_volume()
         others = [node for node in self.nodes.values() if where is not None and node is not where[0]]
-        if where is not None and others[0].up and others[0] not in self.acting:
-            self.attach_now(others[0], where[1].name, take_over=True)
+        if where is None:
+            return
+        other = others[0] if len(others) == 1 else self.rng.choice(others)
+        if other.up and other not in self.acting:
+            self.attach_now(other, where[1].name, take_over=True)
 
-    def attach_now(self, node: SimNode, name: str, *, take_over: bool) -> None:
-        seen = self.model.roots.get(manifest_key(PREFIX, name))
-        root = seen.root if seen is not None else None
-        mine = root is not None and root.owner_host == node.owner.host and node.has_log(root)
-        free = mine or root is None or root.owner_host == NO_ID
-        if free or take_over:
+    def attach_now(
+        self, node: SimNode, name: str, *, take_over: bool = False, accept_older: bool = False
+    ) -> None:
+        free = self.is_free(node, name)
+        if free or take_over or accept_older:
             self.model.takers.add((node.name, name))
-        with self.verb(node, f"attach {name}{' by take-over' if take_over else ''}"):
+        if accept_older:
+            self.model.accepters.add((node.name, name))
+        how = " by take-over" * take_over + " as it is in the store" * accept_older
+        with self.verb(node, f"attach {name}{how}"):
+            request = AttachRequest(transport="nbd", take_over=take_over, accept_older=accept_older)
             try:
-                node.router.attach(name, AttachRequest(transport="nbd", take_over=take_over))
-            except OwnedElsewhere:
-                must(
-                    not (free or take_over),
-                    f"{node.name} may not attach {name}, which {root and root.owner_node!r} has",
-                )
+                node.router.attach(name, request)
+            except OwnedElsewhere as error:
+                self.model.observe()  # a put that was late may have come since
+                free = free and self.is_free(node, name)
+                must(not (free or take_over or accept_older), f"{node.name} may not attach: {error}")
                 raise
         self.check_open(node)
+
+    def is_free(self, node: SimNode, name: str) -> bool:
+        """Whether this node may have the volume without taking it from anybody."""
+        seen = self.model.roots.get(manifest_key(PREFIX, name))
+        if seen is None or seen.root.owner_host == NO_ID:
+            return True
+        life = self.model.lives.get((seen.root.log_id, node.name))
+        outdone = life is not None and life.outdone
+        return seen.root.owner_host == node.owner.host and node.has_log(seen.root) and not outdone
 
     def use_stale(self) -> None:
         """Who lost a volume goes on for a while, and harms nothing."""
@@ -260,7 +275,8 @@ class Verbs(Steps):
             (node, life, volume)
             for node in self.nodes.values()
             for life, volume in self.entries(node)
-            if life.lost and not life.unchecked and life.cut_at is None and node not in self.acting
+            if life.lost and not (life.may_adopt or life.unchecked or life.cut_at is not None)
+            if node not in self.acting
         ]
         if not found:
             return

@@ -24,6 +24,7 @@ from fork_rig import PREFIX
 from power_cut import KEEPS, Keep
 from sim_clock import Clock, Threading, patched, simulated
 from sim_disk import DiskFaults, Files, Platter
+from sim_doors import Door
 from sim_model import Life, Model, SimStore, must
 from sim_node import GRACE, SimNode
 
@@ -37,9 +38,11 @@ from glidefs.errors import GlideError
 from glidefs.formats.manifest import NO_ID
 from glidefs.formats.pack import BLOCK
 from glidefs.store.resilient import ResilientStore
+from glidefs.store.which import STORE_KEY
 from glidefs.volume.volume import Volume
 
 NODES = ("a", "b")
+CLONES = ("c", "d")
 LOG = logging.getLogger("glidefs")
 
 
@@ -67,9 +70,11 @@ class Errors(logging.Handler):
 class World:
     """The nodes, their store and disks, and what crashes them. Steps are elsewhere."""
 
-    def __init__(self, seed: int, keep_trace: bool = False) -> None:
+    def __init__(self, seed: int, keep_trace: bool = False, *, identity: bool = False) -> None:
         self.seed = seed
-        self.rng = random.Random(seed)
+        self.identity = identity
+        """Whether hosts are cloned and stores are swapped, too: other histories (``sim_identity.py``)."""
+        self.rng = random.Random(f"identity {seed}" if identity else seed)
         self.clock = Clock()
         self.store = SimStore(self.clock)
         self.model = Model(self.store)
@@ -80,14 +85,15 @@ class World:
         self.trace: list[str] = []
         self._keep_trace = keep_trace
         self._hash = hashlib.sha256()
-        self._backlog = Backlog(self.clock)
+        self.backlog = Backlog(self.clock)
         self._armed: dict[str, tuple[str, int]] = {}
         """What the next crash of a node waits for: (kind of operation, how many more)."""
         self.errors = Errors()
-        self.fenced: set[bytes] = set()
-        """Logs whose records say that they are fenced."""
+        self.fenced: set[tuple[bytes, str]] = set()
+        """Logs whose records say that they are fenced, and the node."""
         self.acting: list[SimNode] = []
         """Nodes whose step is under way: while one waits for the store another may do something."""
+        self.doors: dict[str, Door] = {}
         self._stores: dict[str, FaultyStore] = {}
         self._scope = contextlib.ExitStack()
         where = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -115,12 +121,19 @@ class World:
                 ]
             )
         )
-        settings = self._settings()
+        self.settings = self._settings()
         for name in NODES:
-            home = self.home / name
-            self.nodes[name] = SimNode(name, home, self._faulty(name), self.platter, self.faults, settings)
+            self.add_node(name)
         scope.callback(self._end)
         return self
+
+    def add_node(self, name: str) -> SimNode:
+        """Another host, with an empty disk."""
+        faulty = self._faulty(name)
+        node = SimNode(name, self.home / name, faulty, self.platter, self.faults, self.settings)
+        node.asks_which = self.identity
+        self.nodes[name] = node
+        return node
 
     def __exit__(self, *_: object) -> None:
         self._scope.close()
@@ -170,11 +183,20 @@ class World:
 
     def _new_faulty(self, who: str) -> FaultyStore:
         rng = random.Random(f"faults {self.seed} {who}")
-        faulty = FaultyStore(self.store, self.clock, rng, self.plan, self._backlog)
+        door = self.doors[who] = Door(who, self.store, self.clock)
+        faulty = FaultyStore(door, self.clock, rng, self.plan, self.backlog)
         faulty.before = partial(self._request, who, "before")
         faulty.after = partial(self._request, who, "after")
         faulty.told = partial(self._told, who)
+        faulty.sent = partial(self._sent, who)
         return faulty
+
+    def _sent(self, who: str, key: str, body: bytes) -> None:
+        if key.endswith("/manifest"):
+            if self.identity:
+                self.model.sent[who].add(body)
+            if self.faults.small_fail:
+                self.model.told_by_log.add(body)
 
     def _told(self, who: str, op: str, key: str, outcome: str) -> None:
         if outcome not in ("ok", "NotFound", "PreconditionFailed"):
@@ -190,6 +212,8 @@ class World:
         self.platter.settle()
         self._crash_point(who, "store", f"{when} {op} {key}")
         if when == "before":
+            self.doors[who].enter()
+        if when == "before" and key != STORE_KEY:  # of which others of the node wait for the answer
             self.meanwhile(node)
             if node is not None:
                 node.check_alive()
@@ -241,6 +265,7 @@ class World:
             for life in lives:
                 if life.node == node.name and life.cut_at is None:
                     life.cut_at = at
+            self.model.forget_log(node.name)
             node.cut_power(keep, random.Random(self.rng.random()))
         self.model.observe()
 
@@ -264,7 +289,7 @@ class World:
             if volume is None or record is None or record.log_id == NO_ID:
                 continue
             self.model.found(node.name, volume.root, record.size)
-            yield self.model.lives[record.log_id], volume
+            yield self.model.lives[record.log_id, node.name], volume
 
     def usable(self) -> list[tuple[SimNode, Life, Volume]]:
         """What guests can rely on."""
@@ -319,13 +344,14 @@ class World:
         """Nobody is fenced but for a reason, and whoever was once stays so."""
         for node in self.nodes.values():
             for life, volume in self.entries(node):
-                must(volume.fenced or life.log_id not in self.fenced, f"{life} was fenced, and is served")
+                was_fenced = (life.log_id, node.name) in self.fenced
+                must(volume.fenced or not was_fenced, f"{life} was fenced, and is served")
                 if volume.fenced and not life.lost:
                     assert self.late(life), f"{life} is fenced: {volume.fenced}"
                     life.stale = True
             for entry in node.router.table.all() if node.up else ():
                 if entry.record is not None and entry.record.fenced and not entry.unsaved:
-                    self.fenced.add(entry.record.log_id)
+                    self.fenced.add((entry.record.log_id, node.name))
 
     def check_all_know(self) -> None:
         """Whoever lost a volume to the store's knowledge hears of it, also with nothing to upload."""
@@ -335,8 +361,11 @@ class World:
                 node.host.watch.look()
                 node.run_due()
             for life, volume in self.entries(node):
-                stale = life.stale and life.published and volume.etag is not None
+                adopted = life.may_adopt and self.store.etag_of(volume.committer._key) == volume.etag
+                stale = life.stale and life.published and volume.etag is not None and not adopted
                 must(volume.fenced or not stale, f"{life} is stale, and does not know")
+                if self.identity and life.outdone and volume.fenced:
+                    self.counts["twin fenced"] += 1
 
     # -- what others do --------------------------------------------------------------------------------
 
@@ -346,6 +375,8 @@ class World:
 
     def collect(self, who: str = "gc") -> None:
         """A run of gc, from a machine of its own."""
+        if self.resting():
+            return
         store = ResilientStore(self._faulty(who))
         try:
             glidefs.gc.collect(store.view("background", 30.0), PREFIX, grace=GRACE)
@@ -357,6 +388,10 @@ class World:
         self._armed.pop(who, None)
         self.model.observe()
         self.model.stored.check_named()
+
+    def resting(self) -> bool:
+        """Whether gc does not run now, as its operator knows of something."""
+        return False
 
     # -- the trace -------------------------------------------------------------------------------------
 

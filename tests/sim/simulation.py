@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from faulty_store import KINDS, Crash
 from handoff_step import step_handoff
+from sim_identity import IDENTITY_WEIGHTS, Identity
 from sim_node import GRACE, SimNode
-from sim_verbs import Verbs
 from sim_world import Result
 
 from glidefs.errors import GlideError
@@ -97,7 +97,7 @@ MEANWHILE_GC += ("background", "pass_time", "crash_now", "other_gc")
 """What may happen while gc waits for it."""
 
 
-class Simulation(Verbs):
+class Simulation(Identity):
     """``run`` does it all. An AssertionError says what was not as it must be."""
 
     depth = 0
@@ -107,18 +107,20 @@ class Simulation(Verbs):
 
     def run(self) -> Result:
         rng = self.rng
-        self.weights = {name: weight * rng.choice([0, 0.5, 1, 1, 2]) for name, weight in WEIGHTS.items()}
+        weights = WEIGHTS | (IDENTITY_WEIGHTS if self.identity else {})
+        self.weights = {name: weight * rng.choice([0, 0.5, 1, 1, 2]) for name, weight in weights.items()}
         self.weights["write"] = max(self.weights["write"], 6)
         if rng.random() < 0.8:
             self.plan.rates = {kind: rng.choice([0.0, 0.01, 0.04]) for kind in KINDS}
         self.crash_rate = rng.choice([0.0, 0.0, 0.02, 0.05])
         self.meanwhile_rate = rng.choice([0.0, 0.0, 0.002, 0.01])
         self.meanwhile_gc_rate = rng.choice([0.0, 0.02, 0.1])
+        self.name_nodes()
         for node in self.nodes.values():
             self.boot(node)
         self.step("create")
         for _ in range(rng.randint(*STEPS)):
-            for node in self.nodes.values():
+            for node in list(self.nodes.values()):
                 if not node.up and rng.random() < 0.5:
                     self.guarded(lambda node=node: self.start(node))
             self.step(self.draw_step())
@@ -161,6 +163,7 @@ class Simulation(Verbs):
                 self.crash(node, self.draw_keep(), self.crash_at)
         self.model.observe()
         self.check_fenced()
+        self.check_doors()
         assert not self.errors.unexpected, self.errors.unexpected
 
     def meanwhile(self, node: SimNode | None) -> None:
@@ -186,6 +189,7 @@ class Simulation(Verbs):
         self.plan.rates, self.plan.down_until, self.crash_rate = {}, 0.0, 0.0
         self.meanwhile_rate = self.meanwhile_gc_rate = 0.0
         self._armed.clear()
+        self.doors_back()
         self.clock.sleep(self.plan.lag + max(60.0, lease.DOOMED_FOR))
         for node in self.nodes.values():
             if not node.up:
@@ -194,6 +198,7 @@ class Simulation(Verbs):
                 node.look_after()
             self.check_open(node)
         self.guarded(self.background)
+        self.end_rollbacks()
         for where in self.usable():
             assert self.drain_now(where) or where[1].lost, f"{where[1]} cannot be drained"
         self.check_fenced()
@@ -221,11 +226,15 @@ class Simulation(Verbs):
             assert content == seen.content, f"{key} is not what it was"
 
 
-def simulate(seed: int, *, keep_trace: bool = False) -> Result:
-    """Run one seed. Raises AssertionError, with the trace so far in a note if it is kept."""
-    with Simulation(seed, keep_trace) as sim:
+def simulate(seed: int, *, keep_trace: bool = False, identity: bool = False) -> Result:
+    """Run one seed. Raises AssertionError, with the trace so far in a note if it is kept.
+
+    ``identity``: with clones, and stores that are swapped or go back; other histories than without.
+    """
+    with Simulation(seed, keep_trace, identity=identity) as sim:
         try:
             return sim.run()
         except BaseException as error:
-            error.add_note("\n".join([*sim.trace[-TOLD:], f"python -m tests.sim.run {seed}"]))
+            again = f"python -m tests.sim.run {seed}{' --identity' if identity else ''}"
+            error.add_note("\n".join([*sim.trace[-TOLD:], again]))
             raise

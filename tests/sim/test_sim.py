@@ -11,24 +11,27 @@ from pathlib import Path
 import pytest
 from faulty_store import KINDS
 from handoff_step import VARIANTS
-from sim_seeds import REGRESSIONS
+from sim_identity import CLONED, IDENTITY_WEIGHTS, STORES
+from sim_seeds import IDENTITY_REGRESSIONS, REGRESSIONS
 from simulation import WEIGHTS, simulate
 
 LENGTH = os.environ.get("GLIDEFS_TEST_LENGTH", "normal")
 FIRST = int(os.environ.get("GLIDEFS_SIM_FIRST", "0"))
 COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 60, "long": 10_000}.get(LENGTH, 500))
 AT_ONCE = 20
+IDENTITY_COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 40, "long": 2_000}.get(LENGTH, 100))
 ROOT = Path(__file__).parents[2]
 
 counts: Counter[str] = Counter()
+identity_counts: Counter[str] = Counter()
 
 
-def run(seed: int) -> None:
+def run(seed: int, *, identity: bool = False) -> None:
     """One seed; if it fails, once more with a trace."""
     try:
-        counts.update(simulate(seed).counts)
+        (identity_counts if identity else counts).update(simulate(seed, identity=identity).counts)
     except Exception as error:
-        simulate(seed, keep_trace=True)
+        simulate(seed, keep_trace=True, identity=identity)
         raise AssertionError(f"seed {seed} failed, and not when it was run again: {error}") from error
 
 
@@ -41,6 +44,29 @@ def test_a_seed_that_failed_once(seed: int) -> None:
 def test_seeds(first: int) -> None:
     for seed in range(first, min(first + AT_ONCE, FIRST + COUNT)):
         run(seed)
+
+
+@pytest.mark.parametrize("seed", sorted(IDENTITY_REGRESSIONS))
+def test_a_seed_of_clones_and_stores_that_failed_once(seed: int) -> None:
+    run(seed, identity=True)
+
+
+@pytest.mark.parametrize("first", range(FIRST, FIRST + IDENTITY_COUNT, AT_ONCE))
+def test_seeds_of_clones_and_stores(first: int) -> None:
+    """Two hosts of one name, cloned hosts, other stores, and stores that go back in time."""
+    for seed in range(first, min(first + AT_ONCE, FIRST + IDENTITY_COUNT)):
+        run(seed, identity=True)
+
+
+@pytest.mark.skipif(IDENTITY_COUNT < 100, reason="not enough seeds")
+def test_everything_happened_to_clones_and_stores() -> None:
+    if not any(name.startswith("step") for name in identity_counts):
+        pytest.skip("no seeds were run")
+    wanted = {f"step {name}" for name in IDENTITY_WEIGHTS}
+    wanted |= {f"cloned {how}" for how in CLONED} | {f"store {kind}" for kind in STORES}
+    wanted |= {"hosts of one name", "twin fenced", "store went back", "store brought forward"}
+    wanted |= {"older state accepted", "drain StoreWentBack"}
+    assert not wanted - set(identity_counts), f"never: {sorted(wanted - set(identity_counts))}"
 
 
 @pytest.mark.skipif(COUNT < 500, reason="not enough seeds")
@@ -58,13 +84,14 @@ def test_everything_happened() -> None:
     assert not wanted - set(counts), f"never: {sorted(wanted - set(counts))}"
 
 
+@pytest.mark.parametrize("identity", [False, True])
 @pytest.mark.parametrize("seed", [FIRST + 1, FIRST + 2, FIRST + 3])
-def test_a_seed_is_the_same_every_time(seed: int) -> None:
+def test_a_seed_is_the_same_every_time(seed: int, identity: bool) -> None:
     """In another process too, whose sets are in another order."""
-    here = simulate(seed).digest
+    here = simulate(seed, identity=identity).digest
     for hash_seed in ("1", "2"):
         environment = dict(os.environ, PYTHONHASHSEED=hash_seed)
-        command = [sys.executable, "-m", "tests.sim.run", str(seed)]
+        command = [sys.executable, "-m", "tests.sim.run", str(seed)] + ["--identity"] * identity
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
         )
