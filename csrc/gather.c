@@ -222,6 +222,8 @@ static int replay_directory(struct gather *g, const char *dir, const struct segm
     r.committed_seq = committed != UINT64_MAX ? committed : empty ? 0 : seqs[0] - 1;
     g->sources = calloc((size_t)(count - from) + 1, sizeof(*g->sources));
     int err = g->sources ? replay_run(&r, seqs + from, count - from) : -ENOMEM;
+    if (from < count) /* they go from the first on: behind one that is there, none is gone because the store has it */
+        r.committed_seq = min_u64(r.committed_seq, seqs[from] - 1);
     if (!err && last == UINT64_MAX)
         err = replay_check_end(&r, NULL);
     g->torn = r.dropped;

@@ -159,6 +159,11 @@ def test_segments_that_nobody_knows_the_store_to_have(rig: CoreRig) -> None:
     for sent, missed in ((None, 0), (1, 0), (0, 1)):
         with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1, sent=sent) as gather:
             assert len(gather.damage.losses) == missed, sent
+    last = vol.segments()[-1].path
+    last.unlink()
+    with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1, sent=99) as gather:
+        (loss,) = gather.damage.losses
+        assert (loss.segment, loss.kind) == (int(last.stem, 16), "segment")
     for segment in vol.segments():
         segment.path.unlink()
     with Gather(None, vol.dir, b"v" * 16, b"l" * 16, 1) as gather:
