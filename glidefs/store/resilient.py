@@ -49,6 +49,8 @@ Outcome = Literal["ok", "retry", "error"]
 MetricsHook = Callable[[str, Outcome, float], None]
 
 WRITES: Final = ("put", "delete")
+PROVEN: Final = ("get_range", "get_suffix")
+"""What they read, ids and hashes vouch for."""
 MAX_BACKOFF: Final = 1.0
 _FIRST_BACKOFF: Final = 0.05
 _SLICE: Final = 0.25
@@ -226,7 +228,7 @@ class StoreView(ObjectStore):
         identity = self._owner.identity
         if identity is None:
             return request()
-        identity.ensure(self._inner, writes=op in WRITES)
+        identity.ensure(self._inner, writes=op in WRITES, proven=op in PROVEN)
         try:
             result = request()
         except NotFound:
@@ -234,7 +236,7 @@ class StoreView(ObjectStore):
             raise
         except StoreError as error:
             if error.temporary:
-                identity.doubt()
+                identity.doubt(error)
             raise
         if result == [] or result == _EMPTY_PAGE:
             identity.check(self._inner)

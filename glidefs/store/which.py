@@ -14,7 +14,14 @@ import threading
 import time
 from collections.abc import Callable
 
-from glidefs.errors import CorruptObject, NotFound, PreconditionFailed, StoreUnavailable
+from glidefs.errors import (
+    CorruptObject,
+    NotFound,
+    PreconditionFailed,
+    StoreError,
+    StoreUnavailable,
+    Throttled,
+)
 from glidefs.formats import identity
 from glidefs.formats.identity import StoreIdentity
 from glidefs.store.base import ObjectStore
@@ -22,13 +29,18 @@ from glidefs.store.base import ObjectStore
 log = logging.getLogger(__name__)
 
 STORE_KEY = "store.json"
+BETWEEN = 0.25
+"""Seconds between two requests for it after trouble: a storm of errors does not double the requests.
+
+Each time it costs those that must wait for the answer up to so long.
+"""
 
 
 class WhichStore:
     """The id of the store that is meant. ``expected``: 32 hex digits, None where none is known yet.
 
     ``bind`` is called with the id of a store that is used for the first time. ``_lock`` is held while the
-    store is asked, so that one thread asks; ``verified`` is read without it.
+    store is asked, so that one thread asks, and the others take its answer; ``verified`` is read without it.
     """
 
     def __init__(self, expected: str | None, bind: Callable[[str], None]) -> None:
@@ -37,26 +49,62 @@ class WhichStore:
         """Whether the store that answers now was seen to be the one that is meant."""
         self._bind = bind
         self._lock = threading.Lock()
+        self._begun = 0
+        """Times that the store was asked."""
+        self._good = 0
+        """The last of them if it was answered as it should be, else 0."""
+        self._good_at = 0.0
+        self._doubts = 0
 
-    def doubt(self) -> None:
-        """The store was away: another one may be in its place."""
-        self.verified = False
+    def doubt(self, error: StoreError) -> None:
+        """Trouble: another store may be in its place. One that asks for fewer requests is the same one."""
+        if not isinstance(error, Throttled):
+            self._doubts += 1  # one that is lost among others leaves another count all the same
+            self.verified = False
 
-    def ensure(self, store: ObjectStore, *, writes: bool) -> None:
-        """Raise StoreUnavailable unless this is the store that is meant; the first write gives it an id."""
-        if self.verified:
-            return
-        with self._lock:
-            if not self.verified:
-                self._check(store, create=writes)
+    def ensure(self, store: ObjectStore, *, writes: bool, proven: bool = False) -> None:
+        """Raise StoreUnavailable unless this is the store that is meant; the first write gives it an id.
+
+        After trouble it is asked again, at most once in BETWEEN seconds: who comes earlier waits. Not so what
+        is ``proven`` by a hash, whichever store it comes from: it is had meanwhile.
+        """
+        while not self.verified:
+            with self._lock:
+                if self.verified:
+                    return
+                wait = self._good_at + BETWEEN - time.monotonic() if self._good else 0.0
+                if wait <= 0:
+                    self._ask(store, create=writes)
+                    return
+            if proven:
+                return
+            time.sleep(wait)
 
     def check(self, store: ObjectStore) -> None:
-        """The same, and ask the store in any case: before an absence is believed."""
-        with self._lock:
-            self.verified = False
-            self._check(store, create=False)
+        """The same, and ask the store in any case: before an absence is believed.
 
-    def _check(self, store: ObjectStore, *, create: bool) -> None:
+        What was asked from now on counts, whoever asked.
+        """
+        begun = self._begun
+        with self._lock:
+            if self._good > begun and self.verified:
+                return
+            self._ask(store, create=False)
+
+    def _ask(self, store: ObjectStore, *, create: bool) -> None:
+        self._begun += 1
+        self._good, doubts = 0, self._doubts
+        try:
+            good = self._check(store, create=create)
+        except BaseException:
+            self.verified = False
+            raise
+        self.verified = good and doubts == self._doubts
+        if good:
+            self._good, self._good_at = self._begun, time.monotonic()
+
+    def _check(self, store: ObjectStore, *, create: bool) -> bool:
+        """Whether it says that it is the one; False if it need not say. Raises StoreUnavailable."""
         found = _read(store)
         if found is None and self.expected is not None:
             raise StoreUnavailable(
@@ -65,7 +113,7 @@ class WhichStore:
             )
         if found is None:
             if not create:
-                return  # nothing was ever put here by anybody who knew of ids
+                return False  # nothing was ever put here by anybody who knew of ids
             found = _create(store)
         if self.expected is None:
             self.expected = found.id
@@ -75,8 +123,8 @@ class WhichStore:
                 f"{store.url} is store {found.id}, not this host's store {self.expected}; correct the url, "
                 "the endpoint or what is mounted"
             )
-        self.verified = True
         store.settle_on()
+        return True
 
 
 def _read(store: ObjectStore) -> StoreIdentity | None:

@@ -195,6 +195,20 @@ VOLUME = [
         "        if False:",
         ("tests/forks/test_fences.py::test_a_copy_of_a_host_without_a_record_has_no_part_in_the_volume",),
     ),
+    Mutation(
+        "every-error-asks-which-store-it-is",
+        "glidefs/store/which.py",
+        "                if wait <= 0:",
+        "                if True:",
+        ("tests/store/test_which.py::test_a_storm_asks_once_in_a_while",),
+    ),
+    Mutation(
+        "throttling-asks-which-store-it-is",
+        "glidefs/store/which.py",
+        "        if not isinstance(error, Throttled):",
+        "        if True:",
+        ("tests/store/test_which.py::test_throttling_is_no_reason_to_ask_which_store_it_is",),
+    ),
     # -- section 5: keys
     Mutation(
         "merged-blocks-share-the-name-space-of-whole-ones",

@@ -260,7 +260,7 @@ SIM = [
     Mutation(
         "a-trouble-leaves-the-store-believed",
         "glidefs/store/resilient.py",
-        "                identity.doubt()\n",
+        "                identity.doubt(error)\n",
         "                pass\n",
         IDENTITY,
     ),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from glidefs.errors import NotFound, StoreUnavailable
+from glidefs.errors import NotFound, StoreError, StoreUnavailable, Throttled
 from glidefs.formats import identity
 from glidefs.formats.identity import StoreIdentity
 from glidefs.store import open_store
-from glidefs.store.base import ObjectStore
+from glidefs.store.base import Object, ObjectStore
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.which import STORE_KEY, WhichStore
@@ -119,3 +124,107 @@ def test_a_directory_is_made_only_when_it_is_asked_for(tmp_path: Path) -> None:
     root.rmdir()
     (tmp_path / "unmounted").rename(root)
     assert first.get("p/x").data == b"x"
+
+
+class Asked(MemoryStore):
+    """Counts who is asked what, and fails as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: Counter[str] = Counter()
+        self.trouble: Callable[[], StoreError] | None = None
+        self.before: Callable[[], None] = lambda: None
+
+    def get(self, key: str) -> Object:
+        self.asked[key] += 1
+        if key == STORE_KEY:
+            self.before()
+        elif self.trouble is not None:
+            raise self.trouble()
+        return super().get(key)
+
+
+def ready() -> tuple[Asked, ResilientStore]:
+    """A store that was used, and whose id was asked for."""
+    memory = Asked()
+    store, _ = host(memory)
+    store.put("p/x", b"x")
+    memory.asked.clear()
+    return memory, store
+
+
+def test_throttling_is_no_reason_to_ask_which_store_it_is() -> None:
+    memory, store = ready()
+    memory.trouble = lambda: Throttled("HTTP 503 SlowDown")
+    for _ in range(5):
+        with pytest.raises(StoreError):
+            store.get("p/x")
+    assert memory.asked["p/x"] >= 5
+    assert memory.asked[STORE_KEY] == 0
+
+
+def test_a_storm_asks_once_in_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 callers, each of whose requests is reset now and then: not one request more for each reset."""
+    memory, store = ready()
+    monkeypatch.setattr("glidefs.store.which.BETWEEN", 0.05)
+    turns = itertools.count()
+
+    def reset() -> StoreError | None:
+        return StoreUnavailable("connection reset") if next(turns) % 10 == 0 else None
+
+    began = time.monotonic()
+
+    def caller() -> None:
+        for _ in range(20):
+            assert store.identity is not None
+            store.identity.ensure(memory, writes=False)
+            if (error := reset()) is not None:
+                store.identity.doubt(error)
+
+    with ThreadPoolExecutor(40) as pool:
+        for future in [pool.submit(caller) for _ in range(40)]:
+            future.result()
+    took = time.monotonic() - began
+    assert next(turns) >= 800
+    assert 1 <= memory.asked[STORE_KEY] <= 1 + took / 0.05
+
+
+def test_data_that_is_proven_does_not_wait_for_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, store = ready()
+    monkeypatch.setattr("glidefs.store.which.BETWEEN", 2.0)
+    assert store.identity is not None
+    store.identity.doubt(StoreUnavailable("connection reset"))
+    assert bytes(store.get_range("p/x", 0, 1)) == b"x"
+    assert memory.asked[STORE_KEY] == 0
+    assert not store.identity.verified
+    store.get("p/x")  # a root, for one, is not
+    assert memory.asked[STORE_KEY] == 1
+
+
+def test_absences_at_one_time_are_believed_by_one_answer() -> None:
+    """Those that came while it was asked ask once more, all together."""
+    memory, store = ready()
+    gate, waiting = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        waiting.set()
+        assert gate.wait(20)
+
+    memory.before = hold
+
+    def absent(number: int) -> None:
+        with pytest.raises(NotFound):
+            store.get(f"p/absent{number}")
+
+    with ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(absent, 0)]
+        assert waiting.wait(20)
+        futures += [pool.submit(absent, number) for number in range(1, 16)]
+        until = time.monotonic() + 20
+        while sum(memory.asked[f"p/absent{number}"] for number in range(16)) < 16:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        gate.set()
+        for future in futures:
+            future.result()
+    assert 2 <= memory.asked[STORE_KEY] <= 3
