@@ -20,6 +20,7 @@ from glidefs import io_flusher
 from glidefs.config import Config, config_path, load_config
 from glidefs.disk_sizes import misfits
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
+from glidefs.identity import made_elsewhere
 from glidefs.leftovers import directory_of, dirs_below, logs_aside, recorded, unnamed_prefixes
 from glidefs.process import LOCK_FILE
 
@@ -60,6 +61,7 @@ def run_checks(config_file: str | None) -> list[Check]:
         ("locked memory", _memlock),
         ("I/O flusher", _flusher),
         ("cache directory", lambda c: _directory(Path(c.cache.dir), 0)),
+        ("cache directory's machine", _machine),
         ("log directory", lambda c: _directory(c.cache.logs, c.cache.log_size)),
         ("block cache directory", lambda c: _directory(c.cache.blocks, c.cache.block_cache_size)),
         ("disk sizes", _sizes),
@@ -241,6 +243,18 @@ def _directory(path: Path, wanted: int) -> Result:
     return "ok", detail
 
 
+def _machine(config: Config) -> Result:
+    """A clone has the ids of its host: before a commit nothing else tells them apart."""
+    if not made_elsewhere(Path(config.cache.dir)):
+        return "ok", "this one"
+    return (
+        "warn",
+        "this cache directory was made on another machine",
+        "if that machine still runs with a copy of it, give this one an empty cache directory: of two copies "
+        "the one that commits later is fenced; if the disk was moved here, nothing is to be done",
+    )
+
+
 def _sizes(config: Config) -> Result:
     lines = misfits(config)
     if lines:
@@ -332,6 +346,13 @@ def _exports(config: Config) -> Result:
 
 def _logs(config: Config) -> Result:
     found = logs_aside(config)
+    if found.lost:
+        text = f"{len(found.lost)} of lost records: {', '.join(found.lost[:4])}"
+        remedy = (
+            "'glidefs list' names the exports that 'glidefs attach' takes back; of what it does not name "
+            "'glidefs logs export' saves the log"
+        )
+        return "warn", text, remedy
     if found.aside:
         text = f"{len(found.aside)} set aside, {found.size >> 20} MiB: {', '.join(found.aside[:4])}"
         remedy = "'glidefs logs export' saves what one holds, 'glidefs logs delete' ends it"

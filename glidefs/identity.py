@@ -126,6 +126,17 @@ def _read_mark(directory: Path) -> DirectoryMark | None:
         return None
 
 
+def made_elsewhere(cache_dir: Path) -> bool:
+    """Whether the cache directory says that another machine made it. A hint: it may have been moved."""
+    path = cache_dir / HOST_FILE
+    try:
+        host = format_.decode(str(path), path.read_bytes()[: format_.MAX_FILE], HostIdentity)
+    except (OSError, CorruptObject):
+        return False
+    mine = machine_id()
+    return bool(mine and host.machine and host.machine != mine)
+
+
 def machine_id() -> str:
     """That of the system, or empty."""
     with contextlib.suppress(OSError):

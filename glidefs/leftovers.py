@@ -16,15 +16,20 @@ from glidefs.errors import ConfigError, InvalidName
 from glidefs.export_table import RecordDirectory
 from glidefs.names import check_id, check_prefix
 from glidefs.store.base import dir_name
+from glidefs.volume.aside import is_noted
 
 KINDS = frozenset({"volumes", "bases", "packs", "pages", "tags", "gc"})
 """What lies below a prefix."""
 
 
 class Logs(Struct, frozen=True):
-    """Of a log directory: logs (volume and log id) that no record names, their bytes, and what is no log."""
+    """Of a log directory: logs (volume and log id) that no record names, their bytes, and what is no log.
+
+    ``lost`` are those that were not set aside: their records are lost or damaged.
+    """
 
     aside: tuple[str, ...]
+    lost: tuple[str, ...]
     size: int
     strange: tuple[str, ...]
 
@@ -81,6 +86,7 @@ def logs_aside(config: Config) -> Logs:
     records, _ = RecordDirectory(Path(config.cache.dir) / "exports").load()
     known = {(record.volume_id.hex(), record.log_id.hex()) for record in records}
     aside: list[str] = []
+    lost: list[str] = []
     strange: list[str] = []
     size = 0
     for volume in _entries(config.cache.logs):
@@ -88,11 +94,12 @@ def logs_aside(config: Config) -> Logs:
             if path.is_dir() and not _is_id(path):
                 strange.append(str(path))
             elif path.is_dir() and (volume.name, path.name) not in known:
-                aside.append(f"{volume.name}/{path.name}")
+                where = aside if is_noted(path) else lost
+                where.append(f"{volume.name}/{path.name}")
                 size += sum(file.lstat().st_blocks * 512 for file in _entries(path))
         if not _is_id(volume) and volume.is_dir():
             strange.append(str(volume))
-    return Logs(tuple(aside), size, tuple(strange))
+    return Logs(tuple(aside), tuple(lost), size, tuple(strange))
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -61,7 +61,8 @@ class LogVerbs:
         """All write logs of this host, those set aside too.
 
         "fenced": another host has the volume, and its export is still listed here. "was": the export that
-        a log set aside was of, if that is known. "record lost": `glidefs attach` of "was" replays it.
+        a log set aside was of, if that is known. "record lost": `glidefs attach` of "was" replays it; without
+        a name it can be exported only.
         """
         known, _ = self._known()
         lost = {(root.volume_id, root.log_id): root.name for root in local.every(self._state_dir)}
@@ -72,8 +73,8 @@ class LogVerbs:
             state = "set aside" if not name else "fenced" if self._is_fenced(name) else "in use"
             noted = None if name else aside.read(Path(info.path))
             was = noted.name if noted is not None else None
-            if not name and noted is None and ids in lost:
-                state, was = "record lost", lost[ids]
+            if not name and not aside.is_noted(Path(info.path)) and (ids in lost or info.segments):
+                state, was = "record lost", lost.get(ids)
             found.append({**msgspec.structs.asdict(info), "export": name, "was": was, "state": state})
         return found
 

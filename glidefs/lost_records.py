@@ -9,6 +9,7 @@ the log where the root names it: what a log holds is set aside only when that is
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.store.base import ObjectStore
 from glidefs.volume import aside, lease, local, logs
+
+log = logging.getLogger(__name__)
 
 
 def has_unsent(logs_dir: Path, root: Root) -> bool:
@@ -38,6 +41,25 @@ def find_lost(state_dir: Path, logs_dir: Path, known: Collection[str]) -> dict[s
         if root.name not in known and not root.read_only and has_unsent(logs_dir, root):
             lost[root.name] = advice(root.name, "its record is lost, and its write log holds unsent writes")
     return lost
+
+
+def say_nameless(state_dir: Path, logs_dir: Path, records: Collection[ExportRecord]) -> None:
+    """Name the logs with data that no record and no local root names.
+
+    So it is where a fork that the store does not know yet loses its record.
+    """
+    named = {(record.volume_id, record.log_id) for record in records}
+    named |= {(root.volume_id, root.log_id) for root in local.every(state_dir)}
+    for found in logs.list_logs(logs_dir, named):
+        if found.live or not found.segments or aside.is_noted(Path(found.path)):
+            continue
+        log.error(
+            "%s: a write log whose record is lost, and nothing here says which export it was of; "
+            "'glidefs logs export %s %s FILE' saves what it holds, 'glidefs logs delete' ends it",
+            found.path,
+            found.volume_id,
+            found.log_id,
+        )
 
 
 def newer_root(

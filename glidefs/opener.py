@@ -30,7 +30,7 @@ from glidefs.export_roots import STORE_PATIENCE, RootPlaces, Roots
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
-from glidefs.lost_records import advice, find_lost, has_unsent, newer_root
+from glidefs.lost_records import advice, find_lost, has_unsent, newer_root, say_nameless
 from glidefs.names import manifest_key
 from glidefs.roots import delete_root
 from glidefs.store.resilient import ResilientStore
@@ -97,6 +97,7 @@ class Opener:
             entry.failed(GlideError(why))
             self._table.add(entry)
             log.error("%s: not served: %s", name, why)
+        say_nameless(places.state_dir, places.logs_dir, records)
         entries = [Entry(record.name, record) for record in records]
         for entry in entries:
             entry.state = "fenced" if entry.is_fenced() else "starting"

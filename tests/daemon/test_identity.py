@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from daemon_harness import Daemon, wait_for
+from msgspec.structs import replace
+
+from glidefs.formats import identity
+from glidefs.formats.identity import HostIdentity
+from glidefs.identity import machine_id
 
 Make = Callable[..., Daemon]
 
@@ -122,3 +127,20 @@ def test_a_damaged_identity_comes_back_from_its_copies(daemon: Daemon) -> None:
     assert "host.json" in daemon.log_text
     assert daemon.has("v1", 1, "0", "1M")
     daemon.json("drain", "v1")
+
+
+def test_a_cache_directory_of_another_machine_is_named(daemon: Daemon) -> None:
+    def line() -> dict[str, str]:
+        found = json.loads(daemon.run("doctor", "--json", check=False).stdout)["checks"]
+        return next(check for check in found if check["check"] == "cache directory's machine")
+
+    assert line()["state"] == "ok"
+    path = daemon.base / "cache" / "host.json"
+    host = identity.decode(str(path), path.read_bytes(), HostIdentity)
+    path.write_bytes(identity.encode(replace(host, machine="0" * 32)))
+    assert line()["state"] == ("warn" if machine_id() else "ok")
+    if machine_id():
+        assert line()["detail"] == "this cache directory was made on another machine"
+        assert "if that machine still runs with a copy of it" in line()["remedy"]
+    path.write_bytes(identity.encode(replace(host, machine="")))  # where there was no machine id
+    assert line()["state"] == "ok"

@@ -114,5 +114,6 @@ def test_what_nobody_serves_is_named_with_its_verb(daemon: Daemon, make_daemon: 
     found = checks(daemon)
     assert found["exports"]["detail"] == "damaged records: v1"
     assert "glidefs remove" in found["exports"]["remedy"]
-    assert found["write logs"]["detail"].startswith("2 set aside")
+    assert found["write logs"]["detail"].startswith("2 of lost records")
+    assert "glidefs attach" in found["write logs"]["remedy"]
     assert "glidefs logs export" in found["write logs"]["remedy"]

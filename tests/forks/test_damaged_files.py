@@ -198,6 +198,37 @@ def test_a_record_and_its_log_that_was_sent(host: Host, tmp_path: Path) -> None:
         node.close()
 
 
+def test_a_record_of_a_fork_that_the_store_does_not_know(
+    tmp_path: Path, memory: CountingStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its log alone is left: a start names it, with the verb that saves what it holds."""
+    node = started(tmp_path / "home", memory)
+    node.base("deb", OLD, 16 * MIB)
+    node.fork("f0", "base:deb", wait=True)  # the base is known here from now on
+    memory.set_down(True)
+    node.fork("f", "base:deb")
+    node.core("f").pwrite(4096, UNSENT)
+    node.core("f").flush()
+    volume = node.router.show("f").volume_id
+    node.close()
+    remove(node.home / "exports" / "f.json")
+    memory.set_down(False)
+    caplog.clear()
+    node = started(node.home, memory)
+    try:
+        (lost,) = [log for log in node.router.logs.list() if log["volume_id"] == volume]
+        assert (lost["state"], lost["was"]) == ("record lost", None)
+        said = [line for line in caplog.messages if "whose record is lost" in line]
+        assert len(said) == 1, "of one log"
+        assert f"'glidefs logs export {volume} {lost['log_id']} FILE'" in said[0]
+        image = node.home / "image"
+        assert node.router.logs.export(volume, lost["log_id"], str(image))["bytes"] == len(UNSENT)
+        assert image.read_bytes()[4096:12288] == UNSENT
+        node.router.logs.delete(volume, lost["log_id"], force=True)
+    finally:
+        node.close()
+
+
 def test_a_directory_that_is_lost(host: Host, tmp_path: Path) -> None:
     """A log is there before its record: one that is missing was lost, not never begun."""
     objects = dict(host.store._objects)

@@ -65,4 +65,18 @@ OFFLINE = [
         "    for (uint32_t i = 0; i < 1; i++) {\n        if (length < i * SECTOR",
         (MUTATED + "test_a_look_at_a_segment_needs_one_header",),
     ),
+    Mutation(
+        "offline-last-segment-excused-by-what-the-store-has",
+        "csrc/gather.c",
+        "        r.committed_seq = min_u64(r.committed_seq, seqs[from] - 1);",
+        "        (void)from;",
+        (GATHER + "test_segments_that_nobody_knows_the_store_to_have",),
+    ),
+    Mutation(
+        "a-log-without-a-name-is-not-said",
+        "glidefs/lost_records.py",
+        "        if found.live or not found.segments",
+        "        if True or not found.segments",
+        ("tests/forks/test_damaged_files.py::test_a_record_of_a_fork_that_the_store_does_not_know",),
+    ),
 ]

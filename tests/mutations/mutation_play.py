@@ -142,6 +142,10 @@ class Play:
         said = "\n  ".join(self.lines.lines[-12:])
         raise Violation(f"{self.case} ({self.struck.target}): {what}\n  {said}")
 
+    def _names_log(self, line: str) -> bool:
+        (volume,) = (volume for volume, of in self.world.volumes.items() if of == self.struck.export)
+        return f"'glidefs logs export {volume} " in line
+
     def _names(self, text: str) -> bool:
         return any(name in text for name in self.struck.names)
 
@@ -259,11 +263,12 @@ class Play:
         if self.case.kind != "export record":
             self._wrong(f"{name} is not listed")
         # Of a fork that the store does not know its record alone has the root: the log can be exported only.
-        state = "record lost" if name in self.world.stored else "set aside"
-        logs = {log["volume_id"] for log in node.router.logs.list() if log["state"] == state}
+        logs = {log["volume_id"] for log in node.router.logs.list() if log["state"] == "record lost"}
         ids = {volume for volume, of in self.world.volumes.items() if of == name}
         if not ids & logs:
             self._wrong(f"{name} has no record, and its log is not listed with that state")
+        if name not in self.world.stored and not any(map(self._names_log, self.lines.lines)):
+            self._wrong(f"{name} has no record, and a start does not say so")
         self.errors.append(f"{name} has no record; its log is listed")
 
     def _copies(self, node: Node) -> None:
