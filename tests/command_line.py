@@ -98,7 +98,7 @@ def serve(listener: socket.socket) -> None:
 
 
 def _command(connection: socket.socket) -> None:
-    """Run one command in a process of its own; answers with its pid, and with its exit code as Popen has it."""
+    """Run one command in a process of its own; answers with its pid, then with its exit code."""
     length, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
     request = json.loads(connection.makefile("rb").read(int.from_bytes(length, "little")))
     pid = os.fork()

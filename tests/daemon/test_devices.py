@@ -485,7 +485,9 @@ def test_an_orphan_that_a_damaged_record_may_need(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pid", "why"), [(-1, "not visible here"), (NOBODY, "not noticed yet"), (os.getpid(), "serves it")]
+    ("pid", "why"),
+    [(-1, "not visible here"), (NOBODY, "not noticed yet"), (os.getpid(), "serves it")],
+    ids=["not visible", "nobody", "this process"],
 )
 def test_an_orphan_that_is_served_stays(host: Host, pid: int, why: str) -> None:
     make_tags(host.state)

@@ -161,7 +161,8 @@ def test_a_record(host: Host, tmp_path: Path) -> None:
 def test_a_log_that_lost_what_was_flushed(host: Host, tmp_path: Path, damage: str) -> None:
     """An error that names the file, from `attach` too; `--take-over` then serves what the store has."""
     home = copied(host, tmp_path)
-    segment = sorted((home / "logs" / host.ids[0]).glob("*/*.seg"))[-1]
+    segments = (home / "logs" / host.ids[0]).glob("*/*.seg")
+    (segment,) = [path for path in segments if UNSENT in path.read_bytes()]
     match damage:
         case "journal":
             zero_sector(segment, 2)

@@ -44,7 +44,7 @@ def test_put_get_head_delete(store: ObjectStore) -> None:
         [b"one", memoryview(b"two"), bytearray(b""), b"3"],
         [],
     ],
-    ids=repr,
+    ids=["empty", "bytearray", "view", "parts", "no parts"],
 )
 def test_bodies(store: ObjectStore, body: object) -> None:
     parts = body if isinstance(body, list) else [body]
