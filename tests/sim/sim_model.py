@@ -332,7 +332,7 @@ class Model:
             self.show(key, Seen(root, content, data, etag))
             if key.endswith("/manifest") and "/volumes/" in key:
                 self._manifest(key, before, root, content, who)
-                self._outdone(root, data, who)
+                self._outdone(root, content, data, who)
             else:
                 self._copy(key, before, root, content)
 
@@ -360,7 +360,7 @@ class Model:
             f"{key} is no copy of its source"
         )
 
-    def _outdone(self, root: Root, data: bytes, who: str) -> None:
+    def _outdone(self, root: Root, content: Content, data: bytes, who: str) -> None:
         """What one of several twins put is not the others', but what it had sent before it was cloned."""
         for twin in self.of_log(root.log_id):
             if data in self.sent[twin.node] or root.sequence == 0:  # the first root is the same of all
@@ -369,7 +369,11 @@ class Model:
                 twin.published, twin.contested = True, False
             elif twin.node != who:
                 twin.stale = twin.outdone = True
-                twin.may_adopt = data in self.told_by_log
+                twin.may_adopt = data in self.told_by_log and all(
+                    any(version.matches(content.get(sector, ZERO)) for version in may)
+                    for sector in twin.history.versions
+                    for may in (twin.in_commit(sector, root.last_segment),)
+                )
 
     def forget_log(self, node: str) -> None:
         """The power of a node is cut: of a root with no nonce on its disk the log may tell no more."""
