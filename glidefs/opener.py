@@ -214,9 +214,9 @@ class Opener:
         ours = root.owner_host == self.places.owner.host and root.log_id != NO_ID
         if not ours or not has_unsent(self.places.logs_dir, root):
             return False
+        self.roots.check_not_older(new_record(root, prefix, transport, published=True))
         if self.logs.put_here(root) is False:
             raise OwnedElsewhere(name, root.owner_node, lease.COPIED)
-        self.roots.check_not_older(new_record(root, prefix, transport, published=True))
         log.warning("%s: its record was lost and is made again; log %s is replayed", name, root.log_id.hex())
         self.take(entry, prefix, root, etag, transport if transport != "auto" else root.transport)
         return True

@@ -400,7 +400,9 @@ def test_a_copy_of_a_host_without_a_record_has_no_part_in_the_volume(
     Without a local root nothing tells it from the host itself: then an attach goes on, for the unsent writes.
     """
     one, two = twins(make_node)
-    two.core("v").pwrite(8192, OLD)
+    for _ in range(4):  # segments beyond the one that the root in the store names
+        two.core("v").pwrite(8192, OLD)
+        two.core("v").seal()
     two.close()
     (two.home / "exports" / "v.json").unlink()
     if root == "lost":
