@@ -429,6 +429,8 @@ class Model:
         assert not before.root.doomed, f"{key} was put back, and is about to be deleted"
         assert (root.volume_id, root.owner_node) == (before.root.volume_id, ""), f"{key} is another volume"
         assert same(content, before.content), f"{key}: what was put back is not what was removed"
+        for life in self.lives.values():
+            life.contested |= life.name == root.name and not life.published
 
     def _born(self, life: Life, *, published: bool) -> None:
         life.published = published
