@@ -98,6 +98,13 @@ void glide_engine_shutdown(glide_engine *e)
     outbox_close(&e->shadows);
 }
 
+void glide_engine_wake(glide_engine *e)
+{
+    outbox_wake(&e->faults);
+    outbox_wake(&e->events);
+    outbox_wake(&e->shadows);
+}
+
 void glide_engine_end_workers(glide_engine *e)
 {
     if (e->workers_ended)

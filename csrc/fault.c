@@ -27,6 +27,7 @@ void outbox_init(struct outbox *o)
     pthread_condattr_destroy(&attr);
     list_init(&o->items);
     o->count = 0;
+    o->wakes = 0;
     o->closed = false;
 }
 
@@ -47,6 +48,14 @@ void outbox_close(struct outbox *o)
     pthread_mutex_unlock(&o->lock);
 }
 
+void outbox_wake(struct outbox *o)
+{
+    pthread_mutex_lock(&o->lock);
+    o->wakes++;
+    pthread_cond_broadcast(&o->cond);
+    pthread_mutex_unlock(&o->lock);
+}
+
 int outbox_wait(struct outbox *o, int timeout_ms)
 {
     struct timespec until;
@@ -55,9 +64,11 @@ int outbox_wait(struct outbox *o, int timeout_ms)
     until.tv_sec = (time_t)(deadline / 1000000000u);
     until.tv_nsec = (long)(deadline % 1000000000u);
     pthread_mutex_lock(&o->lock);
-    while (list_empty(&o->items)) {
+    for (uint64_t wakes = o->wakes; list_empty(&o->items);) {
         if (o->closed)
             return -ESHUTDOWN;
+        if (o->wakes != wakes)
+            return 0;
         if (pthread_cond_timedwait(&o->cond, &o->lock, &until) == ETIMEDOUT && list_empty(&o->items))
             return o->closed ? -ESHUTDOWN : 0;
     }

@@ -14,6 +14,7 @@ struct io_req;
 
 void outbox_init(struct outbox *o);
 void outbox_close(struct outbox *o); /* wake everybody for good */
+void outbox_wake(struct outbox *o);  /* end the waits of now */
 void outbox_destroy(struct outbox *o);
 /* The item was malloc'ed, with its list first. */
 void outbox_put(struct outbox *o, struct list *item);

@@ -292,8 +292,7 @@ class Daemon:
         """Another process serves: end this one, without closing what both have. Does not return."""
         if self._api is not None:
             self._api.close(handed_over=True)
-        logging.shutdown()
-        os._exit(0)
+        process.end(0)
 
     # -- handoff: this process is the successor -----------------------------------------------------
 

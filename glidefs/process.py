@@ -8,13 +8,23 @@ import logging
 import os
 import resource
 import socket
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from glidefs.errors import CacheBusy, ConfigError
 
 LOCK_FILE = "daemon.lock"
 
 log = logging.getLogger(__name__)
+
+
+def end(code: int) -> NoReturn:
+    """End the process, in which all is closed, at once: Python would take its memory apart first."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def make_directory(key: str, path: Path, section: str = "cache") -> None:

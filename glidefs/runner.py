@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+from typing import NoReturn
 
 from glidefs import io_flusher, process
 from glidefs.asked import Asker, asked_by
@@ -39,8 +40,8 @@ class Signals:
         self.wake.set()
 
 
-def run_daemon(config_file: str | None, *, init_store: bool = False) -> int:
-    """The whole life of the process; returns its exit code. Raises GlideError if it cannot start.
+def run_daemon(config_file: str | None, *, init_store: bool = False) -> NoReturn:
+    """The whole life of the process. Raises GlideError if it cannot start.
 
     ``init_store``: make the directory of a ``file://`` store that is not there.
     """
@@ -77,7 +78,7 @@ def run_daemon(config_file: str | None, *, init_store: bool = False) -> int:
         if daemon.handed_over.is_set():
             daemon.leave()
     daemon.stop(signals.hurry)
-    return 0
+    process.end(0)
 
 
 def _take_over(daemon: Daemon) -> None:

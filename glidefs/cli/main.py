@@ -82,7 +82,7 @@ def run(
     with reported(False):
         from glidefs.runner import run_daemon
 
-        raise SystemExit(run_daemon(config, init_store=init_store))
+        run_daemon(config, init_store=init_store)
 
 
 @app.command()

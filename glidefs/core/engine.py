@@ -148,6 +148,11 @@ class Engine(Handle):
         """
         return open_volume(self, config, shadow)
 
+    def wake(self) -> None:
+        """End the waits of now in :meth:`faults_next`, :meth:`events_next` and :meth:`shadow_next`."""
+        with self._use() as engine:
+            lib.glide_engine_wake(engine)
+
     def faults_next(self, max_blocks: int, timeout_ms: int) -> Fault | None:
         """The next run of at most ``max_blocks`` absent blocks, or None after the timeout.
 

@@ -7,6 +7,7 @@ idle exports cost nothing.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import logging
@@ -132,6 +133,8 @@ class Scheduler:
     def close(self) -> None:
         """Stop and join the threads. What is not uploaded stays in the logs."""
         self.stop()
+        with contextlib.suppress(Closed):
+            self._engine.wake()
         for thread in self._threads:
             thread.join()
 

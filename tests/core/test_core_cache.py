@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -355,3 +356,20 @@ def test_parallel_inserts_of_one_key(rig: CoreRig) -> None:
     assert rig.engine.stats().cache_used == 60
     assert rig.engine.cache.evict_all() == 60
     wait_for(lambda: rig.engine.stats().cache_used == 0, "empty")
+
+
+def test_threads_that_wait_are_woken(make_rig: Callable[..., CoreRig]) -> None:
+    """A service that ends does not wait until its threads have waited their time."""
+    rig = make_rig(fault_threads=0)
+    waits: list[Callable[[], object]] = [
+        lambda: rig.engine.faults_next(8, 60_000),
+        lambda: rig.engine.events_next(60_000),
+        lambda: rig.engine.shadow_next(60_000),
+    ]
+    threads = [Background(wait) for wait in waits]
+    began = time.monotonic()
+    while not all(thread.done for thread in threads):
+        rig.engine.wake()  # again: one may not have begun to wait
+        time.sleep(0.01)
+    assert time.monotonic() - began < 10
+    assert [thread.result() for thread in threads] == [None, [], None]
