@@ -146,7 +146,10 @@ static void settle_list(struct fresh *list)
     }
 }
 
-/* Nothing was put in since the disk failed: whether it takes a sector behind the index, and syncs it. 0 or -errno. */
+/*
+ * Nothing was put in since the disk failed: whether it takes a sector behind the index, and syncs it. 0 or -errno.
+ * The caller has made this thread one of the cache's writers.
+ */
 static int try_again(struct block_cache *c)
 {
     static const uint8_t sector[GLIDE_SECTOR];
@@ -159,6 +162,8 @@ static int try_again(struct block_cache *c)
         err = -errno;
     pthread_mutex_lock(&c->lock);
     c->sick = err;
+    if (--c->writers == 0)
+        pthread_cond_broadcast(&c->changed);
     pthread_mutex_unlock(&c->lock);
     return err;
 }
@@ -173,9 +178,11 @@ int glide_cache_sync(glide_engine *engine)
         c->fresh = NULL;
     uint64_t failures = c->failures;
     int sick = c->sick;
+    bool again = !list && sick && !c->given;
+    c->writers += again;
     pthread_mutex_unlock(&c->lock);
     if (!list)
-        return sick && !c->given ? try_again(c) : sick;
+        return again ? try_again(c) : sick;
     int err = fdatasync(c->fd) ? -errno : 0;
     int injected = disk_injected(DISK_CACHE_SYNC);
     err = injected ? injected : err;

@@ -85,6 +85,13 @@ class Roots:
             raise Fenced(record.name, "its manifest is not in the store: another node removed it") from None
         if found.volume_id != record.volume_id or found.log_id != record.log_id:
             raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
+        tried = local.load_tried(self._places.state_dir, record.volume_id)
+        if tried and found.nonce not in tried:
+            raise GlideError(
+                f"{record.name}: its local root is lost, and the store's (sequence {found.sequence}) "
+                "was not put from here: a copy of this host put it, or the store went back in time; "
+                f"'glidefs attach {record.name} --take-over' serves what the store has"
+            )
         return found, etag
 
     def _newest(self, record: ExportRecord, root: Root, etag: str | None) -> tuple[Root, str | None]:

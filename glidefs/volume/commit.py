@@ -183,12 +183,13 @@ class Committer:
         """Make it durable that ``root`` is about to be put; returns the nonce to put it with.
 
         Where the disk does not take it, what the log holds is the evidence: a restart must know the root, and
-        what is written must get into the store above all where the disk fails.
+        what is written must get into the store above all where the disk fails. The nonce of the root in use
+        is kept, too, for a start that finds no local root.
         """
         nonce = root.nonce
-        tried = (*self._tried, nonce)[-local.MAX_TRIED :]
+        tried = (*self._tried, nonce)[-local.MAX_TRIED + 1 :]
         try:
-            local.save_tried(self._state_dir, self.root.volume_id, tried)
+            local.save_tried(self._state_dir, self.root.volume_id, (self.root.nonce, *tried))
         except OSError as error:
             log.warning("volume %s: the nonce of a commit cannot be kept: %s", self.root.name, error)
             nonce = self._told_by_log(root) or nonce

@@ -5,8 +5,8 @@ encoded root, which carry their own checksum and the key that they belong to) an
 The copy is durable before segments that the root includes may be unlinked, so the local log and
 manifest together never lag behind the store.
 
-``tried`` holds the nonces of the roots that were put since the copy was written. It is one sector that is
-written in place, durable before the put begins, so it costs one sync for each commit:
+``tried`` holds the nonces of the roots that were put since the copy was written, and of the copy's own. It is
+one sector that is written in place, durable before the put begins, so it costs one sync for each commit:
 
     0   4  magic "GLTR"
     4   4  number of nonces n, little-endian

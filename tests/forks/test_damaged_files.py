@@ -9,14 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import pytest
 from fork_rig import BLOCK, MIB, CountingStore, Node
 
 from glidefs.errors import NotServed
 from glidefs.exports import AttachRequest
+from glidefs.formats.manifest import decode_root
+from glidefs.names import manifest_key
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mutate import bit_flip, copy_over, remove, sectors, swap, truncate, zero_fill, zero_sector
+from stored_roots import put_root
 
 OLD, SENT, UNSENT = b"o" * BLOCK, b"s" * BLOCK, b"u" * 8192
 ATTACH = AttachRequest(transport="nbd")
@@ -260,3 +264,18 @@ def test_a_log_that_is_lost_is_given_up_by_a_verb(host: Host, tmp_path: Path) ->
     node = started(home, host.store)
     assert node.core("a").pread(0, BLOCK) == SENT, "the log was begun, though nothing was written since"
     node.close()
+
+
+@pytest.mark.parametrize("step", [1, -1], ids=["a copy's", "an older one"])
+def test_a_lost_local_root_is_not_replaced_by_a_root_of_somebody_else(
+    host: Host, tmp_path: Path, step: int
+) -> None:
+    """It has the ids of this log, but nobody put it from here."""
+    home = copied(host, tmp_path)
+    key = manifest_key("default", "a")
+    found = host.store.get(key)
+    root = decode_root(key, found.data)
+    other = msgspec.structs.replace(root, nonce=bytes(16), sequence=root.sequence + step)
+    put_root(host.store, key, other, if_match=found.etag)
+    zero_sector(next(home.glob(f"state/volumes/{host.ids[0]}/root")), 0)
+    assert "was not put from here" in outcome(host, home)
