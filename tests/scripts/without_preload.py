@@ -1,7 +1,7 @@
 """A pytest plugin for sanitizer runs: programs that tests start must not inherit the preloaded sanitizer.
 
-qemu's coroutines hang under it. For `pytest -p tests.scripts.without_preload`. Where tests run side by side, the
-processes that run them do inherit it.
+qemu's coroutines hang under it. For `pytest -p tests.scripts.without_preload`. Where tests run side by side,
+the processes that run them do inherit it.
 """
 
 from __future__ import annotations
