@@ -42,7 +42,10 @@ class Reserve:
         """Make the file if there is room for it twice. Whether it is there."""
         if self.path.exists():
             return True
-        room = os.statvfs(self.path.parent)
+        try:
+            room = os.statvfs(self.path.parent)
+        except OSError:  # the directory was taken away
+            return False
         size = min(MOST, room.f_blocks * room.f_frsize // SHARE)
         if room.f_bavail * room.f_frsize < 2 * size or (room.f_files and room.f_favail < 2):
             return False

@@ -144,3 +144,14 @@ def test_copies_of_indices_give_way_to_what_frees_the_log(small: Callable[[str],
         assert names_in(at / "indices") == ["13", "63"], "one for one"
     finally:
         reserve.forget(kept)
+
+
+def test_a_reserve_whose_directory_is_gone(tmp_path: Path) -> None:
+    """No reason to end the thread that looks after it."""
+    directory = tmp_path / "state"
+    directory.mkdir()
+    kept = reserve.register(directory)
+    kept.path.unlink(missing_ok=True)
+    kept.path.parent.rmdir()
+    assert not kept.renew()
+    reserve.forget(kept)
