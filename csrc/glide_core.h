@@ -45,8 +45,7 @@ struct glide_engine_config {
 int glide_engine_open(const struct glide_engine_config *config, glide_engine **out);
 /* Every thread in glide_faults_next and glide_events_next gets -ESHUTDOWN, now and later. */
 void glide_engine_shutdown(glide_engine *engine);
-/* Every thread in glide_faults_next, glide_events_next and glide_shadow_next returns as after its timeout; none later.
- */
+/* The threads that are in glide_faults_next, glide_events_next and glide_shadow_next now return as after a timeout. */
 void glide_engine_wake(glide_engine *engine);
 /*
  * End the workers: the kernel then gives the ublk devices that they served to another server. Volumes that are open

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
+from glidefs.export_logs import ExportLogs
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
 from glidefs.names import manifest_key
@@ -52,9 +53,10 @@ class RootPlaces(Protocol):
 class Roots:
     """Finds roots. Holds no state; may be used by any thread."""
 
-    def __init__(self, places: RootPlaces, store: ResilientStore) -> None:
+    def __init__(self, places: RootPlaces, store: ResilientStore, export_logs: ExportLogs) -> None:
         self._places = places
         self._store = store
+        self._logs = export_logs
 
     def find(self, record: ExportRecord) -> tuple[Root, str | None]:
         """The root to open a volume with, and its ETag; from the store where the local copy is lost.
@@ -85,8 +87,7 @@ class Roots:
             raise Fenced(record.name, "its manifest is not in the store: another node removed it") from None
         if found.volume_id != record.volume_id or found.log_id != record.log_id:
             raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
-        tried = local.load_tried(self._places.state_dir, record.volume_id)
-        if tried and found.nonce not in tried:
+        if self._logs.put_here(found, record) is False:
             raise GlideError(
                 f"{record.name}: its local root is lost, and the store's (sequence {found.sequence}) "
                 "was not put from here: a copy of this host put it, or the store went back in time; "
@@ -102,7 +103,6 @@ class Roots:
         store's root is found. Raises Fenced, StoreError.
         """
         log_dir = logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
-        tried = local.load_tried(self._places.state_dir, record.volume_id)
         if not logs.lost_syncs(log_dir):
             return root, etag
         try:
@@ -114,6 +114,7 @@ class Roots:
         if found.volume_id == record.volume_id and found.log_id == record.log_id:
             # An older one has less than what is here, one that was not tried here is a copy's: who compares
             # it before guests come says which.
+            tried = local.load_tried(self._places.state_dir, record.volume_id)
             newer = found.sequence > root.sequence and found.nonce in tried
             return (found, found_etag) if newer else (root, etag)
         if etag is None or lease.went_back(found, root):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection
-from functools import partial
 from typing import Any
 
 from glidefs.core.check import Closed
@@ -24,7 +23,7 @@ from glidefs.formats.manifest import NO_ID, Root
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.names import check_name
 from glidefs.opener import Opener
-from glidefs.roots import delete_root, put_first_root, undelete_root
+from glidefs.roots import delete_root, put_first_root, same_as, undelete_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import lease
 
@@ -288,7 +287,7 @@ class Leaving:
             if root.owner_host != NO_ID and not self._opener.logs.put_here(root):
                 raise OwnedElsewhere(name, root.owner_node, lease.COPIED)
             now = now or root.doomed
-            if not delete_root(view, prefix, root, partial(_is_same, root), now=now):
+            if not delete_root(view, prefix, root, same_as(root), now=now):
                 raise OwnedElsewhere(name, root.owner_node)
             if purge:
                 self._lineage.delete_snapshots(prefix, name)
@@ -309,10 +308,6 @@ class Leaving:
             "undeleted": True,
             "note": f"nobody serves it yet; 'glidefs attach {name} --prefix {prefix}' does",
         }
-
-
-def _is_same(root: Root, found: Root) -> bool:
-    return found.nonce == root.nonce
 
 
 def _set_aside(record: ExportRecord) -> str:

@@ -76,7 +76,7 @@ class Opener:
         self._transports = transports
         self.places = places
         self.logs = ExportLogs(places)
-        self.roots = Roots(places, store)
+        self.roots = Roots(places, store, self.logs)
         self._stopping = stopping
         self.tried = threading.Event()
         self._abandoned = False

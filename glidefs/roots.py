@@ -58,6 +58,11 @@ def put_first_root(store: ObjectStore, prefix: str, root: Root) -> str:
         ) from None
 
 
+def same_as(root: Root) -> Callable[[Root], bool]:
+    """For :func:`delete_root`: this very root, and none that replaced it."""
+    return lambda found: found.nonce == root.nonce
+
+
 def delete_root(
     store: ObjectStore, prefix: str, mine: Identity, ours: Callable[[Root], bool | None], *, now: bool = False
 ) -> bool:

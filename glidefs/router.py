@@ -48,7 +48,7 @@ from glidefs.lineage import Lineage, Origin
 from glidefs.log_verbs import LogVerbs
 from glidefs.names import Source, check_name, check_prefix, parse_source
 from glidefs.opener import Opener
-from glidefs.roots import delete_root, put_first_root
+from glidefs.roots import delete_root, put_first_root, same_as
 from glidefs.store.resilient import ResilientStore
 from glidefs.stored_volumes import list_volumes
 from glidefs.transport.base import Transport, choose_transport
@@ -318,8 +318,7 @@ class ExportRouter:
 
     def _undo_root(self, prefix: str, root: Root) -> None:
         try:
-            view = self._store.view("upload", VERB_PATIENCE)
-            delete_root(view, prefix, root, lambda found: found.nonce == root.nonce, now=True)
+            delete_root(self._store.view("upload", VERB_PATIENCE), prefix, root, same_as(root), now=True)
         except GlideError as error:
             log.warning("%s: its root stays in the store: %s", root.name, error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import os
 from pathlib import Path
@@ -149,8 +150,11 @@ class Engine(Handle):
         return open_volume(self, config, shadow)
 
     def wake(self) -> None:
-        """End the waits of now in :meth:`faults_next`, :meth:`events_next` and :meth:`shadow_next`."""
-        with self._use() as engine:
+        """End the waits of now in :meth:`faults_next`, :meth:`events_next` and :meth:`shadow_next`.
+
+        Of an engine that is closed there are none.
+        """
+        with contextlib.suppress(Closed), self._use() as engine:
             lib.glide_engine_wake(engine)
 
     def faults_next(self, max_blocks: int, timeout_ms: int) -> Fault | None:

@@ -68,7 +68,8 @@ _KINDS = {
     lib.GLIDE_LOSS_HEADER: "header",
     lib.GLIDE_LOSS_SEGMENT: "segment",
 }
-LAST = (1 << 64) - 1
+_NO_SEGMENT = (1 << 64) - 1
+LAST = _NO_SEGMENT
 """As ``last``: to the end of the log, which must be there."""
 
 
@@ -105,7 +106,7 @@ class Gather(Handle):
                 log_id,
                 first,
                 last,
-                (1 << 64) - 1 if sent is None else sent,
+                _NO_SEGMENT if sent is None else sent,
                 out,
             )
             check(result, "gather", path=path)

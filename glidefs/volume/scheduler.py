@@ -7,7 +7,6 @@ idle exports cost nothing.
 
 from __future__ import annotations
 
-import contextlib
 import heapq
 import itertools
 import logging
@@ -133,8 +132,7 @@ class Scheduler:
     def close(self) -> None:
         """Stop and join the threads. What is not uploaded stays in the logs."""
         self.stop()
-        with contextlib.suppress(Closed):
-            self._engine.wake()
+        self._engine.wake()
         for thread in self._threads:
             thread.join()
 

@@ -86,8 +86,7 @@ class FaultService:
     def close(self) -> None:
         """Stop and join the threads; faults that come after are not answered."""
         self._stop.set()
-        with contextlib.suppress(Closed):
-            self._engine.wake()
+        self._engine.wake()
         with contextlib.suppress(queue.Full):
             for _ in range(self._settings.prefetch_threads):
                 self._queue.put_nowait(lambda: None)

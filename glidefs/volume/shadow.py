@@ -75,8 +75,7 @@ class ShadowVerifier:
     def close(self) -> None:
         """Stop and join the threads; reads that ask afterwards go on uncompared after a while."""
         self._stop.set()
-        with contextlib.suppress(Closed):
-            self._engine.wake()
+        self._engine.wake()
         for thread in self._threads:
             thread.join()
 
