@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import command_line
 import pytest
 from daemon_harness import ROOT, Daemon
 
@@ -22,14 +23,8 @@ VERBS = ("create", "list", "show", "resize", "drain", "detach", "attach", "remov
 
 def run(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("GLIDEFS_")}
-    return subprocess.run(
-        [sys.executable, "-m", "glidefs.cli.main", *args],
-        cwd=cwd,
-        env={**clean, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**clean, "PYTHONPATH": str(ROOT), **environment}
+    return command_line.run(args, cwd=cwd, env=environment, timeout=60)
 
 
 def test_init(tmp_path: Path) -> None:

@@ -37,6 +37,14 @@ def write(node: Node, fill: bytes, sector: int = 0) -> None:
     node.router.drain("v", 20.0)
 
 
+def begun(make_node: MakeNode) -> Node:
+    """A host whose volume is in the store, with ones in its first sector."""
+    node = make_node()
+    node.create("v", SIZE, wait=True)
+    write(node, b"1")
+    return node
+
+
 def started(make_node: MakeNode, name: str = "a") -> Node:
     node = make_node(name)
     node.router.start()
@@ -88,9 +96,7 @@ def test_an_older_root_does_not_replace_the_local_one_of_a_log_that_lost_a_sync(
     make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """! The store's root is taken at a start for what such a log may lack; an older one lacks more."""
-    node = make_node()
-    node.create("v", SIZE, wait=True)
-    write(node, b"1")
+    node = begun(make_node)
     older = stored(memory)
     write(node, b"2")
     volume_of(node).retire_committed()
@@ -107,9 +113,7 @@ def test_a_drain_with_nothing_to_upload_says_what_is_known_of_the_store(
     make_node: MakeNode, memory: CountingStore
 ) -> None:
     """! What it would say is in the store was there once."""
-    node = make_node()
-    node.create("v", SIZE, wait=True)
-    write(node, b"1")
+    node = begun(make_node)
     older = stored(memory)
     write(node, b"2")
     newest = stored(memory)
@@ -152,9 +156,7 @@ def test_who_takes_an_older_state_over_fences_who_knew_a_newer_one(
 def test_an_older_state_is_taken_only_when_that_is_said(
     make_node: MakeNode, memory: CountingStore, served: bool
 ) -> None:
-    node = make_node()
-    node.create("v", SIZE, wait=True)
-    write(node, b"1")
+    node = begun(make_node)
     older = stored(memory)
     write(node, b"2")
     roll_back(memory, older)
@@ -185,9 +187,7 @@ def test_a_log_that_lost_a_sync_is_not_opened_with_the_root_of_a_copy(
     make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """! The store's root is taken for it at a start, and names the same log."""
-    node = make_node()
-    node.create("v", SIZE, wait=True)
-    write(node, b"1")
+    node = begun(make_node)
     one, two = clone(node, make_node)
     write(one, b"2")
     two.core("v").pwrite(4096, b"3" * 4096)
@@ -214,9 +214,7 @@ def test_a_copy_does_not_adopt_what_was_committed_while_the_disk_took_no_nonce(
     make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """! A nonce from before the copy was made is known to both: it is evidence of nothing."""
-    node = make_node()
-    node.create("v", SIZE, wait=True)
-    write(node, b"1")
+    node = begun(make_node)
     one, two = clone(node, make_node)
     no_nonces(monkeypatch, one)
     two.core("v").pwrite(4096, b"3" * 4096)  # a segment of the number that the other's has
@@ -232,9 +230,7 @@ def test_what_was_committed_while_the_disk_took_nothing_is_known_after_a_start(
     make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch, segments: int
 ) -> None:
     """By what the log holds: the same data, the same root."""
-    node = make_node()
-    node.create("v", SIZE, wait=True)
-    write(node, b"1")
+    node = begun(make_node)
     with monkeypatch.context() as patch:
         no_nonces(patch, node)
         patch.setattr(local, "save", full)

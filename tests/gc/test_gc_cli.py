@@ -6,10 +6,10 @@ import inspect
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import command_line
 import gc_rig as rig
 import pytest
 from stored_roots import put_root
@@ -33,14 +33,8 @@ def gc(tmp: Path, *args: str) -> subprocess.CompletedProcess[str]:
     config = tmp / "glidefs.toml"
     (tmp / "store").mkdir(exist_ok=True)
     config.write_text(f'[store]\nurl = "file://{tmp}/store"\nprefixes = ["p", "q"]\ngc_grace = "2h"\n')
-    return subprocess.run(
-        [sys.executable, "-m", "glidefs.cli.main", "gc", "-c", str(config), *args],
-        env={**clean, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
+    environment = {**clean, "PYTHONPATH": str(ROOT)}
+    return command_line.run(["gc", "-c", str(config), *args], cwd=tmp, env=environment, timeout=60)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from sim_steps import Where
 from sim_verbs import Verbs
 from sim_world import CLONES, NODES
 
-from glidefs.errors import GlideError, StoreWentBack
+from glidefs.errors import StoreWentBack
 from glidefs.formats import identity
 from glidefs.formats.identity import StoreIdentity
 from glidefs.formats.manifest import decode_root, encode_root
@@ -335,22 +335,14 @@ class Identity(Verbs):
         if not life.back:
             return True
         dirty = volume.done_segment < volume.core.seal() or volume.went_back is not None
-        with self.step_of(node):
-            try:
-                node.router.drain(life.name, 120.0)
-            except GlideError as error:
-                node.check_alive()
-                self.note(f"  {life}: not drained: {error}")
-                self.counts[f"drain {type(error).__name__}"] += 1
-                calm = not self.plan.rates and self.clock.now > self.plan.down_until + 150.0
-                if calm and not self.doors[node.name].swapped and life.back and not life.lost:
-                    must(
-                        isinstance(error, StoreWentBack), f"{life}: the store went back, and it says {error}"
-                    )
-                    must("went back" in volume.last_error, f"{life}: nothing says that the store went back")
-                return False
-        node.check_alive()
-        must(not (dirty and life.back) or life.lost, f"{life} was drained into a store that went back")
+        error = self.try_drain(node, life)
+        if error is None:
+            must(not (dirty and life.back) or life.lost, f"{life} was drained into a store that went back")
+            return False
+        calm = not self.plan.rates and self.clock.now > self.plan.down_until + 150.0
+        if calm and not self.doors[node.name].swapped and life.back and not life.lost:
+            must(isinstance(error, StoreWentBack), f"{life}: the store went back, and it says {error}")
+            must("went back" in volume.last_error, f"{life}: nothing says that the store went back")
         return False
 
     def check_all_know(self) -> None:

@@ -290,6 +290,13 @@ class Steps(World):
         self.note(f"  {life}: drain")
         if not self.may_drain(where):
             return False
+        if self.try_drain(node, life) is not None:
+            return False
+        self.drained(life, begin, now)
+        return True
+
+    def try_drain(self, node: SimNode, life: Life) -> GlideError | None:
+        """The verb; what it raised."""
         with self.step_of(node):
             try:
                 node.router.drain(life.name, 120.0)
@@ -297,10 +304,9 @@ class Steps(World):
                 node.check_alive()
                 self.note(f"  {life}: not drained: {error}")
                 self.counts[f"drain {type(error).__name__}"] += 1
-                return False
+                return error
         node.check_alive()
-        self.drained(life, begin, now)
-        return True
+        return None
 
     def may_drain(self, where: Where) -> bool:
         """Whether the store takes what this node has; if not, a drain must not say that it did."""
