@@ -183,6 +183,26 @@ int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t off
     return 0;
 }
 
+int disk_read(const struct disk_file *f, void *buf, uint64_t length, uint64_t offset, uint64_t *got)
+{
+    uint32_t tries = 1;
+
+    for (*got = 0; *got < length;) {
+        int err = disk_injected(DISK_READ);
+        ssize_t n = err ? err : pread(f->fd, (char *)buf + *got, length - *got, (off_t)(offset + *got));
+        if (!err && n < 0)
+            err = -errno;
+        if (err == -EIO && tries++ < DISK_TRIES)
+            continue;
+        if (err && err != -EINTR)
+            return err;
+        if (n == 0)
+            break;
+        *got += n > 0 ? (uint64_t)n : 0;
+    }
+    return 0;
+}
+
 int disk_unlink(const char *path)
 {
     if (unlink(path) && errno != ENOENT)

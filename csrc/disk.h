@@ -25,12 +25,15 @@ enum disk_kind {
     DISK_RENAME,      /* data = the new path */
     DISK_SYNC_FAILED, /* a sync of a file that was begun failed: what it covered may be lost for good */
     DISK_DIR_FAILED,  /* the same for a directory */
-    DISK_READ,        /* a guest's read of the log; this one and those that follow are only made to fail, not traced */
+    DISK_READ,        /* a read of the log; this one and those that follow are only made to fail, not traced */
     DISK_CACHE_READ,  /* a guest's read of the block cache */
     DISK_CACHE_WRITE, /* a block is put into the block cache */
     DISK_CACHE_SYNC,  /* the block cache is synced */
     DISK_KINDS
 };
+
+/* How often the log is read before an error of the disk counts. */
+#define DISK_TRIES 8
 
 /* A file or directory of a write log. */
 struct disk_file {
@@ -46,6 +49,9 @@ int disk_open(struct disk_file *f, const char *path, int flags);
 void disk_close(struct disk_file *f);
 /* Write all of iov (which it may change) at offset. 0 or -errno: how much was written is then unknown. */
 int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t offset);
+/* Read up to `length` bytes at offset; *got is fewer at the end of the file. An error of the disk is tried again, up to
+ * DISK_TRIES times in all: one that passes must not cost data that is nowhere else. 0 or -errno. */
+int disk_read(const struct disk_file *f, void *buf, uint64_t length, uint64_t offset, uint64_t *got);
 int disk_unlink(const char *path);
 /* Rename an open file; on success f->path is the new path. */
 int disk_rename(struct disk_file *f, const char *path);

@@ -397,15 +397,11 @@ static struct source *find_source(struct gather *g, uint64_t seq)
 
 static int read_run(struct source *s, uint32_t index, uint8_t *buf, uint64_t length)
 {
-    for (uint64_t done = 0; done < length;) {
-        ssize_t n = pread(s->file.fd, buf + done, length - done,
-                          (off_t)(segment_data_offset(s->sectors, index) + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return fail(n ? -errno : -EIO, "cannot read %s", s->file.path);
-        done += (uint64_t)n;
-    }
+    uint64_t got;
+    int err = disk_read(&s->file, buf, length, segment_data_offset(s->sectors, index), &got);
+
+    if (err || got != length)
+        return fail(err ? err : -EIO, "cannot read %s", s->file.path);
     if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))
         return 0;
     return fail(-EUCLEAN, "%s: the disk lost data that it had a moment ago; nothing of the segment is used",

@@ -8,7 +8,7 @@
  *
  * Files are not believed: what is read is compared with the hashes of its sectors in memory. Where that fails, or the
  * read does, the block waits for a fault: the store has it, if the segment is committed. EIO is for what is nowhere
- * else, after a second try.
+ * else, after DISK_TRIES reads.
  */
 #include "block_cache.h"
 #include "data_hash.h"
@@ -34,7 +34,7 @@ struct read_op {
     uint8_t *bounce;     /* where whole sectors go if the guest wants parts; NULL = to buf */
     uint64_t offset;     /* in the file */
     uint64_t total, got; /* bytes */
-    bool again;          /* a second try */
+    uint32_t tries;      /* that failed */
 };
 
 void io_piece_done(struct io_req *req, int err)
@@ -131,8 +131,7 @@ static int finish_read(struct read_op *x, int err)
         err = disk_injected(x->segment ? DISK_READ : DISK_CACHE_READ);
     bool good = !err && is_good(x);
 
-    if (!good && x->segment && x->segment->seq > v->committed_seq && !x->again) {
-        x->again = true;
+    if (!good && x->segment && x->segment->seq > v->committed_seq && ++x->tries < DISK_TRIES) {
         x->got = 0;
         return read_later(x);
     }

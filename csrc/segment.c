@@ -80,21 +80,6 @@ int segment_write_header(struct disk_file *f, const struct segment_id *id, uint3
     return disk_pwritev(f, &iov, 1, 0);
 }
 
-static int read_all(int fd, void *buf, uint64_t length, uint64_t offset, uint64_t *got)
-{
-    for (*got = 0; *got < length;) {
-        ssize_t n = pread(fd, (char *)buf + *got, length - *got, (off_t)(offset + *got));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return -errno;
-        if (n == 0)
-            break;
-        *got += (uint64_t)n;
-    }
-    return 0;
-}
-
 static bool header_whole(const struct segment_header *h)
 {
     return !memcmp(h->magic, MAGIC, sizeof(h->magic)) &&
@@ -126,7 +111,7 @@ static int judge_header(const struct disk_file *f, const struct segment_id *id, 
 static int read_copy(struct disk_file *f, const struct segment_id *id, struct segment_header *h, uint64_t offset)
 {
     uint64_t got;
-    int err = read_all(f->fd, h, sizeof(*h), offset, &got);
+    int err = disk_read(f, h, sizeof(*h), offset, &got);
 
     return err ? fail(err, "cannot read %s", f->path) : judge_header(f, id, h, got == sizeof(*h));
 }
@@ -151,7 +136,7 @@ bool segment_repair_header(struct disk_file *f, const struct segment_header *h)
         struct segment_header found;
         struct iovec iov = {(void *)(uintptr_t)h, sizeof(*h)};
         uint64_t got;
-        if (!read_all(f->fd, &found, sizeof(found), at, &got) && got == sizeof(found) && !memcmp(&found, h, got))
+        if (!disk_read(f, &found, sizeof(found), at, &got) && got == sizeof(found) && !memcmp(&found, h, got))
             continue;
         damaged = true;
         disk_pwritev(f, &iov, 1, at); /* best effort: the other one is good */
@@ -203,7 +188,7 @@ int segment_read_journal(struct disk_file *f, const struct segment_header *h, ui
     memset(out, 0, sizeof(*out));
     if (!records)
         return fail(-ENOMEM, "no memory for the journal of %s", f->path);
-    int err = read_all(f->fd, records, bytes, SEGMENT_HEAD, &got);
+    int err = disk_read(f, records, bytes, SEGMENT_HEAD, &got);
     if (err) {
         free(records);
         return fail(err, "cannot read the journal of %s", f->path);
@@ -224,7 +209,7 @@ int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_
 {
     const struct segment_record *r = &j->records[index];
     uint64_t got, length = (uint64_t)r->count * SECTOR;
-    int err = read_all(f->fd, buf, length, segment_data_offset(j->sectors, index), &got);
+    int err = disk_read(f, buf, length, segment_data_offset(j->sectors, index), &got);
 
     if (err)
         return fail(err, "cannot read record %u of %s", index, f->path);

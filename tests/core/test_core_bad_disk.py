@@ -101,6 +101,8 @@ def test_retire_after_a_replay_that_dropped_records(rig: CoreRig) -> None:
 # -- reads of the log --------------------------------------------------------------------------------
 
 FOREVER = 1 << 20
+TRIES = 8
+"""DISK_TRIES of the core."""
 
 
 def lose(segment: Segment, index: int, count: int = 1) -> None:
@@ -182,16 +184,40 @@ def test_unaligned_reads_of_the_log_are_checked_too(rig: CoreRig) -> None:
     assert vol.core.pread(2 * SECTOR, 2 * SECTOR)[SECTOR:] == pattern(4, SECTOR)
 
 
-def test_a_read_that_fails_once_is_tried_again(rig: CoreRig) -> None:
+def test_a_read_that_fails_is_tried_again(rig: CoreRig) -> None:
     vol = rig.vol()
     content = written(vol)
-    inject(READ, errno.EIO)
+    inject(READ, errno.EIO, count=TRIES - 1)
     assert reads(vol, content) == (len(content), 0)
     inject(READ, errno.EIO, count=FOREVER)
     assert reads(vol, content)[1] >= 6
     assert rig.events(EventKind.READ_LOST)[0].b == errno.EIO
+    with pytest.raises(GlideError, match="cannot read"):
+        vol.gather(vol.core.seal())
+    inject(READ, errno.EIO, count=TRIES - 1)
     vol.commit(retire=False)
     assert reads(vol, content) == (len(content), 0)  # from the store
+
+
+@pytest.mark.parametrize("failing", [TRIES - 1, TRIES])
+def test_a_replay_tries_again_too(rig: CoreRig, failing: int) -> None:
+    """Whichever read fails, of header, journal or data: all that was written, or after TRIES an error."""
+    vol = rig.vol()
+    content = written(vol)
+    vol.close()
+    refused = 0
+    for skip in range(8):
+        inject(READ, errno.EIO, skip=skip, count=failing)
+        try:
+            vol.open(always_verify=True)
+        except GlideError:
+            refused += 1
+            continue
+        assert vol.recovery.dropped == 0
+        inject(READ, errno.EIO, count=0)
+        assert reads(vol, content) == (len(content), 0)
+        vol.close()
+    assert bool(refused) == (failing == TRIES)
 
 
 def test_the_commit_of_a_segment_whose_sync_failed_unmaps_it(rig: CoreRig) -> None:
