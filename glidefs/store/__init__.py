@@ -44,7 +44,7 @@ def open_store(
         if not parts.netloc:
             raise ConfigError(f"store url {url!r}: write s3://bucket/root")
         # Not before it is needed: boto3 costs a daemon on a file:// store tens of megabytes.
-        from glidefs.store.s3 import S3Options, S3Store
+        from glidefs.store.s3.store import S3Options, S3Store
 
         options = S3Options(
             endpoint_url=endpoint_url,

@@ -87,7 +87,7 @@ VOLUME = [
     ),
     Mutation(
         "conditional-puts-are-retried-below-us",
-        "glidefs/store/s3_client.py",
+        "glidefs/store/s3/client.py",
         '"retries": {"total_max_attempts": 1,',
         '"retries": {"total_max_attempts": 4,',
         ("tests/store/test_s3.py::test_puts_are_not_retried_by_the_client",),

@@ -31,11 +31,11 @@ from glidefs.errors import (
     Throttled,
 )
 from glidefs.store import open_store
-from glidefs.store.range_http import HttpError, RangeClient
 from glidefs.store.resilient import ResilientStore
-from glidefs.store.s3 import S3Store
-from glidefs.store.s3_body import BodyReader
-from glidefs.store.s3_errors import classify, code_in
+from glidefs.store.s3.body import BodyReader
+from glidefs.store.s3.errors import classify, code_in
+from glidefs.store.s3.range_http import HttpError, RangeClient
+from glidefs.store.s3.store import S3Store
 
 BUCKET = "glidefs-test"
 

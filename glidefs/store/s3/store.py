@@ -2,7 +2,7 @@
 
 boto3 is the client for everything but the hot path, and the source of credentials and signatures. Its
 own retries are off: :mod:`glidefs.store.resilient` retries, because only it knows which failures of
-a conditional put are ambiguous. Ranged reads are the hot path: :mod:`glidefs.store.s3_ranges`.
+a conditional put are ambiguous. Ranged reads are the hot path: :mod:`glidefs.store.s3.ranges`.
 
 A success is checked as a failure is: between here and the provider are load balancers and proxies,
 which answer 200 with a page of their own, too. An object, a put and a head have an ETag; a listing says
@@ -51,11 +51,11 @@ from glidefs.store.base import (
     check_list_prefix,
     check_range,
 )
-from glidefs.store.range_http import Response
-from glidefs.store.s3_body import BodyReader
-from glidefs.store.s3_client import Clients, S3Options
-from glidefs.store.s3_errors import classify, code_in, is_page, may_be_credentials
-from glidefs.store.s3_ranges import Ranges
+from glidefs.store.s3.body import BodyReader
+from glidefs.store.s3.client import Clients, S3Options
+from glidefs.store.s3.errors import classify, code_in, is_page, may_be_credentials
+from glidefs.store.s3.range_http import Response
+from glidefs.store.s3.ranges import Ranges
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -1,7 +1,7 @@
 """Ranged GETs of S3: the hot path.
 
 The URL is presigned once per key and kept until shortly before it expires (a presigned URL does not cover the
-Range header, so one serves every range of a pack), and :class:`glidefs.store.range_http.RangeClient`
+Range header, so one serves every range of a pack), and :class:`glidefs.store.s3.range_http.RangeClient`
 fetches it without signing. Behind an HTTP proxy, on a redirect, and where the signature is refused,
 they go through boto3.
 """
@@ -23,9 +23,9 @@ from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from glidefs.errors import StoreUnavailable
-from glidefs.store.range_http import HttpError, RangeClient, Response
-from glidefs.store.s3_client import Clients, S3Options
-from glidefs.store.s3_errors import code_in
+from glidefs.store.s3.client import Clients, S3Options
+from glidefs.store.s3.errors import code_in
+from glidefs.store.s3.range_http import HttpError, RangeClient, Response
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
