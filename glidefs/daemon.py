@@ -20,8 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glidefs import heap, process
+from glidefs import process
 from glidefs.config import Config
+from glidefs.core import heap
 from glidefs.disk_sizes import misfits
 from glidefs.errors import GlideError
 from glidefs.events import event
@@ -31,6 +32,7 @@ from glidefs.handoff.history import History
 from glidefs.handoff.predecessor import HandoffFailed, Outcome, Predecessor
 from glidefs.handoff.protocol import ExportCut, ListenerInfo
 from glidefs.health import troubles
+from glidefs.host.host import Host
 from glidefs.identity import CacheIdentity
 from glidefs.metrics import ExportFigures, Metrics, Snapshot
 from glidefs.router import ExportRouter
@@ -41,7 +43,6 @@ from glidefs.store.state import StoreState
 from glidefs.store.which import WhichStore
 from glidefs.store_check import StoreCheck
 from glidefs.version import commit, version
-from glidefs.volume.host import Host
 from glidefs.volume.volume import Volume
 
 if TYPE_CHECKING:

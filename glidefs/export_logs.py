@@ -12,8 +12,9 @@ from glidefs.errors import CorruptObject
 from glidefs.formats import atomic
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, decode_root
+from glidefs.manifest import local
 from glidefs.names import manifest_key
-from glidefs.volume import aside, local, logs
+from glidefs.volume import aside, logs
 
 log = logging.getLogger(__name__)
 

@@ -24,19 +24,19 @@ from glidefs.exports import (
 )
 from glidefs.formats.hot_set import HotSet, make_hot_set
 from glidefs.formats.manifest import Root
+from glidefs.host.host import Host
 from glidefs.images.bases import list_bases, remove_base
 from glidefs.images.bless import bless
 from glidefs.images.profile import IDLE, recording, wait
 from glidefs.leftovers import check_named
 from glidefs.lineage import PATIENCE, Lineage
+from glidefs.manifest import lease, local
+from glidefs.manifest.roots import put_first_root
+from glidefs.manifest.view import Manifest
 from glidefs.names import Source, check_name, check_prefix, manifest_key, parse_source
 from glidefs.opener import Opener
-from glidefs.roots import put_first_root
+from glidefs.reading.reader import block_key
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume import lease, local
-from glidefs.volume.host import Host
-from glidefs.volume.meta import Manifest
-from glidefs.volume.reader import block_key
 from glidefs.volume.volume import Volume
 
 

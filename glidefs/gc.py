@@ -68,9 +68,9 @@ from glidefs.formats.gc_state import (
 from glidefs.formats.manifest import encode_root
 from glidefs.formats.pack import ID_SIZE
 from glidefs.gc_mark import THREADS, Candidates, Checkpoint, Marker, Progress, in_parallel
+from glidefs.manifest import lease
 from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.clock import store_time
-from glidefs.volume import lease
 
 DEFAULT_LIMIT = 10_000
 """Objects that a run deletes at most."""

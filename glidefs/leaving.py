@@ -21,11 +21,11 @@ from glidefs.export_table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
 from glidefs.lineage import PATIENCE, Lineage
+from glidefs.manifest import lease
+from glidefs.manifest.roots import delete_root, put_first_root, same_as, undelete_root
 from glidefs.names import check_name
 from glidefs.opener import Opener
-from glidefs.roots import delete_root, put_first_root, same_as, undelete_root
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume import lease
 
 
 class Leaving:

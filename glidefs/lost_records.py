@@ -17,8 +17,9 @@ from glidefs.core.gather import log_segments
 from glidefs.errors import GlideError
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
+from glidefs.manifest import lease, local
 from glidefs.store.base import ObjectStore
-from glidefs.volume import aside, lease, local, logs
+from glidefs.volume import aside, logs
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from glidefs.volume.lru import LoadingCache
+from glidefs.manifest.lru import LoadingCache
 
 CAPACITY = 64
 

@@ -30,13 +30,13 @@ from glidefs.export_roots import STORE_PATIENCE, RootPlaces, Roots
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
+from glidefs.host.host import Host
 from glidefs.lost_records import advice, find_lost, has_unsent, newer_root, say_nameless
+from glidefs.manifest import lease, local
+from glidefs.manifest.roots import delete_root
 from glidefs.names import manifest_key
-from glidefs.roots import delete_root
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Attachment, Transport, choose_transport
-from glidefs.volume import lease, local
-from glidefs.volume.host import Host
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)

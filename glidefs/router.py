@@ -42,18 +42,18 @@ from glidefs.forks import ForkVerbs
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.health import judged
+from glidefs.host.host import Host
 from glidefs.leaving import Leaving
 from glidefs.leftovers import check_named
 from glidefs.lineage import Lineage, Origin
 from glidefs.log_verbs import LogVerbs
+from glidefs.manifest import lease
+from glidefs.manifest.roots import delete_root, put_first_root, same_as
 from glidefs.names import Source, check_name, check_prefix, parse_source
 from glidefs.opener import Opener
-from glidefs.roots import delete_root, put_first_root, same_as
 from glidefs.store.resilient import ResilientStore
 from glidefs.stored_volumes import list_volumes
 from glidefs.transport.base import Transport, choose_transport
-from glidefs.volume import lease
-from glidefs.volume.host import Host
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ import msgspec
 
 from glidefs.errors import CorruptObject, InvalidName, UnknownExport
 from glidefs.formats.manifest import NO_ID
+from glidefs.manifest import lease
 from glidefs.names import check_name, volumes_prefix
 from glidefs.store.base import ObjectStore, dir_name
-from glidefs.volume import lease
 
 READERS = 8
 """Roots that are read at the same time."""

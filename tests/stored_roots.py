@@ -5,8 +5,8 @@ from __future__ import annotations
 from hashlib import blake2b
 
 from glidefs.formats.manifest import Root, encode_root
+from glidefs.manifest.lease import Owner
 from glidefs.store.base import ObjectStore
-from glidefs.volume.lease import Owner
 
 
 def put_root(store: ObjectStore, key: str, root: Root, *, if_match: str | None = None) -> str:

@@ -138,7 +138,7 @@ def bless_command(
     new_prefix: bool = False,
 ) -> None:
     """Make a base of an image."""
-    from glidefs import heap
+    from glidefs.core import heap
     from glidefs.images.bless import bless
 
     heap.keep_large_buffers_apart()

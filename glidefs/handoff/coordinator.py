@@ -19,9 +19,9 @@ from glidefs.core.handoff import Position
 from glidefs.errors import DeviceError, GlideError
 from glidefs.export_table import Entry
 from glidefs.handoff.protocol import ConnectionCut, ExportCut
+from glidefs.host.host import Host
 from glidefs.router import ExportRouter
 from glidefs.transport.nbd import NbdConnection, NbdServer
-from glidefs.volume.host import Host
 from glidefs.volume.volume import Volume
 
 T = TypeVar("T")

@@ -49,7 +49,7 @@ from glidefs.handoff.protocol import (
     Served,
     common_version,
 )
-from glidefs.volume.host import Host
+from glidefs.host.host import Host
 
 log = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)

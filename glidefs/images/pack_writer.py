@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from glidefs import heap
+from glidefs.core import heap
 from glidefs.formats.pack import BLOCK, FULL_MASK, HEADER_SIZE, PACK_TARGET, PackEntry
 from glidefs.images.pipeline import Batch
 from glidefs.images.resume import DonePack

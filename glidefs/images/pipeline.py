@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from glidefs import heap
+from glidefs.core import heap
 from glidefs.core.payloads import compress_payloads
 from glidefs.formats.pack import BLOCK, payload_hash
 from glidefs.images.source import Image

@@ -23,14 +23,14 @@ from glidefs.events import happened
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.images.offline import BlockReader
+from glidefs.manifest.commit import Committer
+from glidefs.manifest.log_digest import LogDigest
+from glidefs.manifest.view import Manifest, MetaCache
+from glidefs.reading.ahead import ReadAhead, Window
 from glidefs.store.base import ObjectStore
-from glidefs.volume.commit import Committer
-from glidefs.volume.log_digest import LogDigest
-from glidefs.volume.meta import Manifest, MetaCache
-from glidefs.volume.readahead import ReadAhead, Window
 
 if TYPE_CHECKING:
-    from glidefs.volume.host import Host
+    from glidefs.host.host import Host
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Volume:
-    """Made by :meth:`glidefs.volume.host.Host.open`. Thread-safe.
+    """Made by :meth:`glidefs.host.host.Host.open`. Thread-safe.
 
     ``on_fenced(volume, why)`` is called once when another host turns out to have the volume,
     ``on_published(volume)`` when the store has its first root. Both run on threads of the host.

@@ -25,8 +25,8 @@ from node import DEADLINE, MIB, Node, servers, stopwatch
 
 from glidefs.cli.client import CommandError
 from glidefs.formats.manifest import encode_root
+from glidefs.manifest import lease
 from glidefs.names import manifest_key
-from glidefs.volume import lease
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -18,7 +18,7 @@ from core_rig import BLOCK, MIB, SANITIZED, SECTOR, Background, CoreRig, wait_fo
 
 from glidefs.core.check import Closed, CoreError
 from glidefs.errors import StoreUnavailable
-from glidefs.volume.scheduler import Scheduler
+from glidefs.writing.scheduler import Scheduler
 
 HOUR_MS = 3_600_000
 TICKS = 0.5

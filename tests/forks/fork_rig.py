@@ -17,13 +17,13 @@ from glidefs.bases import BaseLibrary
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.core.volume import CoreVolume
 from glidefs.exports import CreateRequest, ExportStatus, PromoteRequest
+from glidefs.host.host import Host
+from glidefs.manifest.lease import Owner
 from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.base import Object
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Attachment, Endpoint
-from glidefs.volume.host import Host
-from glidefs.volume.lease import Owner
 from glidefs.volume.settings import HostSettings
 
 PREFIX = "default"

@@ -11,9 +11,9 @@ from fork_rig import MIB, PREFIX, CountingStore, Node
 import glidefs.router
 from glidefs.errors import ExportExists, Fenced, StoreError, UnknownExport
 from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.manifest import lease
 from glidefs.names import manifest_key, pins_prefix, snapshot_key
 from glidefs.store.base import Body
-from glidefs.volume import lease
 
 MakeNode = Callable[..., Node]
 DATA = os.urandom(MIB)

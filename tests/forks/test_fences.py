@@ -15,9 +15,9 @@ from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
 from glidefs.errors import ExportExists, Fenced, GlideError, InUse, OwnedElsewhere, StoreError, UnknownExport
 from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest
 from glidefs.handoff.coordinator import HandoffCoordinator
+from glidefs.manifest import lease
 from glidefs.names import manifest_key
 from glidefs.transport.nbd import NbdServer
-from glidefs.volume import lease
 from glidefs.volume.volume import Volume
 
 MakeNode = Callable[..., Node]

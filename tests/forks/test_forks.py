@@ -23,8 +23,8 @@ from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagR
 from glidefs.formats.manifest import decode_root
 from glidefs.images.bless import bless
 from glidefs.images.export import export_image
+from glidefs.manifest import lease
 from glidefs.names import manifest_key, parse_source
-from glidefs.volume import lease
 
 MakeNode = Callable[..., Node]
 DATA = os.urandom(3 * MIB)

@@ -13,7 +13,7 @@ from glidefs.errors import ConfigError, NotSupported
 from glidefs.exports import ProfileRequest
 from glidefs.formats.hot_set import decode_hot_set, encode_hot_set, make_hot_set
 from glidefs.names import hot_set_key
-from glidefs.volume.prefetch import windows
+from glidefs.reading.prefetch import windows
 
 MakeNode = Callable[..., Node]
 BLOCKS = [900, 3, 4, 5, 2000, 1500, 7, 1024, 60]  # chunk 0 is blocks 0 to 1023

@@ -12,7 +12,7 @@ from fork_rig import MIB, PREFIX, CountingStore, Node
 
 from glidefs.errors import GlideError, InUse, UnknownExport
 from glidefs.exports import AttachRequest
-from glidefs.volume import lease
+from glidefs.manifest import lease
 
 MakeNode = Callable[..., Node]
 SIZE = 16 * MIB

@@ -13,10 +13,10 @@ from stored_roots import owner_of, put_root
 from glidefs.bases import BaseLibrary
 from glidefs.errors import NotFound, StoreUnavailable
 from glidefs.images.bases import base_root
+from glidefs.manifest import lease
 from glidefs.manifest_cache import ManifestCache
 from glidefs.names import base_manifest_key
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume import lease
 
 MakeNode = Callable[..., Node]
 

@@ -13,8 +13,9 @@ from stored_roots import put_root
 from glidefs.errors import Fenced, GlideError, StoreUnavailable, StoreWentBack
 from glidefs.exports import AttachRequest
 from glidefs.formats.manifest import Root, decode_root
+from glidefs.manifest import local
 from glidefs.names import manifest_key
-from glidefs.volume import local, logs
+from glidefs.volume import logs
 from glidefs.volume.volume import Volume
 
 MakeNode = Callable[..., Node]

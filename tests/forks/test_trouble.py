@@ -17,15 +17,15 @@ import glidefs.export_table
 import glidefs.leaving
 import glidefs.opener
 import glidefs.router
-import glidefs.volume.uploader
+import glidefs.writing.upload
 from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
 from glidefs.errors import AccessDenied, StoreError, StoreUnavailable, UnknownExport
 from glidefs.exports import AttachRequest
 from glidefs.formats.manifest import Root, decode_root
+from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
 from glidefs.store.base import join_body
-from glidefs.volume import lease, local
 from glidefs.volume.volume import DrainTimeout
 
 MakeNode = Callable[..., Node]
@@ -72,7 +72,7 @@ def test_a_fork_that_was_put_in_time_is_served_though_its_answer_was_lost(
     node.core("fork").pwrite(4096, b"w" * 4096)
     wait_for(lambda: memory._down, "the put")
     later = SimpleNamespace(time=lambda: time.time() + 1000.0, monotonic=time.monotonic, sleep=time.sleep)
-    monkeypatch.setattr(glidefs.volume.uploader, "time", later)
+    monkeypatch.setattr(glidefs.writing.upload, "time", later)
     memory.set_down(False)
     node.router.drain("fork", 20.0)
     assert node.router.show("fork").state == "serving"
@@ -197,7 +197,7 @@ def test_an_export_that_the_disk_kept_from_being_opened_is_tried_again(
     with entry.lock:
         node.router._opener.close_entry(entry, remove_device=False)
         shutil.rmtree(state)
-        monkeypatch.setattr("glidefs.volume.local.write_file_atomic", full)
+        monkeypatch.setattr("glidefs.manifest.local.write_file_atomic", full)
         node.router._opener.reopen(entry)
     assert entry.state == "failed"
     monkeypatch.undo()

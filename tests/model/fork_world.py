@@ -24,13 +24,13 @@ from history import SECTOR
 from stored import Stored
 
 import glidefs.clock
+import glidefs.compaction.compactor
 import glidefs.gc
 import glidefs.images.bases
+import glidefs.manifest.lease
 import glidefs.pins
-import glidefs.volume.compactor
-import glidefs.volume.lease
-import glidefs.volume.pace
-import glidefs.volume.uploader
+import glidefs.writing.pace
+import glidefs.writing.upload
 from glidefs.formats.pack import BLOCK
 from glidefs.store.base import Body
 
@@ -39,9 +39,9 @@ NODES = ("a", "b")
 CLOCKED: tuple[Any, ...] = (
     glidefs.images.bases,
     glidefs.pins,
-    glidefs.volume.compactor,
-    glidefs.volume.lease,
-    glidefs.volume.uploader,
+    glidefs.compaction.compactor,
+    glidefs.manifest.lease,
+    glidefs.writing.upload,
 )
 """Modules whose times count against the grace."""
 
@@ -138,20 +138,20 @@ class World(Stored):
     @contextlib.contextmanager
     def clocked(self) -> Iterator[None]:
         """All that counts against the grace goes by the store's clock."""
-        sample, elapsed = glidefs.volume.pace._SAMPLE, glidefs.clock.elapsed
+        sample, elapsed = glidefs.writing.pace._SAMPLE, glidefs.clock.elapsed
         level = LOG.level
         LOG.setLevel(logging.CRITICAL)  # fences by the hundred
         for module in CLOCKED:
             module.time = self.clock
         glidefs.clock.elapsed = self.clock.monotonic
-        glidefs.volume.pace._SAMPLE = 0.0002
+        glidefs.writing.pace._SAMPLE = 0.0002
         pool, glidefs.gc.ThreadPoolExecutor = glidefs.gc.ThreadPoolExecutor, InlinePool  # type: ignore[misc]
         try:
             yield
         finally:
             LOG.setLevel(level)
             glidefs.gc.ThreadPoolExecutor = pool  # type: ignore[misc]
-            glidefs.volume.pace._SAMPLE, glidefs.clock.elapsed = sample, elapsed
+            glidefs.writing.pace._SAMPLE, glidefs.clock.elapsed = sample, elapsed
             for module in CLOCKED:
                 module.time = time
 

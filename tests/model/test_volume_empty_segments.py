@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from volume_rig import MIB, Rig
 
+from glidefs.host.host import Host
 from glidefs.store.memory import MemoryStore
-from glidefs.volume.host import Host
 
 SECTOR = 4096
 

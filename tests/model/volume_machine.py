@@ -32,10 +32,10 @@ from glidefs.core.check import CoreError
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import Fenced
 from glidefs.formats.manifest import Root
+from glidefs.host import host as host_module
+from glidefs.host.host import Host
+from glidefs.manifest import lease
 from glidefs.store.memory import MemoryStore
-from glidefs.volume import host as host_module
-from glidefs.volume import lease
-from glidefs.volume.host import Host
 from glidefs.volume.volume import DrainTimeout, Volume
 
 SEGMENT_SECTORS = 12

@@ -26,11 +26,11 @@ from glidefs.formats.hot_set import make_hot_set
 from glidefs.formats.identity import StoreIdentity
 from glidefs.gc import collect
 from glidefs.identity import CacheIdentity
+from glidefs.manifest.lease import Owner
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectInfo
 from glidefs.store.memory import MemoryStore
 from glidefs.store.which import WhichStore
-from glidefs.volume.lease import Owner
 from glidefs.volume.volume import DrainTimeout
 
 GIB = 1 << 30

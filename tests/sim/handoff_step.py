@@ -12,8 +12,8 @@ from fork_rig import PREFIX
 from sim_model import must
 from sim_node import SimNode
 
+from glidefs.manifest import local
 from glidefs.names import manifest_key
-from glidefs.volume import local
 
 if TYPE_CHECKING:
     from simulation import Simulation

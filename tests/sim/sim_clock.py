@@ -19,27 +19,27 @@ from gc_rig import START, InlinePool
 
 import glidefs.bases
 import glidefs.clock
+import glidefs.compaction.compactor
 import glidefs.gc
+import glidefs.host.host
+import glidefs.host.watch
 import glidefs.images.bases
+import glidefs.manifest.commit
+import glidefs.manifest.lease
 import glidefs.manifest_cache
 import glidefs.opener
 import glidefs.pins
+import glidefs.reading.prefetch
+import glidefs.reading.reader
+import glidefs.reading.service
 import glidefs.store.breaker
 import glidefs.store.resilient
 import glidefs.store.which
 import glidefs.stored_volumes
-import glidefs.volume.commit
-import glidefs.volume.compactor
-import glidefs.volume.host
-import glidefs.volume.lease
-import glidefs.volume.pace
-import glidefs.volume.prefetch
-import glidefs.volume.reader
-import glidefs.volume.scheduler
-import glidefs.volume.service
-import glidefs.volume.uploader
 import glidefs.volume.volume
-import glidefs.volume.watch
+import glidefs.writing.pace
+import glidefs.writing.scheduler
+import glidefs.writing.upload
 
 TIMED: tuple[Any, ...] = (
     glidefs.images.bases,
@@ -48,26 +48,26 @@ TIMED: tuple[Any, ...] = (
     glidefs.store.breaker,
     glidefs.store.resilient,
     glidefs.store.which,
-    glidefs.volume.commit,
-    glidefs.volume.compactor,
-    glidefs.volume.lease,
-    glidefs.volume.pace,
-    glidefs.volume.reader,
-    glidefs.volume.scheduler,
-    glidefs.volume.service,
-    glidefs.volume.uploader,
+    glidefs.manifest.commit,
+    glidefs.compaction.compactor,
+    glidefs.manifest.lease,
+    glidefs.writing.pace,
+    glidefs.reading.reader,
+    glidefs.writing.scheduler,
+    glidefs.reading.service,
+    glidefs.writing.upload,
     glidefs.volume.volume,
-    glidefs.volume.watch,
+    glidefs.host.watch,
 )
 """Modules that look at a clock or sleep. What the core takes for the age of a write is real time, and counts
 for nothing: no write of a simulation is old enough to be uploaded for its age alone."""
 
 WAITING: tuple[Any, ...] = (
     glidefs.store.breaker,
-    glidefs.volume.compactor,
-    glidefs.volume.scheduler,
-    glidefs.volume.service,
-    glidefs.volume.watch,
+    glidefs.compaction.compactor,
+    glidefs.writing.scheduler,
+    glidefs.reading.service,
+    glidefs.host.watch,
 )
 """Modules that wait for conditions and events."""
 
@@ -77,9 +77,9 @@ POOLED: tuple[Any, ...] = (
     glidefs.images.bases,
     glidefs.opener,
     glidefs.stored_volumes,
-    glidefs.volume.host,
-    glidefs.volume.prefetch,
-    glidefs.volume.service,
+    glidefs.host.host,
+    glidefs.reading.prefetch,
+    glidefs.reading.service,
 )
 """Modules that have thread pools: their work is done at once."""
 
@@ -158,7 +158,7 @@ def simulated(clock: Clock, seed: int, while_drained: Callable[[], object]) -> I
         (secrets, "token_hex", lambda count=32: ids.randbytes(count).hex()),
     ]
     changes += [(module, "time", clock) for module in TIMED]
-    changes += [(glidefs.volume.lease, "DOOMED_FOR", 120.0)]  # of a grace of 1,000
+    changes += [(glidefs.manifest.lease, "DOOMED_FOR", 120.0)]  # of a grace of 1,000
     changes += [(module, "threading", waits) for module in WAITING]
     changes += [(module, "ThreadPoolExecutor", InlinePool) for module in POOLED]
     state = random.getstate()

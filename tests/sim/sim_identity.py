@@ -32,9 +32,9 @@ from glidefs.errors import StoreWentBack
 from glidefs.formats import identity
 from glidefs.formats.identity import StoreIdentity
 from glidefs.formats.manifest import decode_root, encode_root
+from glidefs.manifest import local
 from glidefs.names import manifest_key, pack_key, page_key
 from glidefs.store.which import STORE_KEY
-from glidefs.volume import local
 from glidefs.volume.volume import Volume
 
 IDENTITY_WEIGHTS = {

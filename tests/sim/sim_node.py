@@ -34,11 +34,11 @@ from glidefs.errors import StoreError
 from glidefs.export_table import Entry
 from glidefs.formats.manifest import Root
 from glidefs.formats.pack import BLOCK
+from glidefs.host.host import Host
+from glidefs.manifest.lease import Owner
 from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.which import WhichStore
-from glidefs.volume.host import Host
-from glidefs.volume.lease import Owner
 from glidefs.volume.logs import log_dir
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume

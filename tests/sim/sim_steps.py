@@ -17,7 +17,7 @@ from sim_world import World
 
 from glidefs.core.check import Closed, CoreError
 from glidefs.errors import Fenced, GlideError
-from glidefs.volume.commit import Superseded
+from glidefs.manifest.commit import Superseded
 from glidefs.volume.volume import Volume
 
 Where = tuple[SimNode, Life, Volume]

@@ -31,7 +31,7 @@ from sim_node import GRACE, SimNode
 import glidefs.export_table
 import glidefs.formats.atomic
 import glidefs.gc
-import glidefs.volume.host
+import glidefs.host.host
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import GlideError
@@ -115,7 +115,7 @@ class World:
                 [
                     (glidefs.formats.atomic, "os", files),
                     (glidefs.export_table, "os", files),
-                    (glidefs.volume.host, "VolumeConfig", self._volume_config),
+                    (glidefs.host.host, "VolumeConfig", self._volume_config),
                     (LOG, "propagate", False),
                     (LOG, "handlers", [self.errors]),
                 ]

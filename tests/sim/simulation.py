@@ -15,7 +15,7 @@ from sim_node import GRACE, SimNode
 from sim_world import Result
 
 from glidefs.errors import GlideError
-from glidefs.volume import lease
+from glidefs.manifest import lease
 
 WEIGHTS = {
     "write": 12,

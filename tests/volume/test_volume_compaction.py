@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from volume_rig import BLOCK, MIB, Rig, wait_for
 
+from glidefs.compaction.plan import Layer, choose_run, layers_of, merge_blocks, runs_of
 from glidefs.formats.manifest import EMPTY_PAGE, PackRef
 from glidefs.formats.pack import (
     CHUNK,
@@ -21,9 +22,8 @@ from glidefs.formats.pack import (
     encode_index,
     encode_trailer,
 )
-from glidefs.volume.compact_plan import Layer, choose_run, layers_of, merge_blocks, runs_of
-from glidefs.volume.edit import Append, Change, Replace, build_page, edit
-from glidefs.volume.host import Host
+from glidefs.host.host import Host
+from glidefs.manifest.edit import Append, Change, Replace, build_page, edit
 from glidefs.volume.volume import Volume
 
 SMALL = 2 * CHUNK + 5 * BLOCK

@@ -16,13 +16,13 @@ from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 from glidefs.core.check import CoreError
 from glidefs.errors import AccessDenied
 from glidefs.formats.pack import PackEntry, PackIndex, payload_hash
+from glidefs.host.host import Host
+from glidefs.manifest import lease, local
+from glidefs.manifest.keys import merged_key, scoped_key
 from glidefs.names import pack_key
+from glidefs.reading.ahead import ReadAhead
+from glidefs.reading.fetch import Wanted, plan_ranges
 from glidefs.store.base import Object
-from glidefs.volume import lease, local
-from glidefs.volume.fetch import Wanted, plan_ranges
-from glidefs.volume.host import Host
-from glidefs.volume.keys import merged_key, scoped_key
-from glidefs.volume.readahead import ReadAhead
 from glidefs.volume.volume import DrainTimeout, Volume
 
 

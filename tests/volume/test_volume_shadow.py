@@ -15,15 +15,15 @@ import pytest
 from open_files import open_below
 from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 
+from glidefs.compaction import merge as merge_module
 from glidefs.core import payloads
 from glidefs.core.check import Closed
 from glidefs.core.testing import forget_sector
 from glidefs.core.volume import VolumeStats
+from glidefs.host.host import Host
+from glidefs.manifest import lease
+from glidefs.reading import plan as blocks_module
 from glidefs.store.memory import MemoryStore
-from glidefs.volume import blocks as blocks_module
-from glidefs.volume import lease
-from glidefs.volume import merge as merge_module
-from glidefs.volume.host import Host
 from glidefs.volume.volume import Volume
 
 SECTOR = 4096

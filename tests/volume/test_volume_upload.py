@@ -24,12 +24,13 @@ from glidefs.core.testing import DiskKind, disk_inject, disk_trace
 from glidefs.errors import AccessDenied
 from glidefs.formats.manifest import PackRef, Page, Root, decode_root, encode_root
 from glidefs.formats.pack import CHUNK, SECTOR
+from glidefs.manifest import lease
+from glidefs.manifest.edit import Change, edit
+from glidefs.manifest.view import Manifest, MetaCache
 from glidefs.names import manifest_key, pack_key
 from glidefs.store.memory import MemoryStore
-from glidefs.volume import lease, pace
-from glidefs.volume.edit import Change, edit
-from glidefs.volume.meta import Manifest, MetaCache
 from glidefs.volume.volume import DrainTimeout
+from glidefs.writing import pace
 
 GIB = 1 << 30
 

@@ -17,11 +17,11 @@ from stored_roots import owner_of
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, encode_root, manifest_hash
+from glidefs.host.host import Host
+from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume import lease, local
-from glidefs.volume.host import Host
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume
 
@@ -54,14 +54,14 @@ class Differences(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        logging.getLogger("glidefs.volume.shadow").addHandler(self)
+        logging.getLogger("glidefs.host.shadow").addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         if "SHADOW DIFFERENCE" in record.getMessage():
             self.lines.append(record.getMessage())
 
     def close(self) -> None:
-        logging.getLogger("glidefs.volume.shadow").removeHandler(self)
+        logging.getLogger("glidefs.host.shadow").removeHandler(self)
         super().close()
 
 

@@ -21,13 +21,13 @@ import msgspec
 from glidefs.errors import CorruptObject, Fenced, GlideError, NotFound, StoreError
 from glidefs.formats.manifest import Page, Root, decode_root, encode_page, page_id
 from glidefs.formats.pack import ID_SIZE
+from glidefs.manifest import lease, local
+from glidefs.manifest.edit import Change, edit
+from glidefs.manifest.log_digest import LogDigest
+from glidefs.manifest.view import Manifest, MetaCache
 from glidefs.names import manifest_key, page_key
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
-from glidefs.volume import lease, local
-from glidefs.volume.edit import Change, edit
-from glidefs.volume.log_digest import LogDigest
-from glidefs.volume.meta import Manifest, MetaCache
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from glidefs import heap
+from glidefs.core import heap
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
 from glidefs.errors import Fenced, GlideError, StoreError, StoreWentBack
-from glidefs.volume.disk_use import disk_use
-from glidefs.volume.pace import Burst
-from glidefs.volume.retire import Retirer
 from glidefs.volume.settings import HostSettings
-from glidefs.volume.uploader import Paused, Uploader
+from glidefs.writing.disk_use import disk_use
+from glidefs.writing.pace import Burst
+from glidefs.writing.retire import Retirer
+from glidefs.writing.upload import Paused, Uploader
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume

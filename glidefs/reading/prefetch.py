@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from glidefs.core.check import Closed
 from glidefs.errors import GlideError
 from glidefs.formats.pack import BLOCK
-from glidefs.volume.service import FaultService
+from glidefs.reading.service import FaultService
 from glidefs.volume.settings import HostSettings
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from glidefs.core import payloads as core
 from glidefs.formats.pack import BLOCK, FULL_MASK, Buffer, PackIndex, decode_payload
-from glidefs.volume.fetch import Payloads, Wanted
-from glidefs.volume.keys import merged_key
+from glidefs.manifest.keys import merged_key
+from glidefs.reading.fetch import Payloads, Wanted
 
 
 class BlockPlan(NamedTuple):

@@ -13,11 +13,11 @@ from glidefs.errors import CorruptObject
 from glidefs.formats.atomic import write_file_atomic
 from glidefs.formats.manifest import EMPTY_PAGE, PAGE_CHUNKS, PackRef, Page, Root, decode_page
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, PackIndex, decode_index
+from glidefs.manifest.index_files import IndexFiles
+from glidefs.manifest.lru import LoadingCache
 from glidefs.names import pack_key, page_key
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import fetch_checked
-from glidefs.volume.index_files import IndexFiles
-from glidefs.volume.lru import LoadingCache
 
 _INDEX_OVERHEAD = 256
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import msgspec
 
 from glidefs.formats.manifest import PAGE_CHUNKS, PackRef, Page, Root, chunk_count, page_count
-from glidefs.volume import lease
-from glidefs.volume.meta import Manifest
+from glidefs.manifest import lease
+from glidefs.manifest.view import Manifest
 
 
 class Append(NamedTuple):

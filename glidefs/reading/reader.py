@@ -21,12 +21,12 @@ from glidefs.core.volume import CoreVolume, Fill, Install, install_error, instal
 from glidefs.errors import CorruptObject, GlideError, NotFound
 from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import CHUNK_BLOCKS, PackIndex, payload_hash
+from glidefs.manifest.keys import scoped_key
+from glidefs.manifest.view import Manifest
+from glidefs.reading.fetch import Buffers, Payloads, fetch, plan_ranges
+from glidefs.reading.flights import Flights
+from glidefs.reading.plan import BlockPlan, assemble, plan_block
 from glidefs.store.base import ObjectStore
-from glidefs.volume.blocks import BlockPlan, assemble, plan_block
-from glidefs.volume.fetch import Buffers, Payloads, fetch, plan_ranges
-from glidefs.volume.flights import Flights
-from glidefs.volume.keys import scoped_key
-from glidefs.volume.meta import Manifest
 from glidefs.volume.settings import HostSettings
 
 T = TypeVar("T")

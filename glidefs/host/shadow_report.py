@@ -16,10 +16,10 @@ from glidefs.core.shadow import ShadowDifference, Source
 from glidefs.errors import GlideError
 from glidefs.formats.pack import BLOCK, SECTOR, SECTORS_PER_BLOCK, payload_hash
 from glidefs.images.offline import BlockReader, Piece
+from glidefs.manifest.keys import scoped_key
+from glidefs.reading.reader import block_key
 from glidefs.store.base import ObjectStore
 from glidefs.volume import log_damage
-from glidefs.volume.keys import scoped_key
-from glidefs.volume.reader import block_key
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume

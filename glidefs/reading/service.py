@@ -22,9 +22,9 @@ from glidefs.core.engine import Engine, Fault
 from glidefs.core.volume import install_error, install_retry
 from glidefs.errors import GlideError, StoreError
 from glidefs.formats.pack import BLOCK
+from glidefs.reading.ahead import Window
+from glidefs.reading.reader import Reader, Runs
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume.readahead import Window
-from glidefs.volume.reader import Reader, Runs
 from glidefs.volume.settings import HostSettings
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from glidefs.compaction.compactor import Compactor
 from glidefs.core import handoff
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
@@ -22,21 +23,21 @@ from glidefs.errors import Fenced, GlideError
 from glidefs.formats import reserve
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
+from glidefs.host.cache_keeper import CacheKeeper
+from glidefs.host.shadow import ShadowVerifier
+from glidefs.host.watch import Watch
+from glidefs.manifest import local
+from glidefs.manifest.index_files import IndexFiles
+from glidefs.manifest.view import MetaCache
+from glidefs.reading.prefetch import Prefetcher
+from glidefs.reading.service import FaultService
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume import local, logs
-from glidefs.volume.cache_keeper import CacheKeeper
-from glidefs.volume.compactor import Compactor
-from glidefs.volume.index_files import IndexFiles
-from glidefs.volume.meta import MetaCache
-from glidefs.volume.prefetch import Prefetcher
-from glidefs.volume.retire import Retirer
-from glidefs.volume.scheduler import EventHandler, Scheduler, lower_priority
-from glidefs.volume.service import FaultService
+from glidefs.volume import logs
 from glidefs.volume.settings import MIB, HostSettings
-from glidefs.volume.shadow import ShadowVerifier
-from glidefs.volume.uploader import Uploader
 from glidefs.volume.volume import Volume
-from glidefs.volume.watch import Watch
+from glidefs.writing.retire import Retirer
+from glidefs.writing.scheduler import EventHandler, Scheduler, lower_priority
+from glidefs.writing.upload import Uploader
 
 log = logging.getLogger(__name__)
 

@@ -15,20 +15,21 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from glidefs import clock, heap
+from glidefs import clock
+from glidefs.core import heap
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.gather import Gather
 from glidefs.errors import Fenced, GlideError, StoreError
+from glidefs.manifest.commit import Superseded
+from glidefs.manifest.edit import Append, Change
+from glidefs.manifest.view import MetaCache
 from glidefs.store.base import Buffer
 from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume.commit import Superseded
-from glidefs.volume.edit import Append, Change
-from glidefs.volume.meta import MetaCache
-from glidefs.volume.pace import Burst
-from glidefs.volume.packing import compress_items
 from glidefs.volume.settings import HostSettings
-from glidefs.volume.upload_plan import PackJob, plan_upload
+from glidefs.writing.pace import Burst
+from glidefs.writing.packing import compress_items
+from glidefs.writing.plan import PackJob, plan_upload
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume

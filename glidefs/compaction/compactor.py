@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from glidefs import clock
+from glidefs.compaction.merge import Merger
+from glidefs.compaction.plan import ChunkRun, runs_of
 from glidefs.core.check import Closed
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError
 from glidefs.formats.manifest import chunk_count
 from glidefs.formats.pack import SECTOR, PackEntry
+from glidefs.manifest.commit import Superseded
+from glidefs.manifest.edit import Change
+from glidefs.manifest.view import Manifest, MetaCache
 from glidefs.store.base import Buffer
 from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
-from glidefs.volume.commit import Superseded
-from glidefs.volume.compact_plan import ChunkRun, runs_of
-from glidefs.volume.edit import Change
-from glidefs.volume.merge import Merger
-from glidefs.volume.meta import Manifest, MetaCache
-from glidefs.volume.pace import Pace
-from glidefs.volume.scheduler import lower_priority
 from glidefs.volume.settings import HostSettings
-from glidefs.volume.uploader import Uploader
+from glidefs.writing.pace import Pace
+from glidefs.writing.scheduler import lower_priority
+from glidefs.writing.upload import Uploader
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume

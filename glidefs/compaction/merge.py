@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from glidefs.compaction.plan import ChunkRun, MergedBlock, merge_blocks
 from glidefs.core.payloads import extract, overlay
 from glidefs.errors import CorruptObject
 from glidefs.formats.manifest import PackRef
@@ -20,11 +21,10 @@ from glidefs.formats.pack import (
     encode_payload,
     payload_hash,
 )
+from glidefs.manifest.edit import Replace
+from glidefs.reading.fetch import Payloads, Wanted, fetch, plan_ranges
 from glidefs.store.base import Buffer, ObjectStore
 from glidefs.store.packs import BuiltPack
-from glidefs.volume.compact_plan import ChunkRun, MergedBlock, merge_blocks
-from glidefs.volume.edit import Replace
-from glidefs.volume.fetch import Payloads, Wanted, fetch, plan_ranges
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from glidefs import heap
+from glidefs.core import heap
 from glidefs.core.payloads import compress_payloads
 from glidefs.formats.pack import EMPTY_HASH, HEADER_SIZE, SECTOR, PackEntry, payload_hash
 from glidefs.store.base import Buffer

@@ -18,9 +18,9 @@ from typing import Protocol
 
 from glidefs.errors import ExportExists, Fenced, UnknownExport
 from glidefs.formats.manifest import Root
+from glidefs.manifest import lease
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
-from glidefs.volume import lease
 
 
 class Identity(Protocol):

@@ -14,8 +14,8 @@ import msgspec
 
 from glidefs.core.gather import Gather, GatherExtent
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS, FULL_MASK, MAX_ENTRIES, SECTOR
-from glidefs.volume.meta import Manifest, block_count
-from glidefs.volume.packing import Item
+from glidefs.manifest.view import Manifest, block_count
+from glidefs.writing.packing import Item
 
 
 class PackJob(msgspec.Struct, frozen=True):

@@ -24,11 +24,11 @@ from glidefs.core.volume import VolumeConfig
 from glidefs.errors import CorruptObject, GlideError, StoreError
 from glidefs.formats.manifest import Root
 from glidefs.formats.pack import SECTOR
+from glidefs.host.shadow_report import Reporter
 from glidefs.images.offline import BlockReader
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.logs import copy_log
 from glidefs.volume.settings import HostSettings
-from glidefs.volume.shadow_report import Reporter
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
