@@ -11,7 +11,10 @@ import msgspec
 from msgspec.structs import replace
 
 from glidefs.asked import asker, check_listening
-from glidefs.bases import BaseLibrary
+from glidefs.bases.library import BaseLibrary
+from glidefs.bases.profile import IDLE, recording, wait
+from glidefs.bases.stored import list_bases, remove_base
+from glidefs.bless.bless import bless
 from glidefs.errors import ConfigError, Fenced, GlideError, NotSupported
 from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.exports import (
@@ -25,9 +28,6 @@ from glidefs.exports import (
 from glidefs.formats.hot_set import HotSet, make_hot_set
 from glidefs.formats.manifest import Root
 from glidefs.host.host import Host
-from glidefs.images.bases import list_bases, remove_base
-from glidefs.images.bless import bless
-from glidefs.images.profile import IDLE, recording, wait
 from glidefs.leftovers import check_named
 from glidefs.lineage import PATIENCE, Lineage
 from glidefs.manifest import lease, local
@@ -192,7 +192,7 @@ class ForkVerbs:
         return [msgspec.to_builtins(base) for base in found]
 
     def bless(self, base: str, wanted: BlessRequest) -> dict[str, Any]:
-        """Make a base of a raw image on this host; see :func:`glidefs.images.bless.bless`."""
+        """Make a base of a raw image on this host; see :func:`glidefs.bless.bless.bless`."""
         image = Path(wanted.image)
         if not image.is_absolute() or "\0" in wanted.image:
             raise ConfigError("name the image by an absolute path")

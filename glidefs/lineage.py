@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from glidefs.bases import BaseLibrary
+from glidefs.bases.library import BaseLibrary
+from glidefs.bases.stored import base_root, publish_base
 from glidefs.errors import Fenced, GlideError, NotFound, NotSupported, PreconditionFailed, UnknownExport
 from glidefs.export_table import ExportTable
 from glidefs.formats.manifest import Root, decode_root, encode_root
-from glidefs.images.bases import base_root, publish_base
 from glidefs.names import (
     MAX_SEQUENCE,
     Source,

@@ -13,11 +13,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from glidefs.bases.manifest_cache import CacheStats
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
 from glidefs.exports import ExportStatus
 from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
-from glidefs.manifest_cache import CacheStats
 from glidefs.store.resilient import StoreMetrics
 
 BUCKET_UNIT = 256e-9

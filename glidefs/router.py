@@ -25,7 +25,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from glidefs.bases import BaseLibrary
+from glidefs.bases.library import BaseLibrary
 from glidefs.errors import (
     ConfigError,
     ExportExists,

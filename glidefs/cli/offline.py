@@ -20,7 +20,7 @@ from glidefs.store.resilient import ResilientStore
 from glidefs.store.which import WhichStore
 
 if TYPE_CHECKING:
-    from glidefs.gc import GcResult, Tally
+    from glidefs.gc.run import GcResult, Tally
 
 OFFLINE_DEADLINE = 60.0
 """Seconds that an offline tool waits for a store before it gives up."""
@@ -67,7 +67,7 @@ def doctor_command(config: str | None, as_json: bool) -> int:
 
 def inspect_command(target: str, store_url: str | None, config: str | None, as_json: bool) -> None:
     """Describe one object."""
-    from glidefs.images.inspect import inspect, open_source
+    from glidefs.offline.inspect import inspect, open_source
 
     with contextlib.ExitStack() as stack:
         store = None
@@ -109,7 +109,7 @@ def export_command(
     as_json: bool,
 ) -> None:
     """Write an image."""
-    from glidefs.images.export import export_image
+    from glidefs.offline.export import export_image
 
     chosen = settings(config)
     with _patient(bare_store(chosen, store_url)) as store, output.progress(f"export {name}") as update:
@@ -138,8 +138,8 @@ def bless_command(
     new_prefix: bool = False,
 ) -> None:
     """Make a base of an image."""
+    from glidefs.bless.bless import bless
     from glidefs.core import heap
-    from glidefs.images.bless import bless
 
     heap.keep_large_buffers_apart()
     chosen = settings(config)
@@ -180,7 +180,7 @@ def bases_command(prefix: str | None, store_url: str | None, config: str | None,
     """List bases."""
     import msgspec
 
-    from glidefs.images.bases import list_bases
+    from glidefs.bases.stored import list_bases
 
     chosen = settings(config)
     with _patient(bare_store(chosen, store_url)) as store:
@@ -208,7 +208,7 @@ def bases_remove_command(
     """Remove a base."""
     import msgspec
 
-    from glidefs.images.bases import remove_base
+    from glidefs.bases.stored import remove_base
 
     chosen = settings(config)
     with _patient(bare_store(chosen, store_url)) as store:
@@ -230,7 +230,7 @@ def gc_command(
     as_json: bool,
 ) -> int:
     """Collect the garbage of one prefix, or of all that are configured; 1 if one of them failed."""
-    from glidefs.gc import collect
+    from glidefs.gc.run import collect
 
     chosen = settings(config)
     seconds = checked_grace(grace, chosen.store.gc_grace, force)

@@ -2,7 +2,7 @@
 
 csrc/shadow.c compares and keeps the second source up to date. Here it begins: with what the log holds
 when the volume is opened, read from the segments, and with what the store has then, read block by block
-as reads need it, by images/offline.py. Neither goes through the maps, the block cache or the engine's
+as reads need it, by offline/reader.py. Neither goes through the maps, the block cache or the engine's
 reader, and the root stays the one of the open, so later uploads and compaction are verified too.
 """
 
@@ -25,7 +25,7 @@ from glidefs.errors import CorruptObject, GlideError, StoreError
 from glidefs.formats.manifest import Root
 from glidefs.formats.pack import SECTOR
 from glidefs.host.shadow_report import Reporter
-from glidefs.images.offline import BlockReader
+from glidefs.offline.reader import BlockReader
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.logs import copy_log
 from glidefs.volume.settings import HostSettings

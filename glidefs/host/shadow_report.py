@@ -15,8 +15,8 @@ from glidefs.core.gather import Gather, log_record, log_segments
 from glidefs.core.shadow import ShadowDifference, Source
 from glidefs.errors import GlideError
 from glidefs.formats.pack import BLOCK, SECTOR, SECTORS_PER_BLOCK, payload_hash
-from glidefs.images.offline import BlockReader, Piece
 from glidefs.manifest.keys import scoped_key
+from glidefs.offline.reader import BlockReader, Piece
 from glidefs.reading.reader import block_key
 from glidefs.store.base import ObjectStore
 from glidefs.volume import log_damage

@@ -22,10 +22,10 @@ from glidefs.errors import Fenced, GlideError, StoreWentBack
 from glidefs.events import happened
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
-from glidefs.images.offline import BlockReader
 from glidefs.manifest.commit import Committer
 from glidefs.manifest.log_digest import LogDigest
 from glidefs.manifest.view import Manifest, MetaCache
+from glidefs.offline.reader import BlockReader
 from glidefs.reading.ahead import ReadAhead, Window
 from glidefs.store.base import ObjectStore
 

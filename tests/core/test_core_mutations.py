@@ -15,7 +15,7 @@ from mutate import bit_flip, copy_over, remove, sectors, swap, truncate, zero_fi
 from glidefs.core.check import CoreError
 from glidefs.core.gather import Gather
 from glidefs.errors import CorruptLog, CorruptObject
-from glidefs.images.inspect import inspect, open_source
+from glidefs.offline.inspect import inspect, open_source
 
 HEADER_FIELDS = {
     "magic": 0,

@@ -29,10 +29,10 @@ from glidefs.formats.pack import (
     pack_id,
     payload_hash,
 )
-from glidefs.images import export
-from glidefs.images.export import export_image
-from glidefs.images.inspect import inspect, open_source
 from glidefs.names import parse_source
+from glidefs.offline import export
+from glidefs.offline.export import export_image
+from glidefs.offline.inspect import inspect, open_source
 from glidefs.store.memory import MemoryStore
 
 VOLUME = bytes(range(16))

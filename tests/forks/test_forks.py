@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed, wait_for
 
+from glidefs.bless.bless import bless
 from glidefs.errors import (
     ConfigError,
     ExportExists,
@@ -21,10 +22,9 @@ from glidefs.errors import (
 )
 from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.formats.manifest import decode_root
-from glidefs.images.bless import bless
-from glidefs.images.export import export_image
 from glidefs.manifest import lease
 from glidefs.names import manifest_key, parse_source
+from glidefs.offline.export import export_image
 
 MakeNode = Callable[..., Node]
 DATA = os.urandom(3 * MIB)

@@ -10,11 +10,11 @@ import pytest
 from fork_rig import PREFIX, CountingStore, Node, delayed
 from stored_roots import owner_of, put_root
 
-from glidefs.bases import BaseLibrary
+from glidefs.bases.library import BaseLibrary
+from glidefs.bases.manifest_cache import ManifestCache
+from glidefs.bases.stored import base_root
 from glidefs.errors import NotFound, StoreUnavailable
-from glidefs.images.bases import base_root
 from glidefs.manifest import lease
-from glidefs.manifest_cache import ManifestCache
 from glidefs.names import base_manifest_key
 from glidefs.store.resilient import ResilientStore
 

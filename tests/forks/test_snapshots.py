@@ -12,8 +12,8 @@ from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node
 
 from glidefs.errors import Fenced, GlideError, NotSupported, UnknownExport
 from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
-from glidefs.images.export import export_image
 from glidefs.names import snapshots_prefix
+from glidefs.offline.export import export_image
 
 MakeNode = Callable[..., Node]
 WRITERS = 4

@@ -24,7 +24,7 @@ from glidefs.formats.manifest import (
     page_id,
 )
 from glidefs.formats.pack import TRAILER_SIZE
-from glidefs.gc import GcResult, collect
+from glidefs.gc.run import GcResult, collect
 from glidefs.store.base import Body, ListPage, ObjectStore
 from glidefs.store.memory import MemoryStore
 

@@ -11,16 +11,16 @@ import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
 
 from glidefs import names
+from glidefs.bases.stored import load_base
+from glidefs.bless import resume
+from glidefs.bless.bless import BlessResult, bless
 from glidefs.errors import GlideError, NewerFormat
 from glidefs.formats import blessing as format_
 from glidefs.formats import envelope
 from glidefs.formats.blessing import decode_blessing
 from glidefs.formats.gc_state import decode_state
 from glidefs.formats.pack import BLOCK
-from glidefs.images import resume
-from glidefs.images.bases import load_base
-from glidefs.images.bless import BlessResult, bless
-from glidefs.images.export import export_image
+from glidefs.offline.export import export_image
 
 STATE = names.gc_state_key(PREFIX)
 KEY = names.blessing_key(PREFIX, "b")

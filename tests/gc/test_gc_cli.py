@@ -19,9 +19,9 @@ from glidefs.cli.main import gc as gc_verb
 from glidefs.cli.offline import checked_grace
 from glidefs.config import Config, StoreSettings
 from glidefs.errors import ConfigError
-from glidefs.gc import DEFAULT_LIMIT
-from glidefs.images.inspect import inspect as describe
-from glidefs.images.inspect import open_source
+from glidefs.gc.run import DEFAULT_LIMIT
+from glidefs.offline.inspect import inspect as describe
+from glidefs.offline.inspect import open_source
 from glidefs.serving import host_settings
 from glidefs.store import open_store
 

@@ -26,12 +26,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from stored_roots import put_root
 
-from glidefs import gc as gc_module
 from glidefs import names
+from glidefs.bless import resume
 from glidefs.formats.blessing import PutPack, encode_blessing, make_blessing
 from glidefs.formats.manifest import PackRef, Root, decode_root
 from glidefs.formats.pack import TRAILER_SIZE
-from glidefs.images import resume
+from glidefs.gc.run import run as gc_module
 
 POOL = gc_module.ThreadPoolExecutor
 FACTOR = {"quick": 1, "long": 20}.get(os.environ.get("GLIDEFS_TEST_LENGTH", ""), 2)

@@ -9,9 +9,9 @@ import pytest
 from gc_rig import GRACE, PREFIX, ClockStore
 from stored_roots import put_root
 
-from glidefs import gc as gc_module
 from glidefs import names
 from glidefs.errors import GcRefused
+from glidefs.gc.run import run as gc_module
 
 STATE = names.gc_state_key(PREFIX)
 VOLUMES = names.volumes_prefix(PREFIX)

@@ -18,7 +18,7 @@ import servers
 from stored_roots import put_root
 
 from glidefs import names
-from glidefs.gc import Tally
+from glidefs.gc.run import Tally
 from glidefs.store import ObjectStore, open_store
 
 BUCKET = "glidefs-gc"

@@ -19,9 +19,9 @@ from mutation_world import start_node
 from glidefs.exports import AttachRequest
 from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import decode_root
-from glidefs.images.export import export_image
-from glidefs.images.inspect import inspect, open_source
 from glidefs.names import hot_set_key, manifest_key, parse_source
+from glidefs.offline.export import export_image
+from glidefs.offline.inspect import inspect, open_source
 from glidefs.store.file import FileStore
 from glidefs.volume.logs import export_log
 

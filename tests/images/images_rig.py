@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from glidefs import names
+from glidefs.bases.stored import load_base
 from glidefs.formats.manifest import EMPTY_PAGE, Page, Root, decode_page
 from glidefs.formats.pack import BLOCK, PackEntry, decode_index
-from glidefs.images.bases import load_base
-from glidefs.images.export import export_image
+from glidefs.offline.export import export_image
 from glidefs.store.base import Body, ObjectStore
 from glidefs.store.memory import MemoryStore
 

@@ -9,12 +9,12 @@ import pytest
 from images_rig import PREFIX, DyingStore, noise, read_back
 
 from glidefs import names
+from glidefs.bases.stored import base_root, list_bases, load_base, publish_base, read_base, remove_base
+from glidefs.bless.bless import bless
 from glidefs.errors import Conflict, ExportExists, StoreUnavailable, UnknownExport
 from glidefs.formats.manifest import NO_ID, Page, Root, decode_root, encode_root, manifest_hash
 from glidefs.formats.pack import BLOCK
-from glidefs.images.bases import base_root, list_bases, load_base, publish_base, read_base, remove_base
-from glidefs.images.bless import bless
-from glidefs.images.export import export_image
+from glidefs.offline.export import export_image
 
 VOLUME = Root(
     volume_id=b"v" * 16,

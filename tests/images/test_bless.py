@@ -27,14 +27,14 @@ from images_rig import (
 )
 
 from glidefs import names
+from glidefs.bases.stored import load_base
+from glidefs.bless import pack_writer, pipeline
+from glidefs.bless.bless import bless
 from glidefs.errors import ConfigError, ExportExists, InvalidName, StoreUnavailable
 from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import NO_ID, PAGE_BYTES
 from glidefs.formats.pack import BLOCK, FULL_MASK
-from glidefs.images import pack_writer, pipeline
-from glidefs.images.bases import load_base
-from glidefs.images.bless import bless
-from glidefs.images.export import export_image
+from glidefs.offline.export import export_image
 from glidefs.store import ObjectStore
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
@@ -399,7 +399,7 @@ def test_a_slow_store_holds_the_reader_up(
 MEASURE = """
 import sys
 from pathlib import Path
-from glidefs.images.bless import bless
+from glidefs.bless.bless import bless
 from glidefs.store import open_store
 bless(open_store(sys.argv[1], create=True), "default", "b", Path(sys.argv[2]), workers=4)
 # Not getrusage, which begins with what the parent of a vfork had.

@@ -113,7 +113,7 @@ def test_packs_may_be_half_as_old_as_the_configured_grace(
     def instead(*args: object, **options: float) -> None:
         raise Seen(options["max_age"])
 
-    monkeypatch.setattr("glidefs.images.bless.bless", instead)
+    monkeypatch.setattr("glidefs.bless.bless.bless", instead)
     monkeypatch.setattr("glidefs.core.heap.keep_large_buffers_apart", lambda: None)
     config = tmp_path / "short.toml"
     config.write_text(f'[store]\nurl = "file://{tmp_path}/store"\ngc_grace = "2h"\n')

@@ -23,11 +23,11 @@ from images_rig import (
 )
 
 from glidefs import names
+from glidefs.bless import pack_writer
+from glidefs.bless.bless import BlessResult, bless
 from glidefs.errors import ConfigError, CorruptObject
 from glidefs.formats.blessing import decode_blessing
 from glidefs.formats.pack import BLOCK, HEADER_SIZE
-from glidefs.images import pack_writer
-from glidefs.images.bless import BlessResult, bless
 
 PACK = 4 * BLOCK
 KEY = names.blessing_key(PREFIX, "b")

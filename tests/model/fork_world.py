@@ -23,10 +23,10 @@ from gc_rig import START, ClockStore, InlinePool
 from history import SECTOR
 from stored import Stored
 
+import glidefs.bases.stored
 import glidefs.clock
 import glidefs.compaction.compactor
-import glidefs.gc
-import glidefs.images.bases
+import glidefs.gc.run
 import glidefs.manifest.lease
 import glidefs.pins
 import glidefs.writing.pace
@@ -37,7 +37,7 @@ from glidefs.store.base import Body
 GRACE = 1000.0
 NODES = ("a", "b")
 CLOCKED: tuple[Any, ...] = (
-    glidefs.images.bases,
+    glidefs.bases.stored,
     glidefs.pins,
     glidefs.compaction.compactor,
     glidefs.manifest.lease,
@@ -145,12 +145,12 @@ class World(Stored):
             module.time = self.clock
         glidefs.clock.elapsed = self.clock.monotonic
         glidefs.writing.pace._SAMPLE = 0.0002
-        pool, glidefs.gc.ThreadPoolExecutor = glidefs.gc.ThreadPoolExecutor, InlinePool  # type: ignore[misc]
+        pool, glidefs.gc.run.ThreadPoolExecutor = glidefs.gc.run.ThreadPoolExecutor, InlinePool  # type: ignore[misc]
         try:
             yield
         finally:
             LOG.setLevel(level)
-            glidefs.gc.ThreadPoolExecutor = pool  # type: ignore[misc]
+            glidefs.gc.run.ThreadPoolExecutor = pool  # type: ignore[misc]
             glidefs.writing.pace._SAMPLE, glidefs.clock.elapsed = sample, elapsed
             for module in CLOCKED:
                 module.time = time
@@ -194,8 +194,8 @@ class World(Stored):
 
         wait_for(at_rest, "rest")
 
-    def gc(self) -> glidefs.gc.GcResult:
-        result = glidefs.gc.collect(self.store, PREFIX, grace=GRACE)
+    def gc(self) -> glidefs.gc.run.GcResult:
+        result = glidefs.gc.run.collect(self.store, PREFIX, grace=GRACE)
         self.check_named()
         return result
 

@@ -39,11 +39,11 @@ from glidefs.errors import GlideError
 from glidefs.export_table import ExportTable, RecordDirectory
 from glidefs.exports import AttachRequest
 from glidefs.formats.manifest import decode_root
-from glidefs.gc import collect
-from glidefs.images.export import export_image
-from glidefs.images.offline import BlockReader
+from glidefs.gc.run import collect
 from glidefs.log_verbs import LogVerbs
 from glidefs.names import parse_source
+from glidefs.offline.export import export_image
+from glidefs.offline.reader import BlockReader
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
 from glidefs.store.memory import MemoryStore

@@ -24,7 +24,7 @@ from glidefs.exports import SnapshotRequest, TagRequest
 from glidefs.formats import identity
 from glidefs.formats.hot_set import make_hot_set
 from glidefs.formats.identity import StoreIdentity
-from glidefs.gc import collect
+from glidefs.gc.run import collect
 from glidefs.identity import CacheIdentity
 from glidefs.manifest.lease import Owner
 from glidefs.names import manifest_key

@@ -17,16 +17,16 @@ from typing import Any
 
 from gc_rig import START, InlinePool
 
-import glidefs.bases
+import glidefs.bases.library
+import glidefs.bases.manifest_cache
+import glidefs.bases.stored
 import glidefs.clock
 import glidefs.compaction.compactor
-import glidefs.gc
+import glidefs.gc.run
 import glidefs.host.host
 import glidefs.host.watch
-import glidefs.images.bases
 import glidefs.manifest.commit
 import glidefs.manifest.lease
-import glidefs.manifest_cache
 import glidefs.opener
 import glidefs.pins
 import glidefs.reading.prefetch
@@ -42,9 +42,9 @@ import glidefs.writing.scheduler
 import glidefs.writing.upload
 
 TIMED: tuple[Any, ...] = (
-    glidefs.images.bases,
+    glidefs.bases.stored,
     glidefs.pins,
-    glidefs.manifest_cache,
+    glidefs.bases.manifest_cache,
     glidefs.store.breaker,
     glidefs.store.resilient,
     glidefs.store.which,
@@ -72,9 +72,9 @@ WAITING: tuple[Any, ...] = (
 """Modules that wait for conditions and events."""
 
 POOLED: tuple[Any, ...] = (
-    glidefs.bases,
-    glidefs.gc,
-    glidefs.images.bases,
+    glidefs.bases.library,
+    glidefs.gc.run,
+    glidefs.bases.stored,
     glidefs.opener,
     glidefs.stored_volumes,
     glidefs.host.host,

@@ -26,7 +26,7 @@ from power_cut import Keep
 from sim_disk import DiskFaults, Platter
 from stored_roots import owner_of
 
-from glidefs.bases import BaseLibrary
+from glidefs.bases.library import BaseLibrary
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EngineStats, EventKind
 from glidefs.core.volume import CoreVolume

@@ -30,7 +30,7 @@ from sim_node import GRACE, SimNode
 
 import glidefs.export_table
 import glidefs.formats.atomic
-import glidefs.gc
+import glidefs.gc.run
 import glidefs.host.host
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.volume import VolumeConfig
@@ -379,7 +379,7 @@ class World:
             return
         store = ResilientStore(self._faulty(who))
         try:
-            glidefs.gc.collect(store.view("background", 30.0), PREFIX, grace=GRACE)
+            glidefs.gc.run.collect(store.view("background", 30.0), PREFIX, grace=GRACE)
             self.counts["gc to its end"] += 1
         except Crash:
             self.counts["crash of gc"] += 1

@@ -67,7 +67,7 @@ from glidefs.formats.gc_state import (
 )
 from glidefs.formats.manifest import encode_root
 from glidefs.formats.pack import ID_SIZE
-from glidefs.gc_mark import THREADS, Candidates, Checkpoint, Marker, Progress, in_parallel
+from glidefs.gc.mark import THREADS, Candidates, Checkpoint, Marker, Progress, in_parallel
 from glidefs.manifest import lease
 from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.clock import store_time

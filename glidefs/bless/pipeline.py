@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from glidefs.bless.source import Image
 from glidefs.core import heap
 from glidefs.core.payloads import compress_payloads
 from glidefs.formats.pack import BLOCK, payload_hash
-from glidefs.images.source import Image
 
 BATCH_BLOCKS = 16
 MAX_WORKERS = 12

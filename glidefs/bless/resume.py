@@ -5,7 +5,7 @@ order, they are only hashed; from the first difference on new packs are made. So
 whether the image is the same one: what is published is always what was read.
 
 gc keeps what a checkpoint names until it removes that. Who goes on puts it anew under its ETag first,
-gc replaces it under its ETag before it deletes it: so only one of them has it (see :mod:`glidefs.gc`).
+gc replaces it under its ETag before it deletes it: so only one of them has it (see :mod:`glidefs.gc.run`).
 """
 
 from __future__ import annotations

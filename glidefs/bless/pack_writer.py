@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from glidefs.bless.pipeline import Batch
+from glidefs.bless.resume import DonePack
 from glidefs.core import heap
 from glidefs.formats.pack import BLOCK, FULL_MASK, HEADER_SIZE, PACK_TARGET, PackEntry
-from glidefs.images.pipeline import Batch
-from glidefs.images.resume import DonePack
 from glidefs.store.base import Buffer, ObjectStore
 from glidefs.store.packs import put_pack
 

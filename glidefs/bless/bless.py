@@ -19,6 +19,12 @@ from typing import NamedTuple
 import msgspec
 
 from glidefs import names
+from glidefs.bases.stored import StoredBase, load_base, name_taken, publish_base
+from glidefs.bless import resume as checkpoints
+from glidefs.bless.pack_writer import PackWriter
+from glidefs.bless.pipeline import Batch, Progress, batches
+from glidefs.bless.resume import DonePack, Matcher
+from glidefs.bless.source import Image, open_image
 from glidefs.errors import ExportExists, StoreError, UnknownExport
 from glidefs.formats.hot_set import encode_hot_set, make_hot_set
 from glidefs.formats.manifest import (
@@ -34,12 +40,6 @@ from glidefs.formats.manifest import (
     page_id,
 )
 from glidefs.formats.pack import BLOCK, ID_SIZE, PACK_TARGET, decode_index, rename
-from glidefs.images import resume as checkpoints
-from glidefs.images.bases import StoredBase, load_base, name_taken, publish_base
-from glidefs.images.pack_writer import PackWriter
-from glidefs.images.pipeline import Batch, Progress, batches
-from glidefs.images.resume import DonePack, Matcher
-from glidefs.images.source import Image, open_image
 from glidefs.store.base import ObjectStore
 
 MAX_AGE = 12 * 3600

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from glidefs import clock
+from glidefs.bases.manifest_cache import CAPACITY, CacheStats, ManifestCache
+from glidefs.bases.stored import StoredBase, read_base
 from glidefs.errors import GlideError, NotFound, StoreError, UnknownExport
 from glidefs.formats.hot_set import HotSet, decode_hot_set, encode_hot_set
-from glidefs.images.bases import StoredBase, read_base
-from glidefs.manifest_cache import CAPACITY, CacheStats, ManifestCache
 from glidefs.names import base_manifest_key, bases_prefix, check_name, hot_set_key
 from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.checked import get_checked

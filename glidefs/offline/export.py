@@ -19,7 +19,7 @@ from glidefs.errors import ConfigError, UnknownExport
 from glidefs.errors import NotFound as ObjectNotFound
 from glidefs.formats.manifest import PAGE_CHUNKS, PackRef, Page, Root, decode_root
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS
-from glidefs.images.offline import BlockReader
+from glidefs.offline.reader import BlockReader
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
 
