@@ -26,16 +26,16 @@ from glidefs.core import heap
 from glidefs.disk_sizes import misfits
 from glidefs.errors import GlideError
 from glidefs.events import event
-from glidefs.export_table import Entry
+from glidefs.exports.health import troubles
+from glidefs.exports.router import ExportRouter
+from glidefs.exports.table import Entry
 from glidefs.handoff.coordinator import HandoffCoordinator, close_all
 from glidefs.handoff.history import History
 from glidefs.handoff.predecessor import HandoffFailed, Outcome, Predecessor
 from glidefs.handoff.protocol import ExportCut, ListenerInfo
-from glidefs.health import troubles
 from glidefs.host.host import Host
 from glidefs.identity import CacheIdentity
 from glidefs.metrics import ExportFigures, Metrics, Snapshot
-from glidefs.router import ExportRouter
 from glidefs.serving import Core
 from glidefs.store import open_store
 from glidefs.store.resilient import ResilientStore

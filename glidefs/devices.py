@@ -20,7 +20,7 @@ from glidefs.config import Config
 from glidefs.core import ublk as core
 from glidefs.core.ublk import UblkInfo
 from glidefs.errors import DeviceError, NotSupported
-from glidefs.export_table import RecordDirectory
+from glidefs.exports.table import RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.transport import ublk
 from glidefs.transport.device_names import DeviceNames

@@ -20,8 +20,8 @@ from glidefs import io_flusher
 from glidefs.config import Config, config_path, load_config
 from glidefs.disk_sizes import misfits
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
+from glidefs.exports.logs.leftovers import directory_of, dirs_below, logs_aside, recorded, unnamed_prefixes
 from glidefs.identity import made_elsewhere
-from glidefs.leftovers import directory_of, dirs_below, logs_aside, recorded, unnamed_prefixes
 from glidefs.process import LOCK_FILE
 
 State = Literal["ok", "warn", "fail"]

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from glidefs.bases.manifest_cache import CacheStats
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
-from glidefs.exports import ExportStatus
+from glidefs.exports.requests import ExportStatus
 from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
 from glidefs.store.resilient import StoreMetrics
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from glidefs.bases.library import BaseLibrary
 from glidefs.config import Config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
-from glidefs.export_table import Entry
+from glidefs.exports.router import ExportRouter, RouterSettings
+from glidefs.exports.table import Entry
 from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.host.host import Host
 from glidefs.identity import LOG_DIR, CacheIdentity
 from glidefs.manifest.lease import Owner
-from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import NbdTransport
 from glidefs.transport.nbd import NbdServer

@@ -20,7 +20,7 @@ from glidefs.api.peer import asked_from
 from glidefs.api.pools import Pool, Pools
 from glidefs.asked import Asker, asked_by, asker
 from glidefs.errors import ConfigError
-from glidefs.exports import (
+from glidefs.exports.requests import (
     AttachRequest,
     BlessRequest,
     CreateRequest,
@@ -33,8 +33,8 @@ from glidefs.exports import (
     TagRequest,
     UndeleteRequest,
 )
+from glidefs.exports.router import ExportRouter
 from glidefs.handoff.predecessor import Outcome
-from glidefs.router import ExportRouter
 
 MAX_BODY = 64 << 10
 

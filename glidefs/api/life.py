@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from glidefs.events import event
-from glidefs.export_table import ExportTable
-from glidefs.exports import ExportStatus
+from glidefs.exports.requests import ExportStatus
+from glidefs.exports.table import ExportTable
 
 ALWAYS = frozenset(
     {"drain", "snapshot", "delete-snapshot", "tag", "make-base", "bless", "remove-base", "undelete"}

@@ -12,7 +12,7 @@ import msgspec
 from glidefs.cli import output
 from glidefs.config import Config, age_text, config_path, load_config
 from glidefs.errors import ConfigError, GlideError
-from glidefs.leftovers import check_named, unnamed_prefixes
+from glidefs.exports.logs.leftovers import check_named, unnamed_prefixes
 from glidefs.names import check_prefix
 from glidefs.store import ObjectStore, open_store
 from glidefs.store.probe import probe_store

@@ -17,10 +17,10 @@ from glidefs.core import handoff, ublk
 from glidefs.core.engine import Engine
 from glidefs.core.handoff import Position
 from glidefs.errors import DeviceError, GlideError
-from glidefs.export_table import Entry
+from glidefs.exports.router import ExportRouter
+from glidefs.exports.table import Entry
 from glidefs.handoff.protocol import ConnectionCut, ExportCut
 from glidefs.host.host import Host
-from glidefs.router import ExportRouter
 from glidefs.transport.nbd import NbdConnection, NbdServer
 from glidefs.volume.volume import Volume
 

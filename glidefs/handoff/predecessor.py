@@ -28,7 +28,7 @@ from typing import Protocol, TypeVar
 from msgspec import Struct
 
 from glidefs.errors import GlideError
-from glidefs.export_table import Entry
+from glidefs.exports.table import Entry
 from glidefs.handoff import launch
 from glidefs.handoff.channel import CalledOff, Channel, PeerGone, Undelivered
 from glidefs.handoff.coordinator import HandoffCoordinator, close_all

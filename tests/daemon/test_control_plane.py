@@ -20,7 +20,7 @@ import servers
 from daemon_harness import DEADLINE, ROOT, Daemon, wait_for
 
 from glidefs.api.pools import Pools
-from glidefs.router import PUBLISH_THREADS
+from glidefs.exports.router import PUBLISH_THREADS
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")

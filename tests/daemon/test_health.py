@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 from daemon_harness import Daemon, wait_for
 
-from glidefs.exports import ExportStatus
-from glidefs.health import judged, troubles
+from glidefs.exports.health import judged, troubles
+from glidefs.exports.requests import ExportStatus
 from glidefs.store.state import StoreState
 
 pytest.importorskip("glidefs.core._core")

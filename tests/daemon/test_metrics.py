@@ -11,7 +11,7 @@ pytest.importorskip("glidefs.core._core")
 
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import VolumeInfo, VolumeStats
-from glidefs.exports import ExportStatus
+from glidefs.exports.requests import ExportStatus
 from glidefs.metrics import BUCKET_UNIT, ExportFigures, Metrics, Snapshot, latency_buckets
 
 

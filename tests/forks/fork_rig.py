@@ -16,10 +16,10 @@ from stored_roots import owner_of
 from glidefs.bases.library import BaseLibrary
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.core.volume import CoreVolume
-from glidefs.exports import CreateRequest, ExportStatus, PromoteRequest
+from glidefs.exports.requests import CreateRequest, ExportStatus, PromoteRequest
+from glidefs.exports.router import ExportRouter, RouterSettings
 from glidefs.host.host import Host
 from glidefs.manifest.lease import Owner
-from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.base import Object
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node
 
-import glidefs.router
+import glidefs.exports.router
 from glidefs.errors import ExportExists, Fenced, StoreError, UnknownExport
-from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.exports.requests import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.manifest import lease
 from glidefs.names import manifest_key, pins_prefix, snapshot_key
 from glidefs.store.base import Body
@@ -67,7 +67,7 @@ def test_no_copy_leaves_a_pin(node: Node, memory: CountingStore, source: str) ->
 def test_nothing_is_left_of_a_fork_that_the_store_did_not_take(
     node: Node, memory: CountingStore, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(glidefs.router, "VERB_PATIENCE", 0.4)
+    monkeypatch.setattr(glidefs.exports.router, "VERB_PATIENCE", 0.4)
     node.router.drain("v")
     at_put(memory, manifest_key(PREFIX, "f"), lambda: memory.set_down(True))
     with pytest.raises(StoreError):

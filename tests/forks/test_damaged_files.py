@@ -14,7 +14,7 @@ import pytest
 from fork_rig import BLOCK, MIB, CountingStore, Node
 
 from glidefs.errors import NotServed
-from glidefs.exports import AttachRequest
+from glidefs.exports.requests import AttachRequest
 from glidefs.formats.manifest import decode_root
 from glidefs.names import manifest_key
 

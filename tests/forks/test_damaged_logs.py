@@ -8,8 +8,8 @@ from pathlib import Path
 import mutate
 import pytest
 from fork_rig import MIB, CountingStore, Node
+from glidefs.exports.requests.logs import verbs as log_verbs
 
-from glidefs import log_verbs
 from glidefs.errors import CorruptLog, GlideError, InUse
 
 MakeNode = Callable[..., Node]
@@ -151,7 +151,7 @@ def test_segments_that_go_while_they_are_read_are_no_damage(
             raise CorruptLog(str(directory), "what was read was another life of the file")
         return export(directory, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("glidefs.log_verbs.logs.export_log", slow)
+    monkeypatch.setattr("glidefs.exports.logs.verbs.logs.export_log", slow)
     result = node.router.logs.export(*only_log(node), str(node.home / "image"))
     assert calls[0] == 3
     assert len(calls) == 2

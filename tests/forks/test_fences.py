@@ -13,7 +13,7 @@ import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
 
 from glidefs.errors import ExportExists, Fenced, GlideError, InUse, OwnedElsewhere, StoreError, UnknownExport
-from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest
+from glidefs.exports.requests import AttachRequest, PromoteRequest, SnapshotRequest
 from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.manifest import lease
 from glidefs.names import manifest_key
@@ -155,7 +155,7 @@ def test_attach_takes_the_volume_anew_or_leaves_the_fence(
             attach(node)
         check_fenced(node)
     memory.set_down(True)
-    monkeypatch.setattr("glidefs.router.VERB_PATIENCE", 0.2)
+    monkeypatch.setattr("glidefs.exports.router.VERB_PATIENCE", 0.2)
     with pytest.raises(StoreError):
         attach(node, take_over=True)
     monkeypatch.undo()
@@ -230,7 +230,7 @@ def test_remove_of_a_fenced_export_leaves_the_store_alone(
     node, other = lose(make_node)
     kept = segments(node)
     memory.set_down(True)
-    monkeypatch.setattr("glidefs.leaving.PATIENCE", 0.2)
+    monkeypatch.setattr("glidefs.exports.leaving.PATIENCE", 0.2)
     with pytest.raises(StoreError):
         node.router.remove("v")
     check_fenced(node)

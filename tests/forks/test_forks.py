@@ -20,7 +20,7 @@ from glidefs.errors import (
     StoreError,
     UnknownExport,
 )
-from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.exports.requests import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.formats.manifest import decode_root
 from glidefs.manifest import lease
 from glidefs.names import manifest_key, parse_source

@@ -10,7 +10,7 @@ import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed, wait_for
 
 from glidefs.errors import ConfigError, NotSupported
-from glidefs.exports import ProfileRequest
+from glidefs.exports.requests import ProfileRequest
 from glidefs.formats.hot_set import decode_hot_set, encode_hot_set, make_hot_set
 from glidefs.names import hot_set_key
 from glidefs.reading.prefetch import windows

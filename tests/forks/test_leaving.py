@@ -11,7 +11,7 @@ import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node
 
 from glidefs.errors import GlideError, InUse, UnknownExport
-from glidefs.exports import AttachRequest
+from glidefs.exports.requests import AttachRequest
 from glidefs.manifest import lease
 
 MakeNode = Callable[..., Node]
@@ -119,7 +119,7 @@ def test_a_forced_detach_needs_no_store(
     node = served(make_node())
     before = segments(node)
     memory.set_down(True)
-    monkeypatch.setattr("glidefs.leaving.STORE_PATIENCE", 0.2)
+    monkeypatch.setattr("glidefs.exports.leaving.STORE_PATIENCE", 0.2)
     with pytest.raises(GlideError):
         node.router.detach("v", 0.2)
     assert node.router.show("v").state == "serving"
@@ -145,7 +145,7 @@ def test_a_forced_detach_does_not_wait_for_the_packs_of_others(
     for name in names:
         node.create(name, SIZE, wait=True)
     memory.set_down(True)
-    monkeypatch.setattr("glidefs.leaving.STORE_PATIENCE", 0.2)
+    monkeypatch.setattr("glidefs.exports.leaving.STORE_PATIENCE", 0.2)
     for name in names:
         node.core(name).pwrite(4096, UNSENT)
         with pytest.raises(GlideError):

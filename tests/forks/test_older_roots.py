@@ -11,7 +11,7 @@ from fork_rig import MIB, PREFIX, CountingStore, Node
 from stored_roots import put_root
 
 from glidefs.errors import Fenced, GlideError, StoreUnavailable, StoreWentBack
-from glidefs.exports import AttachRequest
+from glidefs.exports.requests import AttachRequest
 from glidefs.formats.manifest import Root, decode_root
 from glidefs.manifest import local
 from glidefs.names import manifest_key

@@ -11,7 +11,7 @@ import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node
 
 from glidefs.errors import Fenced, GlideError, NotSupported, UnknownExport
-from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.exports.requests import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.names import snapshots_prefix
 from glidefs.offline.export import export_image
 

@@ -13,15 +13,15 @@ import pytest
 from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
 from stored_roots import put_root
 
-import glidefs.export_table
-import glidefs.leaving
-import glidefs.opener
-import glidefs.router
+import glidefs.exports.leaving
+import glidefs.exports.opener
+import glidefs.exports.router
+import glidefs.exports.table
 import glidefs.writing.upload
 from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
 from glidefs.errors import AccessDenied, StoreError, StoreUnavailable, UnknownExport
-from glidefs.exports import AttachRequest
+from glidefs.exports.requests import AttachRequest
 from glidefs.formats.manifest import Root, decode_root
 from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
@@ -55,9 +55,9 @@ def lose_answer(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(glidefs.router, "VERB_PATIENCE", 0.4)
-    monkeypatch.setattr(glidefs.leaving, "PATIENCE", 0.4)
-    monkeypatch.setattr(glidefs.opener, "STORE_PATIENCE", 0.2)
+    monkeypatch.setattr(glidefs.exports.router, "VERB_PATIENCE", 0.4)
+    monkeypatch.setattr(glidefs.exports.leaving, "PATIENCE", 0.4)
+    monkeypatch.setattr(glidefs.exports.opener, "STORE_PATIENCE", 0.2)
 
 
 def test_a_fork_that_was_put_in_time_is_served_though_its_answer_was_lost(
@@ -304,7 +304,7 @@ def test_what_a_start_finds_is_made_durable(
     copies = local.volume_dir(node.home / "state", volume.id)
     node.close()
     synced: set[str] = set()
-    for module in (local, glidefs.export_table):
+    for module in (local, glidefs.exports.table):
         sync = module.fsync_dir
         monkeypatch.setattr(module, "fsync_dir", lambda path, sync=sync: (synced.add(str(path)), sync(path)))
     again = make_node()

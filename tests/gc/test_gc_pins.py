@@ -11,8 +11,8 @@ from stored_roots import put_root
 
 from glidefs import names
 from glidefs.errors import GlideError, UnknownExport
+from glidefs.exports.copies.pins import pinned
 from glidefs.names import Source
-from glidefs.pins import pinned
 
 SOURCE = Source("volume", "v")
 KEY = names.manifest_key(PREFIX, "v")

@@ -29,7 +29,7 @@ from fork_rig import MIB, PREFIX, Node  # noqa: E402
 from mutation_world import start_node  # noqa: E402
 
 from glidefs.errors import StoreUnavailable  # noqa: E402
-from glidefs.exports import PromoteRequest, SnapshotRequest, TagRequest  # noqa: E402
+from glidefs.exports.requests import PromoteRequest, SnapshotRequest, TagRequest  # noqa: E402
 from glidefs.formats.hot_set import make_hot_set  # noqa: E402
 from glidefs.gc.run import collect  # noqa: E402
 from glidefs.store.base import Body  # noqa: E402

@@ -16,7 +16,7 @@ from fork_rig import MIB, PREFIX, Node
 from golden_make import PARTS, SECTOR, Writes, expected
 from mutation_world import start_node
 
-from glidefs.exports import AttachRequest
+from glidefs.exports.requests import AttachRequest
 from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import decode_root
 from glidefs.names import hot_set_key, manifest_key, parse_source

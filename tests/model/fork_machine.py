@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from glidefs.errors import ExportExists, GlideError, OwnedElsewhere, StoreError
-from glidefs.exports import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.exports.requests import AttachRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.names import parse_source
 
 SHORT = (1.0, GRACE / 8, GRACE / 4)

@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine
 
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import ExportExists, GlideError, UnknownExport
-from glidefs.exports import PromoteRequest, TagRequest
+from glidefs.exports.requests import PromoteRequest, TagRequest
 from glidefs.names import Source, manifest_key, parse_source
 from glidefs.volume.volume import Volume
 

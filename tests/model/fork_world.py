@@ -26,9 +26,9 @@ from stored import Stored
 import glidefs.bases.stored
 import glidefs.clock
 import glidefs.compaction.compactor
+import glidefs.exports.copies.pins
 import glidefs.gc.run
 import glidefs.manifest.lease
-import glidefs.pins
 import glidefs.writing.pace
 import glidefs.writing.upload
 from glidefs.formats.pack import BLOCK
@@ -38,7 +38,7 @@ GRACE = 1000.0
 NODES = ("a", "b")
 CLOCKED: tuple[Any, ...] = (
     glidefs.bases.stored,
-    glidefs.pins,
+    glidefs.exports.copies.pins,
     glidefs.compaction.compactor,
     glidefs.manifest.lease,
     glidefs.writing.upload,

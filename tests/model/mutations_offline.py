@@ -53,7 +53,7 @@ OFFLINE = [
     ),
     Mutation(
         "offline-segments-that-go-are-damage",
-        "glidefs/log_verbs.py",
+        "glidefs/exports/logs/verbs.py",
         "            if log_segments(directory)[:1] == found and ",
         "            if True or ",
         (DAMAGED + "test_segments_that_go_while_they_are_read_are_no_damage",),
@@ -74,7 +74,7 @@ OFFLINE = [
     ),
     Mutation(
         "a-log-without-a-name-is-not-said",
-        "glidefs/lost_records.py",
+        "glidefs/exports/logs/lost_records.py",
         "        if found.live or not found.segments",
         "        if True or not found.segments",
         ("tests/forks/test_damaged_files.py::test_a_record_of_a_fork_that_the_store_does_not_know",),

@@ -190,7 +190,7 @@ VOLUME = [
     ),
     Mutation(
         "a-copy-of-a-host-goes-on-with-the-log",
-        "glidefs/opener.py",
+        "glidefs/exports/opener.py",
         "        if self.logs.put_here(root) is False:",
         "        if False:",
         ("tests/forks/test_fences.py::test_a_copy_of_a_host_without_a_record_has_no_part_in_the_volume",),

@@ -36,11 +36,11 @@ from mutation_world import SECTOR, Image, World, copy_tree, forget, restored, st
 from glidefs.config import StoreSettings
 from glidefs.core.check import CoreError
 from glidefs.errors import GlideError
-from glidefs.export_table import ExportTable, RecordDirectory
-from glidefs.exports import AttachRequest
+from glidefs.exports.logs.verbs import LogVerbs
+from glidefs.exports.requests import AttachRequest
+from glidefs.exports.table import ExportTable, RecordDirectory
 from glidefs.formats.manifest import decode_root
 from glidefs.gc.run import collect
-from glidefs.log_verbs import LogVerbs
 from glidefs.names import parse_source
 from glidefs.offline.export import export_image
 from glidefs.offline.reader import BlockReader
@@ -128,7 +128,7 @@ class Play:
         if self.case.start == OFFLINE:
             self._offline()
         elif self.case.kind == "store id":
-            with patch("glidefs.router.VERB_PATIENCE", WITHOUT_A_STORE):
+            with patch("glidefs.exports.router.VERB_PATIENCE", WITHOUT_A_STORE):
                 self._started()
         else:
             self._started()

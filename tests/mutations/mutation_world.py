@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from fork_rig import MIB, PREFIX, Node
 
 from glidefs.errors import StoreUnavailable
-from glidefs.exports import SnapshotRequest, TagRequest
+from glidefs.exports.requests import SnapshotRequest, TagRequest
 from glidefs.formats import identity
 from glidefs.formats.hot_set import make_hot_set
 from glidefs.formats.identity import StoreIdentity

@@ -89,7 +89,7 @@ SIM = [
     ),
     Mutation(
         "store-is-not-asked-after-a-failed-sync",
-        "glidefs/export_roots.py",
+        "glidefs/exports/roots.py",
         "        if not logs.lost_syncs(log_dir):\n",
         "        if True:\n",
         SEEDS,
@@ -118,21 +118,21 @@ SIM = [
     ),
     Mutation(
         "given-up-and-served-again",
-        "glidefs/opener.py",
+        "glidefs/exports/opener.py",
         "            given_up = self.roots.given_up(entry.record)\n",
         "            given_up = False\n",
         SEEDS,
     ),
     Mutation(
         "detach-does-not-drain",
-        "glidefs/leaving.py",
+        "glidefs/exports/leaving.py",
         "                entry.drain(STORE_PATIENCE if force else PATIENCE)\n",
         "",
         SEEDS,
     ),
     Mutation(
         "snapshot-does-not-commit",
-        "glidefs/lineage.py",
+        "glidefs/exports/copies/lineage.py",
         "        volume.drain(timeout)\n",
         "        pass\n",
         SEEDS,
@@ -146,7 +146,7 @@ SIM = [
     ),
     Mutation(
         "source-is-not-looked-at-after-its-pin",
-        "glidefs/pins.py",
+        "glidefs/exports/copies/pins.py",
         "            if store.head(source.key(prefix)).etag == etag:\n                return root\n",
         "            return root\n",
         ("tests/gc/test_gc_pins.py",),
@@ -160,7 +160,7 @@ SIM = [
     ),
     Mutation(
         "record-of-a-fork-before-its-root",
-        "glidefs/router.py",
+        "glidefs/exports/router.py",
         "        if root.source and not of_base and not view:\n",
         "        self._records.save(entry.record)\n        if root.source and not of_base and not view:\n",
         ("tests/forks/test_copies.py",),
@@ -181,7 +181,7 @@ SIM = [
     ),
     Mutation(
         "fence-of-an-unknown-volume-is-forgotten",
-        "glidefs/opener.py",
+        "glidefs/exports/opener.py",
         "        volume.on_fenced = lambda volume, why: self._fenced(entry, volume.log_id, why)\n",
         "",
         ("tests/forks/test_fences.py",),
@@ -238,7 +238,7 @@ SIM = [
     ),
     Mutation(
         "older-root-for-a-log-that-lost-a-sync",
-        "glidefs/export_roots.py",
+        "glidefs/exports/roots.py",
         "            newer = found.sequence > root.sequence and found.nonce in tried\n",
         "            newer = found.nonce in tried or found.nonce != root.nonce\n",
         ("tests/forks/test_older_roots.py", *IDENTITY),
@@ -273,7 +273,7 @@ SIM = [
     ),
     Mutation(
         "older-state-is-taken-unasked",
-        "glidefs/router.py",
+        "glidefs/exports/router.py",
         "                self._opener.roots.check_not_older(record)\n",
         "                pass\n",
         ("tests/forks/test_older_roots.py",),

@@ -22,20 +22,20 @@ import glidefs.bases.manifest_cache
 import glidefs.bases.stored
 import glidefs.clock
 import glidefs.compaction.compactor
+import glidefs.exports.copies.pins
+import glidefs.exports.opener
+import glidefs.exports.stored
 import glidefs.gc.run
 import glidefs.host.host
 import glidefs.host.watch
 import glidefs.manifest.commit
 import glidefs.manifest.lease
-import glidefs.opener
-import glidefs.pins
 import glidefs.reading.prefetch
 import glidefs.reading.reader
 import glidefs.reading.service
 import glidefs.store.breaker
 import glidefs.store.resilient
 import glidefs.store.which
-import glidefs.stored_volumes
 import glidefs.volume.volume
 import glidefs.writing.pace
 import glidefs.writing.scheduler
@@ -43,7 +43,7 @@ import glidefs.writing.upload
 
 TIMED: tuple[Any, ...] = (
     glidefs.bases.stored,
-    glidefs.pins,
+    glidefs.exports.copies.pins,
     glidefs.bases.manifest_cache,
     glidefs.store.breaker,
     glidefs.store.resilient,
@@ -75,8 +75,8 @@ POOLED: tuple[Any, ...] = (
     glidefs.bases.library,
     glidefs.gc.run,
     glidefs.bases.stored,
-    glidefs.opener,
-    glidefs.stored_volumes,
+    glidefs.exports.opener,
+    glidefs.exports.stored,
     glidefs.host.host,
     glidefs.reading.prefetch,
     glidefs.reading.service,

@@ -31,12 +31,12 @@ from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EngineStats, EventKind
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import StoreError
-from glidefs.export_table import Entry
+from glidefs.exports.router import ExportRouter, RouterSettings
+from glidefs.exports.table import Entry
 from glidefs.formats.manifest import Root
 from glidefs.formats.pack import BLOCK
 from glidefs.host.host import Host
 from glidefs.manifest.lease import Owner
-from glidefs.router import ExportRouter, RouterSettings
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.which import WhichStore
 from glidefs.volume.logs import log_dir

@@ -12,7 +12,7 @@ from sim_node import GRACE, SimNode
 from sim_steps import Steps
 
 from glidefs.errors import GlideError, OwnedElsewhere
-from glidefs.exports import AttachRequest, CreateRequest, PromoteRequest, SnapshotRequest, TagRequest
+from glidefs.exports.requests import AttachRequest, CreateRequest, PromoteRequest, SnapshotRequest, TagRequest
 from glidefs.formats.manifest import NO_ID
 from glidefs.names import Source, manifest_key, parse_source
 

@@ -28,7 +28,7 @@ from sim_doors import Door
 from sim_model import Life, Model, SimStore, must
 from sim_node import GRACE, SimNode
 
-import glidefs.export_table
+import glidefs.exports.table
 import glidefs.formats.atomic
 import glidefs.gc.run
 import glidefs.host.host
@@ -114,7 +114,7 @@ class World:
             patched(
                 [
                     (glidefs.formats.atomic, "os", files),
-                    (glidefs.export_table, "os", files),
+                    (glidefs.exports.table, "os", files),
                     (glidefs.host.host, "VolumeConfig", self._volume_config),
                     (LOG, "propagate", False),
                     (LOG, "handlers", [self.errors]),

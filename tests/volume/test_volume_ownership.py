@@ -17,10 +17,10 @@ from glidefs.core.engine import Engine, ShadowFile
 from glidefs.core.gather import log_segments
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, StoreWentBack, UnknownExport
+from glidefs.exports.stored import list_volumes
 from glidefs.formats.manifest import NO_ID, encode_root
 from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
-from glidefs.stored_volumes import list_volumes
 from glidefs.volume import logs
 from glidefs.volume.volume import Volume
 

@@ -16,15 +16,15 @@ from glidefs.errors import (
     OwnedElsewhere,
     UnknownExport,
 )
-from glidefs.export_roots import STORE_PATIENCE
-from glidefs.export_table import Entry, ExportTable, RecordDirectory
+from glidefs.exports.copies.lineage import PATIENCE, Lineage
+from glidefs.exports.opener import Opener
+from glidefs.exports.roots import STORE_PATIENCE
+from glidefs.exports.table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
-from glidefs.lineage import PATIENCE, Lineage
 from glidefs.manifest import lease
 from glidefs.manifest.roots import delete_root, put_first_root, same_as, undelete_root
 from glidefs.names import check_name
-from glidefs.opener import Opener
 from glidefs.store.resilient import ResilientStore
 
 

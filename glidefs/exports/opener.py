@@ -25,13 +25,13 @@ from glidefs.errors import (
     StoreWentBack,
 )
 from glidefs.events import event
-from glidefs.export_logs import ExportLogs
-from glidefs.export_roots import STORE_PATIENCE, RootPlaces, Roots
-from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
+from glidefs.exports.logs.closed import ExportLogs
+from glidefs.exports.logs.lost_records import advice, find_lost, has_unsent, newer_root, say_nameless
+from glidefs.exports.roots import STORE_PATIENCE, RootPlaces, Roots
+from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
 from glidefs.host.host import Host
-from glidefs.lost_records import advice, find_lost, has_unsent, newer_root, say_nameless
 from glidefs.manifest import lease, local
 from glidefs.manifest.roots import delete_root
 from glidefs.names import manifest_key

@@ -16,8 +16,10 @@ from glidefs.bases.profile import IDLE, recording, wait
 from glidefs.bases.stored import list_bases, remove_base
 from glidefs.bless.bless import bless
 from glidefs.errors import ConfigError, Fenced, GlideError, NotSupported
-from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
-from glidefs.exports import (
+from glidefs.exports.copies.lineage import PATIENCE, Lineage
+from glidefs.exports.logs.leftovers import check_named
+from glidefs.exports.opener import Opener
+from glidefs.exports.requests import (
     BlessRequest,
     ExportStatus,
     ProfileRequest,
@@ -25,16 +27,14 @@ from glidefs.exports import (
     SnapshotRequest,
     TagRequest,
 )
+from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.hot_set import HotSet, make_hot_set
 from glidefs.formats.manifest import Root
 from glidefs.host.host import Host
-from glidefs.leftovers import check_named
-from glidefs.lineage import PATIENCE, Lineage
 from glidefs.manifest import lease, local
 from glidefs.manifest.roots import put_first_root
 from glidefs.manifest.view import Manifest
 from glidefs.names import Source, check_name, check_prefix, manifest_key, parse_source
-from glidefs.opener import Opener
 from glidefs.reading.reader import block_key
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.volume import Volume

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from glidefs.config import Config
 from glidefs.errors import ConfigError, InvalidName
-from glidefs.export_table import RecordDirectory
+from glidefs.exports.table import RecordDirectory
 from glidefs.names import check_id, check_prefix
 from glidefs.store.base import dir_name
 from glidefs.volume.aside import is_noted

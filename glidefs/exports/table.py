@@ -21,7 +21,7 @@ import msgspec
 
 from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, NotServed, Refused, UnknownExport
 from glidefs.events import happened
-from glidefs.exports import ExportStatus
+from glidefs.exports.requests import ExportStatus
 from glidefs.formats import export_record
 from glidefs.formats.atomic import fsync_dir, write_file_atomic
 from glidefs.formats.export_record import ExportRecord

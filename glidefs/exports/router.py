@@ -36,23 +36,23 @@ from glidefs.errors import (
     StoreError,
     UnknownExport,
 )
-from glidefs.export_table import Entry, ExportTable, RecordDirectory, new_record
-from glidefs.exports import AttachRequest, CreateRequest, ExportStatus, normal_size
-from glidefs.forks import ForkVerbs
+from glidefs.exports.copies.lineage import Lineage, Origin
+from glidefs.exports.copies.verbs import ForkVerbs
+from glidefs.exports.health import judged
+from glidefs.exports.leaving import Leaving
+from glidefs.exports.logs.leftovers import check_named
+from glidefs.exports.logs.verbs import LogVerbs
+from glidefs.exports.opener import Opener
+from glidefs.exports.requests import AttachRequest, CreateRequest, ExportStatus, normal_size
+from glidefs.exports.stored import list_volumes
+from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
-from glidefs.health import judged
 from glidefs.host.host import Host
-from glidefs.leaving import Leaving
-from glidefs.leftovers import check_named
-from glidefs.lineage import Lineage, Origin
-from glidefs.log_verbs import LogVerbs
 from glidefs.manifest import lease
 from glidefs.manifest.roots import delete_root, put_first_root, same_as
 from glidefs.names import Source, check_name, check_prefix, parse_source
-from glidefs.opener import Opener
 from glidefs.store.resilient import ResilientStore
-from glidefs.stored_volumes import list_volumes
 from glidefs.transport.base import Transport, choose_transport
 
 log = logging.getLogger(__name__)

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
-from glidefs.export_logs import ExportLogs
+from glidefs.exports.logs.closed import ExportLogs
+from glidefs.exports.stored import list_volumes
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
 from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
 from glidefs.store.resilient import ResilientStore
-from glidefs.stored_volumes import list_volumes
 from glidefs.volume import logs
 
 log = logging.getLogger(__name__)

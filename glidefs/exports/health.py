@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from glidefs.config import age_text
-from glidefs.exports import ExportStatus
+from glidefs.exports.requests import ExportStatus
 from glidefs.store.state import StoreState
 
 LONG = 10.0

@@ -10,7 +10,7 @@ import msgspec
 
 from glidefs.core.gather import log_segments
 from glidefs.errors import ConfigError, GlideError, InUse, UnknownExport
-from glidefs.export_table import ExportTable, RecordDirectory
+from glidefs.exports.table import ExportTable, RecordDirectory
 from glidefs.manifest import local
 from glidefs.names import check_id
 from glidefs.volume import aside, log_damage, logs

@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from glidefs.bases.library import BaseLibrary
 from glidefs.bases.stored import base_root, publish_base
 from glidefs.errors import Fenced, GlideError, NotFound, NotSupported, PreconditionFailed, UnknownExport
-from glidefs.export_table import ExportTable
+from glidefs.exports.copies.pins import kept_copy, pinned
+from glidefs.exports.table import ExportTable
 from glidefs.formats.manifest import Root, decode_root, encode_root
 from glidefs.names import (
     MAX_SEQUENCE,
@@ -25,7 +26,6 @@ from glidefs.names import (
     snapshots_prefix,
     tag_key,
 )
-from glidefs.pins import kept_copy, pinned
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
 from glidefs.store.resilient import ResilientStore
