@@ -84,7 +84,7 @@ def _end() -> None:
 
 def serve(listener: socket.socket) -> None:
     """A process for each connection, until this one is killed."""
-    import glidefs.cli.client
+    import glidefs.api.client
     import glidefs.cli.main  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those processes

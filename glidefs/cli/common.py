@@ -9,8 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from glidefs.api.client import Client, socket_path
 from glidefs.cli import output
-from glidefs.cli.client import Client, socket_path
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the export.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]

@@ -27,7 +27,7 @@ def devices(context: typer.Context, config: ConfigOption = None, as_json: Json =
 def devices_list(config: ConfigOption = None, as_json: Json = False) -> None:
     """List all ublk devices: what each one does, and whose it is."""
     from glidefs.cli.offline import settings
-    from glidefs.devices import survey
+    from glidefs.doctor.devices import survey
 
     with reported(as_json):
         found = survey(settings(config))
@@ -56,7 +56,7 @@ def devices_remove(
 ) -> None:
     """Delete an orphan: a device of this cache directory without an export. No other is touched."""
     from glidefs.cli.offline import settings
-    from glidefs.devices import remove
+    from glidefs.doctor.devices import remove
 
     with reported(as_json):
         removed = remove(settings(config), id)

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from glidefs.api.client import export_path
 from glidefs.cli import output
-from glidefs.cli.client import export_path
 from glidefs.cli.common import (
     ConfigOption,
     Json,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from glidefs.api.client import absolute
 from glidefs.cli import output
-from glidefs.cli.client import absolute
 from glidefs.cli.common import ConfigOption, Force, Json, connect, reported, show_result
 
 app = typer.Typer(help="Write logs on this host: list, export, delete.", rich_markup_mode=None)

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from glidefs.api.client import absolute, export_path
 from glidefs.cli import output
-from glidefs.cli.client import absolute, export_path
 from glidefs.cli.common import (
     ConfigOption,
     Force,
@@ -80,7 +80,7 @@ def run(
 ) -> None:
     """Run the daemon in the foreground."""
     with reported(False):
-        from glidefs.runner import run_daemon
+        from glidefs.daemon.run import run_daemon
 
         run_daemon(config, init_store=init_store)
 

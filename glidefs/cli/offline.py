@@ -50,7 +50,7 @@ def bare_store(config: Config, url: str | None = None) -> ObjectStore:
 
 def doctor_command(config: str | None, as_json: bool) -> int:
     """Print the checks; 1 if one failed."""
-    from glidefs.doctor import run_checks
+    from glidefs.doctor.doctor import run_checks
 
     checks = run_checks(config)
     failed = any(check.state == "fail" for check in checks)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from glidefs.api.client import Client, export_path
 from glidefs.cli import output
-from glidefs.cli.client import Client, export_path
 from glidefs.errors import GlideError
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
-from glidefs import process
+from glidefs.daemon import process
 from glidefs.errors import GlideError
 from glidefs.handoff.channel import CalledOff, Channel, PeerGone, PeerSilent, Undelivered
 from glidefs.handoff.coordinator import HandoffCoordinator, close_all

@@ -23,7 +23,7 @@ import pytest
 from figures import Figures
 from node import DEADLINE, MIB, Node, servers, stopwatch
 
-from glidefs.cli.client import CommandError
+from glidefs.api.client import CommandError
 from glidefs.formats.manifest import encode_root
 from glidefs.manifest import lease
 from glidefs.names import manifest_key

@@ -19,7 +19,7 @@ from figures import Figures
 from nbd_client import RawClient, Refused
 from node import BUCKET, DEADLINE, GIB, MIB, Node, fio, servers, stopwatch, wait_for
 
-from glidefs.cli.client import CommandError
+from glidefs.api.client import CommandError
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

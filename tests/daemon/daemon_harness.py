@@ -19,7 +19,7 @@ import command_line
 import servers
 from prometheus_client.parser import text_string_to_metric_families
 
-from glidefs.cli.client import Client, CommandError, _UnixConnection
+from glidefs.api.client import Client, CommandError, _UnixConnection
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0

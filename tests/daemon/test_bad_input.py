@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nbd"))
 from daemon_harness import DEADLINE, ROOT, Daemon, servers, wait_for
 from nbd_client import RawClient, RequestFailed
 
-from glidefs.cli.client import CommandError
+from glidefs.api.client import CommandError
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")

@@ -13,7 +13,7 @@ import command_line
 import pytest
 from daemon_harness import ROOT, Daemon
 
-from glidefs.cli.client import socket_path
+from glidefs.api.client import socket_path
 from glidefs.config import load_config
 
 Make = Callable[..., Daemon]
@@ -41,7 +41,7 @@ def test_init(tmp_path: Path) -> None:
 
 def test_client_commands_import_neither_server_nor_tables(tmp_path: Path) -> None:
     code = (
-        "import sys, glidefs.cli.main, glidefs.cli.client\n"
+        "import sys, glidefs.cli.main, glidefs.api.client\n"
         "heavy = {'fastapi', 'uvicorn', 'boto3', 'rich', 'prometheus_client', 'httpx', 'zstandard'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )

@@ -179,7 +179,7 @@ log_size = "1TiB"
 def test_what_is_accepted_the_core_takes(tmp_path: Path, text: str) -> None:
     pytest.importorskip("glidefs.core._core")
     from glidefs.core.engine import Engine
-    from glidefs.serving import engine_config
+    from glidefs.daemon.serving import engine_config
 
     settings = msgspec.structs.replace(engine_config(parse_config(text)), cache_dir=tmp_path / "blocks")
     Engine(settings).close()

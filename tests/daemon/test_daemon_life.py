@@ -14,7 +14,7 @@ from collections.abc import Callable
 import pytest
 from daemon_harness import DEADLINE, Daemon, servers, wait_for
 
-from glidefs.cli.client import CommandError, export_path
+from glidefs.api.client import CommandError, export_path
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("glidefs.core._core")
 
-from glidefs import devices
 from glidefs.config import CacheSettings, Config, UblkSettings
 from glidefs.core.ublk import ANY_DEVICE, UblkConfig, UblkInfo
-from glidefs.doctor import run_checks
+from glidefs.doctor import devices
+from glidefs.doctor.doctor import run_checks
 from glidefs.errors import CorruptObject, DeviceError, NotSupported
 from glidefs.formats import export_record
 from glidefs.formats.export_record import ExportRecord

@@ -13,8 +13,8 @@ import pytest
 from daemon_harness import Daemon, wait_for
 from fastapi import Request
 
+from glidefs.api.client import CommandError, export_path
 from glidefs.api.peer import asked_from
-from glidefs.cli.client import CommandError, export_path
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")

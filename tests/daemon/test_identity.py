@@ -10,9 +10,9 @@ from pathlib import Path
 from daemon_harness import Daemon, wait_for
 from msgspec.structs import replace
 
+from glidefs.daemon.identity import machine_id
 from glidefs.formats import identity
 from glidefs.formats.identity import HostIdentity
-from glidefs.identity import machine_id
 
 Make = Callable[..., Daemon]
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import pytest
 from daemon_harness import Daemon
 
-from glidefs import doctor, io_flusher
 from glidefs.config import CacheSettings, Config
+from glidefs.daemon import io_flusher
+from glidefs.doctor import doctor
 
 needs_capability = pytest.mark.skipif(
     io_flusher.refused() is not None, reason=f"no CAP_SYS_RESOURCE: {io_flusher.refused()}"

@@ -11,8 +11,8 @@ pytest.importorskip("glidefs.core._core")
 
 from glidefs.core.engine import EngineStats
 from glidefs.core.volume import VolumeInfo, VolumeStats
+from glidefs.daemon.metrics import BUCKET_UNIT, ExportFigures, Metrics, Snapshot, latency_buckets
 from glidefs.exports.requests import ExportStatus
-from glidefs.metrics import BUCKET_UNIT, ExportFigures, Metrics, Snapshot, latency_buckets
 
 
 def figures(name: str) -> ExportFigures:

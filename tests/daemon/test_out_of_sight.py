@@ -11,7 +11,7 @@ import pytest
 import servers
 from daemon_harness import Daemon
 
-from glidefs.cli.client import CommandError, export_path
+from glidefs.api.client import CommandError, export_path
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glidefs import log_lines, process
+from glidefs.daemon import log_lines, process
 from glidefs.errors import CacheBusy, ConfigError
 
 
@@ -90,5 +90,5 @@ def test_notify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_guests_do_not_wait_for_the_api_s_imports() -> None:
     """They take as long as the rest of a start."""
-    code = "import sys, glidefs.runner; sys.exit('fastapi' in sys.modules)"
+    code = "import sys, glidefs.daemon.run; sys.exit('fastapi' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

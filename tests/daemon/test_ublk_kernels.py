@@ -8,8 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from glidefs import doctor
 from glidefs.config import Config, UblkSettings
+from glidefs.doctor import doctor
 from glidefs.errors import NotSupported
 from glidefs.transport import base
 from glidefs.transport.base import NbdTransport, choose_transport, ublk_missing

@@ -18,11 +18,11 @@ from glidefs import names
 from glidefs.cli.main import gc as gc_verb
 from glidefs.cli.offline import checked_grace
 from glidefs.config import Config, StoreSettings
+from glidefs.daemon.serving import host_settings
 from glidefs.errors import ConfigError
 from glidefs.gc.run import DEFAULT_LIMIT
 from glidefs.offline.inspect import inspect as describe
 from glidefs.offline.inspect import open_source
-from glidefs.serving import host_settings
 from glidefs.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]

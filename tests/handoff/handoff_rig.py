@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "acceptance"))
 
 from node import DEADLINE, Node, wait_for
 
-from glidefs.cli.client import CommandError
+from glidefs.api.client import CommandError
 from glidefs.handoff.channel import DIE_VARIABLE, STOP_VARIABLE
 from glidefs.handoff.deadlines import SECONDS_VARIABLE
 

@@ -15,7 +15,7 @@ import pytest
 from handoff_rig import Generations, is_running, state_of
 from node import DEADLINE, wait_for
 
-from glidefs.cli.client import Client, CommandError
+from glidefs.api.client import Client, CommandError
 
 Make = Callable[..., Generations]
 TOKEN = "0123456789abcdef0123"

@@ -11,7 +11,7 @@ import pytest
 from handoff_rig import Generations, is_running
 from node import BUCKET, MIB, servers, wait_for
 
-from glidefs.cli.client import CommandError
+from glidefs.api.client import CommandError
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-utils is not installed")
 

@@ -21,7 +21,7 @@ from guest import Guest
 from handoff_rig import Generations, is_running, state_of
 from node import DEADLINE, wait_for
 
-from glidefs.cli.client import CommandError
+from glidefs.api.client import CommandError
 
 Make = Callable[..., Generations]
 

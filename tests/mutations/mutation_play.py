@@ -35,6 +35,7 @@ from mutation_world import SECTOR, Image, World, copy_tree, forget, restored, st
 
 from glidefs.config import StoreSettings
 from glidefs.core.check import CoreError
+from glidefs.daemon.store_check import StoreCheck
 from glidefs.errors import GlideError
 from glidefs.exports.logs.verbs import LogVerbs
 from glidefs.exports.requests import AttachRequest
@@ -47,7 +48,6 @@ from glidefs.offline.reader import BlockReader
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
 from glidefs.store.memory import MemoryStore
-from glidefs.store_check import StoreCheck
 from glidefs.volume.volume import DrainTimeout
 
 PATIENCE = 60.0

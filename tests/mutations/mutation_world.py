@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from fork_rig import MIB, PREFIX, Node
 
+from glidefs.daemon.identity import CacheIdentity
 from glidefs.errors import StoreUnavailable
 from glidefs.exports.requests import SnapshotRequest, TagRequest
 from glidefs.formats import identity
 from glidefs.formats.hot_set import make_hot_set
 from glidefs.formats.identity import StoreIdentity
 from glidefs.gc.run import collect
-from glidefs.identity import CacheIdentity
 from glidefs.manifest.lease import Owner
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectInfo

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from glidefs.config import Config, load_config
-from glidefs.daemon import FORCED_EXIT
+from glidefs.daemon.daemon import FORCED_EXIT
 from glidefs.transport.device_names import DIRECTORY
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -82,7 +82,7 @@ def test_settings_are_those_of_the_template() -> None:
 
 def test_metrics_in_the_documents_exist() -> None:
     named = set(re.findall(r"`glidefs_(\w+)`", "".join(p.read_text(encoding="utf-8") for p in DOCUMENTS)))
-    source = text("glidefs/metrics.py")
+    source = text("glidefs/daemon/metrics.py")
     for name in named:
         assert f'"{name.removesuffix("_total")}"' in source or f'"glidefs_{name}"' in source, name
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from glidefs.config import StoreSettings
+from glidefs.daemon.store_check import StoreCheck
 from glidefs.errors import AccessDenied, StoreUnavailable, StoreUnsupported
 from glidefs.store.memory import MemoryStore
 from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore
-from glidefs.store_check import StoreCheck
 
 
 class IgnoresMatch(MemoryStore):

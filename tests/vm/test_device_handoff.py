@@ -26,7 +26,7 @@ from handoff_rig import Generations
 from node import MIB, fio_command, wait_for
 from null_server import NullServer, build
 
-from glidefs.cli.client import CommandError
+from glidefs.api.client import CommandError
 
 pytestmark = [
     pytest.mark.skipif(rig.REASON is not None, reason=str(rig.REASON)),

@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from glidefs import io_flusher
 from glidefs.config import Config, config_path, load_config
-from glidefs.disk_sizes import misfits
+from glidefs.daemon import io_flusher
+from glidefs.daemon.disk_sizes import misfits
+from glidefs.daemon.identity import made_elsewhere
+from glidefs.daemon.process import LOCK_FILE
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
 from glidefs.exports.logs.leftovers import directory_of, dirs_below, logs_aside, recorded, unnamed_prefixes
-from glidefs.identity import made_elsewhere
-from glidefs.process import LOCK_FILE
 
 State = Literal["ok", "warn", "fail"]
 MIN_KERNEL = (6, 1)
@@ -364,14 +364,14 @@ def _logs(config: Config) -> Result:
 
 def _ask(config: Config, path: str) -> Any:
     """What the daemon says. Raises CommandError."""
-    from glidefs.cli.client import Client
+    from glidefs.api.client import Client
 
     socket = os.environ.get("GLIDEFS_SOCKET") or config.api.socket
     return Client(socket).call("GET", path, timeout=5)
 
 
 def _daemon(config: Config) -> Result:
-    from glidefs.cli.client import CommandError
+    from glidefs.api.client import CommandError
 
     path = os.environ.get("GLIDEFS_SOCKET") or config.api.socket
     try:
@@ -387,7 +387,7 @@ def _daemon(config: Config) -> Result:
 
 
 def _orphans(config: Config) -> Result:
-    from glidefs.devices import survey
+    from glidefs.doctor.devices import survey
 
     found = survey(config)
     if not found:

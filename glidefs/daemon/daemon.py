@@ -20,10 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glidefs import process
 from glidefs.config import Config
 from glidefs.core import heap
-from glidefs.disk_sizes import misfits
+from glidefs.daemon import process
+from glidefs.daemon.disk_sizes import misfits
+from glidefs.daemon.identity import CacheIdentity
+from glidefs.daemon.metrics import ExportFigures, Metrics, Snapshot
+from glidefs.daemon.serving import Core
+from glidefs.daemon.store_check import StoreCheck
 from glidefs.errors import GlideError
 from glidefs.events import event
 from glidefs.exports.health import troubles
@@ -34,14 +38,10 @@ from glidefs.handoff.history import History
 from glidefs.handoff.predecessor import HandoffFailed, Outcome, Predecessor
 from glidefs.handoff.protocol import ExportCut, ListenerInfo
 from glidefs.host.host import Host
-from glidefs.identity import CacheIdentity
-from glidefs.metrics import ExportFigures, Metrics, Snapshot
-from glidefs.serving import Core
 from glidefs.store import open_store
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.state import StoreState
 from glidefs.store.which import WhichStore
-from glidefs.store_check import StoreCheck
 from glidefs.version import commit, version
 from glidefs.volume.volume import Volume
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from glidefs.bases.library import BaseLibrary
 from glidefs.config import Config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
+from glidefs.daemon.identity import LOG_DIR, CacheIdentity
 from glidefs.exports.router import ExportRouter, RouterSettings
 from glidefs.exports.table import Entry
 from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.host.host import Host
-from glidefs.identity import LOG_DIR, CacheIdentity
 from glidefs.manifest.lease import Owner
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import NbdTransport

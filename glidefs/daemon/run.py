@@ -9,13 +9,13 @@ import signal
 import threading
 from typing import NoReturn
 
-from glidefs import io_flusher, process
 from glidefs.asked import Asker, asked_by
 from glidefs.config import config_path, load_config
-from glidefs.daemon import Daemon
+from glidefs.daemon import io_flusher, process
+from glidefs.daemon.daemon import Daemon
+from glidefs.daemon.log_lines import setup_logging
 from glidefs.errors import GlideError
 from glidefs.handoff.successor import Aborted, Successor, is_successor
-from glidefs.log_lines import setup_logging
 from glidefs.version import version
 
 log = logging.getLogger(__name__)
