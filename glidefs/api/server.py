@@ -21,7 +21,7 @@ import uvicorn
 from glidefs.api.peer import PeerProtocol
 from glidefs.config import ApiSettings, parse_listen
 from glidefs.errors import ConfigError, GlideError
-from glidefs.transport.nbd_listen import (
+from glidefs.transport.nbd.listen import (
     Inherited,
     activated_listeners,
     close_others,

@@ -17,8 +17,8 @@ from glidefs.host.host import Host
 from glidefs.manifest.lease import Owner
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import NbdTransport
-from glidefs.transport.nbd import NbdServer
-from glidefs.transport.ublk import UblkTransport
+from glidefs.transport.nbd.export import NbdServer
+from glidefs.transport.ublk.device import UblkTransport
 from glidefs.volume.settings import HostSettings
 
 

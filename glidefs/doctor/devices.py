@@ -22,9 +22,9 @@ from glidefs.core.ublk import UblkInfo
 from glidefs.errors import DeviceError, NotSupported
 from glidefs.exports.table import RecordDirectory
 from glidefs.formats.export_record import ExportRecord
-from glidefs.transport import ublk
-from glidefs.transport.device_names import DeviceNames
-from glidefs.transport.device_tag import load_tags
+from glidefs.transport.device.names import DeviceNames
+from glidefs.transport.device.tag import load_tags
+from glidefs.transport.ublk import device as ublk
 
 State = Literal["served", "paused", "failing", "stopped"]
 Owner = Literal["export", "orphan", "other"]

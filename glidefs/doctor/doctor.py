@@ -155,7 +155,7 @@ def _ublk(config: Config) -> Result:
     if missing:
         return "warn", f"not usable: {missing}", "exports use NBD"
     from glidefs.core import ublk
-    from glidefs.transport.ublk import F_UPDATE_SIZE, explained
+    from glidefs.transport.ublk.device import F_UPDATE_SIZE, explained
 
     try:
         features = ublk.features()

@@ -21,7 +21,7 @@ from glidefs.exports.router import ExportRouter
 from glidefs.exports.table import Entry
 from glidefs.handoff.protocol import ConnectionCut, ExportCut
 from glidefs.host.host import Host
-from glidefs.transport.nbd import NbdConnection, NbdServer
+from glidefs.transport.nbd.export import NbdConnection, NbdServer
 from glidefs.volume.volume import Volume
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec import Struct
 
 from glidefs.errors import ConfigError, NotSupported
-from glidefs.transport.nbd import NbdCore, NbdExport, NbdServer
-from glidefs.transport.ublk_kernels import ublk_refused
+from glidefs.transport.nbd.export import NbdCore, NbdExport, NbdServer
+from glidefs.transport.ublk.kernels import ublk_refused
 
 if TYPE_CHECKING:
     from glidefs.core.ublk import UblkConfig, UblkDevice

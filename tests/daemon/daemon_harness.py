@@ -39,7 +39,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = DEADLINE)
 @contextlib.contextmanager
 def no_devices_left() -> Iterator[None]:
     """Delete the ublk devices that a test leaves without a server."""
-    from glidefs.transport import ublk
+    from glidefs.transport.ublk import device as ublk
 
     def delete(dev_id: int) -> bool:
         found = ublk.query(dev_id)

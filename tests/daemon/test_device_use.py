@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from glidefs.transport.device_use import device_use
+from glidefs.transport.device.use import device_use
 
 
 @pytest.fixture

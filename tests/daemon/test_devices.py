@@ -18,11 +18,11 @@ from glidefs.doctor.doctor import run_checks
 from glidefs.errors import CorruptObject, DeviceError, NotSupported
 from glidefs.formats import export_record
 from glidefs.formats.export_record import ExportRecord
-from glidefs.transport import ublk
 from glidefs.transport.base import Attachment
-from glidefs.transport.device_names import DeviceNames
-from glidefs.transport.device_tag import OWNER_FILE, DeviceTags, load_tags, make_tags
-from glidefs.transport.ublk import DEAD, F_USER_RECOVERY, FAIL_IO, LIVE, QUIESCED, UblkTransport
+from glidefs.transport.device.names import DeviceNames
+from glidefs.transport.device.tag import OWNER_FILE, DeviceTags, load_tags, make_tags
+from glidefs.transport.ublk import device as ublk
+from glidefs.transport.ublk.device import DEAD, F_USER_RECOVERY, FAIL_IO, LIVE, QUIESCED, UblkTransport
 
 NOBODY = 4_000_000
 """No process has this id."""
@@ -526,7 +526,7 @@ def test_a_record_that_appears_while_one_looks(host: Host, monkeypatch: pytest.M
 
 
 def test_doctor_lists_them(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glidefs.transport.device_names.DeviceNames.read", lambda self, dev_id: ("", ""))
+    monkeypatch.setattr("glidefs.transport.device.names.DeviceNames.read", lambda self, dev_id: ("", ""))
     host.serve("a")
     tags = load_tags(host.state)
     host.driver.put(6, tags.tag("gone", bytes(16)), QUIESCED)

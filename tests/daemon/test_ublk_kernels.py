@@ -13,8 +13,8 @@ from glidefs.doctor import doctor
 from glidefs.errors import NotSupported
 from glidefs.transport import base
 from glidefs.transport.base import NbdTransport, choose_transport, ublk_missing
-from glidefs.transport.ublk import UblkTransport
-from glidefs.transport.ublk_kernels import ublk_refused, ublk_verdict
+from glidefs.transport.ublk.device import UblkTransport
+from glidefs.transport.ublk.kernels import ublk_refused, ublk_verdict
 
 RELEASES = {
     "good": [

@@ -64,7 +64,7 @@ LIMITS = [
     ),
     Mutation(
         "ublk-waits-for-an-open-device",
-        "glidefs/transport/ublk.py",
+        "glidefs/transport/ublk/device.py",
         "            if error.errno != errno.ETIMEDOUT:\n                raise\n            _say_open(",
         "            if True:\n                raise\n            _say_open(",
         (DEVICES + "test_a_dead_device_that_somebody_has_open_is_not_replaced_in_place",),

@@ -7,8 +7,8 @@ import struct
 import time
 from typing import Any, NamedTuple, Self
 
-from glidefs.transport import nbd_proto as proto
-from glidefs.transport.nbd_proto import Option, Reply
+from glidefs.transport.nbd import proto
+from glidefs.transport.nbd.proto import Option, Reply
 
 DEADLINE = 20.0
 REQUEST_MAGIC = 0x25609513

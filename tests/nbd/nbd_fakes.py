@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nbd_client import RawClient
 
-from glidefs.transport.nbd import HandshakeLimits, NbdExport, NbdServer, NbdSettings
+from glidefs.transport.nbd.export import HandshakeLimits, NbdExport, NbdServer, NbdSettings
 
 GIB = 1 << 30
 

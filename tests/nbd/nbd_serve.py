@@ -14,7 +14,7 @@ from typing import Any, Self
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EventKind
 from glidefs.core.volume import CoreVolume, VolumeConfig, install_zero
-from glidefs.transport.nbd import NbdExport, NbdServer, NbdSettings
+from glidefs.transport.nbd.export import NbdExport, NbdServer, NbdSettings
 
 MIB = 1 << 20
 _POLL_MS = 50

@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from nbd_client import RawClient, Refused, export_request
 from nbd_fakes import GIB, Bench, wait_for
 
-from glidefs.transport import nbd_proto as proto
-from glidefs.transport.nbd import (
+from glidefs.transport.nbd import proto
+from glidefs.transport.nbd.export import (
     HandshakeLimits,
     NbdExport,
 )
-from glidefs.transport.nbd_proto import Info, Option, Reply, TransmissionFlag
+from glidefs.transport.nbd.proto import Info, Option, Reply, TransmissionFlag
 
 # ---- choosing an export ----
 

@@ -18,14 +18,14 @@ from nbd_client import RawClient, export_request
 from nbd_fakes import GIB, Bench, Exports, FakeCore, wait_for
 
 from glidefs.errors import GlideError
-from glidefs.transport.nbd import (
+from glidefs.transport.nbd.export import (
     ListenError,
     NbdExport,
     NbdServer,
     NbdSettings,
     activated_listeners,
 )
-from glidefs.transport.nbd_proto import Option
+from glidefs.transport.nbd.proto import Option
 
 # ---- exports that go away, cores that refuse ----
 
@@ -287,7 +287,7 @@ def test_handed_over_listener_goes_on_with_its_successor(tmp_path: Path) -> None
 def test_activated_listeners() -> None:
     code = """
 import os, sys
-from glidefs.transport.nbd import activated_listeners
+from glidefs.transport.nbd.export import activated_listeners
 environ = {**os.environ, "LISTEN_PID": str(os.getpid())}
 found = activated_listeners("nbd", environ)
 print([each.getsockname() for each in found])

@@ -12,7 +12,7 @@ import pytest
 
 from glidefs.config import Config, load_config
 from glidefs.daemon.daemon import FORCED_EXIT
-from glidefs.transport.device_names import DIRECTORY
+from glidefs.transport.device.names import DIRECTORY
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"

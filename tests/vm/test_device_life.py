@@ -16,7 +16,7 @@ from node import GIB, MIB, Node, stopwatch, wait_for
 from null_server import NullServer, build, control, info
 
 from glidefs.core import ublk
-from glidefs.transport.ublk import F_UPDATE_SIZE, F_USER_RECOVERY
+from glidefs.transport.ublk.device import F_UPDATE_SIZE, F_USER_RECOVERY
 
 pytestmark = [
     pytest.mark.skipif(rig.REASON is not None, reason=str(rig.REASON)),

@@ -25,11 +25,11 @@ from urllib.parse import quote
 from msgspec import Struct
 
 from glidefs.config import NbdSettings, parse_listen
-from glidefs.transport import nbd_listen
-from glidefs.transport.nbd_connections import ConnectionTable, NbdConnection
-from glidefs.transport.nbd_listen import ListenError, activated_listeners
-from glidefs.transport.nbd_negotiation import ExportLookup, NbdCore, NbdExport, Negotiation
-from glidefs.transport.nbd_proto import ProtocolViolation
+from glidefs.transport.nbd import listen as nbd_listen
+from glidefs.transport.nbd.connections import ConnectionTable, NbdConnection
+from glidefs.transport.nbd.listen import ListenError, activated_listeners
+from glidefs.transport.nbd.negotiation import ExportLookup, NbdCore, NbdExport, Negotiation
+from glidefs.transport.nbd.proto import ProtocolViolation
 
 __all__ = [
     "ExportLookup",

@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 
 from msgspec import Struct
 
-from glidefs.transport import nbd_proto as proto
-from glidefs.transport.nbd_proto import Option, Reply
+from glidefs.transport.nbd import proto
+from glidefs.transport.nbd.proto import Option, Reply
 
 _SKIP_CHUNK = 64 * 1024
 _LIST_BATCH = 256  # exports whose entries are built and sent at a time

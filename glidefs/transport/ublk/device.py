@@ -21,9 +21,9 @@ from glidefs.core import ublk
 from glidefs.core.ublk import ANY_DEVICE, UblkConfig, UblkDevice, UblkInfo
 from glidefs.errors import DeviceError, NotSupported
 from glidefs.transport.base import Attachment, Endpoint, ublk_missing
-from glidefs.transport.device_names import DeviceNames
-from glidefs.transport.device_tag import DeviceTags, make_tags
-from glidefs.transport.device_use import device_use
+from glidefs.transport.device.names import DeviceNames
+from glidefs.transport.device.tag import DeviceTags, make_tags
+from glidefs.transport.device.use import device_use
 
 log = logging.getLogger(__name__)
 

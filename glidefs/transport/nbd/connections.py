@@ -20,7 +20,7 @@ import time
 
 from msgspec import Struct
 
-from glidefs.transport.nbd_negotiation import ExportLookup, NbdCore, NbdExport
+from glidefs.transport.nbd.negotiation import ExportLookup, NbdCore, NbdExport
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""TODO glidefs/transport/device"""
