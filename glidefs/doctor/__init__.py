@@ -1,1 +1,4 @@
-"""TODO glidefs/doctor"""
+"""Checks of a host, with and without a daemon. It creates nothing.
+
+Used by ``cli``.
+"""

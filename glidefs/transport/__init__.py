@@ -1,1 +1,4 @@
-"""Transports: how guests reach a volume. ublk is a block device, NBD a socket."""
+"""How guests reach a volume: one package per transport, ``base`` chooses between them.
+
+Used by ``exports``. A transport knows the core's handle of a volume, and neither exports nor the store.
+"""

@@ -1,1 +1,4 @@
-"""One volume's life: faults served, log uploaded, packs compacted, ownership kept."""
+"""One volume: the core's handle, its manifest, its log directory, its state for people.
+
+Used by ``reading`` and all above. Knows no thread and no transport.
+"""

@@ -8,9 +8,9 @@ from pathlib import Path
 import mutate
 import pytest
 from fork_rig import MIB, CountingStore, Node
-from glidefs.exports.requests.logs import verbs as log_verbs
 
 from glidefs.errors import CorruptLog, GlideError, InUse
+from glidefs.exports.logs import verbs as log_verbs
 
 MakeNode = Callable[..., Node]
 SIZE = 16 * MIB

@@ -31,7 +31,7 @@ from glidefs.bless import resume
 from glidefs.formats.blessing import PutPack, encode_blessing, make_blessing
 from glidefs.formats.manifest import PackRef, Root, decode_root
 from glidefs.formats.pack import TRAILER_SIZE
-from glidefs.gc.run import run as gc_module
+from glidefs.gc import run as gc_module
 
 POOL = gc_module.ThreadPoolExecutor
 FACTOR = {"quick": 1, "long": 20}.get(os.environ.get("GLIDEFS_TEST_LENGTH", ""), 2)

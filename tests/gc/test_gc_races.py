@@ -11,7 +11,7 @@ from stored_roots import put_root
 
 from glidefs import names
 from glidefs.errors import GcRefused
-from glidefs.gc.run import run as gc_module
+from glidefs.gc import run as gc_module
 
 STATE = names.gc_state_key(PREFIX)
 VOLUMES = names.volumes_prefix(PREFIX)

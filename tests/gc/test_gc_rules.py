@@ -12,8 +12,8 @@ from stored_roots import put_root
 from glidefs import names
 from glidefs.errors import AccessDenied, CorruptObject, GcRefused, GlideError, StoreUnavailable
 from glidefs.formats.gc_state import decode_state, first_seen
+from glidefs.gc import mark as gc_mark
 from glidefs.gc.run import Tally
-from glidefs.gc.run import mark as gc_mark
 from glidefs.store import open_store
 
 STATE = names.gc_state_key(PREFIX)

@@ -160,7 +160,7 @@ def test_list_in_pieces_misses_nothing(store: ObjectStore, monkeypatch: pytest.M
     for key in keys:
         store.put(key, b"x")
     for limit in (1, 2, 4, 6):
-        for module in ("s3", "file"):
+        for module in ("s3.store", "file"):
             monkeypatch.setattr(f"glidefs.store.{module}.LIST_PAGE", limit)
         if isinstance(store, MemoryStore):
             store.list_limit = limit

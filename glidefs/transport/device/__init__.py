@@ -1,1 +1,1 @@
-"""TODO glidefs/transport/device"""
+"""What all transports with a kernel block device share: names in /dev, tags, and who has one open."""

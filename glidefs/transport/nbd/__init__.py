@@ -1,1 +1,1 @@
-"""TODO glidefs/transport/nbd"""
+"""NBD: the listener, the negotiation, and the socket that the core gets for transmission."""

@@ -1,1 +1,1 @@
-"""TODO glidefs/transport/ublk"""
+"""ublk: block devices of this kernel, and which kernels survive them."""

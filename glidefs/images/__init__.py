@@ -1,1 +1,0 @@
-"""Whole disk images: reading them out of a store."""
