@@ -14,7 +14,7 @@ from glidefs.config import Config, age_text, config_path, load_config
 from glidefs.errors import ConfigError, GlideError
 from glidefs.exports.logs.leftovers import check_named, unnamed_prefixes
 from glidefs.names import check_prefix
-from glidefs.store import ObjectStore, open_store
+from glidefs.store import open_configured
 from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.which import WhichStore
@@ -32,20 +32,6 @@ def settings(explicit: str | None) -> Config:
     if explicit is None and not path.exists():
         return Config()
     return load_config(path)
-
-
-def bare_store(config: Config, url: str | None = None) -> ObjectStore:
-    """The configured store, or the one at `url` with the configured access."""
-    store = config.store
-    return open_store(
-        url or store.url,
-        endpoint_url=store.endpoint_url,
-        region=store.region,
-        path_style=store.path_style,
-        connections=store.reads + store.writes,
-        connect_timeout=store.connect_timeout,
-        read_timeout=store.read_timeout,
-    )
 
 
 def doctor_command(config: str | None, as_json: bool) -> int:
@@ -73,7 +59,7 @@ def inspect_command(target: str, store_url: str | None, config: str | None, as_j
         store = None
         if not Path(target.removeprefix("file://")).is_file():
             base, target = _split_url(target, store_url)
-            store = stack.enter_context(_patient(bare_store(settings(config), base)))
+            store = stack.enter_context(_patient(settings(config), base))
         found = inspect(open_source(store, target))
     if as_json:
         output.emit(found)
@@ -112,7 +98,10 @@ def export_command(
     from glidefs.offline.export import export_image
 
     chosen = settings(config)
-    with _patient(bare_store(chosen, store_url)) as store, output.progress(f"export {name}") as update:
+    with (
+        _patient(chosen, store_url) as store,
+        output.progress(f"export {name}") as update,
+    ):
         result = export_image(
             store, prefix or chosen.store.default_prefix, name, file, force=force, progress=update
         )
@@ -146,7 +135,10 @@ def bless_command(
     prefix = prefix or chosen.store.default_prefix
     check_named(check_prefix(prefix), chosen.store.prefixes, new=new_prefix)
     source = 0 if image == "-" else Path(image)
-    with _patient(bare_store(chosen, store_url)) as store, output.progress(f"bless {base}") as update:
+    with (
+        _patient(chosen, store_url) as store,
+        output.progress(f"bless {base}") as update,
+    ):
         probe_store(store, prefix)
         try:
             result = bless(
@@ -183,7 +175,7 @@ def bases_command(prefix: str | None, store_url: str | None, config: str | None,
     from glidefs.bases.stored import list_bases
 
     chosen = settings(config)
-    with _patient(bare_store(chosen, store_url)) as store:
+    with _patient(chosen, store_url) as store:
         found = list_bases(store, prefix or chosen.store.default_prefix)
     if as_json:
         output.emit([msgspec.to_builtins(base) for base in found])
@@ -211,7 +203,7 @@ def bases_remove_command(
     from glidefs.bases.stored import remove_base
 
     chosen = settings(config)
-    with _patient(bare_store(chosen, store_url)) as store:
+    with _patient(chosen, store_url) as store:
         found = remove_base(store, prefix or chosen.store.default_prefix, base)
     if as_json:
         output.emit(msgspec.to_builtins(found))
@@ -235,7 +227,7 @@ def gc_command(
     chosen = settings(config)
     seconds = checked_grace(grace, chosen.store.gc_grace, force)
     documents: list[dict[str, Any]] = []
-    with _patient(bare_store(chosen, store_url)) as store:
+    with _patient(chosen, store_url) as store:
         for name in (prefix,) if prefix else chosen.store.prefixes:
             try:
                 with output.counting(f"gc {name}") as update:
@@ -307,7 +299,9 @@ def _print_gc(result: GcResult) -> None:
         output.say(f"note: {result.prefix}: {result.note}")
 
 
-def _patient(store: ObjectStore) -> ResilientStore:
+def _patient(config: Config, url: str | None) -> ResilientStore:
+    """The configured store, or the one at ``url``; it must be there."""
+    store = open_configured(config.store, url)
     store.check_there()
     patient = ResilientStore(store, deadline=OFFLINE_DEADLINE)
     patient.identity = WhichStore(None, lambda _: None)

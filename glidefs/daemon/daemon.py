@@ -38,7 +38,7 @@ from glidefs.handoff.history import History
 from glidefs.handoff.predecessor import HandoffFailed, Outcome, Predecessor
 from glidefs.handoff.protocol import ExportCut, ListenerInfo
 from glidefs.host.host import Host
-from glidefs.store import open_store
+from glidefs.store import open_configured
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.state import StoreState
 from glidefs.store.which import WhichStore
@@ -205,16 +205,7 @@ class Daemon:
 
     def _open_store(self) -> ResilientStore:
         settings = self.config.store
-        inner = open_store(
-            settings.url,
-            endpoint_url=settings.endpoint_url,
-            region=settings.region,
-            path_style=settings.path_style,
-            connections=settings.reads + settings.writes + 8,
-            connect_timeout=settings.connect_timeout,
-            read_timeout=settings.read_timeout,
-            create=self._init_store,
-        )
+        inner = open_configured(settings, create=self._init_store)
         if not self._has_exports:
             inner.check_there()
         store = ResilientStore(inner, reads=settings.reads, writes=settings.writes, cancel=self._stopping)
@@ -307,6 +298,10 @@ class Daemon:
         self._prepare_api(listeners)
         self.host.pause(0.0)
         return self.core.coordinator(self.router.start_standby(names))
+
+    def be_main_process(self) -> None:
+        """Part of a handoff: tell the service manager that this process is the one to watch."""
+        process.notify(f"MAINPID={os.getpid()}")
 
     def take_over(self, listeners: Listeners) -> None:
         """The exports are served: listen, and look after everything from now on.

@@ -277,13 +277,13 @@ def _store(config: Config) -> Result:
     root = directory_of(config.store.url)
     if root is not None:
         return _store_directory(root)
-    from glidefs.cli.offline import bare_store
+    from glidefs.store import open_configured
     from glidefs.store.probe import probe_store
     from glidefs.store.resilient import ResilientStore
 
     started = time.monotonic()
     try:
-        with ResilientStore(bare_store(config), deadline=PROBE_DEADLINE) as store:
+        with ResilientStore(open_configured(config.store), deadline=PROBE_DEADLINE) as store:
             probe_store(store)
     except StoreError as error:
         reason, _, remedy = str(error).partition("; ")
@@ -307,7 +307,7 @@ def _store_directory(root: Path) -> Result:
 
 
 def _prefixes(config: Config) -> Result:
-    from glidefs.cli.offline import bare_store
+    from glidefs.store import open_configured
     from glidefs.store.resilient import ResilientStore
 
     named, root = config.store.prefixes, directory_of(config.store.url)
@@ -315,7 +315,7 @@ def _prefixes(config: Config) -> Result:
         if root is not None:
             found = unnamed_prefixes(dirs_below(root), named) if root.is_dir() else []
         else:
-            with ResilientStore(bare_store(config), deadline=LIST_DEADLINE) as store:
+            with ResilientStore(open_configured(config.store), deadline=LIST_DEADLINE) as store:
                 found = unnamed_prefixes(store.list_dirs, named)
     except (GlideError, OSError) as error:
         return "warn", f"cannot be listed: {error}", "see the line about the store"

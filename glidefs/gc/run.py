@@ -32,9 +32,9 @@ It works on the store alone, while hosts write to it. Why nothing that is needed
 
 - *Copies.* A fork, snapshot, tag or base is made of a pin: a root put while the source still named it all,
   which goes when the copy is there (see glidefs/exports/copies/pins.py). A fork of a base is put later, but
-  the base does not change, and its tombstone stays for the grace. So what no root names, and no upload is about to
-  commit, is never named again: what a run saw of it still holds at the next. Pins that a crash left go
-  when they are older than the grace.
+  the base does not change, and its tombstone stays for the grace. So what no root names, and no upload is
+  about to commit, is never named again: what a run saw of it still holds at the next. Pins that a crash left
+  go when they are older than the grace.
 
 What is left: a store has no transactions. A root handed on twice, each time to a fork put behind the
 listing while its source is removed ahead of it, in every look of both runs, escapes.

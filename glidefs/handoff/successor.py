@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
-from glidefs.daemon import process
 from glidefs.errors import GlideError
 from glidefs.handoff.channel import CalledOff, Channel, PeerGone, PeerSilent, Undelivered
 from glidefs.handoff.coordinator import HandoffCoordinator, close_all
@@ -65,6 +64,10 @@ class Starting(Protocol):
         self, locks: list[int], listeners: list[tuple[ListenerInfo, int]], names: tuple[str, ...]
     ) -> HandoffCoordinator:
         """Open these exports while the predecessor serves them, and what this process will listen on."""
+        ...
+
+    def be_main_process(self) -> None:
+        """Tell the service manager that this process is the one to watch."""
         ...
 
     def take_over(self, listeners: list[tuple[ListenerInfo, int]]) -> None:
@@ -179,7 +182,7 @@ class Successor:
                 if left.wait(poll):
                     return
             log.warning("the predecessor has stopped and keeps its devices: killed")
-            process.notify(f"MAINPID={os.getpid()}")
+            self._daemon.be_main_process()
             self._channel.kill_peer()
 
         watcher = threading.Thread(target=watch, name="handoff-devices", daemon=True)

@@ -58,7 +58,6 @@ class Host:
         self.settings = settings
         self._index_files = IndexFiles(state_dir / "indices", settings.index_disk_bytes)
         self.meta = MetaCache(settings.index_cache_bytes, settings.page_cache_pages, self._index_files)
-        self.lock_of_conditions = threading.Lock()
         self._lock = threading.Lock()
         self._volumes: dict[int, Volume] = {}
         self._cookies = itertools.count(1)
@@ -149,7 +148,17 @@ class Host:
             raise Fenced(record.name, record.fenced)
         if not record.read_only and root.log_id != record.log_id:
             raise GlideError(f"volume {record.name}: its root names another log; attach it first")
-        volume = Volume(self, record, root, etag, next(self._cookies), self.meta, self.state_dir)
+        volume = Volume(
+            record,
+            root,
+            etag,
+            next(self._cookies),
+            meta=self.meta,
+            state_dir=self.state_dir,
+            log_dir=self.log_dir(record.volume_id, record.log_id),
+            upload=partial(self.scheduler.request, seal=True),
+            forget=self.forget,
+        )
         if not record.read_only and not standby:
             # The core unlinks what the root includes: that root must be durable here first.
             volume.committer.save_local()
@@ -258,7 +267,10 @@ class Host:
             self._volumes.pop(volume.cookie, None)
         self.scheduler.forget(volume)
         self.compactor.forget(volume)
+        self.faults.forget(volume)
         self._retirer.forget(volume)
+        if self._shadow is not None:
+            self._shadow.forget(volume)
 
     def forget_state(self, volume_id: bytes) -> None:
         """Delete the local copies of the manifest of a volume that was detached or removed."""

@@ -63,6 +63,7 @@ class ShadowVerifier:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._away_until = 0.0
+        self._sources: dict[int, BlockReader] = {}
 
     def start(self) -> None:
         """Start the threads."""
@@ -87,7 +88,7 @@ class ShadowVerifier:
         with contextlib.ExitStack() as stack:
             shadow = self._begin(stack, volume.name, config)
             if shadow is not None:
-                volume.shadow = BlockReader(self._store, volume.prefix, root)
+                self._sources[volume.cookie] = BlockReader(self._store, volume.prefix, root)
             yield shadow
 
     def _begin(self, stack: contextlib.ExitStack, name: str, config: VolumeConfig) -> ShadowFile | None:
@@ -101,6 +102,10 @@ class ShadowVerifier:
             return None
         known = [(extent.offset // SECTOR, extent.length // SECTOR) for extent in extents]
         return ShadowFile(file.fileno(), known)
+
+    def forget(self, volume: Volume) -> None:
+        """The volume was closed."""
+        self._sources.pop(volume.cookie, None)
 
     # -- what the core asks and tells ------------------------------------------------------------
 
@@ -118,10 +123,11 @@ class ShadowVerifier:
 
     def _handle(self, item: ShadowItem) -> None:
         volume = self._find(item.volume)
-        if volume is None or volume.shadow is None:
+        source = self._sources.get(item.volume)
+        if volume is None or source is None:
             return  # closed meanwhile
         if isinstance(item, ShadowFill):
-            data = self._read(volume, volume.shadow, item)
+            data = self._read(volume, source, item)
             with contextlib.suppress(Closed):
                 volume.core.shadow_fill(item.block, item.count, data)
         elif isinstance(item, ShadowDifference):

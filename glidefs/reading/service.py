@@ -22,7 +22,7 @@ from glidefs.core.engine import Engine, Fault
 from glidefs.core.volume import install_error, install_retry
 from glidefs.errors import GlideError, StoreError
 from glidefs.formats.pack import BLOCK
-from glidefs.reading.ahead import Window
+from glidefs.reading.ahead import ReadAhead, Window
 from glidefs.reading.reader import Reader, Runs
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.settings import HostSettings
@@ -64,7 +64,8 @@ class FaultService:
         self._helpers = ThreadPoolExecutor(settings.fetch_threads, "glide-fetch")
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue(PREFETCH_QUEUE)
         self.reader = Reader(engine.cache, settings, self._helpers)
-        self._lock = threading.Lock()  # guards the numbers below
+        self._lock = threading.Lock()  # guards what is below
+        self._ahead: dict[int, ReadAhead] = {}
         self.fetches = 0
         """Guest faults that the store was asked for."""
         self.busy = 0
@@ -167,9 +168,17 @@ class FaultService:
         # What is read ahead is not touched by a fault: a profile would miss it.
         limit = 0 if volume.profiling else self._settings.read_ahead_bytes // BLOCK
         if limit:
-            window = volume.next_window(fault.block, fault.count, limit)
+            end = -(-volume.size // BLOCK)
+            with self._lock:
+                ahead = self._ahead.setdefault(volume.cookie, ReadAhead())
+                window = ahead.on_fault(fault.block, fault.count, limit, end)
             if window is not None:
                 self.prefetch_window(volume, window)
+
+    def forget(self, volume: Volume) -> None:
+        """The volume was closed."""
+        with self._lock:
+            self._ahead.pop(volume.cookie, None)
 
     def prefetch_window(self, volume: Volume, window: Window) -> None:
         """Fetch a window in the background, in pieces that are fetched in parallel."""

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from urllib.parse import unquote, urlsplit
 
+from glidefs.config import StoreSettings
 from glidefs.errors import ConfigError
 from glidefs.store.base import Body, ListPage, Object, ObjectInfo, ObjectStore, dir_name
 
-__all__ = ["Body", "ListPage", "Object", "ObjectInfo", "ObjectStore", "dir_name", "open_store"]
+__all__ = [
+    "Body",
+    "ListPage",
+    "Object",
+    "ObjectInfo",
+    "ObjectStore",
+    "dir_name",
+    "open_configured",
+    "open_store",
+]
 
 
 def open_store(
@@ -56,3 +66,20 @@ def open_store(
         )
         return S3Store(parts.netloc, parts.path.strip("/"), options)
     raise ConfigError(f"store url {url!r}: the scheme must be s3, file or memory")
+
+
+def open_configured(settings: StoreSettings, url: str | None = None, *, create: bool = False) -> ObjectStore:
+    """The bare store that the configuration names, or that at ``url`` with the same access.
+
+    Raises ConfigError. No request is made.
+    """
+    return open_store(
+        url or settings.url,
+        endpoint_url=settings.endpoint_url,
+        region=settings.region,
+        path_style=settings.path_style,
+        connections=settings.reads + settings.writes + 8,
+        connect_timeout=settings.connect_timeout,
+        read_timeout=settings.read_timeout,
+        create=create,
+    )

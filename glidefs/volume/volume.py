@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import msgspec
 
@@ -25,14 +25,11 @@ from glidefs.formats.manifest import Root
 from glidefs.manifest.commit import Committer
 from glidefs.manifest.log_digest import LogDigest
 from glidefs.manifest.view import Manifest, MetaCache
-from glidefs.offline.reader import BlockReader
-from glidefs.reading.ahead import ReadAhead, Window
 from glidefs.store.base import ObjectStore
 
-if TYPE_CHECKING:
-    from glidefs.host.host import Host
-
 log = logging.getLogger(__name__)
+
+_making_conditions = threading.Lock()
 
 
 class DrainTimeout(GlideError):
@@ -65,18 +62,20 @@ class VolumeStatus(msgspec.Struct, frozen=True, kw_only=True):
 class Volume:
     """Made by :meth:`glidefs.host.host.Host.open`. Thread-safe.
 
+    ``upload(volume)`` asks for all of it to be sealed and uploaded now, ``forget(volume)`` ends what threads
+    do with it.
     ``on_fenced(volume, why)`` is called once when another host turns out to have the volume,
     ``on_published(volume)`` when the store has its first root. Both run on threads of the host.
     """
 
     __slots__ = (
         "__weakref__",
-        "_ahead",
         "_awaited",
         "_changed",
         "_closing",
-        "_host",
+        "_forget",
         "_size_dirty",
+        "_upload",
         "committer",
         "compact_state",
         "cookie",
@@ -92,28 +91,31 @@ class Volume:
         "opened_at",
         "prefix",
         "record",
-        "shadow",
         "size",
         "went_back",
     )
 
     def __init__(
         self,
-        host: Host,
         record: ExportRecord,
         root: Root,
         etag: str | None,
         cookie: int,
+        *,
         meta: MetaCache,
-        state: Path,
+        state_dir: Path,
+        log_dir: Path,
+        upload: Callable[[Volume], None],
+        forget: Callable[[Volume], None],
     ) -> None:
-        self._host = host
+        self._upload = upload
+        self._forget = forget
         self.record = record
         self.cookie = cookie
         self.name = record.name
         self.prefix = record.prefix
         self.size = record.size
-        self.log_dir = host.log_dir(record.volume_id, record.log_id)
+        self.log_dir = log_dir
         self.core: CoreVolume
         self.done_segment = root.last_segment
         """The last segment that the store has, or that held nothing to upload."""
@@ -128,9 +130,6 @@ class Volume:
         self.on_fault: Callable[[int, int], None] | None = None
         """Called with (first block, count) of each fault, for a boot profile."""
         self.compact_state: Any = None
-        self.shadow: BlockReader | None = None
-        """With shadow verify: the store as it was at open."""
-        self._ahead: ReadAhead | None = None
         self._size_dirty = False
         self._closing = False
         self._awaited = 0
@@ -141,7 +140,7 @@ class Volume:
             etag,
             prefix=record.prefix,
             meta=meta,
-            state_dir=state,
+            state_dir=state_dir,
             on_change=self._root_changed,
             log_digest=LogDigest(
                 lambda first, last: Gather(self.core, self.log_dir, self.id, self.log_id, first, last)
@@ -201,13 +200,13 @@ class Volume:
         self._check_fenced()
         known = self.went_back  # to be looked at again
         target = self.core.seal()
-        with self._host.lock_of_conditions:
+        with _making_conditions:
             if self._changed is None:
                 self._changed = threading.Condition()
         with self._changed:
             self._awaited += 1
         try:
-            self._host.scheduler.request(self, seal=True)
+            self._upload(self)
             self._wait_drained(self._changed, target, deadline, known)
         finally:
             with self._changed:
@@ -250,7 +249,7 @@ class Volume:
         self.record = msgspec.structs.replace(self.record, size=size)
         self._size_dirty = True
         if not self.read_only:
-            self._host.scheduler.request(self, seal=True)
+            self._upload(self)
 
     def retire_committed(self) -> None:
         """Give back all local log space of what the store has; later reads come from there."""
@@ -296,7 +295,7 @@ class Volume:
     def close(self) -> None:
         """Stop serving here. The log stays; nothing is uploaded (see :meth:`drain`)."""
         self._closing = True
-        self._host.forget(self)
+        self._forget(self)
         self.core.close()
         self._notify()
 
@@ -314,13 +313,6 @@ class Volume:
         """A guest waits for these blocks."""
         if self.on_fault is not None:
             self.on_fault(first, count)
-
-    def next_window(self, first: int, count: int, limit: int) -> Window | None:
-        """What to read ahead after a fault; see :class:`ReadAhead`."""
-        with self._host.lock_of_conditions:
-            if self._ahead is None:
-                self._ahead = ReadAhead()
-            return self._ahead.on_fault(first, count, limit, -(-self.size // self.root.block_size))
 
     @property
     def size_dirty(self) -> bool:
