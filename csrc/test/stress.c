@@ -10,9 +10,9 @@
  * clients come and go, volumes are closed and opened again. Two of the volumes have
  * shadow verify on.
  */
-#include "../data_hash.h"
-#include "../disk.h"
-#include "../glide_core_internal.h"
+#include "base/data_hash.h"
+#include "base/disk.h"
+#include "glide_core_internal.h"
 #include "stress_shadow.h"
 
 #include <endian.h>

@@ -26,7 +26,8 @@ def declarations(header: str) -> str:
 
 def sources() -> list[str]:
     """The C files of the core, relative to the project, without the C tests below ``csrc/test``."""
-    return [os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.glob("*.c"))]
+    found = sorted(path for path in _SOURCES.rglob("*.c") if path.parent.name != "test")
+    return [os.path.relpath(path, _ROOT) for path in found]
 
 
 ffi = FFI()
@@ -37,7 +38,7 @@ ffi.set_source(
     f'#include "{_HEADER}"\n',
     sources=sources(),
     include_dirs=[os.path.relpath(_SOURCES, _ROOT)],
-    depends=[os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.glob("*.h"))],
+    depends=[os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.rglob("*.h"))],
     libraries=["uring", "zstd"],
     define_macros=[("_GNU_SOURCE", "1")],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-fvisibility=hidden", "-fno-strict-aliasing", "-pthread"],

@@ -1,4 +1,4 @@
-"""Gather: what segments of a write log hold, the newest version of each sector (csrc/gather)."""
+"""Gather: what segments of a write log hold, the newest version of each sector (csrc/volume/gather)."""
 
 from __future__ import annotations
 

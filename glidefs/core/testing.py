@@ -12,7 +12,7 @@ from glidefs.core.volume import CoreVolume
 
 
 class DiskKind(enum.IntEnum):
-    """Operations on write-log files; ``enum disk_kind`` in csrc/disk.h."""
+    """Operations on write-log files; ``enum disk_kind`` in csrc/base/disk.h."""
 
     CREATE = 1
     WRITE = 2
@@ -27,7 +27,7 @@ class DiskKind(enum.IntEnum):
 
 
 def disk_trace(path: str | os.PathLike[str] | None) -> None:
-    """Append every operation to the file ``path`` (record format: csrc/disk.h); None ends it."""
+    """Append every operation to the file ``path`` (record format: csrc/base/disk.h); None ends it."""
     check(lib.glide_disk_trace(ffi.NULL if path is None else os.fsencode(path)), "disk trace")
 
 

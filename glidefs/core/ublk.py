@@ -1,4 +1,4 @@
-"""ublk devices of the C core (csrc/ublk_ctrl, csrc/ublk_queue)."""
+"""ublk devices of the C core (csrc/transport/ublk/ublk_ctrl, csrc/transport/ublk/ublk_queue)."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VolumeStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since open; tuples are in the order of :data:`OPS`, ``latency`` as in csrc/stats.h."""
+    """Counters since open; tuples are in the order of :data:`OPS`, ``latency`` as in csrc/volume/stats.h."""
 
     ops: tuple[int, ...]
     bytes: tuple[int, ...]

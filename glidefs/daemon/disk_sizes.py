@@ -9,7 +9,7 @@ from glidefs.config import Config
 
 MIB = 1 << 20
 MARGIN = 64 * MIB
-"""Left free by the core, or a 16th of a small file system: ``csrc/space.c``."""
+"""Left free by the core, or a 16th of a small file system: ``csrc/base/space.c``."""
 
 
 def misfits(config: Config) -> list[str]:

@@ -21,7 +21,7 @@ from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
 from glidefs.store.resilient import StoreMetrics
 
 BUCKET_UNIT = 256e-9
-"""Seconds; bucket b of the core covers [2**(b/2), 2**((b+1)/2)) units (csrc/stats.h)."""
+"""Seconds; bucket b of the core covers [2**(b/2), 2**((b+1)/2)) units (csrc/volume/stats.h)."""
 FIRST_POWER, LAST_POWER = 2, 28
 """Buckets shown are powers of two of the unit: 1 us to 69 s."""
 

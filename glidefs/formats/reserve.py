@@ -1,8 +1,8 @@
 """Space that is kept for what gives space back.
 
 On a file system without a free byte or inode no log can be retired: the local copy of the manifest comes
-first, and is a new file. The core leaves a margin (``csrc/space.h``), but other files may take it. So each
-directory that is registered holds a file of some MiB; who finds no room for a small file removes it, and
+first, and is a new file. The core leaves a margin (``csrc/base/space.h``), but other files may take it. So
+each directory that is registered holds a file of some MiB; who finds no room for a small file removes it, and
 hints that can be had again (:attr:`Reserve.hints`), and tries again. The next call of :meth:`Reserve.renew`
 that finds room makes the file anew.
 """
@@ -23,7 +23,7 @@ SHARE = 64
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 FILES_LEFT = 32
-"""Who writes hints leaves so many inodes: twice what the core leaves for others (``csrc/space.c``)."""
+"""Who writes hints leaves so many inodes: twice what the core leaves for others (``csrc/base/space.c``)."""
 
 _lock = threading.Lock()
 _reserves: dict[Path, Reserve] = {}

@@ -1,7 +1,7 @@
 """Keeps the block cache honest: what was put in is synced, and a disk that fails is said once.
 
 While the disk fails the core serves blocks from the store without the cache; it tries the disk again by
-itself (``csrc/cache_sync.c``), so all that is left to do here is to sync, and to tell people.
+itself (``csrc/cache/cache_sync.c``), so all that is left to do here is to sync, and to tell people.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def _pack(source: Source) -> dict[str, Any]:
 
 
 def _segment(source: Source) -> dict[str, Any]:
-    """A segment of a write log (csrc/segment.h), by whichever copy of its header is good."""
+    """A segment of a write log (csrc/log/segment.h), by whichever copy of its header is good."""
     found = look_at_segment(source.head(_HEAD))
     if found is None:
         raise CorruptObject(source.name, 0, "a write log segment of which neither copy of the header is good")

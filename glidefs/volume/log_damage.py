@@ -1,4 +1,4 @@
-"""What a write log that is read offline lacks, in words. What is bad, csrc/replay.c says: as at a start."""
+"""What a write log that is read offline lacks, in words; csrc/log/replay.c finds it, as at a start."""
 
 from __future__ import annotations
 

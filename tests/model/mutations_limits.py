@@ -12,42 +12,42 @@ DEVICES = "tests/daemon/test_devices.py::"
 LIMITS = [
     Mutation(
         "timeout-fails-all-waiters-of-the-block",
-        "csrc/fault.c",
+        "csrc/volume/fault.c",
         "        if (!is_chosen(s, w)) {",
         "        if (s->tag && !is_chosen(s, w)) {",
         (TIMEOUTS + "test_a_timeout_fails_only_who_waited_that_long",),
     ),
     Mutation(
         "limit-subtracted-from-the-clock",
-        "csrc/fault.c",
+        "csrc/volume/fault.c",
         "elapsed_ns(s->now_ns, w->req->start_ns) > s->limit_ns",
         "w->req->start_ns <= s->now_ns - s->limit_ns",
         (TIMEOUTS + "test_a_limit_is_no_earlier_on_a_young_clock",),
     ),
     Mutation(
         "hash-without-a-secret",
-        "csrc/hash.c",
+        "csrc/base/hash.c",
         "    hash_secret[1] |= 1;",
         "    hash_secret[0] = 5, hash_secret[1] = 7, hash_secret[2] = 9;",
         ("tests/core/test_core_hash.py::test_each_process_has_its_own_places",),
     ),
     Mutation(
         "nbd-one-client-takes-all-memory",
-        "csrc/nbd_memory.c",
+        "csrc/transport/nbd/nbd_memory.c",
         " <= unused / SHARE;",
         " <= unused;",
         (MEMORY + "test_a_client_that_comes_late_gets_its_share",),
     ),
     Mutation(
         "nbd-memory-without-a-limit",
-        "csrc/nbd_memory.c",
+        "csrc/transport/nbd/nbd_memory.c",
         "    return used < limit ? limit - used : 0;",
         "    return used < limit ? limit - used : limit;",
         (MEMORY + "test_clients_that_do_not_read_take_no_more_than_the_budget",),
     ),
     Mutation(
         "nbd-stalled-clients-stay",
-        "csrc/nbd_conn.c",
+        "csrc/transport/nbd/nbd_conn.c",
         "    return sending || filling;",
         "    return (sending || filling) && false;",
         (
@@ -57,7 +57,7 @@ LIMITS = [
     ),
     Mutation(
         "nbd-slow-readers-are-cut",
-        "csrc/nbd_conn.c",
+        "csrc/transport/nbd/nbd_conn.c",
         "    if (queued < c->queued)\n        c->send_ticks = 0;\n",
         "",
         (MEMORY + "test_who_takes_a_little_is_not",),

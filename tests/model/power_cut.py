@@ -1,6 +1,6 @@
 """What a disk may hold after a power cut: a trace of the write log, replayed with a choice.
 
-The trace (csrc/disk.h) says what was created, written, synced, renamed and unlinked, in order. Durable
+The trace (csrc/base/disk.h) says what was created, written, synced, renamed and unlinked, in order. Durable
 at the cut is the data written before the beginning of a file's sync that has ended, and the directory
 entries made before that of a directory's. Of the rest a cut keeps what it likes: any 4 KiB page as it was
 after any of the writes to it, any entry, any unlink, with the file's size or without. What a sync that

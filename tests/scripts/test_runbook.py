@@ -18,7 +18,7 @@ QUOTES = sorted(set(re.findall(r'`"([^`]+)"`', RUNBOOK)))
 @cache
 def sources() -> str:
     """The code with literals that are only split over lines joined, and placeholders as a common sign."""
-    paths = [*(ROOT / "glidefs").rglob("*.py"), *(ROOT / "csrc").glob("*.c")]
+    paths = [*(ROOT / "glidefs").rglob("*.py"), *(ROOT / "csrc").rglob("*.c")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in paths)
     text = re.sub(r'"\s*\n\s*f?"', "", text)
     return re.sub(r"%(?:ll|016ll)?[a-z]|\{[^{}\"]*\}", "…", text)

@@ -17,7 +17,11 @@ DEADLINE = 120.0
 
 def build(directory: Path) -> Path:
     program = directory / "ublk_null"
-    sources = [ROOT / "tests/vm/ublk_null.c", ROOT / "csrc/ublk_ctrl.c", ROOT / "csrc/ublk_ring.c"]
+    sources = [
+        ROOT / "tests/vm/ublk_null.c",
+        ROOT / "csrc/transport/ublk/ublk_ctrl.c",
+        ROOT / "csrc/transport/ublk/ublk_ring.c",
+    ]
     flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-std=gnu11", "-pthread", "-I", str(ROOT / "csrc")]
     subprocess.run(["cc", *flags, "-o", str(program), *map(str, sources), "-luring"], check=True)
     return program

@@ -1,5 +1,5 @@
 /*
- * A null block device on ublk: the smallest server that exercises csrc/ublk_ctrl, and a yardstick for the driver.
+ * A null block device on ublk: the smallest server that exercises csrc/transport/ublk/ublk_ctrl, and a yardstick for the driver.
  *
  * One queue, one worker thread with one DEFER_TASKRUN ring; the main thread only controls and waits for signals.
  * Data is not kept. What is read is a pattern: every 8 bytes hold their own byte offset on the disk; with --check
@@ -15,7 +15,7 @@
  * A server prints "ready ..." once its device is up. SIGTERM stops and deletes the device; if the slots are retired by
  * somebody else (stop, quiesce) it closes the device, prints "released" and exits.
  *
- * cc -O2 -pthread -I csrc -o ublk_null tests/vm/ublk_null.c csrc/ublk_ctrl.c -luring
+ * cc -O2 -pthread -I csrc -o ublk_null tests/vm/ublk_null.c csrc/transport/ublk/ublk_ctrl.c -luring
  */
 #include <errno.h>
 #include <liburing.h>
@@ -30,7 +30,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
-#include "ublk_ctrl.h"
+#include "transport/ublk/ublk_ctrl.h"
 
 #define MAX_DEPTH 256u
 #define MAX_BYTES (512u << 10)

@@ -1,0 +1,79 @@
+/*
+ * Reading a log from its files, and judging what is bad in it: for the volume that goes on with it (recover.c) and for
+ * whoever reads a log offline (gather.c).
+ *
+ * Two passes. The first reads headers and journals and collects what witnesses call
+ * durable: SYNC records, vouches of segments, the witness file (witness.h). The second goes through the records in
+ * position order, checks the data where a power cut may have torn it, and gives what is whole to the caller. A bad or
+ * missing record below the durable position is bit rot, a *loss*; above it, it is a write that was never acknowledged
+ * as durable, and what it meant to replace stays visible. Replay never stops at a bad record.
+ *
+ * The files are only read here, but for a copy of a header that is damaged where `repair` is set. They may be those of
+ * a log that its volume appends to.
+ */
+#ifndef GLIDE_REPLAY_H
+#define GLIDE_REPLAY_H
+
+#include "log/segment.h"
+#include "log/witness.h"
+
+struct replay_segment {
+    uint64_t seq;
+    struct disk_file file;
+    struct segment_header header;
+    struct segment_journal journal;
+    bool usable;      /* the header is valid */
+    bool broken;      /* it cannot be read, or is that of another log: bad, synced or not */
+    char *why;        /* it is not usable */
+    bool suspect;     /* a sync failed: see log_mark_sync_failed */
+    bool dropped;     /* not all valid records are replayed */
+    uint32_t limit;   /* records from here on are of a writer that had lost the log */
+    uint64_t durable; /* log position: everything of this segment below it is */
+};
+
+/* Something that was synced and is not what it was. */
+struct replay_loss {
+    uint32_t kind; /* enum glide_loss_kind */
+    uint64_t seq;
+    uint32_t index;                      /* RECORD, PLACE */
+    const struct segment_record *record; /* RECORD */
+};
+
+struct replay_calls {
+    /* A WRITE or ZERO that counts; sums: of a WRITE's sectors, NULL where its data was not read. */
+    int (*record)(void *arg, struct replay_segment *f, uint32_t index, const uint64_t *sums);
+    /* After the last record of a segment; a caller that takes its file sets fd -1, path NULL. */
+    int (*end)(void *arg, struct replay_segment *f);
+    /* The text of fail() says what it is. 0 = go on with what is whole. NULL: the first loss ends the replay. */
+    int (*lost)(void *arg, const struct replay_loss *loss);
+};
+
+struct replay {
+    /* Given: */
+    const char *dir;
+    struct segment_id id;   /* seq is not looked at */
+    uint64_t committed_seq; /* segments up to this one may be absent */
+    bool always_verify;
+    bool repair; /* write a copy of a header that is damaged again */
+    bool adopt;  /* the files are opened for writing, for a caller that goes on with them */
+    const struct replay_calls *calls;
+    void *arg;
+    /* What came of it: */
+    uint64_t damage_end; /* log position after the last segment in which something is torn; 0 = nothing is */
+    uint64_t verified, dropped, repaired;
+    /* Its own: */
+    struct replay_segment *segments;
+    int64_t count;
+    struct vouch *vouches; /* of all witnesses; room for 1 + VOUCHES of each segment, and those of the witness file */
+    uint32_t vouch_count;
+    uint8_t *buf;
+    uint64_t sums[RECORD_MAX_SECTORS];
+};
+
+/* Replay `count` segments, ascending. -errno: the first thing that ended it, fail() text set. */
+int replay_run(struct replay *r, const uint64_t *seqs, int64_t count);
+/* Whether the last segment that was synced is there: no header behind it names it, the witness file does. w: which
+ * slot of it is the next, or NULL. A loss, if not. */
+int replay_check_end(struct replay *r, struct witness_file *w);
+
+#endif

@@ -1,0 +1,137 @@
+/*
+ * The transmission phase of an NBD connection, on the worker of its volume.
+ * The handshake is Python's (glidefs/transport/nbd/export.py); the protocol is the
+ * "NBD protocol" document of the NetworkBlockDevice project, simple replies.
+ *
+ * nbd_socket.c receives and sends, nbd_request.c knows the bytes of a request and of
+ * a reply, nbd_memory.c how much of them there may be, nbd_conn.c begins and ends.
+ */
+#ifndef GLIDE_NBD_CONN_H
+#define GLIDE_NBD_CONN_H
+
+#include "volume/io.h"
+#include "volume/volume.h"
+#include "transport/nbd/nbd_memory.h"
+#include "loop/worker.h"
+
+#define NBD_REQUEST_BYTES 28u
+#define NBD_REPLY_BYTES 16u
+#define NBD_MAX_LENGTH (32u << 20) /* of a READ or WRITE */
+#define NBD_MAX_HELD 1024u         /* requests of a connection; then it is not read from */
+#define NBD_RECEIVE_BYTES (1u << 20)
+
+struct nbd_conn {
+    struct transport transport;
+    struct task send_task; /* replies, then nbd_advance(), at the end of the round */
+    struct volume *volume;
+    struct worker *worker;
+    int fd;
+    uint64_t id;
+    bool read_only;
+
+    /* receiving: a request that is not complete yet */
+    uint8_t head[NBD_REQUEST_BYTES];
+    uint32_t head_length;    /* bytes of a header */
+    struct nbd_req *filling; /* a WRITE whose payload is being received... */
+    uint64_t filled;         /* ...so far */
+    uint64_t skip;           /* payload of a refused WRITE, to be thrown away */
+    uint8_t *rest;           /* received while too much was in flight; nothing is read before it is used */
+    uint64_t rest_length;
+    uint64_t skip_after_rest; /* `skip` for the time when rest is used up */
+    uint64_t wanted;          /* data of the request at the head of rest, for which there was no memory */
+    enum nbd_account wanted_of;
+    uint32_t fill_ticks; /* of the worker, since bytes for `filling` came */
+
+    struct list requests; /* all that are held: nbd_req.all, in order of arrival */
+
+    /* sending */
+    struct list replies; /* io_req.link of nbd_req, in order */
+    uint64_t sent;       /* bytes of the first one */
+    int queued;          /* bytes in the socket, at the last tick */
+    uint32_t send_ticks; /* of the worker, since the peer took some */
+
+    struct ring_op poll_op, send_op;
+    bool polling, send_polling; /* those are armed */
+    struct ring_op cancel_op;
+    uint32_t cancels;  /* under way: each names one of the ops above */
+    bool readable;     /* data may be there, but too much is in flight */
+    bool hangup;       /* the end of the stream waits behind the data */
+    bool ended;        /* nothing more is read */
+    bool leaving;      /* we end it: replies that the peer does not take are dropped */
+    bool broken;       /* nothing more is sent */
+    int error;         /* why it ended: an errno, or 0 */
+    uint32_t inflight; /* requests that the volume has */
+    uint32_t held;     /* those, and replies not sent */
+    uint64_t memory[NBD_ACCOUNTS];
+    uint64_t socket_bytes; /* of its send buffer, if that was made larger */
+    struct task resume_task;
+    struct list detach_calls;
+};
+
+struct nbd_req {
+    struct io_req io;
+    struct nbd_conn *conn;
+    struct list all; /* conn->requests */
+    uint16_t type;
+    bool answered; /* in conn->replies */
+    bool raw;      /* bytes that an earlier process had to send: no reply of its own */
+    uint8_t reply[NBD_REPLY_BYTES];
+    enum nbd_account account;
+    uint64_t charged;     /* to conn->memory[account] */
+    uint64_t data_length; /* of the reply: a READ that went well */
+    uint8_t *buf;         /* owned, of capacity `size`; NULL: io.buf is the receive buffer's */
+    uint64_t size;
+};
+
+/* ---- worker ---- */
+extern const struct transport_ops NBD_OPS;
+/* The connection that a transport of a volume is, or NULL. */
+static inline struct nbd_conn *nbd_conn_of(struct transport *t)
+{
+    return t->ops == &NBD_OPS ? container_of(t, struct nbd_conn, transport) : NULL;
+}
+
+/* ---- nbd_request.c: for nbd_conn.c ---- */
+static inline bool nbd_too_busy(const struct nbd_conn *c)
+{
+    return c->held >= NBD_MAX_HELD || (c->wanted && !nbd_memory_fits(c, c->wanted_of, c->wanted));
+}
+/*
+ * Carry out what `data` holds. Returns the bytes used: all but an incomplete header, and what comes after the
+ * connection became too busy. An incomplete payload becomes conn->filling. -EPROTO: the connection must end.
+ */
+int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length);
+/* The payload of conn->filling is complete. */
+void nbd_filled(struct nbd_conn *c);
+void nbd_req_free(struct nbd_req *r);
+/* ---- nbd_socket.c ---- */
+/* A reply is ready: it will be sent and the request freed. */
+void nbd_reply(struct nbd_req *r);
+void nbd_socket_init(struct nbd_conn *c);
+void nbd_arm_poll(struct nbd_conn *c);
+/* Carry out bytes that are in memory for the moment only; keeps what is not used. False: the connection ends. */
+bool nbd_consume(struct nbd_conn *c, const uint8_t *data, uint64_t length);
+void nbd_receive_some(struct nbd_conn *c);
+/* Let it go on in the next round, if it waits for nothing any more. */
+void nbd_resume_later(struct nbd_conn *c);
+void nbd_send_replies(struct nbd_conn *c);
+/* Keep `rest`, which was malloc'ed, to be received first. */
+void nbd_keep_rest(struct nbd_conn *c, uint8_t *rest, uint64_t length);
+/* ---- nbd_conn.c ---- */
+void nbd_end(struct nbd_conn *c, int error, bool broken);
+/* What can be done now that something ended. May free the connection. */
+void nbd_advance(struct nbd_conn *c);
+/* A connection without a worker yet, which owns fd. NULL = no memory, and fd is closed. */
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_only);
+/* Give one back that did not get to a worker. */
+void nbd_conn_discard(struct nbd_conn *c);
+/* On the worker: the connection belongs to its volume. -errno. */
+int nbd_enter(struct worker *w, struct nbd_conn *c);
+/* The 28 bytes of the request that would be answered as `r`. */
+void nbd_encode(const struct nbd_req *r, uint8_t *out);
+static inline uint64_t nbd_reply_bytes(const struct nbd_req *r)
+{
+    return r->data_length + (r->raw ? 0 : NBD_REPLY_BYTES);
+}
+
+#endif

@@ -1,0 +1,280 @@
+#include "transport/nbd/nbd_conn.h"
+#include "volume/volume.h"
+
+#include <endian.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum nbd_command {
+    NBD_READ = 0,
+    NBD_WRITE = 1,
+    NBD_DISC = 2,
+    NBD_FLUSH = 3,
+    NBD_TRIM = 4,
+    NBD_WRITE_ZEROES = 6,
+};
+#define NBD_REQUEST_MAGIC 0x25609513u
+#define NBD_SIMPLE_REPLY_MAGIC 0x67446698u
+#define NBD_FLAG_FUA 1u
+#define NBD_FLAG_NO_HOLE 2u
+#define NBD_FLAG_FAST_ZERO 16u
+
+struct nbd_header {
+    uint16_t flags, type;
+    uint64_t cookie; /* as received */
+    uint64_t offset;
+    uint32_t length;
+};
+
+static uint32_t error_code(int err, uint16_t type)
+{
+    switch (err) {
+    case 0:
+        return 0;
+    case ENOSPC: /* beyond the end: the specification has EINVAL for TRIM */
+        return type == NBD_TRIM ? 22 : 28;
+    case EPERM:
+    case EROFS:
+        return 1;
+    case ENOMEM:
+        return 12;
+    case EINVAL:
+        return 22;
+    case ENOTSUP:
+        return 95;
+    case ESHUTDOWN:
+        return 108;
+    default:
+        return 5; /* EIO */
+    }
+}
+
+/* ---- memory: a few sizes, kept by malloc's thread cache or reused here ------------------------ */
+
+static bool need_buf(struct nbd_req *r, uint64_t length)
+{
+    if (r->size < length) {
+        free(r->buf);
+        r->buf = malloc(length);
+        r->size = r->buf ? length : 0;
+    }
+    return r->buf != NULL;
+}
+
+void nbd_req_free(struct nbd_req *r)
+{
+    r->conn->held--;
+    nbd_memory_give(r->conn, r->account, r->charged);
+    list_remove(&r->all);
+    free(r->buf);
+    free(r);
+}
+
+/* ---- a request --------------------------------------------------------------------------------- */
+
+static void on_done(struct io_req *io, int err)
+{
+    struct nbd_req *r = container_of(io, struct nbd_req, io);
+    uint32_t magic = htobe32(NBD_SIMPLE_REPLY_MAGIC), code = htobe32(error_code(err, r->type));
+
+    memcpy(r->reply, &magic, 4);
+    memcpy(r->reply + 4, &code, 4);
+    r->data_length = r->type == NBD_READ && !err ? io->length : 0;
+    nbd_reply(r);
+}
+
+static int own(struct io_req *io)
+{
+    struct nbd_req *r = container_of(io, struct nbd_req, io);
+
+    if (r->buf == io->buf)
+        return 0;
+    if (!need_buf(r, io->length))
+        return -ENOMEM;
+    memcpy(r->buf, io->buf, io->length);
+    io->buf = r->buf;
+    return 0;
+}
+
+/* Bytes of its data, where there are to be any. */
+static uint64_t data_of(const struct nbd_header *h)
+{
+    return (h->type == NBD_READ || h->type == NBD_WRITE) && h->length <= NBD_MAX_LENGTH ? h->length : 0;
+}
+
+/* NULL: there is no memory for it now (conn->wanted), or none even for an error reply. */
+static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *h)
+{
+    enum nbd_account account = h->type == NBD_READ ? NBD_REPLIES : NBD_PAYLOADS;
+    uint64_t bytes = data_of(h);
+
+    if (bytes && !nbd_memory_take(c, account, bytes)) {
+        c->wanted = bytes;
+        c->wanted_of = account;
+        return NULL;
+    }
+    struct nbd_req *r = calloc(1, sizeof(*r));
+    if (!r) {
+        nbd_memory_give(c, account, bytes);
+        return NULL;
+    }
+    nbd_memory_add(c, account, sizeof(*r));
+    r->account = account;
+    r->charged = bytes + sizeof(*r);
+    r->conn = c;
+    r->type = h->type;
+    memcpy(r->reply + 8, &h->cookie, 8);
+    r->io.volume = c->volume;
+    r->io.offset = h->offset;
+    r->io.length = h->length;
+    r->io.flags = h->flags & NBD_FLAG_FUA ? GLIDE_FUA : 0;
+    r->io.done = on_done;
+    r->io.own = own;
+    list_init(&r->io.link);
+    list_append(&c->requests, &r->all);
+    r->io.tag = c;
+    c->inflight++;
+    c->held++;
+    return r;
+}
+
+static int check(const struct nbd_conn *c, const struct nbd_header *h)
+{
+    bool data = h->type == NBD_READ || h->type == NBD_WRITE;
+    uint32_t allowed = NBD_FLAG_FUA | (h->type == NBD_WRITE_ZEROES ? NBD_FLAG_NO_HOLE | NBD_FLAG_FAST_ZERO : 0);
+
+    if (h->type > NBD_WRITE_ZEROES || h->type == 5 || (h->flags & ~allowed))
+        return EINVAL;
+    if (c->read_only && h->type != NBD_READ && h->type != NBD_FLUSH)
+        return EPERM;
+    return data && h->length > NBD_MAX_LENGTH ? EINVAL : 0;
+}
+
+static uint8_t op_of(uint16_t type)
+{
+    return type == NBD_READ    ? GLIDE_READ
+           : type == NBD_WRITE ? GLIDE_WRITE
+           : type == NBD_FLUSH ? GLIDE_FLUSH
+                               : GLIDE_ZERO;
+}
+
+void nbd_encode(const struct nbd_req *r, uint8_t *out)
+{
+    /* What is in the log must not be written again: a later write may have replaced it since. */
+    uint16_t type = io_logged(&r->io) ? NBD_FLUSH : r->type;
+    uint16_t flags = type != NBD_FLUSH && r->io.flags & GLIDE_FUA ? NBD_FLAG_FUA : 0;
+    uint64_t offset = type == NBD_FLUSH ? 0 : r->io.offset;
+    uint32_t magic = htobe32(NBD_REQUEST_MAGIC), length = type == NBD_FLUSH ? 0 : htobe32((uint32_t)r->io.length);
+
+    flags = htobe16(flags);
+    type = htobe16(type);
+    offset = htobe64(offset);
+    memcpy(out, &magic, 4);
+    memcpy(out + 4, &flags, 2);
+    memcpy(out + 6, &type, 2);
+    memcpy(out + 8, r->reply + 8, 8);
+    memcpy(out + 16, &offset, 8);
+    memcpy(out + 24, &length, 4);
+}
+
+static void decode(const uint8_t *p, struct nbd_header *h)
+{
+    uint16_t u16;
+    uint32_t u32;
+    uint64_t u64;
+
+    memcpy(&u16, p + 4, 2);
+    h->flags = be16toh(u16);
+    memcpy(&u16, p + 6, 2);
+    h->type = be16toh(u16);
+    memcpy(&h->cookie, p + 8, 8);
+    memcpy(&u64, p + 16, 8);
+    h->offset = be64toh(u64);
+    memcpy(&u32, p + 24, 4);
+    h->length = be32toh(u32);
+}
+
+/* A WRITE with `have` of its payload at data. Returns bytes used, -EPROTO. */
+static int64_t start_write(struct nbd_conn *c, struct nbd_req *r, const uint8_t *data, uint64_t have)
+{
+    uint64_t length = r->io.length;
+
+    if (have >= length) {
+        r->io.buf = (uint8_t *)(uintptr_t)data; /* until io_flush; own() copies what waits longer */
+        io_submit(&r->io);
+        return (int64_t)length;
+    }
+    if (!need_buf(r, length)) {
+        c->skip = length - have;
+        on_done(&r->io, ENOMEM);
+        return (int64_t)have;
+    }
+    memcpy(r->buf, data, have);
+    r->io.buf = r->buf;
+    c->filling = r;
+    c->filled = have;
+    c->fill_ticks = 0;
+    worker_want_tick(c->worker); /* see tick in nbd_conn.c */
+    return (int64_t)have;
+}
+
+void nbd_filled(struct nbd_conn *c)
+{
+    struct nbd_req *r = c->filling;
+
+    c->filling = NULL;
+    io_submit(&r->io);
+}
+
+/* One request whose header is complete. Returns bytes of payload used, -EPROTO; -EAGAIN: not now, see conn->wanted. */
+static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *payload, uint64_t have)
+{
+    struct nbd_header h;
+    uint32_t magic;
+
+    memcpy(&magic, header, 4);
+    if (be32toh(magic) != NBD_REQUEST_MAGIC)
+        return -EPROTO;
+    decode(header, &h);
+    if (h.type == NBD_DISC) {
+        c->ended = true;
+        return 0;
+    }
+    struct nbd_req *r = new_request(c, &h);
+    if (!r)
+        return c->wanted ? -EAGAIN : -EPROTO;
+    int err = check(c, &h);
+    if (!err && h.type == NBD_READ && !need_buf(r, h.length ? h.length : 1))
+        err = ENOMEM;
+    if (err) {
+        uint64_t throw = h.type == NBD_WRITE ? h.length : 0;
+        uint64_t now = min_u64(throw, have);
+        c->skip = throw -now;
+        on_done(&r->io, err);
+        return (int64_t)now;
+    }
+    r->io.op = op_of(h.type);
+    r->io.buf = r->buf;
+    if (h.type == NBD_WRITE)
+        return start_write(c, r, payload, have);
+    if (h.type == NBD_FLUSH)
+        r->io.offset = r->io.length = 0;
+    io_submit(&r->io);
+    return 0;
+}
+
+int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length)
+{
+    uint64_t at = 0;
+
+    while (!c->ended && !nbd_too_busy(c) && length - at >= NBD_REQUEST_BYTES) {
+        const uint8_t *payload = data + at + NBD_REQUEST_BYTES;
+        int64_t used = start(c, data + at, payload, length - at - NBD_REQUEST_BYTES);
+        if (used == -EAGAIN)
+            break;
+        if (used < 0)
+            return used;
+        at += NBD_REQUEST_BYTES + (uint64_t)used;
+    }
+    return (int64_t)(c->ended ? length : at);
+}

@@ -1,0 +1,56 @@
+/* What engine.h has for volumes; the engine opens and closes in api/engine.c. */
+#include "volume/engine.h"
+
+#include "volume/volume.h"
+
+#include <stdlib.h>
+
+uint64_t engine_map_bytes(struct engine *e)
+{
+    pthread_mutex_lock(&e->leaves.lock);
+    uint64_t leaves = e->leaves.bytes;
+    pthread_mutex_unlock(&e->leaves.lock);
+    return leaves + atomic_load(&e->table_bytes);
+}
+
+/* ---- space: every worker looks at its volumes ---- */
+
+struct space_task {
+    struct task task;
+    bool wanted; /* else freed */
+};
+
+static void look_around(struct task *task, struct worker *w)
+{
+    struct space_task *t = container_of(task, struct space_task, task);
+    bool freed = false;
+
+    list_each(at, &w->members) {
+        struct volume *v = container_of(container_of(at, struct member, link), struct volume, member);
+        if (v->frozen)
+            continue;
+        if (t->wanted)
+            freed |= log_drop_spares(&v->log);
+        else if (v->blocked)
+            volume_want_flush(v);
+    }
+    free(t);
+    if (freed)
+        engine_space_freed(w->engine);
+}
+
+static void tell_workers(struct engine *e, bool wanted)
+{
+    for (unsigned i = 0; i < e->worker_count; i++) {
+        struct space_task *t = malloc(sizeof(*t));
+        if (!t)
+            return; /* who waits looks again at the next tick */
+        t->task.run = look_around;
+        t->wanted = wanted;
+        if (!worker_post(&e->workers[i], &t->task))
+            free(t);
+    }
+}
+
+void engine_space_freed(struct engine *e) { tell_workers(e, false); }
+void engine_space_wanted(struct engine *e) { tell_workers(e, true); }

@@ -1,0 +1,38 @@
+/*
+ * The engine: what the volumes of a host share. Lock order: none nests, each
+ * lock guards one thing.
+ */
+#ifndef GLIDE_ENGINE_H
+#define GLIDE_ENGINE_H
+
+#include "cache/block_cache.h"
+#include "log/log_map.h"
+#include "log/write_log.h"
+#include "loop/outbox.h"
+#include "loop/worker.h"
+
+struct nbd_memory;
+
+struct engine {
+    struct glide_engine_config config;
+    struct block_cache cache;
+    struct leaf_pool leaves;
+    struct log_budget logs;
+    _Atomic uint64_t table_bytes; /* map memory besides leaves; each volume adds its changes */
+    struct nbd_memory *nbd;       /* of all NBD connections */
+    struct outbox faults;         /* of struct fault (fault.c) */
+    struct outbox events;         /* of struct event (fault.c) */
+    struct outbox shadows;        /* of struct shadow_item (shadow.c) */
+    unsigned worker_count;
+    bool workers_ended;
+    struct worker *workers;
+};
+
+/* Bytes of map memory in use. Any thread. */
+uint64_t engine_map_bytes(struct engine *e);
+/* Log space or map memory was freed: let writers that wait look again. Any thread. */
+void engine_space_freed(struct engine *e);
+/* Somebody waits for log space: spares of all volumes go. Any thread. */
+void engine_space_wanted(struct engine *e);
+
+#endif

@@ -1,0 +1,309 @@
+#include "volume/fault.h"
+
+#include "volume/io.h"
+#include "volume/volume.h"
+
+#include <stdlib.h>
+
+struct fault {
+    struct list link;
+    uint64_t cookie, block, stamp;
+};
+struct event {
+    struct list link;
+    struct glide_event event;
+};
+
+/* ---- events ----------------------------------------------------------------------------- */
+
+void event_post(struct engine *e, uint64_t volume, uint32_t kind, uint64_t a, uint64_t b)
+{
+    struct event *item = malloc(sizeof(*item));
+
+    if (!item)
+        return; /* Python also polls: an event only makes it prompt */
+    item->event = (struct glide_event){.volume = volume, .a = a, .b = b, .kind = kind};
+    outbox_put(&e->events, &item->link);
+}
+
+int glide_events_next(glide_engine *engine, int timeout_ms, struct glide_event *out, uint32_t max)
+{
+    struct outbox *o = &engine->events;
+    int n = outbox_wait(o, timeout_ms);
+
+    if (n > 0) {
+        for (n = 0; (uint32_t)n < max && !list_empty(&o->items); n++) {
+            struct event *item = container_of(list_pop(&o->items), struct event, link);
+            out[n] = item->event;
+            o->count--;
+            free(item);
+        }
+    }
+    pthread_mutex_unlock(&o->lock);
+    return n;
+}
+
+/* ---- the queue of faults -------------------------------------------------------------------- */
+
+/* Take the neighbours of *out out of the queue, so that one request to the store serves them all. */
+static void take_neighbours(struct outbox *o, struct glide_fault *out, uint32_t max_blocks)
+{
+    struct list *next;
+    int looked = 0;
+
+    for (struct list *at = o->items.next; at != &o->items && out->count < max_blocks && looked < 1024; at = next) {
+        struct fault *f = container_of(at, struct fault, link);
+        next = at->next;
+        looked++;
+        bool after = f->block == out->block + out->count, before = f->block + 1 == out->block;
+        if (f->cookie != out->volume || (!after && !before))
+            continue;
+        if (before)
+            out->block = f->block;
+        out->count++;
+        out->stamp = min_u64(out->stamp, f->stamp);
+        list_remove(at);
+        o->count--;
+        free(f);
+    }
+}
+
+int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms, struct glide_fault *out)
+{
+    struct outbox *o = &engine->faults;
+    int got = outbox_wait(o, timeout_ms);
+
+    if (got > 0) {
+        struct fault *f = container_of(list_pop(&o->items), struct fault, link);
+        *out = (struct glide_fault){.volume = f->cookie, .block = f->block, .stamp = f->stamp, .count = 1};
+        o->count--;
+        free(f);
+        take_neighbours(o, out, max_blocks);
+    }
+    pthread_mutex_unlock(&o->lock);
+    return got;
+}
+
+void fault_forget(struct engine *e, uint64_t cookie)
+{
+    struct outbox *o = &e->faults;
+    struct list *next;
+
+    pthread_mutex_lock(&o->lock);
+    for (struct list *at = o->items.next; at != &o->items; at = next) {
+        struct fault *f = container_of(at, struct fault, link);
+        next = at->next;
+        if (f->cookie == cookie) {
+            list_remove(at);
+            o->count--;
+            free(f);
+        }
+    }
+    pthread_mutex_unlock(&o->lock);
+}
+
+/* ---- who waits for which block ------------------------------------------------------------------ */
+
+struct waiter {
+    struct waiter *next;
+    struct io_req *req;
+};
+struct waiting {
+    struct waiter *first;
+};
+
+int fault_wait(struct volume *v, uint64_t block, struct io_req *req)
+{
+    struct waiter *w = malloc(sizeof(*w));
+    uint64_t *entry = w ? table_insert(&v->faults, block) : NULL;
+
+    if (!entry) {
+        free(w);
+        return -ENOMEM;
+    }
+    if (!*entry) {
+        struct waiting *fresh = calloc(1, sizeof(*fresh));
+        struct fault *f = fresh ? malloc(sizeof(*f)) : NULL;
+        if (!f) {
+            free(fresh);
+            free(w);
+            table_remove(&v->faults, block);
+            return -ENOMEM;
+        }
+        *entry = (uint64_t)(uintptr_t)fresh;
+        *f = (struct fault){.cookie = v->cookie, .block = block, .stamp = atomic_load(&v->stamp)};
+        outbox_put(&v->engine->faults, &f->link);
+        stat_add(&v->stats.faults, 1);
+    }
+    struct waiting *waiting = (struct waiting *)(uintptr_t)*entry;
+    *w = (struct waiter){waiting->first, req};
+    waiting->first = w;
+    v->waiting++;
+    worker_want_tick(v->worker);
+    return 0;
+}
+
+void fault_resolve(struct volume *v, uint64_t block, int err)
+{
+    uint64_t *entry = table_find(&v->faults, block);
+
+    if (!entry)
+        return;
+    if (v->frozen && !v->failed && !v->closing) { /* who looks again would begin a read */
+        v->answers_missed = true;
+        return;
+    }
+    struct waiting *waiting = (struct waiting *)(uintptr_t)*entry;
+    table_remove(&v->faults, block); /* first: a waiter that looks again may wait again */
+    struct waiter *next;
+    for (struct waiter *w = waiting->first; w; w = next) {
+        next = w->next;
+        v->waiting--;
+        if (err)
+            io_piece_done(w->req, err);
+        else
+            io_read_piece(w->req, block);
+        free(w);
+    }
+    free(waiting);
+}
+
+uint64_t fault_waiting(const struct volume *v) { return v->waiting; }
+
+struct longest {
+    uint64_t now_ns, wait_ns;
+};
+
+static bool look_at_waiters(uint64_t block, uint64_t value, void *arg)
+{
+    struct longest *l = arg;
+
+    (void)block;
+    for (const struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w; w = w->next) {
+        uint64_t ns = elapsed_ns(l->now_ns, w->req->start_ns);
+        l->wait_ns = ns > l->wait_ns ? ns : l->wait_ns;
+    }
+    return false;
+}
+
+uint64_t fault_longest_wait_ns(struct volume *v, uint64_t now)
+{
+    struct longest longest = {.now_ns = now};
+
+    if (v->waiting)
+        table_filter(&v->faults, look_at_waiters, &longest);
+    return longest.wait_ns;
+}
+
+/* Which waiters to resolve. The blocks are collected by a filter that removes nothing. One whose waiters were all
+ * cancelled is chosen where neither a time nor a tag is asked for. */
+struct selection {
+    uint64_t *blocks;
+    uint64_t count;
+    uint64_t first, end;       /* blocks */
+    const void *tag;           /* NULL, or only waiters of it */
+    uint64_t now_ns, limit_ns; /* limit 0, or only waiters that came longer ago than that */
+};
+
+static bool is_partial(const struct selection *s) { return s->tag || s->limit_ns; }
+
+static bool is_chosen(const struct selection *s, const struct waiter *w)
+{
+    return (!s->tag || w->req->tag == s->tag) &&
+           (!s->limit_ns || elapsed_ns(s->now_ns, w->req->start_ns) > s->limit_ns);
+}
+
+static bool select_block(uint64_t block, uint64_t value, void *arg)
+{
+    struct selection *s = arg;
+    bool chosen = !is_partial(s);
+
+    if (block < s->first || block >= s->end)
+        return false;
+    for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w && !chosen; w = w->next)
+        chosen = is_chosen(s, w);
+    if (chosen)
+        s->blocks[s->count++] = block;
+    return false;
+}
+
+/* Fail the chosen waiters of a block. The block stays in the table: Python's answer will come for the others, and for
+ * who comes meanwhile. */
+static void cancel_block(struct volume *v, uint64_t block, const struct selection *s, int err)
+{
+    uint64_t *entry = table_find(&v->faults, block);
+    struct waiter *cancelled = NULL;
+
+    if (!entry)
+        return;
+    for (struct waiter **at = &((struct waiting *)(uintptr_t)*entry)->first; *at;) {
+        struct waiter *w = *at;
+        if (!is_chosen(s, w)) {
+            at = &w->next;
+            continue;
+        }
+        *at = w->next;
+        w->next = cancelled;
+        cancelled = w;
+    }
+    for (struct waiter *w = cancelled, *next; w; w = next) {
+        next = w->next;
+        v->waiting--;
+        io_piece_done(w->req, err);
+        free(w);
+    }
+}
+
+static void resolve_selected(struct volume *v, struct selection s, int err)
+{
+    uint64_t total = table_count(&v->faults);
+
+    s.blocks = total ? malloc(total * sizeof(uint64_t)) : NULL;
+    if (!s.blocks)
+        return;
+    table_filter(&v->faults, select_block, &s);
+    for (uint64_t i = 0; i < s.count; i++) {
+        if (is_partial(&s))
+            cancel_block(v, s.blocks[i], &s, err);
+        else
+            fault_resolve(v, s.blocks[i], err);
+    }
+    free(s.blocks);
+}
+
+void fault_cancel(struct volume *v, const void *tag, int err)
+{
+    resolve_selected(v, (struct selection){.end = UINT64_MAX, .tag = tag}, err);
+}
+
+void fault_resolve_all(struct volume *v, int err) { resolve_selected(v, (struct selection){.end = UINT64_MAX}, err); }
+
+void fault_expire(struct volume *v, uint64_t now, uint64_t limit_ns)
+{
+    resolve_selected(v, (struct selection){.end = UINT64_MAX, .now_ns = now, .limit_ns = limit_ns}, EIO);
+}
+
+void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err)
+{
+    if (count <= 64) {
+        for (uint64_t i = 0; i < count; i++)
+            fault_resolve(v, block + i, err);
+        return;
+    }
+    resolve_selected(v, (struct selection){.first = block, .end = block + count}, err);
+}
+
+/* A block whose waiters were all cancelled stays in the table until Python answers, or the volume goes. */
+static bool drop_block(uint64_t block, uint64_t value, void *arg)
+{
+    (void)block;
+    (void)arg;
+    free((struct waiting *)(uintptr_t)value);
+    return true;
+}
+
+void fault_table_destroy(struct volume *v)
+{
+    table_filter(&v->faults, drop_block, NULL);
+    table_destroy(&v->faults);
+}

@@ -1,0 +1,37 @@
+/*
+ * Faults: blocks that requests wait for and Python resolves; and events, which
+ * tell Python that something happened. A volume's table of faults belongs to
+ * its worker; the two outboxes are shared with Python threads.
+ */
+#ifndef GLIDE_FAULT_H
+#define GLIDE_FAULT_H
+
+#include "volume/engine.h"
+#include "base/table.h"
+
+struct volume;
+struct io_req;
+
+/* ---- worker ---- */
+/* Let the piece of req in `block` wait; ask Python unless somebody waits already. -ENOMEM. */
+int fault_wait(struct volume *v, uint64_t block, struct io_req *req);
+/* Wake the waiters of a block: err = 0 looks the block up again, else their piece fails. */
+void fault_resolve(struct volume *v, uint64_t block, int err);
+void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err);
+void fault_resolve_all(struct volume *v, int err);
+/* Fail the pieces of requests with this tag; others go on waiting. */
+void fault_cancel(struct volume *v, const void *tag, int err);
+/* Fail with EIO the pieces of requests that are older than `limit_ns` (not 0) at `now`; others go on waiting. */
+void fault_expire(struct volume *v, uint64_t now, uint64_t limit_ns);
+uint64_t fault_waiting(const struct volume *v);
+
+/* For how long, at `now`, the request has waited that came first; 0 if none waits. */
+uint64_t fault_longest_wait_ns(struct volume *v, uint64_t now);
+void fault_table_destroy(struct volume *v);
+
+/* ---- any thread ---- */
+void event_post(struct engine *e, uint64_t volume, uint32_t kind, uint64_t a, uint64_t b);
+/* Forget queued faults of a volume that closes. */
+void fault_forget(struct engine *e, uint64_t cookie);
+
+#endif

@@ -1,0 +1,98 @@
+/*
+ * Requests: what transports hand to a volume, and how they are carried out.
+ * Everything here runs on the volume's worker.
+ */
+#ifndef GLIDE_IO_H
+#define GLIDE_IO_H
+
+#include "glide_core_internal.h"
+#include "base/util.h"
+#include "loop/worker.h"
+
+struct volume;
+struct rmw;
+struct shadow_read;
+
+#define IO_LOCAL 0x40    /* FLUSH: the local disk is enough, whatever the volume's flush option */
+#define IO_INTERNAL 0x80 /* made by the core itself: not counted as a guest's request */
+
+struct io_req {
+    struct list link;
+    struct volume *volume;
+    uint8_t *buf;            /* WRITE: data; READ: where to put it; valid until done(), but see own() */
+    uint64_t offset, length; /* bytes, multiples of 512, within the volume */
+    const void *tag;         /* of the submitter's choice: what io_cancel goes by */
+    uint8_t op;              /* enum glide_op */
+    uint8_t flags;           /* GLIDE_FUA, IO_LOCAL, IO_INTERNAL */
+    void (*done)(struct io_req *req, int err); /* 0 or a positive errno; may free the request */
+    /*
+     * A WRITE that must wait calls this once: move the data to memory that lives until done() and update
+     * buf. 0 or -errno (the request then fails). NULL: buf lives long enough as it is.
+     */
+    int (*own)(struct io_req *req);
+
+    /* ---- private to io.c, io_read.c and sync.c ---- */
+    uint64_t start_ns;
+    uint64_t progress; /* bytes of a WRITE or ZERO that are in the log */
+    uint64_t need_seq; /* flush = "store": the segment whose commit it waits for */
+    uint32_t pending;  /* parts of a READ under way */
+    int err;
+    bool owned;
+    struct rmw *rmw;            /* an unaligned WRITE that was started: io_unaligned.c */
+    struct shadow_read *shadow; /* a READ that will be compared: shadow.c */
+};
+
+static inline bool io_unaligned(const struct io_req *req) { return (req->offset | req->length) % 4096 != 0; }
+
+/*
+ * Take a request over. READs may be done before this returns; WRITEs and ZEROs are collected and appended
+ * together by io_flush. Bounds and read-only are checked here: EINVAL (READ beyond the end, misaligned),
+ * ENOSPC (WRITE beyond the end), EPERM, EIO and so on go to done().
+ */
+void io_submit(struct io_req *req);
+
+/* Append what was collected, start the sync that was asked for. Called at the end of a batch by whoever
+ * submitted it, else at the end of the worker's round. On return no WRITE refers to its first buf. */
+void io_flush(struct volume *v);
+
+/* Fail, with a positive errno, the requests with this tag that wait for space, for the store or for a commit. */
+void io_cancel(struct volume *v, const void *tag, int err);
+
+/* All of a WRITE or ZERO is in the log: it waits for a sync or a commit only. */
+bool io_logged(const struct io_req *req);
+
+/* ---- between the parts of the request code ---- */
+
+void io_finish(struct io_req *req, int err);
+/* Make buf outlive the submitter's call. False: the request was finished with an error. */
+bool io_own(struct io_req *req);
+
+/* io_read.c: start a READ (pieces by block). */
+void io_read(struct io_req *req);
+/* A piece of a READ is done. */
+void io_piece_done(struct io_req *req, int err);
+/* Look a block up (again) for a request. */
+void io_read_piece(struct io_req *req, uint64_t block);
+
+/* io_unaligned.c. Carry out an unaligned ZERO as up to three aligned requests. -ENOMEM: not started. */
+int io_zero_split(struct io_req *req);
+/* An unaligned WRITE at the head of the batch: true = its merged sectors may be appended now, as one step with
+ * this call; false = it was taken out of the batch, to read. */
+bool io_merge(struct io_req *req);
+/* The merged sectors of such a WRITE. */
+const uint8_t *io_merged(const struct io_req *req);
+void io_merge_free(struct io_req *req);
+
+/* sync.c: done() when everything acknowledged so far is durable as the volume's flush option says. */
+void sync_join(struct io_req *req);
+/* Start a sync if somebody waits for one and none runs. */
+void sync_kick(struct volume *v);
+/* Segments up to committed_seq are in the store now. */
+void sync_committed(struct volume *v);
+void sync_fail_waiters(struct volume *v, int err);
+void sync_cancel(struct volume *v, const void *tag, int err);
+
+/* Fail everything that waits, with a positive errno. */
+void io_fail_parked(struct volume *v, int err);
+
+#endif
