@@ -1,8 +1,8 @@
 """The local disks of a simulation: what the kernel and the platters have, and how they fail.
 
 Two sources say what reaches a disk: the trace of the core (csrc/base/disk.h), and ``Files``, which stands in
-for the module ``os`` where the product writes small files that must last. Both become records in one order, and
-each directory that they touch is a ``Disk`` of tests/model/power_cut.py.
+for the module ``os`` where the product writes small files that must last. Both become records in one order,
+and each directory that they touch is a ``Disk`` of tests/model/power_cut.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""csrc/transport/ublk against a real driver: ``vm-test/run -- python -m pytest tests/vm/test_ublk_ctrl.py``."""
+"""csrc/transport/ublk on a real driver: ``vm-test/run -- python -m pytest tests/vm/test_ublk_ctrl.py``."""
 
 from __future__ import annotations
 
