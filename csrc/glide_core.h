@@ -19,7 +19,6 @@
 typedef struct engine glide_engine;
 typedef struct volume glide_volume;
 typedef struct gather glide_gather;
-typedef struct nbd_conn glide_conn;
 typedef struct ublk_device glide_ublk;
 
 const char *glide_error(void);
@@ -437,11 +436,9 @@ int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *
 
 /* ---- NBD transmission ----------------------------------------------------------- */
 
-/* Take over a connected stream socket after the handshake; C owns fd from here (also on error).
- * `early` = bytes read past the handshake (pipelined by the client). */
-int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only, const void *early,
-                     uint32_t early_length, glide_conn **out);
-/* Shut the connection down and wait until it is gone. The handle dies with it. */
+/* Take over a connected stream socket after the handshake; C owns fd from here (also on error). */
+int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only);
+/* Shut the connection down and wait until it is gone. */
 int glide_nbd_detach(glide_volume *volume, uint64_t conn_id);
 
 /* ---- ublk -------------------------------------------------------------------------- */

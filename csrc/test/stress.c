@@ -413,12 +413,11 @@ struct request {
 static void nbd_session(struct volume_state *s, uint64_t id, uint64_t *seed)
 {
     int fds[2];
-    glide_conn *conn;
     static __thread uint8_t sink[65536];
 
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds))
         abort();
-    MUST(glide_nbd_attach(s->volume, fds[0], id, 1, NULL, 0, &conn));
+    MUST(glide_nbd_attach(s->volume, fds[0], id, 1));
     for (uint32_t i = 0; i < 20; i++) {
         struct request r = {.magic = htobe32(0x25609513), .cookie = i, .length = htobe32(16384)};
         r.offset = htobe64((uint64_t)(next_random(seed) % (SECTORS - 4)) * GLIDE_SECTOR);

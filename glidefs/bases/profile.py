@@ -11,35 +11,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from glidefs.formats.manifest import Root
+
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
 
 IDLE = 5.0
 """Seconds without a new block after which a boot counts as done."""
 _STEP = 0.1
 
 
-class Profiled(Protocol):
-    """What the recorder needs of a volume."""
-
-    on_fault: Callable[[int, int], None] | None
-
-    @property
-    def root(self) -> Root:
-        """The manifest root in use now."""
-        ...
-
-    @property
-    def closing(self) -> bool:
-        """Whether the volume is being closed."""
-        ...
-
-
 class Recorder:
     """First touches of a volume: block to the root that was in use then. ``_lock`` guards the table."""
 
-    def __init__(self, volume: Profiled) -> None:
+    def __init__(self, volume: Volume) -> None:
         self._volume = volume
         self._lock = threading.Lock()
         self._touched: dict[int, Root] = {}
@@ -61,7 +48,7 @@ class Recorder:
 
 
 @contextmanager
-def recording(volume: Profiled) -> Iterator[Recorder]:
+def recording(volume: Volume) -> Iterator[Recorder]:
     """Record the faults of ``volume`` inside the context."""
     recorder = Recorder(volume)
     volume.on_fault = recorder.note
@@ -72,7 +59,7 @@ def recording(volume: Profiled) -> Iterator[Recorder]:
 
 
 def wait(
-    volume: Profiled,
+    volume: Volume,
     recorder: Recorder,
     *,
     stop_after: float | None,

@@ -192,19 +192,3 @@ class Engine(Handle):
         with self._use() as engine:
             lib.glide_engine_stats_get(engine, raw)
         return EngineStats(**{name: int(getattr(raw, name)) for name in EngineStats.__struct_fields__})
-
-
-__all__ = [
-    "BlockCache",
-    "Closed",
-    "CoreVolume",
-    "Engine",
-    "EngineConfig",
-    "EngineStats",
-    "Event",
-    "EventKind",
-    "Fault",
-    "Recovery",
-    "ShadowFile",
-    "VolumeConfig",
-]

@@ -284,22 +284,18 @@ class CoreVolume(Handle):
         with self._use() as volume:
             check(lib.glide_volume_io(volume, op, flags, offset, length, buffer), OPS[op])
 
-    def attach_nbd(self, fd: int, conn_id: int, read_only: bool = False, early: bytes = b"") -> None:
+    def attach_nbd(self, fd: int, conn_id: int, read_only: bool = False) -> None:
         """Serve NBD transmission on a connected socket; C owns ``fd`` from here, also on error.
 
-        ``early`` is what was read past the handshake. A CONN_CLOSED event tells its end.
+        A CONN_CLOSED event tells its end.
         """
-        out = ffi.new("glide_conn **")
         try:
             pointer = self._acquire()
         except BaseException:
             os.close(fd)
             raise
         try:
-            result = lib.glide_nbd_attach(
-                pointer, fd, conn_id, read_only, ffi.from_buffer(early), len(early), out
-            )
-            check(result, "attach NBD connection")
+            check(lib.glide_nbd_attach(pointer, fd, conn_id, read_only), "attach NBD connection")
         finally:
             self._release()
 

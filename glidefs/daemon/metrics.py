@@ -18,7 +18,7 @@ from glidefs.core.engine import EngineStats
 from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
 from glidefs.exports.requests import ExportStatus
 from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
-from glidefs.store.resilient import StoreMetrics
+from glidefs.store.counters import StoreMetrics
 
 BUCKET_UNIT = 256e-9
 """Seconds; bucket b of the core covers [2**(b/2), 2**((b+1)/2)) units (csrc/volume/stats.h)."""

@@ -10,7 +10,8 @@ from glidefs.bases.library import BaseLibrary
 from glidefs.config import Config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
 from glidefs.daemon.identity import LOG_DIR, CacheIdentity
-from glidefs.exports.router import ExportRouter, RouterSettings
+from glidefs.exports.router import ExportRouter
+from glidefs.exports.settings import RouterSettings
 from glidefs.exports.table import Entry
 from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.host.host import Host

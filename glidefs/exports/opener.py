@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol
 
 from glidefs.asked import START
 from glidefs.core.handoff import Position
@@ -27,7 +26,8 @@ from glidefs.errors import (
 from glidefs.events import event
 from glidefs.exports.logs.closed import ExportLogs
 from glidefs.exports.logs.lost_records import advice, find_lost, has_unsent, newer_root, say_nameless
-from glidefs.exports.roots import STORE_PATIENCE, RootPlaces, Roots
+from glidefs.exports.roots import STORE_PATIENCE, Roots
+from glidefs.exports.settings import RouterSettings
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
@@ -47,15 +47,6 @@ COMPARE_PATIENCE = 1.0
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0
 
 
-class Places(RootPlaces, Protocol):
-    """What is used of the router's settings."""
-
-    @property
-    def logs_missing(self) -> str:
-        """Why the log directory is not this host's; empty if it is."""
-        ...
-
-
 class Opener:
     """Opens and closes entries. The caller of everything below `start` holds the entry's lock."""
 
@@ -66,7 +57,7 @@ class Opener:
         host: Host,
         store: ResilientStore,
         transports: Mapping[str, Transport],
-        places: Places,
+        places: RouterSettings,
         stopping: threading.Event,
     ) -> None:
         self._table = table

@@ -7,11 +7,10 @@ store, if that has it for this volume and this log.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import Protocol
 
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
 from glidefs.exports.logs.closed import ExportLogs
+from glidefs.exports.settings import RouterSettings
 from glidefs.exports.stored import list_volumes
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
@@ -27,34 +26,10 @@ NAMED = 10
 """Volumes that a message names."""
 
 
-class RootPlaces(Protocol):
-    """What is used of the router's settings."""
-
-    @property
-    def owner(self) -> lease.Owner:
-        """This host, as roots name it."""
-        ...
-
-    @property
-    def state_dir(self) -> Path:
-        """Local copies of roots and pages."""
-        ...
-
-    @property
-    def logs_dir(self) -> Path:
-        """Write logs."""
-        ...
-
-    @property
-    def prefixes(self) -> tuple[str, ...]:
-        """Where volumes are looked for."""
-        ...
-
-
 class Roots:
     """Finds roots. Holds no state; may be used by any thread."""
 
-    def __init__(self, places: RootPlaces, store: ResilientStore, export_logs: ExportLogs) -> None:
+    def __init__(self, places: RouterSettings, store: ResilientStore, export_logs: ExportLogs) -> None:
         self._places = places
         self._store = store
         self._logs = export_logs

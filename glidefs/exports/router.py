@@ -19,10 +19,8 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from glidefs.bases.library import BaseLibrary
@@ -44,6 +42,7 @@ from glidefs.exports.logs.leftovers import check_named
 from glidefs.exports.logs.verbs import LogVerbs
 from glidefs.exports.opener import Opener
 from glidefs.exports.requests import AttachRequest, CreateRequest, ExportStatus, normal_size
+from glidefs.exports.settings import RouterSettings
 from glidefs.exports.stored import list_volumes
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
@@ -63,20 +62,6 @@ PUBLISH_THREADS = 8
 VERB_PATIENCE = 30.0
 """Seconds that other verbs give the store."""
 STANDBY_THREADS = 4
-
-
-class RouterSettings(Struct, frozen=True):
-    """Who this host is and where things are; the first of `prefixes` is the default.
-
-    ``logs_missing`` says why the log directory is not this host's; empty if it is.
-    """
-
-    owner: lease.Owner
-    exports_dir: Path
-    state_dir: Path
-    logs_dir: Path
-    prefixes: tuple[str, ...]
-    logs_missing: str = ""
 
 
 class ExportRouter:

@@ -21,7 +21,8 @@ from glidefs.exports.router import ExportRouter
 from glidefs.exports.table import Entry
 from glidefs.handoff.protocol import ConnectionCut, ExportCut
 from glidefs.host.host import Host
-from glidefs.transport.nbd.export import NbdConnection, NbdServer
+from glidefs.transport.nbd.connections import NbdConnection
+from glidefs.transport.nbd.export import NbdServer
 from glidefs.volume.volume import Volume
 
 T = TypeVar("T")

@@ -335,6 +335,3 @@ def _stall(channel: Channel, alive: Alive) -> float:
         return _expect(channel, Served, deadlines().served).stall
     except (PeerGone, GlideError):
         return alive.stall
-
-
-__all__ = ["HandoffFailed", "Outcome", "Predecessor"]

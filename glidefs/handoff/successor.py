@@ -216,6 +216,3 @@ def _dead() -> int:
     read, write = os.pipe()
     os.close(write)
     return read
-
-
-__all__ = ["Aborted", "Successor", "is_successor"]

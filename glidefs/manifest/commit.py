@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import msgspec
 
-from glidefs.errors import CorruptObject, Fenced, GlideError, NotFound, StoreError
+from glidefs.errors import CorruptObject, Fenced, GlideError, NotFound
 from glidefs.formats.manifest import Page, Root, decode_root, encode_page, page_id
 from glidefs.formats.pack import ID_SIZE
 from glidefs.manifest import lease, local
@@ -359,6 +359,3 @@ class Committer:
         self._unsaved.clear()
         self.copy_lags = False
         self.local_segment = root.last_segment
-
-
-__all__ = ["Change", "Committer", "Fenced", "StoreError", "Superseded"]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from glidefs.core.cache import BlockCache, Slot
 from glidefs.core.check import CoreError
@@ -29,6 +29,9 @@ from glidefs.reading.plan import BlockPlan, assemble, plan_block
 from glidefs.store.base import ObjectStore
 from glidefs.volume.settings import HostSettings
 
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
+
 T = TypeVar("T")
 Runs = Sequence[tuple[int, int]]
 """Runs of blocks: first block and number of blocks of each."""
@@ -38,17 +41,6 @@ log = logging.getLogger(__name__)
 INSERT_PATIENCE = 5.0
 """Seconds to wait for a slot of the cache that is not pinned."""
 _LOG_EVERY = 10.0
-
-
-class Readable(Protocol):
-    """What the reader needs of a volume."""
-
-    name: str
-    prefix: str
-    core: CoreVolume
-
-    def manifest(self, store: ObjectStore) -> Manifest:
-        """The manifest now in use, loading pages through ``store``."""
 
 
 class Reader:
@@ -64,7 +56,7 @@ class Reader:
 
     def resolve(
         self,
-        volume: Readable,
+        volume: Volume,
         store: ObjectStore,
         first: int,
         count: int,
@@ -91,7 +83,7 @@ class Reader:
 
     def _resolve_anew(
         self,
-        volume: Readable,
+        volume: Volume,
         store: ObjectStore,
         block: int,
         stamp: int,
@@ -109,7 +101,7 @@ class Reader:
         return asked
 
     def resolve_runs(
-        self, volume: Readable, store: ObjectStore, runs: Runs, stamp: int, helpers: Executor
+        self, volume: Volume, store: ObjectStore, runs: Runs, stamp: int, helpers: Executor
     ) -> None:
         """The same for several runs of blocks, whose requests ``helpers`` make.
 
@@ -117,9 +109,7 @@ class Reader:
         """
         self._resolve(volume, store, runs, stamp, -1, helpers)
 
-    def _damaged(
-        self, volume: Readable, store: ObjectStore, block: int, stamp: int, error: GlideError
-    ) -> None:
+    def _damaged(self, volume: Volume, store: ObjectStore, block: int, stamp: int, error: GlideError) -> None:
         now = time.monotonic()
         if now - self._last_loud.get(volume.name, -_LOG_EVERY) >= _LOG_EVERY:
             self._last_loud[volume.name] = now
@@ -128,7 +118,7 @@ class Reader:
 
     def _resolve(
         self,
-        volume: Readable,
+        volume: Volume,
         store: ObjectStore,
         runs: Runs,
         stamp: int,

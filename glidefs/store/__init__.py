@@ -6,18 +6,7 @@ from urllib.parse import unquote, urlsplit
 
 from glidefs.config import StoreSettings
 from glidefs.errors import ConfigError
-from glidefs.store.base import Body, ListPage, Object, ObjectInfo, ObjectStore, dir_name
-
-__all__ = [
-    "Body",
-    "ListPage",
-    "Object",
-    "ObjectInfo",
-    "ObjectStore",
-    "dir_name",
-    "open_configured",
-    "open_store",
-]
+from glidefs.store.base import ObjectStore
 
 
 def open_store(
@@ -54,7 +43,8 @@ def open_store(
         if not parts.netloc:
             raise ConfigError(f"store url {url!r}: write s3://bucket/root")
         # Not before it is needed: boto3 costs a daemon on a file:// store tens of megabytes.
-        from glidefs.store.s3.store import S3Options, S3Store
+        from glidefs.store.s3.client import S3Options
+        from glidefs.store.s3.store import S3Store
 
         options = S3Options(
             endpoint_url=endpoint_url,

@@ -41,8 +41,6 @@ from glidefs.store.which import WhichStore
 
 log = logging.getLogger(__name__)
 
-__all__ = ["ResilientStore", "StoreMetrics", "StoreState", "StoreView"]
-
 T = TypeVar("T")
 Kind = Literal["read", "upload", "background"]
 Outcome = Literal["ok", "retry", "error"]

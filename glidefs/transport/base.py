@@ -14,28 +14,17 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec import Struct
 
 from glidefs.errors import ConfigError, NotSupported
-from glidefs.transport.nbd.export import NbdCore, NbdExport, NbdServer
+from glidefs.transport.nbd.export import NbdServer
+from glidefs.transport.nbd.negotiation import NbdExport
 from glidefs.transport.ublk.kernels import ublk_refused
 
 if TYPE_CHECKING:
-    from glidefs.core.ublk import UblkConfig, UblkDevice
+    from glidefs.core.volume import CoreVolume
 
 UBLK_CONTROL = Path("/dev/ublk-control")
 MODPROBE_TIMEOUT = 20.0
 NOTICED = 1.0
 """Seconds in which the end of a connection is noticed."""
-
-
-class TransportCore(NbdCore, Protocol):
-    """What is used of a CoreVolume by either transport."""
-
-    def add_ublk(self, config: UblkConfig) -> int:
-        """Make a device, and return its id. Raises DeviceError."""
-        ...
-
-    def start_ublk(self, config: UblkConfig) -> UblkDevice:
-        """Recover a device, or take one that was made, and serve it. Raises DeviceError."""
-        ...
 
 
 class Attachment(Struct, frozen=True):
@@ -45,7 +34,7 @@ class Attachment(Struct, frozen=True):
     volume_id: bytes
     size: int
     read_only: bool
-    core: TransportCore
+    core: CoreVolume
     device_id: int | None = None
 
 

@@ -5,30 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from glidefs.core.volume import OPS, CoreVolume
+from glidefs.core.volume import OPS
+
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
 
 GUEST_QUIET = 0.05
 """Seconds without a guest fault after which background work goes on."""
 GUEST_PATIENCE = 1.0
 """Seconds that guests can hold one piece of background work up, so that it ends some day."""
-
-
-class Writable(Protocol):
-    """What :class:`Burst` needs of a volume."""
-
-    core: CoreVolume
-
-    @property
-    def awaited(self) -> bool:
-        """Whether somebody waits for the upload."""
-        ...
-
-    @property
-    def closing(self) -> bool:
-        """Whether the volume is being closed."""
-        ...
 
 
 class Pace:
@@ -74,7 +61,7 @@ class Burst:
     """
 
     def __init__(
-        self, volume: Writable, log_limit: int, patience: float, hurried: Callable[[], bool] = lambda: False
+        self, volume: Volume, log_limit: int, patience: float, hurried: Callable[[], bool] = lambda: False
     ) -> None:
         self._volume = volume
         self._hurried = hurried

@@ -184,6 +184,8 @@ class Guest:
         self.blocks = blocks
         self.version = dict.fromkeys(range(blocks), 0)
         self.unsent: set[int] = set()
+        self.gone: dict[int, int] = {}
+        """Blocks that were an error, and of which version."""
         self.reads = self.writes = self.lost = 0
 
     def data(self, block: int) -> bytes:
@@ -205,9 +207,16 @@ class Guest:
             if error.errno != errno.EIO or block not in self.unsent:
                 raise AssertionError(f"block {block}, unsent {block in self.unsent}: {error}") from error
             self.lost += 1
+            self.gone[block] = self.version[block]
             return False
         assert found == self.data(block), self.explain(block, found)
         return True
+
+    def check_gone(self) -> None:
+        """What was an error is one for good, unless it was written since: the data is gone."""
+        for block, version in self.gone.items():
+            if version == self.version[block]:
+                assert not self.check(block), f"block {block} was an error and is there"
 
     def explain(self, block: int, found: bytes) -> str:
         """Whose data each wrong sector has."""

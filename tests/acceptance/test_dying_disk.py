@@ -62,6 +62,7 @@ def one_round(node: Node, disk: BadDisk, seed: int) -> tuple[Guest, bool]:
         disk.go_bad(guest.random)
         work(guest, disk, node)
         disk.be_well()
+        guest.check_gone()
         work(guest, disk, node)
         whole = drained(node)
         if whole:

@@ -17,7 +17,8 @@ from glidefs.bases.library import BaseLibrary
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.core.volume import CoreVolume
 from glidefs.exports.requests import CreateRequest, ExportStatus, PromoteRequest
-from glidefs.exports.router import ExportRouter, RouterSettings
+from glidefs.exports.router import ExportRouter
+from glidefs.exports.settings import RouterSettings
 from glidefs.host.host import Host
 from glidefs.manifest.lease import Owner
 from glidefs.store.base import Object

@@ -19,7 +19,8 @@ from stored_roots import put_root
 
 from glidefs import names
 from glidefs.gc.run import Tally
-from glidefs.store import ObjectStore, open_store
+from glidefs.store import open_store
+from glidefs.store.base import ObjectStore
 
 BUCKET = "glidefs-gc"
 pytestmark = pytest.mark.s3

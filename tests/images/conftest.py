@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from images_rig import DyingStore
 
-from glidefs.store import ObjectStore, open_store
+from glidefs.store import open_store
+from glidefs.store.base import ObjectStore
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import NO_ID, PAGE_BYTES
 from glidefs.formats.pack import BLOCK, FULL_MASK
 from glidefs.offline.export import export_image
-from glidefs.store import ObjectStore
+from glidefs.store.base import ObjectStore
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
 

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from nbd_client import RawClient
 
-from glidefs.transport.nbd.export import HandshakeLimits, NbdExport, NbdServer, NbdSettings
+from glidefs.config import NbdSettings
+from glidefs.transport.nbd.export import HandshakeLimits, NbdServer
+from glidefs.transport.nbd.negotiation import NbdExport
 
 GIB = 1 << 30
 
@@ -20,14 +22,14 @@ class FakeCore:
     """Keeps what it is given; `fail` makes it refuse, `gate` makes it wait."""
 
     def __init__(self) -> None:
-        self.attached: dict[int, tuple[socket.socket, bool, bytes]] = {}
+        self.attached: dict[int, tuple[socket.socket, bool]] = {}
         self.detached: list[int] = []
         self.fail: Exception | None = None
         self.gate: threading.Event | None = None
         self.entered = threading.Event()
         self._changed = threading.Condition()
 
-    def attach_nbd(self, fd: int, conn_id: int, read_only: bool, early: bytes) -> None:
+    def attach_nbd(self, fd: int, conn_id: int, read_only: bool) -> None:
         self.entered.set()
         if self.gate is not None:
             assert self.gate.wait(20)
@@ -35,7 +37,7 @@ class FakeCore:
             os.close(fd)
             raise self.fail
         with self._changed:
-            self.attached[conn_id] = (socket.socket(fileno=fd), read_only, early)
+            self.attached[conn_id] = (socket.socket(fileno=fd), read_only)
             self._changed.notify_all()
 
     def detach_nbd(self, conn_id: int) -> None:

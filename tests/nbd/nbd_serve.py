@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
+from glidefs.config import NbdSettings
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EventKind
 from glidefs.core.volume import CoreVolume, VolumeConfig, install_zero
-from glidefs.transport.nbd.export import NbdExport, NbdServer, NbdSettings
+from glidefs.transport.nbd.export import NbdServer
+from glidefs.transport.nbd.negotiation import NbdExport
 
 MIB = 1 << 20
 _POLL_MS = 50

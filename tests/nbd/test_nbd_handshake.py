@@ -24,10 +24,8 @@ from nbd_client import RawClient, Refused, export_request
 from nbd_fakes import GIB, Bench, wait_for
 
 from glidefs.transport.nbd import proto
-from glidefs.transport.nbd.export import (
-    HandshakeLimits,
-    NbdExport,
-)
+from glidefs.transport.nbd.export import HandshakeLimits
+from glidefs.transport.nbd.negotiation import NbdExport
 from glidefs.transport.nbd.proto import Info, Option, Reply, TransmissionFlag
 
 # ---- choosing an export ----
@@ -48,8 +46,8 @@ def test_go_starts_transmission(bench: Bench) -> None:
             | TransmissionFlag.SEND_FAST_ZERO
         )
         (conn_id,) = bench.core.wait_attached()
-        mine, read_only, early = bench.core.attached[conn_id]
-        assert (read_only, early) == (False, b"")
+        mine, read_only = bench.core.attached[conn_id]
+        assert not read_only
         assert os.get_blocking(mine.fileno()), "io_uring does not wait on a non-blocking socket"
         mine.sendall(b"hello")
         assert client.read(5) == b"hello"
@@ -68,9 +66,9 @@ def test_bytes_sent_early_are_left_to_the_core(bench: Bench) -> None:
         client.send(struct.pack(">I", 3) + option + b"early request")
         client.read(10)
         (conn_id,) = bench.core.wait_attached()
-        mine, _, early = bench.core.attached[conn_id]
+        mine, _ = bench.core.attached[conn_id]
         mine.settimeout(20)
-        assert early + mine.recv(100) == b"early request"
+        assert mine.recv(100) == b"early request"
 
 
 @pytest.mark.parametrize("zeroes", [True, False])

@@ -17,14 +17,11 @@ import pytest
 from nbd_client import RawClient, export_request
 from nbd_fakes import GIB, Bench, Exports, FakeCore, wait_for
 
+from glidefs.config import NbdSettings
 from glidefs.errors import GlideError
-from glidefs.transport.nbd.export import (
-    ListenError,
-    NbdExport,
-    NbdServer,
-    NbdSettings,
-    activated_listeners,
-)
+from glidefs.transport.nbd.export import NbdServer
+from glidefs.transport.nbd.listen import ListenError, activated_listeners
+from glidefs.transport.nbd.negotiation import NbdExport
 from glidefs.transport.nbd.proto import Option
 
 # ---- exports that go away, cores that refuse ----

@@ -447,19 +447,6 @@ def test_failed_volume_answers_with_the_error(served: Served) -> None:
             assert caught.value.errno == errno.EIO
 
 
-def test_early_bytes_are_parsed_first(served: Served) -> None:
-    """What a predecessor had read already comes before what is in the socket."""
-    stream = request(WRITE, 1, 0, 4096) + b"e" * 4096 + request(WRITE, 2, 4096, 512) + b"f" * 512
-    for cut in (0, 1, 28, 29, 1000, 28 + 4096, 28 + 4097, len(stream)):
-        mine, theirs = socket.socketpair()
-        served.volumes[1].attach_nbd(theirs.detach(), 1000 + cut, False, stream[:cut])
-        with RawClient(mine) as client:
-            client.send(stream[cut:])
-            assert sorted([client.reply(), client.reply()]) == [(1, 0), (2, 0)]
-            assert client.pread(0, 8192) == b"e" * 4096 + b"f" * 512 + bytes(3584)
-            client.call(TRIM, 0, 8192)
-
-
 def test_reply_header_is_the_simple_one(served: Served) -> None:
     with connect(served) as client:
         client.send(REQUEST.pack(0x25609513, 0, READ, 0x0123456789ABCDEF, 0, 512))

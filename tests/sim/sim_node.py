@@ -31,7 +31,8 @@ from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EngineStats, EventKind
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import StoreError
-from glidefs.exports.router import ExportRouter, RouterSettings
+from glidefs.exports.router import ExportRouter
+from glidefs.exports.settings import RouterSettings
 from glidefs.exports.table import Entry
 from glidefs.formats.manifest import Root
 from glidefs.formats.pack import BLOCK

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import servers
 
-from glidefs.store import ObjectStore, open_store
+from glidefs.store import open_store
+from glidefs.store.base import ObjectStore
 
 BUCKET = "glidefs-test"
 

@@ -12,7 +12,8 @@ import pytest
 from bad_s3 import BUCKET, SHAPES, BadS3, Fault, Shape, error_document
 
 from glidefs.errors import CorruptObject, NotFound, PreconditionFailed, StoreError, StoreUnavailable
-from glidefs.store import ObjectStore, open_store
+from glidefs.store import open_store
+from glidefs.store.base import ObjectStore
 from glidefs.store.resilient import ResilientStore
 
 LONG = os.environ.get("GLIDEFS_TEST_LENGTH") == "long"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from glidefs.errors import Conflict, CorruptObject, NotFound, PreconditionFailed, StoreError
-from glidefs.store import ObjectStore, dir_name
+from glidefs.store.base import ObjectStore, dir_name
 from glidefs.store.memory import MemoryStore
 from glidefs.store.probe import probe_store
 

@@ -13,8 +13,9 @@ from stored_roots import owner_of, put_root
 from volume_rig import MIB, PREFIX, Rig, record_of, wait_for
 
 from glidefs.core.check import CoreError
-from glidefs.core.engine import Engine, ShadowFile
+from glidefs.core.engine import Engine
 from glidefs.core.gather import log_segments
+from glidefs.core.shadow import ShadowFile
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, StoreWentBack, UnknownExport
 from glidefs.exports.stored import list_volumes

@@ -221,55 +221,26 @@ int nbd_enter(struct worker *w, struct nbd_conn *c)
     return 0;
 }
 
-struct attach {
-    struct nbd_conn *conn;
-    struct volume *volume;
-    const uint8_t *early;
-    uint32_t early_length;
-    uint64_t id;
-};
-
 static int do_attach(struct worker *w, void *arg)
 {
-    struct attach *a = arg;
-    struct nbd_conn *c = a->conn;
-    bool frozen = c->volume->frozen; /* then unfreeze() begins */
-    if (frozen && a->early_length) {
-        uint8_t *rest = malloc(a->early_length);
-        if (!rest)
-            return -ENOMEM;
-        memcpy(rest, a->early, a->early_length);
-        nbd_keep_rest(c, rest, a->early_length);
-    }
+    struct nbd_conn *c = arg;
     int err = nbd_enter(w, c);
-    if (err || frozen)
-        return err;
-    nbd_arm_poll(c);
-    if (a->early_length) {
-        memcpy(w->scratch, a->early, a->early_length);
-        nbd_consume(c, w->scratch, a->early_length);
-        c->readable = c->rest != NULL;
-        worker_want_tick(w);
-        nbd_advance(c);
-    }
-    return 0;
+
+    if (!err && !c->volume->frozen) /* else unfreeze() begins */
+        nbd_arm_poll(c);
+    return err;
 }
 
-int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only, const void *early,
-                     uint32_t early_length, glide_conn **out)
+int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only)
 {
     struct nbd_conn *c = nbd_conn_new(volume, fd, conn_id, read_only);
-    struct attach a = {c, volume, early, early_length, conn_id};
-    int err = !c ? -ENOMEM : early_length > NBD_RECEIVE_BYTES ? -EINVAL : worker_call(volume->worker, do_attach, &a);
+    int err = c ? worker_call(volume->worker, do_attach, c) : -ENOMEM;
 
-    *out = NULL;
-    if (err) {
-        if (c)
-            nbd_conn_discard(c);
-        return fail(err, "the export does not take connections: %s", strerror(-err));
-    }
-    *out = c;
-    return 0;
+    if (!err)
+        return 0;
+    if (c)
+        nbd_conn_discard(c);
+    return fail(err, "the export does not take connections: %s", strerror(-err));
 }
 
 static void end(struct transport *t) { leave(nbd_conn_of(t)); }
@@ -284,9 +255,14 @@ static bool is_idle(const struct transport *t)
 const struct transport_ops NBD_OPS = {
     .tick = tick, .freeze = freeze, .unfreeze = unfreeze, .close = end, .idle = is_idle};
 
+struct detach {
+    struct volume *volume;
+    uint64_t id;
+};
+
 static void start_detach(struct call *call, struct worker *w)
 {
-    struct attach *a = call->arg;
+    struct detach *a = call->arg;
 
     (void)w;
     transports_each(t, a->volume)
@@ -303,7 +279,7 @@ static void start_detach(struct call *call, struct worker *w)
 
 int glide_nbd_detach(glide_volume *volume, uint64_t conn_id)
 {
-    struct attach a = {.volume = volume, .id = conn_id};
+    struct detach a = {volume, conn_id};
     struct call call;
 
     return call_run(volume->worker, &call, start_detach, &a);

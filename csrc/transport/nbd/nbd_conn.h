@@ -109,8 +109,6 @@ void nbd_req_free(struct nbd_req *r);
 void nbd_reply(struct nbd_req *r);
 void nbd_socket_init(struct nbd_conn *c);
 void nbd_arm_poll(struct nbd_conn *c);
-/* Carry out bytes that are in memory for the moment only; keeps what is not used. False: the connection ends. */
-bool nbd_consume(struct nbd_conn *c, const uint8_t *data, uint64_t length);
 void nbd_receive_some(struct nbd_conn *c);
 /* Let it go on in the next round, if it waits for nothing any more. */
 void nbd_resume_later(struct nbd_conn *c);

@@ -39,7 +39,8 @@ void nbd_keep_rest(struct nbd_conn *c, uint8_t *rest, uint64_t length)
     nbd_memory_add(c, NBD_PIPELINE, length);
 }
 
-bool nbd_consume(struct nbd_conn *c, const uint8_t *data, uint64_t length)
+/* Carry out bytes that are in memory for the moment only; keeps what is not used. False: the connection ends. */
+static bool consume(struct nbd_conn *c, const uint8_t *data, uint64_t length)
 {
     uint64_t skip = min_u64(c->skip, length);
 
@@ -76,7 +77,7 @@ static void consume_rest(struct nbd_conn *c)
 
     c->rest = NULL;
     nbd_memory_give(c, NBD_PIPELINE, c->rest_length);
-    if (nbd_consume(c, rest, c->rest_length) && !c->rest) {
+    if (consume(c, rest, c->rest_length) && !c->rest) {
         c->skip += c->skip_after_rest;
         c->skip_after_rest = 0;
     }
@@ -111,7 +112,7 @@ static bool receive(struct nbd_conn *c)
         nbd_filled(c);
     bool more = true;
     if (got > direct || c->head_length)
-        more = nbd_consume(c, buf, c->head_length + got - direct);
+        more = consume(c, buf, c->head_length + got - direct);
     else
         io_flush(c->volume);
     return more && (got == asked || c->hangup);

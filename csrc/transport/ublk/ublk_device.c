@@ -95,7 +95,6 @@ static void device_close(struct ublk_device *d)
         munmap((void *)(uintptr_t)d->descriptors, d->descriptor_bytes);
     if (d->cdev >= 0)
         close(d->cdev);
-    free(d->buffers);
     free(d->tags);
 }
 
@@ -109,7 +108,8 @@ static int open_queue(struct ublk_device *d)
 {
     uint32_t depth = d->info.queue_depth;
 
-    d->user_copy = d->info.flags & UBLK_F_USER_COPY;
+    if (!(d->info.flags & UBLK_F_USER_COPY))
+        return fail(-EOPNOTSUPP, "this kernel's ublk driver has no user copy: Linux 6.12 or newer is needed");
     d->cdev = ublk_open_char(d->info.dev_id);
     if (d->cdev < 0)
         return fail(d->cdev, "cannot open /dev/ublkc%u: %s", d->info.dev_id, strerror(-d->cdev));
@@ -120,14 +120,11 @@ static int open_queue(struct ublk_device *d)
     d->descriptors = map;
     madvise(map, d->descriptor_bytes, MADV_DONTFORK); /* a child that has it keeps the device from recovering */
     d->tags = calloc(depth, sizeof(*d->tags));
-    if (!d->user_copy)
-        d->buffers = aligned_alloc(4096, (size_t)depth * d->info.max_io_buf_bytes);
-    if (!d->tags || (!d->user_copy && !d->buffers))
+    if (!d->tags)
         return fail(-ENOMEM, "no memory for the queue of ublk device %u", d->info.dev_id);
     for (uint32_t i = 0; i < depth; i++) {
         d->tags[i].device = d;
         d->tags[i].tag = (uint16_t)i;
-        d->tags[i].buf = d->user_copy ? NULL : d->buffers + (size_t)i * d->info.max_io_buf_bytes;
     }
     return 0;
 }

@@ -20,9 +20,7 @@ static void submit_command(struct ublk_tag *t, uint32_t op, int32_t result)
     sqe->fd = d->cdev;
     sqe->off = op; /* cmd_op, and the padding beside it */
     sqe->user_data = (uint64_t)(uintptr_t)&t->op;
-    /* Copy mode: a COMMIT names the buffer that holds the READ data, so each tag keeps one. */
-    *cmd = (struct ublk_io_cmd){
-        .tag = t->tag, .result = result, .addr = d->user_copy ? 0 : (uint64_t)(uintptr_t)t->buf};
+    *cmd = (struct ublk_io_cmd){.tag = t->tag, .result = result};
 }
 
 void ublk_queue_start(struct ublk_device *d)
@@ -93,10 +91,8 @@ static void commit(struct ublk_tag *t, int err, uint64_t length)
 {
     struct ublk_device *d = t->device;
 
-    if (d->user_copy) {
-        free(t->buf);
-        t->buf = NULL;
-    }
+    free(t->buf);
+    t->buf = NULL;
     d->busy--;
     if (!(err && d->dropping))
         submit_command(t, UBLK_IO_COMMIT_AND_FETCH_REQ, block_result(err, length));
@@ -108,7 +104,7 @@ static void on_done(struct io_req *io, int err)
     struct ublk_tag *t = container_of(io, struct ublk_tag, io);
     bool data = io->op == GLIDE_READ || io->op == GLIDE_WRITE;
 
-    if (!err && io->op == GLIDE_READ && t->device->user_copy)
+    if (!err && io->op == GLIDE_READ)
         err = user_copy(t, false, io->length);
     commit(t, err, data ? io->length : 0);
 }
@@ -143,11 +139,11 @@ static void start(struct ublk_tag *t)
         commit(t, EIO, 0);
         return;
     }
-    if (data && d->user_copy && !(t->buf = malloc(length))) {
+    if (data && !(t->buf = malloc(length))) {
         commit(t, ENOMEM, 0);
         return;
     }
-    if (op == GLIDE_WRITE && d->user_copy && user_copy(t, true, length)) {
+    if (op == GLIDE_WRITE && user_copy(t, true, length)) {
         commit(t, EIO, 0);
         return;
     }

@@ -22,7 +22,7 @@ struct ublk_tag {
     struct ublk_device *device;
     uint16_t tag;
     bool held;    /* its request came while the volume was frozen */
-    uint8_t *buf; /* copy mode: the tag's own, for life; user copy: of the request */
+    uint8_t *buf; /* of its request */
 };
 
 struct ublk_device {
@@ -30,12 +30,10 @@ struct ublk_device {
     struct volume *volume;
     struct worker *worker;
     struct ublk_dev_info info; /* as the kernel granted it */
-    bool user_copy;
-    int cdev; /* /dev/ublkcN */
+    int cdev;                  /* /dev/ublkcN */
     const struct ublk_io_desc *descriptors;
     size_t descriptor_bytes;
     struct ublk_tag *tags; /* info.queue_depth of them */
-    uint8_t *buffers;      /* copy mode */
     uint32_t busy, gone;
     bool releasing;           /* new requests are left to the next server */
     bool left_behind;         /* its worker ended first; what is left of it is the handle */

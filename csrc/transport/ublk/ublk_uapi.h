@@ -201,7 +201,7 @@ struct ublk_io_cmd {
     uint16_t q_id;
     uint16_t tag;
     int32_t result; /* bytes done, or -errno; COMMIT only */
-    uint64_t addr;  /* copy mode: the tag's one fixed buffer; else 0 */
+    uint64_t addr;  /* 0 with user copy */
 };
 static_assert(sizeof(struct ublk_io_cmd) == 16, "ublk_io_cmd");
 static_assert(offsetof(struct ublk_io_cmd, result) == 4, "ublk_io_cmd.result");

@@ -6,9 +6,9 @@ import errno
 import logging
 import time
 from pathlib import Path
-from typing import Protocol
 
 from glidefs.errors import CorruptObject
+from glidefs.exports.settings import RouterSettings
 from glidefs.formats import atomic
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, decode_root
@@ -19,24 +19,10 @@ from glidefs.volume import aside, logs
 log = logging.getLogger(__name__)
 
 
-class Directories(Protocol):
-    """What is used of the router's settings."""
-
-    @property
-    def state_dir(self) -> Path:
-        """Local copies of roots and pages."""
-        ...
-
-    @property
-    def logs_dir(self) -> Path:
-        """Write logs."""
-        ...
-
-
 class ExportLogs:
     """Logs by the records of their exports. The caller holds the entry's lock."""
 
-    def __init__(self, places: Directories) -> None:
+    def __init__(self, places: RouterSettings) -> None:
         self._places = places
 
     def directory(self, record: ExportRecord) -> Path:

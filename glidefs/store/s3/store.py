@@ -60,8 +60,6 @@ from glidefs.store.s3.ranges import Ranges
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-__all__ = ["S3Options", "S3Store"]
-
 T = TypeVar("T")
 
 

@@ -17,10 +17,14 @@ import secrets
 import socket
 import threading
 import time
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from glidefs.transport.nbd.negotiation import ExportLookup, NbdCore, NbdExport
+from glidefs.transport.nbd.negotiation import ExportLookup, NbdExport
+
+if TYPE_CHECKING:
+    from glidefs.core.volume import CoreVolume
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +40,7 @@ class NbdConnection(Struct, frozen=True):
 
 
 class _Record:
-    def __init__(self, about: NbdConnection, core: NbdCore) -> None:
+    def __init__(self, about: NbdConnection, core: CoreVolume) -> None:
         self.about = about
         self.core = core
         self.attached = False
@@ -68,7 +72,7 @@ class ConnectionTable:
             conn_id = record.about.conn_id
             try:
                 connection.setblocking(True)
-                chosen.core.attach_nbd(os.dup(connection.fileno()), conn_id, chosen.read_only, b"")
+                chosen.core.attach_nbd(os.dup(connection.fileno()), conn_id, chosen.read_only)
             except Exception as error:
                 log.info("export %s does not take the connection of %s: %s", chosen.name, peer, error)
                 _hang_up(connection)
@@ -150,7 +154,7 @@ class ConnectionTable:
             record = self._records.get(conn_id)
         return record.about if record is not None else None
 
-    def adopt(self, about: NbdConnection, core: NbdCore) -> None:
+    def adopt(self, about: NbdConnection, core: CoreVolume) -> None:
         """A connection came from another process, and the core has it."""
         record = _Record(about, core)
         record.attached = True

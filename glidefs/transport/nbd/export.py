@@ -4,8 +4,6 @@ One thread runs every negotiation as a coroutine on a non-blocking socket, so a 
 nobody. A negotiation is bounded in time, bytes and options, and when too many run at once the
 oldest gives way, so that idle connections cannot lock others out. Calls that may wait (the export
 look-up, attaching to the core) run in a pool of two threads.
-
-The names that the router and the daemon need are re-exported here.
 """
 
 from __future__ import annotations
@@ -27,21 +25,9 @@ from msgspec import Struct
 from glidefs.config import NbdSettings, parse_listen
 from glidefs.transport.nbd import listen as nbd_listen
 from glidefs.transport.nbd.connections import ConnectionTable, NbdConnection
-from glidefs.transport.nbd.listen import ListenError, activated_listeners
-from glidefs.transport.nbd.negotiation import ExportLookup, NbdCore, NbdExport, Negotiation
+from glidefs.transport.nbd.listen import ListenError
+from glidefs.transport.nbd.negotiation import ExportLookup, NbdExport, Negotiation
 from glidefs.transport.nbd.proto import ProtocolViolation
-
-__all__ = [
-    "ExportLookup",
-    "HandshakeLimits",
-    "ListenError",
-    "NbdConnection",
-    "NbdCore",
-    "NbdExport",
-    "NbdServer",
-    "NbdSettings",
-    "activated_listeners",
-]
 
 log = logging.getLogger(__name__)
 

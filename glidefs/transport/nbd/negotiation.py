@@ -10,27 +10,20 @@ import asyncio
 import socket
 from collections.abc import Callable
 from concurrent.futures import Executor
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from msgspec import Struct
 
 from glidefs.transport.nbd import proto
 from glidefs.transport.nbd.proto import Option, Reply
 
+if TYPE_CHECKING:
+    from glidefs.core.volume import CoreVolume
+
 _SKIP_CHUNK = 64 * 1024
 _LIST_BATCH = 256  # exports whose entries are built and sent at a time
 
 _T = TypeVar("_T")
-
-
-class NbdCore(Protocol):
-    """What is used of a CoreVolume."""
-
-    def attach_nbd(self, fd: int, conn_id: int, read_only: bool, early: bytes) -> None:
-        """Serve transmission on a connected, blocking socket. Takes `fd` over, also on error."""
-
-    def detach_nbd(self, conn_id: int) -> None:
-        """Shut a connection down and wait until it is gone."""
 
 
 class NbdExport(Struct, frozen=True):
@@ -39,7 +32,7 @@ class NbdExport(Struct, frozen=True):
     name: str
     size: int  # bytes
     read_only: bool
-    core: NbdCore
+    core: CoreVolume
 
     @property
     def description(self) -> str:
