@@ -50,11 +50,11 @@ static void start_freeze(struct call *call, struct worker *w)
     struct volume *v = call->arg;
 
     (void)w;
-    if (v->shadow) /* unaligned WRITEs that wait for it may be appended */
-        shadow_let_go(v, NULL);
+    if (v->filter) /* unaligned WRITEs that wait for it may be appended */
+        v->filter->ops->let_go(v, NULL);
     io_flush(v);
-    if (v->shadow) /* those of which the flush began the reads, too */
-        shadow_let_go(v, NULL);
+    if (v->filter) /* those of which the flush began the reads, too */
+        v->filter->ops->let_go(v, NULL);
     log_seal(&v->log);
     transports_each(t, v) if (t->ops->freeze) t->ops->freeze(t);
     v->frozen = true;

@@ -22,7 +22,7 @@ void io_finish(struct io_req *req, int err)
 {
     struct volume *v = req->volume;
 
-    if (req->shadow && shadow_holds(req, err))
+    if (req->filtered && v->filter->ops->holds(req, err))
         return;
     io_merge_free(req);
     if (!(req->flags & IO_INTERNAL))
@@ -60,13 +60,13 @@ void io_submit(struct io_req *req)
     req->err = 0;
     req->owned = false;
     req->rmw = NULL;
-    req->shadow = NULL;
+    req->filtered = NULL;
     v->inflight++;
     if (err || (req->length == 0 && req->op != GLIDE_FLUSH)) {
         io_finish(req, err);
     } else if (req->op == GLIDE_READ) {
-        if (v->shadow)
-            shadow_begin(req);
+        if (v->filter)
+            v->filter->ops->begin(req);
         io_read(req);
     } else if (req->op == GLIDE_FLUSH) {
         sync_join(req);
@@ -151,8 +151,8 @@ static void settle(struct volume *v, const struct append_piece *pieces, uint32_t
     for (uint32_t i = 0; i < count; i++) {
         struct io_req *req = container_of(v->batch.next, struct io_req, link);
         int err = map_piece(v, &pieces[i]);
-        if (v->shadow)
-            shadow_applied(v, req, &pieces[i]);
+        if (v->filter)
+            v->filter->ops->applied(v, req, &pieces[i]);
         req->progress += (uint64_t)pieces[i].count * SECTOR;
         if (err) { /* in the log but not in the map: what this process knows is no longer true */
             v->failed = EIO;
@@ -281,8 +281,8 @@ void io_cancel(struct volume *v, const void *tag, int err)
         io_finish(container_of(e, struct io_req, link), err);
     fault_cancel(v, tag, err);
     sync_cancel(v, tag, err);
-    if (v->shadow)
-        shadow_let_go(v, tag);
+    if (v->filter)
+        v->filter->ops->let_go(v, tag);
 }
 
 void io_fail_parked(struct volume *v, int err)
@@ -296,6 +296,6 @@ void io_fail_parked(struct volume *v, int err)
         io_finish(container_of(e, struct io_req, link), err);
     fault_resolve_all(v, err);
     sync_fail_waiters(v, err);
-    if (v->shadow)
-        shadow_let_go(v, NULL);
+    if (v->filter)
+        v->filter->ops->let_go(v, NULL);
 }

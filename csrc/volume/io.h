@@ -11,7 +11,6 @@
 
 struct volume;
 struct rmw;
-struct shadow_read;
 
 #define IO_LOCAL 0x40    /* FLUSH: the local disk is enough, whatever the volume's flush option */
 #define IO_INTERNAL 0x80 /* made by the core itself: not counted as a guest's request */
@@ -38,8 +37,8 @@ struct io_req {
     uint32_t pending;  /* parts of a READ under way */
     int err;
     bool owned;
-    struct rmw *rmw;            /* an unaligned WRITE that was started: io_unaligned.c */
-    struct shadow_read *shadow; /* a READ that will be compared: shadow.c */
+    struct rmw *rmw; /* an unaligned WRITE that was started: io_unaligned.c */
+    void *filtered;  /* the filter's, of a READ (filter.h) */
 };
 
 static inline bool io_unaligned(const struct io_req *req) { return (req->offset | req->length) % 4096 != 0; }

@@ -252,7 +252,7 @@ static bool needs_base(const struct piece *p)
 static void note_sources(const struct piece *p, uint32_t at, uint32_t end, const struct base_view *base)
 {
     for (uint32_t s = at / SECTOR; s * SECTOR < end; s++)
-        shadow_note(p->req, p->block * BLOCK_SECTORS + s, source_of(p, s), base);
+        p->req->volume->filter->ops->note(p->req, p->block * BLOCK_SECTORS + s, source_of(p, s), base);
 }
 
 /* Bytes [at, end) of the block are at index `pos` of a segment. */
@@ -297,7 +297,7 @@ static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t s
 {
     uint8_t *buf = p->buf + (at - p->from);
 
-    if (p->req->shadow)
+    if (p->req->filtered)
         note_sources(p, at, end, base);
     if ((source & POS_ZERO) || (!source && base->kind == BASE_ZERO)) {
         memset(buf, 0, end - at);

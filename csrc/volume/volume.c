@@ -99,7 +99,7 @@ static bool tick(struct member *m)
     }
     if (limit && v->waiting)
         fault_expire(v, now, limit);
-    bool held = v->shadow && shadow_tick(v, now);
+    bool held = v->filter && v->filter->ops->tick(v, now);
     transports_each(t, v) held |= t->ops->tick && t->ops->tick(t);
     return v->blocked || v->waiting || held;
 }
@@ -155,7 +155,8 @@ static void volume_free(struct volume *v)
     log_map_destroy(&v->map);
     block_map_destroy(&v->base);
     fault_table_destroy(v);
-    shadow_free(v);
+    if (v->filter)
+        v->filter->ops->free(v);
     volume_count_memory(v);
     log_close(&v->log, !v->frozen);
     pthread_mutex_destroy(&v->retire_lock);
@@ -205,8 +206,9 @@ static void let_go(struct member *m)
 
 static const struct member_ops MEMBER_OPS = {.tick = tick, .let_go = let_go, .idle = is_idle, .leave = leave};
 
-int glide_volume_open(glide_engine *engine, const struct glide_volume_config *config, glide_volume **out,
-                      struct glide_recovery *recovery)
+int volume_open(struct engine *engine, const struct glide_volume_config *config,
+                int (*prepare)(struct volume *v, const struct glide_volume_config *config), struct volume **out,
+                struct glide_recovery *recovery)
 {
     *out = NULL;
     if (!config->size || config->size % SECTOR || config->size > (uint64_t)1 << 60)
@@ -219,7 +221,7 @@ int glide_volume_open(glide_engine *engine, const struct glide_volume_config *co
     if (!err)
         err = volume_recover(v, config->committed_seq, config->always_verify, recovery);
     if (!err)
-        err = shadow_open(v, config->shadow);
+        err = prepare(v, config);
     if (err) {
         volume_free(v);
         return err;
@@ -491,8 +493,8 @@ static int do_grow(struct worker *w, void *arg)
     struct volume_call *c = arg;
 
     (void)w;
-    if (c->v->shadow)
-        shadow_grown(c->v, c->value);
+    if (c->v->filter)
+        c->v->filter->ops->grown(c->v, c->value);
     atomic_store(&c->v->size, c->value);
     return 0;
 }

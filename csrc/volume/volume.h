@@ -13,7 +13,7 @@
 #include "volume/engine.h"
 #include "volume/io.h"
 #include "log/log_map.h"
-#include "volume/shadow.h"
+#include "volume/filter.h"
 #include "volume/stats.h"
 #include "volume/transport.h"
 #include "log/write_log.h"
@@ -41,7 +41,7 @@ struct volume {
     bool read_only, flush_store, closing;
     bool frozen;           /* freeze.c: nothing begins */
     int failed;            /* positive errno: all I/O fails with it */
-    struct shadow *shadow; /* shadow verify; NULL = off */
+    struct filter *filter; /* or NULL */
 
     struct write_log log;
     uint64_t committed_seq;
@@ -69,6 +69,11 @@ struct volume {
     pthread_mutex_t retire_lock; /* held by the one thread that retires; taken before no other */
     struct stats stats;
 };
+
+/* glide_volume_open; `prepare` is called when the log is replayed and nobody is served yet. */
+int volume_open(struct engine *e, const struct glide_volume_config *config,
+                int (*prepare)(struct volume *v, const struct glide_volume_config *config), struct volume **out,
+                struct glide_recovery *recovery);
 
 /* At the end of the round: io_flush(v). */
 void volume_want_flush(struct volume *v);

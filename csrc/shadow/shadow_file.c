@@ -1,4 +1,4 @@
-#include "volume/shadow_file.h"
+#include "shadow/shadow_file.h"
 
 #include "log/segment.h"
 #include "base/util.h"

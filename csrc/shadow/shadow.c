@@ -16,11 +16,11 @@
  * Everything belongs to the volume's worker, which reads and writes the file in place: with this option, and nowhere
  * else, a worker may wait for a disk. When the file fails, the shadow ends (`broken`) and the volume goes on without.
  */
-#include "volume/shadow.h"
+#include "shadow/shadow.h"
 
 #include "volume/fault.h"
 #include "volume/io.h"
-#include "volume/shadow_file.h"
+#include "shadow/shadow_file.h"
 #include "volume/volume.h"
 
 #include <stdlib.h>
@@ -31,6 +31,7 @@
 #define FILL_BLOCKS 32           /* asked for at once */
 
 struct shadow {
+    struct filter filter;
     struct shadow_file file;
     struct glide_sectors *beyond; /* what it knows beyond the end */
     uint64_t beyond_count;
@@ -62,6 +63,10 @@ struct shadow_item {
     struct list link;
     struct glide_shadow_item item;
 };
+
+static struct shadow *shadow_of(const struct volume *v) { return container_of(v->filter, struct shadow, filter); }
+
+static struct shadow_read *shadow_read_of(const struct io_req *req) { return req->filtered; }
 
 /* ---- to Python ------------------------------------------------------------------------------- */
 
@@ -95,12 +100,14 @@ int glide_shadow_next(glide_engine *engine, int timeout_ms, struct glide_shadow_
 /* Nothing is compared any more. READs that wait are let go at the next tick: callers may be in the middle of one. */
 static void give_up(struct volume *v, int err)
 {
-    if (v->shadow->broken)
+    if (shadow_of(v)->broken)
         return;
-    v->shadow->broken = true;
+    shadow_of(v)->broken = true;
     tell(v, (struct glide_shadow_item){.kind = GLIDE_SHADOW_ENDED, .err = -err});
     worker_want_tick(v->worker);
 }
+
+static const struct filter_ops SHADOW_OPS;
 
 /* ---- open and close ------------------------------------------------------------------------------ */
 
@@ -119,8 +126,11 @@ static int learn_log(struct shadow *s, const struct glide_shadow_config *config)
     return 0;
 }
 
-int shadow_open(struct volume *v, const struct glide_shadow_config *config)
+static void shadow_free(struct volume *v);
+
+int shadow_open(struct volume *v, const struct glide_volume_config *volume_config)
 {
+    const struct glide_shadow_config *config = volume_config->shadow;
     uint64_t sectors = atomic_load(&v->size) / SECTOR;
 
     if (!config)
@@ -133,24 +143,23 @@ int shadow_open(struct volume *v, const struct glide_shadow_config *config)
     }
     list_init(&s->reads);
     table_init(&s->asked);
-    v->shadow = s;
+    s->filter.ops = &SHADOW_OPS;
+    v->filter = &s->filter;
     err = learn_log(s, config);
     if (err)
         shadow_free(v);
     return err;
 }
 
-void shadow_free(struct volume *v)
+static void shadow_free(struct volume *v)
 {
-    struct shadow *s = v->shadow;
+    struct shadow *s = shadow_of(v);
 
-    if (!s)
-        return;
     shadow_file_close(&s->file);
     table_destroy(&s->asked);
     free(s->beyond);
     free(s);
-    v->shadow = NULL;
+    v->filter = NULL;
 }
 
 /* ---- changes -------------------------------------------------------------------------------------- */
@@ -165,9 +174,9 @@ static void mark_changed(struct shadow *s, uint64_t sector, uint64_t count)
     }
 }
 
-void shadow_applied(struct volume *v, const struct io_req *req, const struct append_piece *p)
+static void shadow_applied(struct volume *v, const struct io_req *req, const struct append_piece *p)
 {
-    struct shadow *s = v->shadow;
+    struct shadow *s = shadow_of(v);
     uint64_t begin = p->sector * SECTOR, from = begin, to = begin + (uint64_t)p->count * SECTOR;
 
     if (s->broken)
@@ -189,9 +198,9 @@ void shadow_applied(struct volume *v, const struct io_req *req, const struct app
         shadow_file_learn(&s->file, p->sector, p->count);
 }
 
-void shadow_grown(struct volume *v, uint64_t size)
+static void shadow_grown(struct volume *v, uint64_t size)
 {
-    struct shadow *s = v->shadow;
+    struct shadow *s = shadow_of(v);
     int err = s->broken ? 0 : shadow_file_grow(&s->file, size / SECTOR);
 
     if (err)
@@ -244,7 +253,7 @@ static void report(struct volume *v, const struct shadow_read *r, uint64_t offse
             last = x;
             continue;
         }
-        if (item.count && v->shadow->told++ < TOLD_MAX)
+        if (item.count && shadow_of(v)->told++ < TOLD_MAX)
             tell(v, item);
         item = (struct glide_shadow_item){.kind = GLIDE_SHADOW_DIFFERENCE,
                                           .block = sector / BLOCK_SECTORS,
@@ -257,7 +266,7 @@ static void report(struct volume *v, const struct shadow_read *r, uint64_t offse
         describe(v, x, &item);
         last = x;
     }
-    if (item.count && v->shadow->told++ < TOLD_MAX)
+    if (item.count && shadow_of(v)->told++ < TOLD_MAX)
         tell(v, item);
 }
 
@@ -268,7 +277,7 @@ static bool comparable(const struct shadow *s, const struct shadow_read *r, uint
 
 static void compare(struct volume *v, const struct shadow_read *r)
 {
-    struct shadow *s = v->shadow;
+    struct shadow *s = shadow_of(v);
     const struct io_req *req = r->req;
     uint64_t stop = r->first + r->count, n;
 
@@ -297,24 +306,24 @@ static void compare(struct volume *v, const struct shadow_read *r)
 
 /* ---- a READ ----------------------------------------------------------------------------------------- */
 
-void shadow_begin(struct io_req *req)
+static void shadow_begin(struct io_req *req)
 {
     struct volume *v = req->volume;
     uint64_t first = req->offset / SECTOR, count = div_up(req->offset + req->length, SECTOR) - first;
-    struct shadow_read *r = v->shadow->broken ? NULL : calloc(1, sizeof(*r) + count * sizeof(r->sources[0]));
+    struct shadow_read *r = shadow_of(v)->broken ? NULL : calloc(1, sizeof(*r) + count * sizeof(r->sources[0]));
 
     if (!r)
         return;
     r->req = req;
     r->first = first;
     r->count = count;
-    list_append(&v->shadow->reads, &r->link);
-    req->shadow = r;
+    list_append(&shadow_of(v)->reads, &r->link);
+    req->filtered = r;
 }
 
-void shadow_note(struct io_req *req, uint64_t sector, uint64_t pos, const struct base_view *base)
+static void shadow_note(struct io_req *req, uint64_t sector, uint64_t pos, const struct base_view *base)
 {
-    struct shadow_source *x = &req->shadow->sources[sector - req->shadow->first];
+    struct shadow_source *x = &shadow_read_of(req)->sources[sector - shadow_read_of(req)->first];
 
     x->pos = 0;
     if (pos) {
@@ -331,8 +340,8 @@ void shadow_note(struct io_req *req, uint64_t sector, uint64_t pos, const struct
 static void drop(struct volume *v, struct shadow_read *r)
 {
     if (r->parked_ns)
-        v->shadow->parked--;
-    r->req->shadow = NULL;
+        shadow_of(v)->parked--;
+    r->req->filtered = NULL;
     list_remove(&r->link);
     free(r);
 }
@@ -363,7 +372,7 @@ static bool lacks(const struct shadow *s, const struct shadow_read *r)
 /* Ask Python for the blocks that a READ lacks, but for those that it was asked for. False: no memory. */
 static bool ask(struct volume *v, const struct shadow_read *r)
 {
-    struct shadow *s = v->shadow;
+    struct shadow *s = shadow_of(v);
     struct glide_shadow_item item = {.kind = GLIDE_SHADOW_FILL};
     uint64_t end = div_up(r->first + r->count, BLOCK_SECTORS);
     bool ok = true;
@@ -382,15 +391,15 @@ static bool ask(struct volume *v, const struct shadow_read *r)
     return (!item.count || tell(v, item)) && ok;
 }
 
-bool shadow_holds(struct io_req *req, int err)
+static bool shadow_holds(struct io_req *req, int err)
 {
     struct volume *v = req->volume;
-    struct shadow_read *r = req->shadow;
+    struct shadow_read *r = req->filtered;
 
-    if (!err && !v->failed && !v->closing && !v->shadow->broken) {
-        if (!v->frozen && lacks(v->shadow, r) && ask(v, r)) {
+    if (!err && !v->failed && !v->closing && !shadow_of(v)->broken) {
+        if (!v->frozen && lacks(shadow_of(v), r) && ask(v, r)) {
             r->parked_ns = now_ns();
-            v->shadow->parked++;
+            shadow_of(v)->parked++;
             worker_want_tick(v->worker);
             return true;
         }
@@ -405,7 +414,7 @@ bool shadow_holds(struct io_req *req, int err)
 /* Compare and end those that may go. All are compared first: what ends may bring new WRITEs. */
 static void release(struct volume *v)
 {
-    struct shadow *s = v->shadow;
+    struct shadow *s = shadow_of(v);
     struct list done;
 
     list_init(&done);
@@ -424,18 +433,18 @@ static void release(struct volume *v)
         io_finish(container_of(e, struct io_req, link), 0);
 }
 
-void shadow_let_go(struct volume *v, const void *tag)
+static void shadow_let_go(struct volume *v, const void *tag)
 {
-    list_each(at, &v->shadow->reads) {
+    list_each(at, &shadow_of(v)->reads) {
         struct shadow_read *r = container_of(at, struct shadow_read, link);
         r->go |= r->parked_ns && (!tag || r->req->tag == tag);
     }
     release(v);
 }
 
-bool shadow_tick(struct volume *v, uint64_t now)
+static bool shadow_tick(struct volume *v, uint64_t now)
 {
-    struct shadow *s = v->shadow;
+    struct shadow *s = shadow_of(v);
 
     if (!s->parked)
         return false;
@@ -447,6 +456,15 @@ bool shadow_tick(struct volume *v, uint64_t now)
     return s->parked > 0;
 }
 
+static const struct filter_ops SHADOW_OPS = {.begin = shadow_begin,
+                                             .note = shadow_note,
+                                             .holds = shadow_holds,
+                                             .let_go = shadow_let_go,
+                                             .tick = shadow_tick,
+                                             .applied = shadow_applied,
+                                             .grown = shadow_grown,
+                                             .free = shadow_free};
+
 struct fill {
     struct volume *v;
     uint64_t block, count;
@@ -455,7 +473,7 @@ struct fill {
 
 static void fill_block(struct volume *v, uint64_t block, const uint8_t *data)
 {
-    struct shadow_file *f = &v->shadow->file;
+    struct shadow_file *f = &shadow_of(v)->file;
 
     for (uint64_t i = 0; i < BLOCK_SECTORS; i++) {
         uint64_t sector = block * BLOCK_SECTORS + i;
@@ -473,11 +491,12 @@ static void fill_block(struct volume *v, uint64_t block, const uint8_t *data)
 static int do_fill(struct worker *w, void *arg)
 {
     struct fill *f = arg;
-    struct shadow *s = f->v->shadow;
+    struct shadow *s;
 
     (void)w;
-    if (!s)
+    if (!f->v->filter)
         return fail(-EINVAL, "the volume has no shadow");
+    s = shadow_of(f->v);
     for (uint64_t i = 0; i < f->count; i++) {
         table_remove(&s->asked, f->block + i);
         if (f->data && !s->broken)
