@@ -1,4 +1,4 @@
-"""Shadow verify in the core (csrc/volume/shadow.c): what it is given, what it asks and tells."""
+"""Shadow verify in the core (csrc/shadow/shadow.c): what it is given, what it asks and tells."""
 
 from __future__ import annotations
 

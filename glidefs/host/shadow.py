@@ -1,6 +1,6 @@
 """Shadow verify, a debug option: the second source of each volume, with which the core compares every read.
 
-csrc/volume/shadow.c compares and keeps the second source up to date. Here it begins: with what the log holds
+csrc/shadow/shadow.c compares and keeps the second source up to date. Here it begins: with what the log holds
 when the volume is opened, read from the segments, and with what the store has then, read block by block
 as reads need it, by offline/reader.py. Neither goes through the maps, the block cache or the engine's
 reader, and the root stays the one of the open, so later uploads and compaction are verified too.
