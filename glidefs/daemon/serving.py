@@ -17,8 +17,8 @@ from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.host.host import Host
 from glidefs.manifest.lease import Owner
 from glidefs.store.resilient import ResilientStore
-from glidefs.transport.base import NbdTransport
-from glidefs.transport.nbd.export import NbdServer
+from glidefs.transport.nbd.server import NbdServer
+from glidefs.transport.nbd.transport import NbdTransport
 from glidefs.transport.ublk.device import UblkTransport
 from glidefs.volume.settings import HostSettings
 

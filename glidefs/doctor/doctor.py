@@ -149,7 +149,7 @@ def _core(config: Config) -> Result:
 
 
 def _ublk(config: Config) -> Result:
-    from glidefs.transport.base import ublk_missing
+    from glidefs.transport.ublk.driver import ublk_missing
 
     missing = ublk_missing(config.ublk.allow_kernel)
     if missing:

@@ -22,7 +22,7 @@ from glidefs.exports.table import Entry
 from glidefs.handoff.protocol import ConnectionCut, ExportCut
 from glidefs.host.host import Host
 from glidefs.transport.nbd.connections import NbdConnection
-from glidefs.transport.nbd.export import NbdServer
+from glidefs.transport.nbd.server import NbdServer
 from glidefs.volume.volume import Volume
 
 T = TypeVar("T")

@@ -20,9 +20,9 @@ from glidefs.core.engine import Engine, EngineConfig
 from glidefs.core.ublk import UblkConfig
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import DeviceError
-from glidefs.transport.base import ublk_missing
 from glidefs.transport.ublk import device as ublk
 from glidefs.transport.ublk.device import DEAD, F_UPDATE_SIZE, LIVE, QUIESCED
+from glidefs.transport.ublk.driver import ublk_missing
 
 pytestmark = [
     pytest.mark.skipif(ublk_missing() is not None, reason=f"no ublk: {ublk_missing()}"),

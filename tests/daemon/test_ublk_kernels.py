@@ -12,8 +12,10 @@ from glidefs.config import Config, UblkSettings
 from glidefs.doctor import doctor
 from glidefs.errors import NotSupported
 from glidefs.transport import base
-from glidefs.transport.base import NbdTransport, choose_transport, ublk_missing
+from glidefs.transport.base import choose_transport
+from glidefs.transport.nbd.transport import NbdTransport
 from glidefs.transport.ublk.device import UblkTransport
+from glidefs.transport.ublk.driver import ublk_missing
 from glidefs.transport.ublk.kernels import ublk_refused, ublk_verdict
 
 RELEASES = {

@@ -20,9 +20,9 @@ pytest.importorskip("glidefs.core._core")
 
 from glidefs.core import ublk as core
 from glidefs.errors import DeviceError
-from glidefs.transport.base import ublk_missing
 from glidefs.transport.device.names import DIRECTORY
 from glidefs.transport.ublk import device as ublk
+from glidefs.transport.ublk.driver import ublk_missing
 
 UDEVD = Path("/lib/systemd/systemd-udevd")
 RULE = Path("/run/udev/rules.d/60-glidefs.rules")

@@ -315,7 +315,7 @@ def test_read_only(daemon: Daemon) -> None:
 
 
 def test_ublk_that_is_not_there_is_a_clear_error(daemon: Daemon) -> None:
-    from glidefs.transport.base import UBLK_CONTROL
+    from glidefs.transport.ublk.driver import UBLK_CONTROL
 
     if UBLK_CONTROL.exists():
         pytest.skip("this kernel has ublk")

@@ -17,7 +17,7 @@ from glidefs.exports.requests import AttachRequest, PromoteRequest, SnapshotRequ
 from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.manifest import lease
 from glidefs.names import manifest_key
-from glidefs.transport.nbd.export import NbdServer
+from glidefs.transport.nbd.server import NbdServer
 from glidefs.volume.volume import Volume
 
 MakeNode = Callable[..., Node]

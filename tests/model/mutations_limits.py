@@ -71,7 +71,7 @@ LIMITS = [
     ),
     Mutation(
         "ublk-on-any-kernel",
-        "glidefs/transport/base.py",
+        "glidefs/transport/ublk/driver.py",
         "    if refused is not None:\n        return refused\n",
         "",
         ("tests/daemon/test_ublk_kernels.py",),

@@ -12,8 +12,8 @@ from pathlib import Path
 from nbd_client import RawClient
 
 from glidefs.config import NbdSettings
-from glidefs.transport.nbd.export import HandshakeLimits, NbdServer
 from glidefs.transport.nbd.negotiation import NbdExport
+from glidefs.transport.nbd.server import HandshakeLimits, NbdServer
 
 GIB = 1 << 30
 

@@ -15,8 +15,8 @@ from glidefs.config import NbdSettings
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EventKind
 from glidefs.core.volume import CoreVolume, VolumeConfig, install_zero
-from glidefs.transport.nbd.export import NbdServer
 from glidefs.transport.nbd.negotiation import NbdExport
+from glidefs.transport.nbd.server import NbdServer
 
 MIB = 1 << 20
 _POLL_MS = 50

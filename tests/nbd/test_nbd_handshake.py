@@ -24,9 +24,9 @@ from nbd_client import RawClient, Refused, export_request
 from nbd_fakes import GIB, Bench, wait_for
 
 from glidefs.transport.nbd import proto
-from glidefs.transport.nbd.export import HandshakeLimits
 from glidefs.transport.nbd.negotiation import NbdExport
 from glidefs.transport.nbd.proto import Info, Option, Reply, TransmissionFlag
+from glidefs.transport.nbd.server import HandshakeLimits
 
 # ---- choosing an export ----
 

@@ -14,7 +14,7 @@ import pytest
 import systemd_rig as rig
 from systemd_rig import ROOT, Systemd, wait_for
 
-from glidefs.transport.base import ublk_missing
+from glidefs.transport.ublk.driver import ublk_missing
 
 REASON = rig.missing()
 pytestmark = [

@@ -1,6 +1,6 @@
 /*
  * The transmission phase of an NBD connection, on the worker of its volume.
- * The handshake is Python's (glidefs/transport/nbd/export.py); the protocol is the
+ * The handshake is Python's (glidefs/transport/nbd/server.py); the protocol is the
  * "NBD protocol" document of the NetworkBlockDevice project, simple replies.
  *
  * nbd_socket.c receives and sends, nbd_request.c knows the bytes of a request and of

@@ -20,10 +20,11 @@ from glidefs.config import UblkSettings
 from glidefs.core import ublk
 from glidefs.core.ublk import ANY_DEVICE, UblkConfig, UblkDevice, UblkInfo
 from glidefs.errors import DeviceError, NotSupported
-from glidefs.transport.base import Attachment, Endpoint, ublk_missing
+from glidefs.transport.base import Attachment, Endpoint
 from glidefs.transport.device.names import DeviceNames
 from glidefs.transport.device.tag import DeviceTags, make_tags
 from glidefs.transport.device.use import device_use
+from glidefs.transport.ublk.driver import ublk_missing
 
 log = logging.getLogger(__name__)
 
