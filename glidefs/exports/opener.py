@@ -25,7 +25,14 @@ from glidefs.errors import (
 )
 from glidefs.events import event
 from glidefs.exports.logs.closed import ExportLogs
-from glidefs.exports.logs.lost_records import advice, find_lost, has_unsent, newer_root, say_nameless
+from glidefs.exports.logs.lost_records import (
+    advice,
+    find_lost,
+    has_unsent,
+    newer_root,
+    remove_unused,
+    say_nameless,
+)
 from glidefs.exports.roots import STORE_PATIENCE, Roots
 from glidefs.exports.settings import RouterSettings
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
@@ -75,8 +82,8 @@ class Opener:
 
     # -- start and background --------------------------------------------------------------------
 
-    def load(self) -> list[Entry]:
-        """List what the records name; nothing is opened yet."""
+    def load(self, *, standby: bool = False) -> list[Entry]:
+        """List what the records name; nothing is opened yet. ``standby``: another process makes some meanwhile."""
         self._records.sync()
         local.sync_volumes(self.places.state_dir)
         records, damaged = self._records.load()
@@ -89,6 +96,8 @@ class Opener:
             self._table.add(entry)
             log.error("%s: not served: %s", name, why)
         say_nameless(places.state_dir, places.logs_dir, records)
+        if not standby and not damaged:
+            remove_unused(places.state_dir, places.logs_dir, records)
         entries = [Entry(record.name, record) for record in records]
         for entry in entries:
             entry.state = "fenced" if entry.is_fenced() else "starting"

@@ -113,7 +113,7 @@ class ExportRouter:
 
     def start_standby(self, names: Sequence[str]) -> list[Entry]:
         """Open these exports while another process serves them. Raises GlideError for one that fails."""
-        self._standby = self._opener.load()
+        self._standby = self._opener.load(standby=True)
         mine = {entry.name: entry for entry in self._standby}
         if missing := set(names) - set(mine):
             raise GlideError(f"this host has no record of {', '.join(sorted(missing))}")

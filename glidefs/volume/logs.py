@@ -77,6 +77,15 @@ def unsent_bytes(directory: Path, volume_id: bytes, log_id: bytes, sent: int | N
     return unsent
 
 
+def _witness(path: Path) -> Path:
+    return path.with_name(f"{path.name}.witness")
+
+
+def has_witness(path: Path) -> bool:
+    """Whether the file beside a log that says what of it was synced is there: something was written to it."""
+    return _witness(path).exists()
+
+
 def list_logs(log_root: Path, live: Collection[tuple[bytes, bytes]]) -> list[LogInfo]:
     """All logs below ``log_root``; ``live`` are the (volume id, log id) of volumes served here."""
     found: list[LogInfo] = []
@@ -167,7 +176,7 @@ def delete_log(log_root: Path, volume_id: str, log_id: str, live: Collection[tup
 
 def remove_log(path: Path) -> None:
     """Delete a log; first the witness file beside it, which alone would say that the log is lost."""
-    path.with_name(f"{path.name}.witness").unlink(missing_ok=True)
+    _witness(path).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 

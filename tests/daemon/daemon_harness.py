@@ -68,7 +68,7 @@ class Daemon:
         base.mkdir(exist_ok=True)
         store.mkdir(parents=True, exist_ok=True)
         self.write_config(extra, node)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | command_line.Started | None = None
         self.client = Client(str(base / "api.sock"))
 
     def write_config(self, extra: str = "", node: str = "node-1") -> None:
@@ -101,20 +101,22 @@ node = "{node}"
         path = self.base / "daemon.log"
         return path.read_text() if path.exists() else ""
 
-    def spawn(self) -> subprocess.Popen[bytes]:
+    def spawn(self) -> subprocess.Popen[bytes] | command_line.Started:
+        environment = {
+            **os.environ,
+            **servers.CREDENTIALS,
+            "PYTHONPATH": str(ROOT),
+            "PYTHONFAULTHANDLER": "1",
+        }
+        args = ["run", "-c", str(self.config)]
         with (self.base / "daemon.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*self.wrapper, sys.executable, "-m", "glidefs.cli.main", "run", "-c", str(self.config)],
-                cwd=ROOT,
-                stderr=log,
-                stdout=log,
-                env={
-                    **os.environ,
-                    **servers.CREDENTIALS,
-                    "PYTHONPATH": str(ROOT),
-                    "PYTHONFAULTHANDLER": "1",
-                },
-            )
+            if self.wrapper:
+                command = [*self.wrapper, sys.executable, "-m", "glidefs.cli.main", *args]
+                self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log, env=environment)
+            else:
+                self.process = command_line.Started(
+                    args, cwd=ROOT, env=environment, stdout=log.fileno(), stderr=log.fileno()
+                )
         return self.process
 
     def start(self) -> Daemon:
@@ -135,7 +137,7 @@ node = "{node}"
             raise
         return self
 
-    def autopsy(self, process: subprocess.Popen[bytes]) -> str:
+    def autopsy(self, process: subprocess.Popen[bytes] | command_line.Started) -> str:
         """Ends a daemon that hangs: where its threads wait, in the kernel and in Python, and its log."""
         lines = []
         for task in sorted(Path(f"/proc/{process.pid}/task").iterdir()):

@@ -191,6 +191,22 @@ def test_a_log_that_lost_what_was_flushed(host: Host, tmp_path: Path, damage: st
         node.close()
 
 
+def test_the_directory_of_a_log_that_was_not_begun_goes(host: Host, tmp_path: Path) -> None:
+    """A crash between it and the record of a new export leaves it; one that has or had anything stays."""
+    home = copied(host, tmp_path)
+    unused, used, had = (home / "logs" / (letter * 32) / ("0" * 32) for letter in "abc")
+    for directory in (unused, used, had):
+        directory.mkdir(parents=True)
+    (used / "0000000000000001.seg").write_bytes(bytes(8192))
+    had.with_name(f"{had.name}.witness").write_bytes(bytes(8192))
+    node = started(home, host.store)
+    try:
+        assert [path.exists() for path in (unused, unused.parent, used, had)] == [False, False, True, True]
+        assert node.core("a").pread(0, BLOCK) == host.want
+    finally:
+        node.close()
+
+
 def test_a_record_and_its_log_that_was_sent(host: Host, tmp_path: Path) -> None:
     """Nothing unsent: `attach` takes the volume as from any other host."""
     node = started(copied(host, tmp_path), host.store)

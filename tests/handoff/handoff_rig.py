@@ -13,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "acceptance"))
 
+from command_line import Started
 from node import DEADLINE, Node, wait_for
 
 from glidefs.api.client import CommandError
@@ -45,7 +46,7 @@ class Generations(Node):
     stop_at = ""
     seconds = ""
 
-    def spawn(self) -> subprocess.Popen[bytes]:
+    def spawn(self) -> subprocess.Popen[bytes] | Started:
         own = {DIE_VARIABLE: self.die, STOP_VARIABLE: self.stop_at, SECONDS_VARIABLE: self.seconds}
         with _environment:
             os.environ.update(own)

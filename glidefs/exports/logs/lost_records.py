@@ -9,6 +9,7 @@ the log where the root names it: what a log holds is set aside only when that is
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -61,6 +62,21 @@ def say_nameless(state_dir: Path, logs_dir: Path, records: Collection[ExportReco
             found.volume_id,
             found.log_id,
         )
+
+
+def remove_unused(state_dir: Path, logs_dir: Path, records: Collection[ExportRecord]) -> None:
+    """Remove the directories of logs that were not begun: a crash came after them and before their records.
+
+    Every record and local root must be known, so not where one is damaged.
+    """
+    named = {(record.volume_id, record.log_id) for record in records}
+    named |= {(root.volume_id, root.log_id) for root in local.every(state_dir)}
+    for found in logs.list_logs(logs_dir, named):
+        path = Path(found.path)
+        if not found.live and not logs.has_witness(path):
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+                path.parent.rmdir()
 
 
 def newer_root(

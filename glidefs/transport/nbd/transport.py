@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 
 from glidefs.transport.base import Attachment, Endpoint
-from glidefs.transport.nbd.server import NbdServer
 from glidefs.transport.nbd.negotiation import NbdExport
+from glidefs.transport.nbd.server import NbdServer
 
 NOTICED = 1.0
 """Seconds in which the end of a connection is noticed."""
