@@ -83,7 +83,7 @@ class Opener:
     # -- start and background --------------------------------------------------------------------
 
     def load(self, *, standby: bool = False) -> list[Entry]:
-        """List what the records name; nothing is opened yet. ``standby``: another process makes some meanwhile."""
+        """List what the records name, while another process makes some or not; nothing is opened yet."""
         self._records.sync()
         local.sync_volumes(self.places.state_dir)
         records, damaged = self._records.load()
