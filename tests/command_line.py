@@ -23,6 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+INTERRUPTIBLE = ("env", "--default-signal=INT")
+"""Words before a command that is to end by SIGINT: what shells start in the background ignores it."""
 ROOM = 4096
 """Bytes for the words of a command in the list of processes."""
 _lock = threading.Lock()
@@ -174,6 +176,7 @@ def _be_listed_as(words: Sequence[str]) -> None:
 
 
 def _become(args: Sequence[str], cwd: str, env: Mapping[str, str]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if env.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
     _be_listed_as([sys.executable, "-m", "glidefs.cli.main", *args])

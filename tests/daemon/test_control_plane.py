@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import servers
+from command_line import INTERRUPTIBLE
 from daemon_harness import DEADLINE, ROOT, Daemon, wait_for
 
 from glidefs.api.pools import Pools
@@ -184,7 +185,8 @@ def test_an_interrupted_profile_ends(daemon: Daemon, tmp_path: Path) -> None:
     daemon.json("create", "fork", "--from", "base:base")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLIDEFS_CONFIG": str(daemon.config)}
     for number in (signal.SIGINT, signal.SIGKILL):
-        command = [sys.executable, "-m", "glidefs.cli.main", "profile", "fork", "--stop-after", "1h"]
+        command = [*INTERRUPTIBLE, sys.executable, "-m", "glidefs.cli.main"]
+        command += ["profile", "fork", "--stop-after", "1h"]
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as client:
             wait_for(lambda: waiting(daemon) == 1, "the profile runs")
             client.send_signal(number)

@@ -109,7 +109,7 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver that is there and may be used."""
     node = tmp_path / "ublk-control"
     node.write_bytes(b"")
-    monkeypatch.setattr(base, "UBLK_CONTROL", node)
+    monkeypatch.setattr("glidefs.transport.ublk.driver.UBLK_CONTROL", node)
 
 
 def transports(tmp_path: Path, allow: str | None = None) -> dict[str, base.Transport]:

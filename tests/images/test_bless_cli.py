@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import INTERRUPTIBLE
 from images_rig import noise, write_image
 
 from glidefs.cli.offline import bless_command
@@ -140,7 +141,8 @@ def test_inspect_a_checkpoint(cli: Cli, tmp_path: Path) -> None:
 def test_interrupted(cli: Cli, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLIDEFS_CONFIG": str(cli.config)}
-    command = [sys.executable, "-m", "glidefs.cli.main", "bless", str(tmp_path / "fifo"), "-n", "b"]
+    command = [*INTERRUPTIBLE, sys.executable, "-m", "glidefs.cli.main"]
+    command += ["bless", str(tmp_path / "fifo"), "-n", "b"]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     with (tmp_path / "fifo").open("wb") as fifo:  # returns once the child has opened it
         fifo.write(noise(1, 1000))

@@ -52,7 +52,7 @@ class FakeCore:
             return list(self.attached)
 
     def close(self) -> None:
-        for connection, _, _ in self.attached.values():
+        for connection, _ in self.attached.values():
             connection.close()
 
 

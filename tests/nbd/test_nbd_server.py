@@ -284,7 +284,7 @@ def test_handed_over_listener_goes_on_with_its_successor(tmp_path: Path) -> None
 def test_activated_listeners() -> None:
     code = """
 import os, sys
-from glidefs.transport.nbd.server import activated_listeners
+from glidefs.transport.nbd.listen import activated_listeners
 environ = {**os.environ, "LISTEN_PID": str(os.getpid())}
 found = activated_listeners("nbd", environ)
 print([each.getsockname() for each in found])
