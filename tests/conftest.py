@@ -13,7 +13,6 @@ OUTER_TESTS = {line for line in (HERE / "outer_tests.txt").read_text().splitline
 SMOKE = {
     "test_restart_serves_the_same_exports",
     "test_detach_and_attach_elsewhere",
-    "test_the_life_of_a_base",
     "test_a_connection_is_not_reset",
 }
 """Tests of those directories that it has."""

@@ -333,9 +333,9 @@ class Volume:
         """Another host has the volume: fail all I/O, keep the log, say so once."""
         if self.fenced:
             return
-        self.fenced = why
         with contextlib.suppress(Closed):
             self.core.fail(errno.EIO)
+        self.fenced = why  # whoever sees it finds that I/O fails
         if self.on_fenced is not None:
             self.on_fenced(self, why)  # makes it durable: then it is said
         text = f"volume {self.name} is FENCED: {why}; I/O fails now, its log stays in {self.log_dir}"

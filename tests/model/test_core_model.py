@@ -5,4 +5,4 @@ from __future__ import annotations
 from core_machine import CoreMachine
 from model_length import sized
 
-TestCoreModel = sized(CoreMachine.TestCase, 40, quick=200, normal=2000, long=20000)
+TestCoreModel = sized(CoreMachine.TestCase, 40, quick=60, normal=600, long=20000)

@@ -5,4 +5,4 @@ from __future__ import annotations
 from fork_machine import ForkMachine
 from model_length import sized
 
-TestForkModel = sized(ForkMachine.TestCase, 30, quick=50, normal=2000, long=10000)
+TestForkModel = sized(ForkMachine.TestCase, 30, quick=15, normal=300, long=10000)

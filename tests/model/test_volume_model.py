@@ -5,4 +5,4 @@ from __future__ import annotations
 from model_length import sized
 from volume_machine import VolumeMachine
 
-TestVolumeModel = sized(VolumeMachine.TestCase, 25, quick=40, normal=2000, long=10000)
+TestVolumeModel = sized(VolumeMachine.TestCase, 25, quick=15, normal=300, long=10000)
