@@ -68,7 +68,7 @@ class Host:
         self._retirer = Retirer(engine, settings)
         self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
-        self.faults = FaultService(engine, store, settings, self.find)
+        self.faults = FaultService(engine, store, settings, self._volumes.get)
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
         self.scheduler.on_commit = self._committed

@@ -164,9 +164,11 @@ class FaultService:
     # -- read-ahead ------------------------------------------------------------------------------
 
     def _read_ahead(self, volume: Volume, fault: Fault) -> None:
-        volume.note_fault(fault.block, fault.count)
+        recorder = volume.on_fault
+        if recorder is not None:
+            recorder(fault.block, fault.count)
         # What is read ahead is not touched by a fault: a profile would miss it.
-        limit = 0 if volume.profiling else self._settings.read_ahead_bytes // BLOCK
+        limit = 0 if recorder is not None else self._settings.read_ahead_bytes // BLOCK
         if limit:
             end = -(-volume.size // BLOCK)
             with self._lock:

@@ -84,6 +84,7 @@ class Volume:
         "fenced",
         "last_error",
         "log_dir",
+        "manifest",
         "name",
         "on_fault",
         "on_fenced",
@@ -146,6 +147,8 @@ class Volume:
                 lambda first, last: Gather(self.core, self.log_dir, self.id, self.log_id, first, last)
             ),
         )
+        self.manifest: Callable[[ObjectStore], Manifest] = self.committer.manifest
+        """The manifest in use now, loading pages through a store."""
 
     # -- identity and manifest -------------------------------------------------------------------
 
@@ -183,10 +186,6 @@ class Volume:
     def read_only(self) -> bool:
         """Whether the volume takes no writes, and so owns nothing in the store."""
         return self.record.read_only
-
-    def manifest(self, store: ObjectStore) -> Manifest:
-        """The manifest in use now, loading pages through ``store``."""
-        return self.committer.manifest(store)
 
     # -- for the people who use it ---------------------------------------------------------------
 
@@ -308,11 +307,6 @@ class Volume:
         self.close()
 
     # -- for the host's threads ------------------------------------------------------------------
-
-    def note_fault(self, first: int, count: int) -> None:
-        """A guest waits for these blocks."""
-        if self.on_fault is not None:
-            self.on_fault(first, count)
 
     @property
     def size_dirty(self) -> bool:
