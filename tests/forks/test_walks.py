@@ -1,4 +1,4 @@
-"""The three walks that ARCHITECTURE.md tells, traced: the files in the order in which each is entered first."""
+"""The three walks that ARCHITECTURE.md tells, traced: files in the order in which each is entered first."""
 
 from __future__ import annotations
 
