@@ -1,4 +1,4 @@
-"""Who asked for what is being done: the log says it, and a wait ends when nobody wants its answer.
+"""Who asked for the work that a thread does: for the log, and to end waits whose client is gone.
 
 It goes with the thread (a context variable), so that what waits deep below a verb need not be told.
 """

@@ -1,4 +1,4 @@
-"""Time that counts against the collector's grace."""
+"""A clock for gc's grace period, which also runs while the host is suspended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The threads that verbs run on, apart by what they wait for: a wait for the store holds up no other verb."""
+"""Thread pools of the verbs, one per thing they wait for: a verb that waits for the store delays no other."""
 
 from __future__ import annotations
 

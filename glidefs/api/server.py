@@ -1,4 +1,4 @@
-"""Where the API listens: a Unix socket of mode 0600, and TCP only for who shows the token.
+"""Where the API listens: a Unix socket of mode 0600, and TCP for clients that present the token.
 
 One thread with one event loop serves all listeners; the router's calls run in its thread pool.
 """

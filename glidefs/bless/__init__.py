@@ -1,4 +1,4 @@
-"""An image becomes a base: it is read, cut into packs, uploaded and published, and goes on after an
+"""Turns an image into a base: reads it, cuts it into packs, uploads and publishes them; resumes after an
 interruption.
 
 Used by ``cli`` and ``exports``. Needs the store and ``bases``, no daemon.

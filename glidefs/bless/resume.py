@@ -1,4 +1,4 @@
-"""Going on with a bless that was interrupted: its checkpoint, and which of its packs can be used again.
+"""Resuming an interrupted bless: its checkpoint, and which of its packs can be reused.
 
 A later bless reads the image anew. As long as the blocks are those of the checkpoint's packs, in their
 order, they are only hashed; from the first difference on new packs are made. So it does not matter

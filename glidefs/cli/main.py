@@ -348,7 +348,7 @@ def inspect(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Print what an object or file of ours holds; works without a daemon."""
+    """Print the contents of a GlideFS object or file; needs no daemon."""
     from glidefs.cli.offline import inspect_command
 
     with reported(as_json):

@@ -258,14 +258,14 @@ def gc_command(
 
 
 def checked_grace(wanted: float | None, configured: float, force: bool) -> float:
-    """The grace of a run in seconds. Raises ConfigError for one that hosts do not reckon with."""
+    """The grace of a run in seconds. Raises ConfigError for one shorter than the hosts assume."""
     if wanted is None:
         return configured
     if wanted < configured and not force:
         raise ConfigError(
-            f"a grace of {age_text(wanted)} is less than the {age_text(configured)} that hosts "
-            "reckon with ([store] gc_grace): what they are about to commit could be deleted; "
-            "with no host at work on the prefix, --force allows it"
+            f"a grace of {age_text(wanted)} is shorter than the {age_text(configured)} that hosts "
+            "assume ([store] gc_grace): gc could delete what they are about to commit; "
+            "if no host uses the prefix, add --force"
         )
     return wanted
 

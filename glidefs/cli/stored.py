@@ -1,4 +1,4 @@
-"""What the store knows of volumes, whoever serves them: listed, and taken after a host or disk was lost."""
+"""Commands on volumes as the store knows them: list them, and take over those of a lost host or disk."""
 
 from __future__ import annotations
 

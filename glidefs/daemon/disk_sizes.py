@@ -1,4 +1,4 @@
-"""Whether the local disks are as large as the configuration takes them for."""
+"""Checks that the configured sizes fit the local disks."""
 
 from __future__ import annotations
 

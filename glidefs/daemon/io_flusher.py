@@ -1,4 +1,4 @@
-"""The daemon is an I/O flusher: when memory is short its threads wait for no disk, which may be its own.
+"""PR_SET_IO_FLUSHER: when memory is short, the daemon's threads must not wait for disks that may be its own.
 
 A guest dirties memory of this host; to free some of it the kernel writes to the guest's device; that write
 needs the daemon, and in the end free log space. So every thread between a guest's write and freed log space

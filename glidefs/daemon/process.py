@@ -1,4 +1,4 @@
-"""What a daemon settles with the system: its directories, its locks, its limits, systemd."""
+"""The daemon and the system: directories, locks, resource limits, systemd."""
 
 from __future__ import annotations
 

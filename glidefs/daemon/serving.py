@@ -1,4 +1,4 @@
-"""What serves the exports of a daemon: engine, host of volumes, router, NBD server; and their settings."""
+"""Builds what serves exports from the configuration: engine, host of volumes, router, NBD server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the store keeps what GlideFS relies on: tried once per url, without keeping a host from serving."""
+"""Checks once per URL that the store behaves as GlideFS needs, without delaying the start of exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator has to know: what is wrong with an export, and with the store. Nothing here waits."""
+"""Health for operators: what is wrong with an export or with the store. Nothing here blocks."""
 
 from __future__ import annotations
 

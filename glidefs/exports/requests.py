@@ -1,4 +1,4 @@
-"""What the router takes and gives, as frozen structs: the API and the command line speak them as JSON.
+"""Requests and results of the router, as frozen structs; the API and the command line exchange them as JSON.
 
 Unknown fields and wrong types are refused where they are decoded.
 """

@@ -1,4 +1,4 @@
-"""The marking of gc: what was listed, less what the roots and the checkpoints of the prefix name.
+"""Marking: everything that was listed, minus what roots and checkpoints of the prefix refer to.
 
 Memory: ids as 16 bytes, in one dictionary per kind. There is no set of what is named: an id that a root
 names leaves the dictionary of candidates.

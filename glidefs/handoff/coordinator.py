@@ -1,4 +1,4 @@
-"""The exports of a process, on their way to another one: frozen, described, let go, or taken up.
+"""Moves exports between processes: freezes, describes and releases them, or takes them over.
 
 The same class serves either side. Neither decides anything here: `predecessor.py` and `successor.py` do.
 """

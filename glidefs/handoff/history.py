@@ -1,4 +1,4 @@
-"""What came of the handoffs of a daemon and of those before it: handed on from process to process."""
+"""Outcomes of past handoffs, passed on from process to process."""
 
 from __future__ import annotations
 

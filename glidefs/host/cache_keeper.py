@@ -1,4 +1,4 @@
-"""Keeps the block cache honest: what was put in is synced, and a disk that fails is said once.
+"""Syncs the block cache in the background, and reports a failing disk once.
 
 While the disk fails the core serves blocks from the store without the cache; it tries the disk again by
 itself (``csrc/cache/cache_sync.c``), so all that is left to do here is to sync, and to tell people.

@@ -1,4 +1,4 @@
-"""What shadow verify says of a difference: which bytes, and where the wrong ones come from.
+"""Describes a difference that shadow verify found: which bytes, and where the wrong ones came from.
 
 The core names the source of the read: a position in the log, a slot of the block cache, or zeros. Here
 each is looked at: is the record intact, is the slot's content that of its hash, what do the packs hold,

@@ -1,4 +1,4 @@
-"""What a log holds, in a few bytes: evidence that a root was made of this log and of no other one.
+"""A digest of a log: evidence that a root was made from this log and no other.
 
 The nonce of a commit is drawn and kept on the disk before the root is put. Where the disk does not take
 it, a restart would not know it, and one that was kept before proves nothing: a copy of the cache

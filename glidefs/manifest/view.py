@@ -1,4 +1,4 @@
-"""Manifests and pack indices, as readers, uploaders and compaction look at them.
+"""A manifest with its pages and pack indices, loaded on demand through caches.
 
 All of it is immutable, so it is cached by id for the whole host and shared by every fork.
 """

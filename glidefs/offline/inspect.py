@@ -1,4 +1,4 @@
-"""Say what an object or a file of ours holds, without a daemon and without secrets."""
+"""Describes the contents of a GlideFS object or file, without a daemon and without secrets."""
 
 from __future__ import annotations
 

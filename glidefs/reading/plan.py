@@ -1,4 +1,4 @@
-"""How a block is made of the entries that packs hold of it."""
+"""Which pack entries make up a block, and assembling the block from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hot sets made resident in the background, for forks that were just made.
+"""Prefetches hot sets for new forks, in the background.
 
 Blocks go in windows, in first-touch order from window to window; inside a window they are sorted, so
 that neighbours in a pack share a request. The requests run in the lane of background reads, on

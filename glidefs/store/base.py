@@ -1,4 +1,4 @@
-"""What GlideFS asks of an object store, and nothing more.
+"""The interface of an object store: exactly what GlideFS needs of one.
 
 Keys are relative to the store's root url, ``/``-separated, without empty, ``.`` or ``..`` parts.
 All methods may be called from any thread. All raise :class:`glidefs.errors.StoreError` subclasses

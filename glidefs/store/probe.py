@@ -1,4 +1,4 @@
-"""Does this store keep what GlideFS relies on?
+"""Tries whether a store behaves as GlideFS needs: conditional puts, ranges, consistent lists.
 
 Fencing rests on conditional puts and reading on ranges. A provider that does not know a condition
 mostly ignores it and answers "done", and two hosts then write one volume: so a store is tried once,

@@ -1,4 +1,4 @@
-"""What is known of the store: whether it serves, and who waits for it how long.
+"""The state of the store: whether it answers, who waits for it, and for how long.
 
 A wait is of what is asked, not of a call: callers with a deadline of seconds ask again and again, and
 each of their calls alone would never have waited for long. So waits are kept by lane, operation and

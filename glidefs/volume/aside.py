@@ -1,4 +1,4 @@
-"""What is known of a write log that was set aside: whose it was, why, and how much of it the store has.
+"""The note beside a write log that was set aside: whose it was, why, and how much of it is in the store.
 
 A small file in the log's directory, written when its export loses the log: it outlives the record and the
 local root. A log without one, or with one that is damaged, counts as if the store had nothing of it.

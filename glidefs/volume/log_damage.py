@@ -1,4 +1,4 @@
-"""What a write log that is read offline lacks, in words; csrc/log/replay.c finds it, as at a start."""
+"""Describes damage in a write log that is read offline; csrc/log/replay.c finds it, as at a start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose bytes fill the file system of a log, for people."""
+"""Describes what fills the file system of a log."""
 
 from __future__ import annotations
 

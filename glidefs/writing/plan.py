@@ -1,4 +1,4 @@
-"""What an upload will hold: sealed log against the manifest, cut into packs. No I/O but page loads.
+"""Plans an upload: compares the sealed log with the manifest, cuts it into packs. Loads pages, no other I/O.
 
 Zeros are cheap in both directions: a chunk that is covered whole by this upload loses its
 older packs, in the others zeroed sectors become mask bits, and over nothing they are nothing.

@@ -1,4 +1,4 @@
-"""When committed segments give their disk space back: late, since they are a free read cache.
+"""Decides when committed segments free their disk space: late, because they are a read cache at no cost.
 
 Only what the durable local manifest includes may go (:meth:`Volume.retirable`), oldest first.
 """

@@ -1,4 +1,4 @@
-"""When volumes are uploaded: one heap of due times for the host, and a few threads that work it off.
+"""Schedules uploads: one heap of due times for the host, and a few threads that serve it.
 
 A volume is due by age, by the amount of sealed log, by a drain or a store flush, and at once when its
 writers wait for log space or map memory. A volume that is clean is in no table here, so a thousand

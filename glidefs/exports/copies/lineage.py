@@ -1,4 +1,4 @@
-"""What volumes come from and leave behind: sources of forks, snapshots, tags, and bases made of them.
+"""Sources and copies of volumes: what a fork comes from; snapshots, tags and bases made of a volume.
 
 All of these are copies of a manifest root that name the same packs; nothing here moves data. A copy
 belongs to no host: it has no owner and no log.

@@ -1,4 +1,4 @@
-"""A source is pinned before it is copied: the store names all of the copy from before it is made.
+"""Pins: a source is pinned before it is copied, so that gc keeps everything that the copy will name.
 
 Between the moment that a root is read and the moment that a copy of it is put, the source may drop what
 the copy will name: it is removed, or commits. A run of gc in between sees it without a root, and if

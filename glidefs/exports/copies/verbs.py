@@ -1,4 +1,4 @@
-"""The verbs on what was forked or will be: snapshot, tag, promote, profile."""
+"""The verbs that copy a volume or prepare forks of it: snapshot, tag, promote, profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The write log of an export that is closed: how much of it the store lacks, and where it goes."""
+"""The write log of a closed export: how much of it the store lacks; setting it aside and deleting it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nobody looks after: prefixes that no configuration here names, unserved records, logs set aside.
+"""Leftovers: prefixes that no configuration on this host names, records that nobody serves, logs set aside.
 
 It only reads: no directory, file or object is made for the sake of looking.
 """

@@ -1,4 +1,4 @@
-"""What takes the place of local files that are damaged, old or gone.
+"""Recovery from local files that are damaged, outdated or missing.
 
 Exports whose record is lost, though their write log is here:
 

@@ -1,4 +1,4 @@
-"""What udev is told of our devices: `/run/glidefs/ublk/N` says which export `/dev/ublkbN` is.
+"""Names for udev: `/run/glidefs/ublk/N` says which export `/dev/ublkbN` is.
 
 The file is there before the kernel shows the device, so that the rule (`packaging/60-glidefs.rules`) needs
 no program and no daemon to name it `/dev/glidefs/EXPORT`. N is a symbolic link to a file `N.KEY` with two

@@ -1,4 +1,4 @@
-"""Kernels on which adding a ublk device is not survived.
+"""Kernel releases that crash when a ublk device is added.
 
 Linux 6.19 allocates the queues of a ublk device by NUMA node (commit 529d4d632788), which needs the tag set
 to be made before them (011af85ccd87, of the same series). Where only the first was backported the driver
