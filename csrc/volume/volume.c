@@ -282,7 +282,6 @@ int glide_volume_close(glide_volume *v)
 struct volume_call {
     struct volume *v;
     uint64_t value;
-    void *out;
 };
 
 static int do_seal(struct worker *w, void *arg)
@@ -341,94 +340,6 @@ int glide_volume_fail(glide_volume *volume, int err)
     if (err <= 0)
         return fail(-EINVAL, "an errno is positive");
     return worker_call(volume->worker, do_fail, &(struct volume_call){.v = volume, .value = (uint64_t)err});
-}
-
-/* ---- information ------------------------------------------------------------------------------------- */
-
-static uint64_t count_parked(const struct volume *v)
-{
-    uint64_t n = v->waiting;
-
-    list_each(at, &v->batch)
-        n++;
-    list_each(at, &v->sync.store)
-        n++;
-    return n;
-}
-
-static uint64_t longest_wait_ns(struct volume *v)
-{
-    const struct list *lists[] = {&v->batch, &v->sync.store};
-    uint64_t now = now_ns(), longest = fault_longest_wait_ns(v, now);
-
-    for (size_t i = 0; i < sizeof(lists) / sizeof(lists[0]); i++)
-        list_each(at, lists[i]) {
-            uint64_t ns = elapsed_ns(now, container_of(at, struct io_req, link)->start_ns);
-            longest = ns > longest ? ns : longest;
-        }
-    return longest;
-}
-
-static int do_info(struct worker *w, void *arg)
-{
-    struct volume_call *c = arg;
-    struct volume *v = c->v;
-    struct glide_volume_info *out = c->out;
-
-    (void)w;
-    *out = (struct glide_volume_info){.size = atomic_load(&v->size),
-                                      .sealed_seq = log_sealed_seq(&v->log),
-                                      .committed_seq = v->committed_seq,
-                                      .active_bytes = v->log.active ? v->log.active->bytes : 0,
-                                      .map_bytes = log_map_bytes(&v->map) + v->base.entries.bytes,
-                                      .parked = count_parked(v),
-                                      .longest_wait_ns = longest_wait_ns(v),
-                                      .connections = v->client_count,
-                                      .failed = (uint32_t)v->failed};
-    for (uint32_t i = 0; i < v->log.count; i++) {
-        const struct log_segment *s = v->log.segments[i];
-        out->first_seq = i ? out->first_seq : s->seq;
-        out->last_seq = s->seq;
-        out->log_bytes += s->bytes;
-        if (s->seq <= v->committed_seq)
-            continue;
-        out->dirty_bytes += s->valid ? (uint64_t)s->end * SECTOR : 0;
-        if (s->valid && (!out->oldest_dirty_ns || s->first_ns < out->oldest_dirty_ns))
-            out->oldest_dirty_ns = s->first_ns;
-    }
-    return 0;
-}
-
-int glide_volume_info_get(glide_volume *volume, struct glide_volume_info *out)
-{
-    return worker_call(volume->worker, do_info, &(struct volume_call){.v = volume, .out = out});
-}
-
-int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
-{
-    const struct stats *s = &volume->stats;
-
-    for (int op = 0; op < GLIDE_OPS; op++) {
-        out->ops[op] = atomic_load_explicit(&s->ops[op], memory_order_relaxed);
-        out->bytes[op] = atomic_load_explicit(&s->bytes[op], memory_order_relaxed);
-        out->errors[op] = atomic_load_explicit(&s->errors[op], memory_order_relaxed);
-        out->latency_sum_ns[op] = atomic_load_explicit(&s->latency_sum_ns[op], memory_order_relaxed);
-        for (int b = 0; b < GLIDE_HIST_BUCKETS; b++)
-            out->latency[op][b] = atomic_load_explicit(&s->latency[op][b], memory_order_relaxed);
-    }
-    out->faults = atomic_load_explicit(&s->faults, memory_order_relaxed);
-    out->log_hits = atomic_load_explicit(&s->log_hits, memory_order_relaxed);
-    out->cache_reads = atomic_load_explicit(&s->cache_reads, memory_order_relaxed);
-    out->zero_reads = atomic_load_explicit(&s->zero_reads, memory_order_relaxed);
-    out->rmw = atomic_load_explicit(&s->rmw, memory_order_relaxed);
-    out->syncs = atomic_load_explicit(&s->syncs, memory_order_relaxed);
-    out->log_full_waits = atomic_load_explicit(&s->log_full_waits, memory_order_relaxed);
-    out->map_full_waits = atomic_load_explicit(&s->map_full_waits, memory_order_relaxed);
-    out->shadow_compared = atomic_load_explicit(&s->shadow_compared, memory_order_relaxed);
-    out->shadow_differences = atomic_load_explicit(&s->shadow_differences, memory_order_relaxed);
-    out->shadow_changed = atomic_load_explicit(&s->shadow_changed, memory_order_relaxed);
-    out->shadow_absent = atomic_load_explicit(&s->shadow_absent, memory_order_relaxed);
-    return 0;
 }
 
 /* ---- synchronous I/O ------------------------------------------------------------------------------------ */
