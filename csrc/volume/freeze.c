@@ -56,7 +56,9 @@ static void start_freeze(struct call *call, struct worker *w)
     if (v->filter) /* those of which the flush began the reads, too */
         v->filter->ops->let_go(v, NULL);
     log_seal(&v->log);
-    transports_each(t, v) if (t->ops->freeze) t->ops->freeze(t);
+    transports_each(t, v)
+        if (t->ops->freeze)
+            t->ops->freeze(t);
     v->frozen = true;
     list_append(&v->freeze_calls, &call->link);
     freeze_check(v);
@@ -80,7 +82,8 @@ static int unfreeze(struct worker *w, void *arg)
         v->answers_missed = false;
         fault_resolve_all(v, 0);
     }
-    transports_each(t, v) t->ops->unfreeze(t);
+    transports_each(t, v)
+        t->ops->unfreeze(t);
     volume_want_flush(v);
     if (v->blocked || v->waiting)
         worker_want_tick(w);

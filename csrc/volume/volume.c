@@ -31,7 +31,8 @@ static bool is_idle(const struct member *m)
     struct volume *v = volume_of(m);
     bool idle = !v->inflight;
 
-    transports_each(t, v) idle = idle && t->ops->idle(t);
+    transports_each(t, v)
+        idle = idle && t->ops->idle(t);
     return idle;
 }
 
@@ -66,7 +67,9 @@ void transport_leave(struct volume *v, struct transport *t)
 
 struct transport *transport_find(const struct volume *v, const struct transport_ops *ops)
 {
-    transports_each(t, v) if (t->ops == ops) return t;
+    transports_each(t, v)
+        if (t->ops == ops)
+            return t;
     return NULL;
 }
 
@@ -100,7 +103,8 @@ static bool tick(struct member *m)
     if (limit && v->waiting)
         fault_expire(v, now, limit);
     bool held = v->filter && v->filter->ops->tick(v, now);
-    transports_each(t, v) held |= t->ops->tick && t->ops->tick(t);
+    transports_each(t, v)
+        held |= t->ops->tick && t->ops->tick(t);
     return v->blocked || v->waiting || held;
 }
 
@@ -130,7 +134,9 @@ static void leave(struct member *m)
 {
     struct volume *v = volume_of(m);
 
-    transports_each(t, v) t->ops->left_behind(t);
+    transports_each(t, v)
+        if (t->ops->left_behind)
+            t->ops->left_behind(t);
     list_remove(&m->link);
     list_remove(&v->flush_task.link);
 }
@@ -191,7 +197,9 @@ static struct volume *volume_new(struct engine *e, const struct glide_volume_con
 static void end_requests(struct volume *v)
 {
     v->closing = true;
-    transports_each(t, v) if (t->ops->close) t->ops->close(t);
+    transports_each(t, v)
+        if (t->ops->close)
+            t->ops->close(t);
     io_fail_parked(v, ESHUTDOWN);
 }
 
@@ -200,7 +208,9 @@ static void let_go(struct member *m)
 {
     struct volume *v = volume_of(m);
 
-    transports_each(t, v) if (t->ops->let_go) t->ops->let_go(t);
+    transports_each(t, v)
+        if (t->ops->let_go)
+            t->ops->let_go(t);
     end_requests(v);
 }
 
@@ -255,7 +265,9 @@ static int check_free(struct worker *w, void *arg)
     struct volume *v = arg;
 
     (void)w;
-    transports_each(t, v) if (!t->ops->close) return fail(-EBUSY, "stop or release the volume's device first");
+    transports_each(t, v)
+        if (!t->ops->close)
+            return fail(-EBUSY, "stop or release the volume's device first");
     return 0;
 }
 

@@ -265,8 +265,7 @@ static void start_detach(struct call *call, struct worker *w)
     struct detach *a = call->arg;
 
     (void)w;
-    transports_each(t, a->volume)
-    {
+    transports_each(t, a->volume) {
         struct nbd_conn *c = nbd_conn_of(t);
         if (!c || c->id != a->id)
             continue;

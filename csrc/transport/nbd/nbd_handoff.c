@@ -66,8 +66,7 @@ static int list_conns(struct worker *w, void *arg)
     (void)w;
     if (!h->v->frozen)
         return fail(-EINVAL, "the volume is not frozen");
-    transports_each(t, h->v)
-    {
+    transports_each(t, h->v) {
         const struct nbd_conn *c = nbd_conn_of(t);
         if (!c || c->broken)
             continue;
@@ -122,8 +121,7 @@ static int export_conn(struct worker *w, void *arg)
     struct handoff_call *h = arg;
 
     (void)w;
-    transports_each(t, h->v)
-    {
+    transports_each(t, h->v) {
         const struct nbd_conn *c = nbd_conn_of(t);
         if (!c || c->id != h->state->conn_id)
             continue;
