@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ REASON = blockers()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
 LIVE, QUIESCED = "1", "2"
+LONG = os.environ.get("GLIDEFS_TEST_LENGTH") == "long"
 QUIESCE, UPDATE_SIZE, USER_COPY = 1 << 12, 1 << 10, 1 << 7
 MIB = 1 << 20
 
@@ -38,7 +40,7 @@ def _no_leftovers(program: Path) -> Iterator[None]:
     assert not left, f"devices left behind: {left}"
 
 
-@pytest.fixture(params=["user-copy", "copy"])
+@pytest.fixture(params=["user-copy", "copy"] if LONG else ["user-copy"])
 def mode(request: pytest.FixtureRequest, features: int) -> list[str]:
     if request.param == "user-copy" and not features & USER_COPY:
         pytest.skip("this kernel has no user copy")
