@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
-from conftest import MakeNode
 from fork_rig import MIB, Node
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +90,7 @@ WALKS: dict[str, tuple[tuple[str, ...], Callable[[Node], object]]] = {
 
 
 @pytest.mark.parametrize("title", WALKS)
-def test_a_walk_is_as_it_is_told(tracer: Tracer, make_node: MakeNode, title: str) -> None:
+def test_a_walk_is_as_it_is_told(tracer: Tracer, make_node: Callable[..., Node], title: str) -> None:
     node = make_node()
     node.router.start()
     assert node.router.wait_tried(20)
