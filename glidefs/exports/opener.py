@@ -29,9 +29,8 @@ from glidefs.exports.logs.lost_records import (
     advice,
     find_lost,
     has_unsent,
+    look_at_nameless,
     newer_root,
-    remove_unused,
-    say_nameless,
 )
 from glidefs.exports.roots import STORE_PATIENCE, Roots
 from glidefs.exports.settings import RouterSettings
@@ -95,9 +94,8 @@ class Opener:
             entry.failed(GlideError(why))
             self._table.add(entry)
             log.error("%s: not served: %s", name, why)
-        say_nameless(places.state_dir, places.logs_dir, records)
-        if not standby and not damaged:
-            remove_unused(places.state_dir, places.logs_dir, records)
+        remove = not standby and not damaged
+        look_at_nameless(places.state_dir, places.logs_dir, records, remove=remove)
         entries = [Entry(record.name, record) for record in records]
         for entry in entries:
             entry.state = "fenced" if entry.is_fenced() else "starting"

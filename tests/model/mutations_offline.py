@@ -75,8 +75,8 @@ OFFLINE = [
     Mutation(
         "a-log-without-a-name-is-not-said",
         "glidefs/exports/logs/lost_records.py",
-        "        if found.live or not found.segments",
-        "        if True or not found.segments",
+        "        if found.segments and not aside",
+        "        if False and not aside",
         ("tests/forks/test_damaged_files.py::test_a_record_of_a_fork_that_the_store_does_not_know",),
     ),
 ]

@@ -24,6 +24,13 @@ TREES = {
         },
         "a circle: glidefs.host.a, glidefs.host.b",
     ),
+    "circle of modules by name": (
+        {
+            "glidefs/host/a.py": "from glidefs.host import b\n",
+            "glidefs/host/b.py": "def f():\n    from glidefs.host import a\n",
+        },
+        "a circle: glidefs.host.a, glidefs.host.b",
+    ),
     "only types": (
         {
             "glidefs/host/a.py": "from glidefs.host.b import x\n",

@@ -45,35 +45,29 @@ def find_lost(state_dir: Path, logs_dir: Path, known: Collection[str]) -> dict[s
     return lost
 
 
-def say_nameless(state_dir: Path, logs_dir: Path, records: Collection[ExportRecord]) -> None:
-    """Name the logs with data that no record and no local root names.
+def look_at_nameless(
+    state_dir: Path, logs_dir: Path, records: Collection[ExportRecord], *, remove: bool
+) -> None:
+    """Look at the logs that no record and no local root names: those with data are said.
 
-    So it is where a fork that the store does not know yet loses its record.
-    """
-    named = {(record.volume_id, record.log_id) for record in records}
-    named |= {(root.volume_id, root.log_id) for root in local.every(state_dir)}
-    for found in logs.list_logs(logs_dir, named):
-        if found.live or not found.segments or aside.is_noted(Path(found.path)):
-            continue
-        log.error(
-            "%s: a write log whose record is lost, and nothing here says which export it was of; "
-            "'glidefs logs export %s %s FILE' saves what it holds, 'glidefs logs delete' ends it",
-            found.path,
-            found.volume_id,
-            found.log_id,
-        )
-
-
-def remove_unused(state_dir: Path, logs_dir: Path, records: Collection[ExportRecord]) -> None:
-    """Remove the directories of logs that were not begun: a crash came after them and before their records.
-
-    Every record and local root must be known, so not where one is damaged.
+    So it is where a fork that the store does not know yet loses its record. ``remove``, where every record is
+    known: a crash before the record of a new export leaves the empty directory of its log, which goes.
     """
     named = {(record.volume_id, record.log_id) for record in records}
     named |= {(root.volume_id, root.log_id) for root in local.every(state_dir)}
     for found in logs.list_logs(logs_dir, named):
         path = Path(found.path)
-        if not found.live and not logs.has_witness(path):
+        if found.live:
+            continue
+        if found.segments and not aside.is_noted(path):
+            log.error(
+                "%s: a write log whose record is lost, and nothing here says which export it was of; "
+                "'glidefs logs export %s %s FILE' saves what it holds, 'glidefs logs delete' ends it",
+                found.path,
+                found.volume_id,
+                found.log_id,
+            )
+        elif remove and not logs.has_witness(path):
             with contextlib.suppress(OSError):  # it is not empty
                 path.rmdir()
                 path.parent.rmdir()
