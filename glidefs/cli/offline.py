@@ -12,7 +12,8 @@ import msgspec
 from glidefs.cli import output
 from glidefs.config import Config, age_text, config_path, load_config
 from glidefs.errors import ConfigError, GlideError
-from glidefs.exports.logs.leftovers import check_named, unnamed_prefixes
+from glidefs.exports.logs.leftovers import unnamed_prefixes
+from glidefs.exports.requests import check_named
 from glidefs.names import check_prefix
 from glidefs.store import open_configured
 from glidefs.store.probe import probe_store

@@ -19,9 +19,9 @@ from glidefs.core.check import Closed
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError
 from glidefs.formats.manifest import chunk_count
 from glidefs.formats.pack import SECTOR, PackEntry
-from glidefs.manifest.commit import Superseded
-from glidefs.manifest.edit import Change
-from glidefs.manifest.view import Manifest, MetaCache
+from glidefs.manifest.cache import MetaCache
+from glidefs.manifest.commit import Change, Superseded
+from glidefs.manifest.view import Manifest
 from glidefs.store.base import Buffer
 from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore

@@ -21,7 +21,7 @@ from glidefs.formats.pack import (
     encode_payload,
     payload_hash,
 )
-from glidefs.manifest.edit import Replace
+from glidefs.manifest.commit import Replace
 from glidefs.reading.fetch import Payloads, Wanted, fetch, plan_ranges
 from glidefs.store.base import Buffer, ObjectStore
 from glidefs.store.packs import BuiltPack

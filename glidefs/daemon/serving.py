@@ -6,7 +6,7 @@ import contextlib
 import threading
 from pathlib import Path
 
-from glidefs.bases.library import BaseLibrary
+from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.config import Config
 from glidefs.core.engine import Engine, EngineConfig, Event, EventKind
 from glidefs.daemon.identity import LOG_DIR, CacheIdentity

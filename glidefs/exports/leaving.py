@@ -23,7 +23,7 @@ from glidefs.exports.table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
 from glidefs.manifest import lease
-from glidefs.manifest.roots import delete_root, put_first_root, same_as, undelete_root
+from glidefs.manifest.lease import delete_root, put_first_root, same_as, undelete_root
 from glidefs.names import check_name
 from glidefs.store.resilient import ResilientStore
 

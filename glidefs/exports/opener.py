@@ -39,7 +39,7 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root
 from glidefs.host.host import Host
 from glidefs.manifest import lease, local
-from glidefs.manifest.roots import delete_root
+from glidefs.manifest.lease import delete_root
 from glidefs.names import manifest_key
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Attachment, Transport, choose_transport

@@ -5,6 +5,7 @@ Unknown fields and wrong types are refused where they are decoded.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
@@ -169,3 +170,12 @@ def normal_size(size: int | str) -> int:
     if rounded > MAX_SIZE:
         raise ConfigError(f"size {shown} is too large: a volume has at most {MAX_SIZE} bytes (1EiB)")
     return rounded
+
+
+def check_named(prefix: str, named: Collection[str], *, new: bool) -> None:
+    """Something is about to be made in ``prefix``. Raises ConfigError if no configuration looks after it."""
+    if prefix not in named and not new:
+        raise ConfigError(
+            f"[store] prefixes does not name {prefix}: gc and starts of this host would not look there; "
+            "add it, or make it all the same with --new-prefix"
+        )

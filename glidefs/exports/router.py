@@ -23,7 +23,7 @@ from typing import Any
 
 from msgspec.structs import asdict, replace
 
-from glidefs.bases.library import BaseLibrary
+from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.errors import (
     ConfigError,
     ExportExists,
@@ -38,10 +38,9 @@ from glidefs.exports.copies.lineage import Lineage, Origin
 from glidefs.exports.copies.verbs import ForkVerbs
 from glidefs.exports.health import judged
 from glidefs.exports.leaving import Leaving
-from glidefs.exports.logs.leftovers import check_named
 from glidefs.exports.logs.verbs import LogVerbs
 from glidefs.exports.opener import Opener
-from glidefs.exports.requests import AttachRequest, CreateRequest, ExportStatus, normal_size
+from glidefs.exports.requests import AttachRequest, CreateRequest, ExportStatus, check_named, normal_size
 from glidefs.exports.settings import RouterSettings
 from glidefs.exports.stored import list_volumes
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
@@ -49,7 +48,7 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
 from glidefs.host.host import Host
 from glidefs.manifest import lease
-from glidefs.manifest.roots import delete_root, put_first_root, same_as
+from glidefs.manifest.lease import delete_root, put_first_root, same_as
 from glidefs.names import Source, check_name, check_prefix, parse_source
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Transport, choose_transport

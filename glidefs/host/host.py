@@ -27,8 +27,7 @@ from glidefs.host.cache_keeper import CacheKeeper
 from glidefs.host.shadow import ShadowVerifier
 from glidefs.host.watch import Watch
 from glidefs.manifest import local
-from glidefs.manifest.index_files import IndexFiles
-from glidefs.manifest.view import MetaCache
+from glidefs.manifest.cache import IndexFiles, MetaCache
 from glidefs.reading.prefetch import Prefetcher
 from glidefs.reading.service import FaultService
 from glidefs.store.resilient import ResilientStore
@@ -66,18 +65,19 @@ class Host:
             settings.put_threads, "glide-put", initializer=partial(lower_priority, settings.nice)
         )
         self._retirer = Retirer(engine, settings)
-        self.uploader = Uploader(store, self.meta, settings, self._puts, lambda: self.scheduler)
+        self.uploader = Uploader(store, self.meta, settings, self._puts)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
         self.faults = FaultService(engine, store, settings, self._volumes.get)
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
-        self.scheduler.on_commit = self._committed
+        if settings.compaction:
+            self.scheduler.on_commit = self.compactor.note
         self.watch = Watch(
             store.view("background", settings.store_patience),
             interval=settings.sync_interval,
             volumes=self.volumes,
             doubt=self.confirm,
-            paused=lambda: self.scheduler.pausing or self.scheduler.stopping,
+            paused=lambda: self.uploader.life.pausing or self.uploader.life.stopping,
         )
         self._shadow = (
             ShadowVerifier(engine, store, settings, settings.shadow_dir, self.find)
@@ -309,7 +309,3 @@ class Host:
                 volume.retire_committed()
             except Closed:
                 continue
-
-    def _committed(self, volume: Volume, chunks: frozenset[int]) -> None:
-        if self.settings.compaction:
-            self.compactor.note(volume, chunks)

@@ -22,9 +22,9 @@ from glidefs.errors import Fenced, GlideError, StoreWentBack
 from glidefs.events import happened
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
+from glidefs.manifest.cache import MetaCache
 from glidefs.manifest.commit import Committer
-from glidefs.manifest.log_digest import LogDigest
-from glidefs.manifest.view import Manifest, MetaCache
+from glidefs.manifest.view import Manifest
 from glidefs.store.base import ObjectStore
 
 log = logging.getLogger(__name__)
@@ -143,9 +143,7 @@ class Volume:
             meta=meta,
             state_dir=state_dir,
             on_change=self._root_changed,
-            log_digest=LogDigest(
-                lambda first, last: Gather(self.core, self.log_dir, self.id, self.log_id, first, last)
-            ),
+            gather=lambda first, last: Gather(self.core, self.log_dir, self.id, self.log_id, first, last),
         )
         self.manifest: Callable[[ObjectStore], Manifest] = self.committer.manifest
         """The manifest in use now, loading pages through a store."""

@@ -85,9 +85,7 @@ class Scheduler:
         self._heap: list[tuple[float, int, _Job]] = []
         self._order = itertools.count()
         self._threads: list[threading.Thread] = []
-        self._stop = False
-        self._paused = 0
-        self._give_up_at = 0.0
+        self.life = uploader.life
         self._last_loud = float("-inf")
         self._last_lost = float("-inf")
         self._last_full = float("-inf")
@@ -98,21 +96,6 @@ class Scheduler:
     def _patience(self) -> float:
         """Seconds after which a write is uploaded, whatever else goes on."""
         return min(self._settings.sync_interval, self._settings.max_dirty_age)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether :meth:`close` was called."""
-        return self._stop
-
-    @property
-    def pausing(self) -> bool:
-        """Whether somebody waits for uploads to end: what waits should not."""
-        return self._paused > 0
-
-    @property
-    def giving_up(self) -> bool:
-        """The same, and it has taken too long: what is begun is done again later."""
-        return self._paused > 0 and time.monotonic() >= self._give_up_at
 
     def start(self) -> None:
         """Start the threads."""
@@ -126,7 +109,7 @@ class Scheduler:
     def stop(self) -> None:
         """Start no more jobs, end those that wait for the store."""
         with self._wake:
-            self._stop = True
+            self.life.stopping = True
             self._wake.notify_all()
 
     def close(self) -> None:
@@ -160,7 +143,7 @@ class Scheduler:
         if due < job.due:
             job.due = due
             heapq.heappush(self._heap, (due, next(self._order), job))
-            if not self._paused:  # else `resume` wakes them
+            if not self.life.pauses:  # else `resume` wakes them
                 self._wake.notify_all()
 
     def forget(self, volume: Volume) -> None:
@@ -177,8 +160,8 @@ class Scheduler:
         ``deadline`` is a time of ``time.monotonic()``.
         """
         with self._wake:
-            self._paused += 1
-            self._give_up_at = time.monotonic() + (deadline - time.monotonic()) / 2
+            self.life.pauses += 1
+            self.life.give_up_at = time.monotonic() + (deadline - time.monotonic()) / 2
             while any(job.busy for job in self._jobs.values()):
                 if time.monotonic() >= deadline:
                     return False
@@ -188,7 +171,7 @@ class Scheduler:
     def resume(self) -> None:
         """Undo a :meth:`pause`."""
         with self._wake:
-            self._paused -= 1
+            self.life.pauses -= 1
             self._wake.notify_all()
 
     # -- workers ---------------------------------------------------------------------------------
@@ -209,9 +192,9 @@ class Scheduler:
 
     def _take(self) -> tuple[_Job, bool, bool] | None:
         with self._wake:
-            while not self._stop:
+            while not self.life.stopping:
                 timeout = None
-                if self._heap and not self._paused:
+                if self._heap and not self.life.pauses:
                     due, _, job = self._heap[0]
                     timeout = due - time.monotonic()
                     if due != job.due or job.busy or self._jobs.get(job.volume.cookie) is not job:
@@ -290,7 +273,7 @@ class Scheduler:
         burst = (
             None
             if seal or urgent
-            else Burst(volume, self._engine.config.log_limit, self._patience, lambda: self.pausing)
+            else Burst(volume, self._engine.config.log_limit, self._patience, lambda: self.life.pausing)
         )
         if not seal:
             info = volume.core.info()
@@ -320,7 +303,7 @@ class Scheduler:
                 self.on_commit(volume, done.chunks)
             if volume.done_segment >= sealed:
                 return
-            if self._paused:
+            if self.life.pauses:
                 raise Paused(f"volume {volume.name}: uploads pause")
 
     def batch_bytes(self) -> int:
@@ -351,7 +334,7 @@ class Scheduler:
     # -- events ----------------------------------------------------------------------------------
 
     def _events(self) -> None:
-        while not self._stop:
+        while not self.life.stopping:
             try:
                 events = self._engine.events_next(self._settings.poll_ms)
             except Closed:

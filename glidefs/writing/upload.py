@@ -1,5 +1,9 @@
 """Uploads: sealed segments of one volume become packs, and one commit makes them part of it.
 
+An upload is planned first: the sealed log is compared with the manifest and cut into packs. Zeros are cheap
+in both directions: a chunk that an upload covers whole loses its older packs, in the others zeroed sectors
+become mask bits, and over nothing they are nothing.
+
 The order that a crash at any point survives: seal, fsync the segments, gather (verified), put packs,
 put pages, put the root, fsync a local copy of it; only then may the segments go.
 """
@@ -10,26 +14,38 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from glidefs import clock
 from glidefs.core import heap
 from glidefs.core.check import Closed, CoreError
-from glidefs.core.gather import Gather
+from glidefs.core.gather import Gather, GatherExtent
+from glidefs.core.payloads import compress_payloads
 from glidefs.errors import Fenced, GlideError, StoreError
-from glidefs.manifest.commit import Superseded
-from glidefs.manifest.edit import Append, Change
-from glidefs.manifest.view import MetaCache
+from glidefs.formats.pack import (
+    BLOCK,
+    CHUNK_BLOCKS,
+    EMPTY_HASH,
+    FULL_MASK,
+    HEADER_SIZE,
+    MAX_ENTRIES,
+    SECTOR,
+    PackEntry,
+    payload_hash,
+)
+from glidefs.manifest.cache import MetaCache
+from glidefs.manifest.commit import Append, Change, Superseded
+from glidefs.manifest.view import Manifest, block_count
 from glidefs.store.base import Buffer
 from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.settings import HostSettings
 from glidefs.writing.pace import Burst
-from glidefs.writing.packing import compress_items
-from glidefs.writing.plan import PackJob, plan_upload
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
@@ -41,6 +57,10 @@ LOOK = 0.2
 REPLANS = 8
 """How often an upload is planned again on a root that the store turned out to have."""
 
+SAMPLES = 32
+SHRINKS = 0.97
+"""A sample that keeps more than this part of its bytes says that a pack is not worth compressing."""
+
 
 class Uploaded(NamedTuple):
     """What one commit carried."""
@@ -49,6 +69,29 @@ class Uploaded(NamedTuple):
     packs: int
     bytes: int
     chunks: frozenset[int] = frozenset()
+
+
+class Item(NamedTuple):
+    """What a pack will say of a block; its payload has the sectors of ``mask``."""
+
+    block: int
+    mask: int
+    zero_mask: int
+
+
+class PackJob(msgspec.Struct, frozen=True):
+    """One pack: gather entries ``first`` up to ``first + count`` hold its data, ``items`` its index."""
+
+    first: int
+    count: int
+    items: list[Item]
+
+
+class UploadPlan(NamedTuple):
+    """``drops``: chunks whose older packs are covered whole; ``jobs``: packs, ascending by block."""
+
+    drops: frozenset[int]
+    jobs: list[PackJob]
 
 
 class Counters:
@@ -65,23 +108,28 @@ class Counters:
         self.compacted_bytes = 0
 
 
-class Life(Protocol):
-    """Whether the host goes on; what is used of the scheduler."""
+class Life:
+    """Whether uploads go on. The scheduler sets it under its lock; who is at work looks, without."""
 
-    @property
-    def stopping(self) -> bool:
-        """It ends: give up what waits for the store."""
-        ...
+    __slots__ = ("give_up_at", "pauses", "stopping")
+
+    def __init__(self) -> None:
+        self.stopping = False
+        """The host ends: what waits for the store is given up."""
+        self.pauses = 0
+        """How many wait for uploads to end."""
+        self.give_up_at = 0.0
+        """The time, of ``time.monotonic()``, after which a pause has taken too long."""
 
     @property
     def pausing(self) -> bool:
-        """Give up what waits for the store, it is done again later."""
-        ...
+        """Give up what waits for the store; it is done again later."""
+        return self.pauses > 0
 
     @property
     def giving_up(self) -> bool:
-        """Give up what is under way, it is done again later."""
-        ...
+        """Give up what is under way, too."""
+        return self.pauses > 0 and time.monotonic() >= self.give_up_at
 
 
 class Paused(GlideError):
@@ -102,14 +150,13 @@ class Uploader:
         meta: MetaCache,
         settings: HostSettings,
         puts: Executor,
-        life: Callable[[], Life],
     ) -> None:
         self._store = store.view("upload", settings.store_patience)
         self._reads = store.view("read", settings.store_patience)
         self._meta = meta
         self._settings = settings
         self._puts = puts
-        self._life = life
+        self.life = Life()
         self.counters = Counters()
 
     def upload(self, volume: Volume, last: int, size: int, burst: Burst | None = None) -> Uploaded:
@@ -198,7 +245,7 @@ class Uploader:
         while True:
             began = time.monotonic()
             most = 1 if burst is not None and burst.lasts() else self._settings.put_threads
-            if error is None and self._life().giving_up:
+            if error is None and self.life.giving_up:
                 error = Paused(f"volume {volume.name}: uploads pause")
             while error is None and len(waiting) < most:
                 job = next(todo, None)
@@ -228,7 +275,7 @@ class Uploader:
             except TimeoutError:
                 if future.done():
                     raise
-                if (volume.closing or self._life().stopping) and future.cancel():
+                if (volume.closing or self.life.stopping) and future.cancel():
                     raise Closed(f"volume {volume.name} closes") from None
 
     def _put_one(self, volume: Volume, gather: Gather, job: PackJob) -> BuiltPack:
@@ -251,7 +298,7 @@ class Uploader:
 
     def put(self, volume: Volume, key: str, body: list[Buffer]) -> None:
         """Put a pack, through outages, until the volume closes or is fenced."""
-        if volume.closing or self._life().stopping:
+        if volume.closing or self.life.stopping:
             raise Closed(f"volume {volume.name} closes")  # who closes it waits for the upload
         self.retry(volume, lambda: self._store.put(key, body), clock.elapsed())
 
@@ -271,8 +318,142 @@ class Uploader:
                 if not error.temporary:
                     raise
                 volume.last_error = str(error)
-                if volume.closing or self._life().stopping:
+                if volume.closing or self.life.stopping:
                     raise Closed(f"volume {volume.name} closes") from error
-                if self._life().pausing or clock.elapsed() - since > self._settings.gc_grace / 2:
+                if self.life.pausing or clock.elapsed() - since > self._settings.gc_grace / 2:
                     raise
             time.sleep(0.05)  # the store's own wrapper did the waiting
+
+
+def plan_upload(gather: Gather, manifest: Manifest, pack_bytes: int) -> UploadPlan:
+    """Plan the upload of all of ``gather`` over ``manifest``; packs of ``pack_bytes`` plain bytes."""
+    extents = gather.extents()
+    drops = covered_chunks(gather, extents, manifest)
+    present = _Present(manifest, drops)
+    zeros = _zero_items(extents, manifest, drops)
+    return UploadPlan(drops, list(_cut(gather, zeros, present, pack_bytes)))
+
+
+def covered_chunks(gather: Gather, extents: Sequence[GatherExtent], manifest: Manifest) -> frozenset[int]:
+    """The chunks of the manifest of which ``gather`` has every sector.
+
+    Counted is what lies within the manifest's size: blocks that a grow brought since are in no pack.
+    """
+    size = manifest.root.size
+    blocks_end = block_count(size)
+    covered: Counter[int] = Counter()
+    for extent in extents:
+        end = min(extent.block + extent.count, blocks_end)
+        if extent.block >= end:
+            continue
+        for chunk in manifest.present(extent.block // CHUNK_BLOCKS, (end - 1) // CHUNK_BLOCKS):
+            start, stop = chunk * CHUNK_BLOCKS, (chunk + 1) * CHUNK_BLOCKS
+            covered[chunk] += min(stop, end) - max(start, extent.block)
+    for block, mask, zero_mask in gather.entries():
+        valid = _valid(block, size)
+        if block < blocks_end and (mask | zero_mask) & valid == valid:
+            covered[block // CHUNK_BLOCKS] += 1
+    return frozenset(
+        chunk
+        for chunk, blocks in covered.items()
+        if blocks >= manifest.blocks_of(chunk) > 0 and manifest.packs(chunk)
+    )
+
+
+def _valid(block: int, size: int) -> int:
+    """The sectors of a block, not one behind the end, that are within the volume."""
+    sectors = -(-(size - block * BLOCK) // SECTOR)
+    return FULL_MASK if sectors >= 32 else (1 << max(sectors, 0)) - 1
+
+
+class _Present:
+    """Whether zeros in a chunk hide anything."""
+
+    def __init__(self, manifest: Manifest, drops: frozenset[int]) -> None:
+        self._manifest = manifest
+        self._drops = drops
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, chunk: int) -> bool:
+        known = self._known.get(chunk)
+        if known is None:
+            known = chunk not in self._drops and bool(self._manifest.packs(chunk))
+            self._known[chunk] = known
+        return known
+
+
+def _zero_items(extents: Sequence[GatherExtent], manifest: Manifest, drops: frozenset[int]) -> Iterator[Item]:
+    """Zero-mask items for whole zero blocks in chunks that keep older packs, ascending."""
+    for extent in sorted(extents):
+        end = extent.block + extent.count
+        for chunk in manifest.present(extent.block // CHUNK_BLOCKS, (end - 1) // CHUNK_BLOCKS):
+            if chunk not in drops:
+                stop = min(end, chunk * CHUNK_BLOCKS + manifest.blocks_of(chunk))
+                for block in range(max(extent.block, chunk * CHUNK_BLOCKS), stop):
+                    yield Item(block, 0, FULL_MASK)
+
+
+def _cut(gather: Gather, zeros: Iterator[Item], present: _Present, pack_bytes: int) -> Iterator[PackJob]:
+    """Merge data and zero items by block and cut them where a pack is full."""
+    items: list[Item] = []
+    first = count = size = 0
+    zero = next(zeros, None)
+    for i, (block, mask, zero_mask) in enumerate(gather.entries()):
+        while zero is not None and zero.block < block:
+            items.append(zero)
+            zero = next(zeros, None)
+        length = mask.bit_count() * SECTOR
+        if items and (size + length > pack_bytes or len(items) >= MAX_ENTRIES - 1):
+            yield PackJob(first, count, items)
+            items, first, count, size = [], i, 0, 0
+        count += 1
+        size += length
+        if zero_mask and not present(block // CHUNK_BLOCKS):
+            zero_mask = 0
+        if mask or zero_mask:
+            items.append(Item(block, mask, zero_mask))
+    while zero is not None:
+        if len(items) >= MAX_ENTRIES - 1:
+            yield PackJob(first, count, items)
+            items, first, count = [], first + count, 0
+        items.append(zero)
+        zero = next(zeros, None)
+    if items:
+        yield PackJob(first, count, items)
+
+
+def compress_items(plain: memoryview, items: Sequence[Item], level: int) -> tuple[Buffer, list[PackEntry]]:
+    """Payload area and entries for consecutive plain payloads of ``items`` (those with a mask)."""
+    lengths = [item.mask.bit_count() * SECTOR for item in items if item.mask]
+    stored: Sequence[int] = lengths
+    area: Buffer = plain
+    if lengths and worth_compressing(plain, lengths, level):
+        out = heap.buffer(len(plain))
+        stored = compress_payloads(plain, lengths, out, level)
+        area = out[: sum(stored)]
+    entries: list[PackEntry] = []
+    sizes = iter(stored)
+    at, offset = 0, HEADER_SIZE
+    for block, mask, zero_mask in items:
+        if not mask:
+            entries.append(PackEntry(block, 0, zero_mask, 0, 0, EMPTY_HASH))
+            continue
+        length, size = mask.bit_count() * SECTOR, next(sizes)
+        entries.append(PackEntry(block, mask, zero_mask, offset, size, payload_hash(plain[at : at + length])))
+        at += length
+        offset += size
+    return area, entries
+
+
+def worth_compressing(plain: memoryview, lengths: Sequence[int], level: int) -> bool:
+    """Whether a sample of the payloads shrinks; spares the CPU where data is random already."""
+    if len(lengths) <= SAMPLES:
+        return True
+    step = len(lengths) // SAMPLES
+    sample, sizes, at = bytearray(), [], 0
+    for i, length in enumerate(lengths):
+        if i % step == 0:
+            sample += plain[at : at + min(length, 4 * SECTOR)]
+            sizes.append(min(length, 4 * SECTOR))
+        at += length
+    return sum(compress_payloads(sample, sizes, bytearray(len(sample)), level)) < SHRINKS * len(sample)

@@ -20,7 +20,8 @@ from glidefs.core.volume import Install
 from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import decode_root
 from glidefs.formats.pack import CHUNK_BLOCKS
-from glidefs.manifest.view import Manifest, MetaCache
+from glidefs.manifest.cache import MetaCache
+from glidefs.manifest.view import Manifest
 from glidefs.names import base_manifest_key, hot_set_key
 from glidefs.reading.plan import BlockPlan
 from glidefs.reading.reader import plan_run

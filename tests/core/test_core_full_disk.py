@@ -14,7 +14,7 @@ from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, pattern, wait_for
 from glidefs.core.engine import EventKind
 from glidefs.formats import atomic, reserve
 from glidefs.formats.manifest import PackRef
-from glidefs.manifest.index_files import IndexFiles
+from glidefs.manifest.cache import IndexFiles
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs")
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from stored_roots import owner_of
 
-from glidefs.bases.library import BaseLibrary
+from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.core.volume import CoreVolume
 from glidefs.exports.requests import CreateRequest, ExportStatus, PromoteRequest

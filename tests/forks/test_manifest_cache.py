@@ -10,8 +10,7 @@ import pytest
 from fork_rig import PREFIX, CountingStore, Node, delayed
 from stored_roots import owner_of, put_root
 
-from glidefs.bases.library import BaseLibrary
-from glidefs.bases.manifest_cache import ManifestCache
+from glidefs.bases.manifest_cache import BaseLibrary, ManifestCache
 from glidefs.bases.stored import base_root
 from glidefs.errors import NotFound, StoreUnavailable
 from glidefs.manifest import lease

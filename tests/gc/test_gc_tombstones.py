@@ -11,7 +11,7 @@ from glidefs import names
 from glidefs.errors import Conflict, UnknownExport
 from glidefs.formats.manifest import decode_root
 from glidefs.manifest import lease
-from glidefs.manifest.roots import undelete_root
+from glidefs.manifest.lease import undelete_root
 
 
 def test_a_removed_base_keeps_its_packs_for_the_grace(store: ClockStore) -> None:

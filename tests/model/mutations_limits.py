@@ -85,7 +85,7 @@ LIMITS = [
     ),
     Mutation(
         "hints-take-the-last-inode",
-        "glidefs/manifest/index_files.py",
+        "glidefs/manifest/cache.py",
         "            if not reserve.has_files(self._directory) and not self.give_way(1):\n",
         "            if False:\n",
         (FULL + "test_copies_of_indices_give_way_to_what_frees_the_log",),

@@ -130,14 +130,14 @@ VOLUME = [
     ),
     Mutation(
         "blocks-behind-the-end-count-as-the-old-chunk",
-        "glidefs/writing/plan.py",
+        "glidefs/writing/upload.py",
         "        if block < blocks_end and (mask | zero_mask) & valid == valid:",
         "        if (mask | zero_mask) & valid == valid:",
         (UPLOAD + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[False]",),
     ),
     Mutation(
         "extents-behind-the-end-count-as-the-old-chunk",
-        "glidefs/writing/plan.py",
+        "glidefs/writing/upload.py",
         "        end = min(extent.block + extent.count, blocks_end)",
         "        end = extent.block + extent.count",
         (UPLOAD + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[True]",),
@@ -160,14 +160,14 @@ VOLUME = [
     # -- section 6: compaction
     Mutation(
         "merge-result-goes-on-top",
-        "glidefs/manifest/edit.py",
+        "glidefs/manifest/commit.py",
         "            chunks[replace.chunk] = refs[:at] + replace.new + refs[at + len(replace.old) :]",
         "            chunks[replace.chunk] = refs[:at] + refs[at + len(replace.old) :] + replace.new",
         (COMPACTION + "test_packs_appended_while_a_merge_runs_stay_newer",),
     ),
     Mutation(
         "merge-result-without-its-run",
-        "glidefs/manifest/edit.py",
+        "glidefs/manifest/commit.py",
         "        if at >= 0:\n",
         "        if True:\n",
         (COMPACTION + "test_a_run_that_was_dropped_meanwhile_stays_dropped",),
@@ -181,7 +181,7 @@ VOLUME = [
     ),
     Mutation(
         "a-copy-of-a-host-removes-by-the-log",
-        "glidefs/manifest/roots.py",
+        "glidefs/manifest/lease.py",
         "found.log_id != mine.log_id or not ours(found)",
         "found.log_id != mine.log_id",
         (

@@ -202,7 +202,7 @@ SIM = [
     ),
     Mutation(
         "undelete-of-what-is-doomed",
-        "glidefs/manifest/roots.py",
+        "glidefs/manifest/lease.py",
         "        if found.doomed:\n",
         "        if False:\n",
         ("tests/volume/test_roots.py",),
@@ -280,7 +280,7 @@ SIM = [
     ),
     Mutation(
         "a-copy-removes-by-the-log-alone",
-        "glidefs/manifest/roots.py",
+        "glidefs/manifest/lease.py",
         "found.log_id != mine.log_id or not ours(found)",
         "found.log_id != mine.log_id",
         ("tests/forks/test_older_roots.py",),

@@ -17,7 +17,6 @@ from typing import Any
 
 from gc_rig import START, InlinePool
 
-import glidefs.bases.library
 import glidefs.bases.manifest_cache
 import glidefs.bases.stored
 import glidefs.clock
@@ -72,7 +71,7 @@ WAITING: tuple[Any, ...] = (
 """Modules that wait for conditions and events."""
 
 POOLED: tuple[Any, ...] = (
-    glidefs.bases.library,
+    glidefs.bases.manifest_cache,
     glidefs.gc.run,
     glidefs.bases.stored,
     glidefs.exports.opener,

@@ -26,7 +26,7 @@ from power_cut import Keep
 from sim_disk import DiskFaults, Platter
 from stored_roots import owner_of
 
-from glidefs.bases.library import BaseLibrary
+from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EngineStats, EventKind
 from glidefs.core.volume import CoreVolume
@@ -275,7 +275,7 @@ class SimNode:
         while done < most and any(
             not job.busy and job.due <= self._clock.now for job in scheduler._jobs.values()
         ):
-            if scheduler._paused:
+            if scheduler.life.pauses:
                 break
             taken = scheduler._take()
             assert taken is not None

@@ -11,7 +11,7 @@ from stored_roots import owner_of, put_root
 from glidefs.errors import AccessDenied, Conflict, ExportExists, Fenced, UnknownExport
 from glidefs.formats.manifest import EMPTY_PAGE, Root, decode_root
 from glidefs.manifest import lease
-from glidefs.manifest.roots import delete_root, put_first_root, undelete_root
+from glidefs.manifest.lease import delete_root, put_first_root, undelete_root
 from glidefs.names import manifest_key
 from glidefs.store.memory import MemoryStore
 

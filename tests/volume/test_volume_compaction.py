@@ -23,7 +23,7 @@ from glidefs.formats.pack import (
     encode_trailer,
 )
 from glidefs.host.host import Host
-from glidefs.manifest.edit import Append, Change, Replace, build_page, edit
+from glidefs.manifest.commit import Append, Change, Replace, build_page, edit
 from glidefs.volume.volume import Volume
 
 SMALL = 2 * CHUNK + 5 * BLOCK

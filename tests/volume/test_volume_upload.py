@@ -25,8 +25,9 @@ from glidefs.errors import AccessDenied
 from glidefs.formats.manifest import PackRef, Page, Root, decode_root, encode_root
 from glidefs.formats.pack import CHUNK, SECTOR
 from glidefs.manifest import lease
-from glidefs.manifest.edit import Change, edit
-from glidefs.manifest.view import Manifest, MetaCache
+from glidefs.manifest.cache import MetaCache
+from glidefs.manifest.commit import Change, edit
+from glidefs.manifest.view import Manifest
 from glidefs.names import manifest_key, pack_key
 from glidefs.store.memory import MemoryStore
 from glidefs.volume.volume import DrainTimeout

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
-from glidefs.bases.library import BaseLibrary
+from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.bases.stored import base_root, publish_base
 from glidefs.errors import Fenced, GlideError, NotFound, NotSupported, PreconditionFailed, UnknownExport
 from glidefs.exports.copies.pins import kept_copy, pinned

@@ -11,13 +11,12 @@ import msgspec
 from msgspec.structs import replace
 
 from glidefs.asked import asker, check_listening
-from glidefs.bases.library import BaseLibrary
+from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.bases.profile import IDLE, recording, wait
 from glidefs.bases.stored import list_bases, remove_base
 from glidefs.bless.bless import bless
 from glidefs.errors import ConfigError, Fenced, GlideError, NotSupported
 from glidefs.exports.copies.lineage import PATIENCE, Lineage
-from glidefs.exports.logs.leftovers import check_named
 from glidefs.exports.opener import Opener
 from glidefs.exports.requests import (
     BlessRequest,
@@ -26,13 +25,14 @@ from glidefs.exports.requests import (
     PromoteRequest,
     SnapshotRequest,
     TagRequest,
+    check_named,
 )
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.hot_set import HotSet, make_hot_set
 from glidefs.formats.manifest import Root
 from glidefs.host.host import Host
 from glidefs.manifest import lease, local
-from glidefs.manifest.roots import put_first_root
+from glidefs.manifest.lease import put_first_root
 from glidefs.manifest.view import Manifest
 from glidefs.names import Source, check_name, check_prefix, manifest_key, parse_source
 from glidefs.reading.reader import block_key

@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 from msgspec import Struct
 
 from glidefs.config import Config
-from glidefs.errors import ConfigError, InvalidName
+from glidefs.errors import InvalidName
 from glidefs.exports.table import RecordDirectory
 from glidefs.names import check_id, check_prefix
 from glidefs.store.base import dir_name
@@ -32,15 +32,6 @@ class Logs(Struct, frozen=True):
     lost: tuple[str, ...]
     size: int
     strange: tuple[str, ...]
-
-
-def check_named(prefix: str, named: Collection[str], *, new: bool) -> None:
-    """Something is about to be made in ``prefix``. Raises ConfigError if no configuration looks after it."""
-    if prefix not in named and not new:
-        raise ConfigError(
-            f"[store] prefixes does not name {prefix}: gc and starts of this host would not look there; "
-            "add it, or make it all the same with --new-prefix"
-        )
 
 
 def unnamed_prefixes(list_dirs: Callable[[str], Iterable[str]], named: Collection[str]) -> list[str]:
