@@ -57,7 +57,8 @@ void glide_engine_end_workers(glide_engine *engine);
 void glide_engine_close(glide_engine *engine);
 
 struct glide_engine_stats {
-    uint64_t log_bytes; /* allocated by all logs */
+    uint64_t log_bytes;       /* allocated by all logs */
+    uint64_t log_spare_bytes; /* of that, by files that are kept for the next segments */
     uint64_t log_limit;
     uint64_t map_bytes;
     uint64_t map_budget;
@@ -204,6 +205,8 @@ struct glide_volume_info {
     uint64_t active_bytes;    /* in the active segment */
     uint64_t dirty_bytes;     /* log bytes of segments > committed_seq */
     uint64_t oldest_dirty_ns; /* CLOCK_REALTIME ns of the oldest uncommitted write, 0 = clean */
+    uint64_t oldest_ns;       /* the same of the oldest write that is in the log */
+    uint64_t dead_seq;        /* up to this segment the log has no newest data of a sector, 0 = of the first it has */
     uint64_t log_bytes;       /* allocated by its segments, without files kept for reuse */
     uint64_t map_bytes;
     uint64_t parked;          /* requests that wait for space, faults or the store */

@@ -120,6 +120,7 @@ void glide_engine_close(glide_engine *e)
 void glide_engine_stats_get(glide_engine *e, struct glide_engine_stats *out)
 {
     *out = (struct glide_engine_stats){.log_bytes = atomic_load(&e->logs.used),
+                                       .log_spare_bytes = atomic_load(&e->logs.spare),
                                        .log_limit = e->logs.limit,
                                        .map_bytes = engine_map_bytes(e),
                                        .map_budget = e->config.map_budget,

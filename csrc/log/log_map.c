@@ -87,6 +87,58 @@ void log_map_init(struct log_map *m, struct leaf_pool *pool)
     zero_map_init(&m->zeros);
     m->pool = pool;
     m->leaf_bytes = 0;
+    m->live = NULL;
+    m->live_first = 0;
+    m->live_count = m->live_capacity = 0;
+}
+
+/* ---- live sectors by segment ---- */
+
+/* Make room for a segment, the newest so far or one that is known; those that nothing names go from the front. */
+static bool live_room(struct log_map *m, uint64_t seq)
+{
+    uint32_t gone = 0;
+
+    if (m->live_count && seq - m->live_first < m->live_count)
+        return true;
+    while (gone < m->live_count && !m->live[gone])
+        gone++;
+    m->live_count -= gone;
+    m->live_first = m->live_count ? m->live_first + gone : seq;
+    if (gone)
+        memmove(m->live, m->live + gone, m->live_count * sizeof(*m->live));
+    uint64_t need = seq - m->live_first + 1;
+    if (need > UINT32_MAX / sizeof(*m->live))
+        return false;
+    if (need > m->live_capacity) {
+        uint32_t capacity = (uint32_t)max_u64(need, 2ull * m->live_capacity);
+        uint32_t *live = realloc(m->live, capacity * sizeof(*live));
+        if (!live)
+            return false;
+        m->live = live;
+        m->live_capacity = capacity;
+    }
+    memset(m->live + m->live_count, 0, (need - m->live_count) * sizeof(*m->live));
+    m->live_count = (uint32_t)need;
+    return true;
+}
+
+/* The entry of a leaf goes. */
+static void live_drop(struct log_map *m, uint64_t pos)
+{
+    if (pos)
+        m->live[pos_seq(pos) - m->live_first]--;
+}
+
+uint32_t log_map_live(const struct log_map *m, uint64_t seq)
+{
+    return seq - m->live_first < m->live_count ? m->live[seq - m->live_first] : 0;
+}
+
+static void live_drop_leaf(struct log_map *m, const struct log_leaf *leaf)
+{
+    for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
+        live_drop(m, leaf->pos[i]);
 }
 
 static bool drop_any(uint64_t block, uint64_t value, void *arg)
@@ -102,6 +154,8 @@ void log_map_destroy(struct log_map *m)
     table_destroy(&m->leaves);
     table_destroy(&m->groups);
     zero_map_destroy(&m->zeros);
+    free(m->live);
+    m->live = NULL;
 }
 
 uint64_t log_map_table_bytes(const struct log_map *m) { return m->leaves.bytes + m->groups.bytes + m->zeros.bytes; }
@@ -159,15 +213,20 @@ static void drop_leaf(struct log_map *m, uint64_t block, struct log_leaf *leaf)
     leaf_free(m, leaf);
 }
 
-static void leaf_set(struct log_leaf *leaf, uint32_t i, uint64_t pos)
+static void leaf_set(struct log_map *m, struct log_leaf *leaf, uint32_t i, uint64_t pos)
 {
-    if (!leaf->pos[i])
+    if (leaf->pos[i])
+        live_drop(m, leaf->pos[i]);
+    else
         leaf->used++;
     leaf->pos[i] = pos;
+    m->live[pos_seq(pos) - m->live_first]++;
 }
 
 int log_map_write(struct log_map *m, uint64_t sector, uint64_t count, uint64_t pos)
 {
+    if (!live_room(m, pos_seq(pos)))
+        return -ENOMEM;
     while (count) {
         uint32_t first = (uint32_t)(sector % BLOCK_SECTORS);
         uint32_t n = (uint32_t)min_u64(count, BLOCK_SECTORS - first);
@@ -175,7 +234,7 @@ int log_map_write(struct log_map *m, uint64_t sector, uint64_t count, uint64_t p
         if (!leaf)
             return -ENOMEM;
         for (uint32_t i = 0; i < n; i++)
-            leaf_set(leaf, first + i, pos + i);
+            leaf_set(m, leaf, first + i, pos + i);
         sector += n;
         count -= n;
         pos += n;
@@ -190,7 +249,7 @@ static int zero_part(struct log_map *m, uint64_t sector, uint64_t count, uint64_
     if (!leaf)
         return -ENOMEM;
     for (uint64_t i = 0; i < count; i++)
-        leaf_set(leaf, (uint32_t)(sector % BLOCK_SECTORS + i), pos | POS_ZERO);
+        leaf_set(m, leaf, (uint32_t)(sector % BLOCK_SECTORS + i), pos | POS_ZERO);
     return 0;
 }
 
@@ -205,6 +264,7 @@ static bool drop_in_range(uint64_t block, uint64_t value, void *arg)
 
     if (block < r->start || block >= r->end)
         return false;
+    live_drop_leaf(r->map, (struct log_leaf *)(uintptr_t)value);
     group_remove(r->map, block);
     leaf_free(r->map, (struct log_leaf *)(uintptr_t)value);
     return true;
@@ -222,8 +282,10 @@ static void drop_leaves(struct log_map *m, uint64_t start, uint64_t end)
         uint64_t next = min_u64(end, (block / GROUP_BLOCKS + 1) * GROUP_BLOCKS);
         const uint64_t *bits = table_find(&m->groups, block / GROUP_BLOCKS);
         for (uint64_t left = bits ? *bits >> block % GROUP_BLOCKS : 0; left && block < next; left >>= 1, block++) {
-            if (left & 1)
+            if (left & 1) {
+                live_drop_leaf(m, find_leaf(m, block));
                 drop_leaf(m, block, find_leaf(m, block));
+            }
         }
         block = next;
     }
@@ -234,6 +296,8 @@ int log_map_zero(struct log_map *m, uint64_t sector, uint64_t count, uint64_t po
     uint64_t end = sector + count;
     uint64_t first_whole = div_up(sector, BLOCK_SECTORS), end_whole = end / BLOCK_SECTORS;
 
+    if (!live_room(m, pos_seq(pos)))
+        return -ENOMEM;
     if (first_whole >= end_whole) { /* no whole block: one or two parts */
         uint64_t cut = min_u64(end, first_whole * BLOCK_SECTORS);
         int err = cut > sector ? zero_part(m, sector, cut - sector, pos) : 0;
@@ -278,6 +342,7 @@ static bool forget_part(struct log_map *m, uint64_t sector, uint32_t count, uint
     for (uint32_t i = 0; leaf && i < count; i++) {
         uint64_t *entry = &leaf->pos[sector % BLOCK_SECTORS + i];
         if (*entry == pos + (uint64_t)i * step) {
+            live_drop(m, *entry);
             *entry = 0;
             leaf->used--;
             any = true;
@@ -337,13 +402,14 @@ struct forget_upto {
 };
 
 /* True: something was forgotten. */
-static bool leaf_forget_upto(struct log_leaf *leaf, uint64_t seq)
+static bool leaf_forget_upto(struct log_map *m, struct log_leaf *leaf, uint64_t seq)
 {
     bool any = false;
 
     for (uint32_t i = 0; i < BLOCK_SECTORS; i++) {
         if (!leaf->pos[i] || pos_seq(leaf->pos[i]) > seq)
             continue;
+        live_drop(m, leaf->pos[i]);
         leaf->pos[i] = 0;
         leaf->used--;
         any = true;
@@ -356,7 +422,7 @@ static bool forget_old(uint64_t block, uint64_t value, void *arg)
     struct forget_upto *f = arg;
     struct log_leaf *leaf = (struct log_leaf *)(uintptr_t)value;
 
-    if (leaf_forget_upto(leaf, f->seq))
+    if (leaf_forget_upto(f->map, leaf, f->seq))
         f->forgot(block, 1, f->arg);
     if (leaf->used)
         return false;
@@ -372,7 +438,7 @@ int log_map_forget_block(struct log_map *m, uint64_t block, uint64_t seq)
     /* First what is older: else it would show. */
     int err = zeroed && pos_seq(zeroed) <= seq ? zero_map_clear(&m->zeros, block, block + 1) : 0;
 
-    if (!err && leaf && leaf_forget_upto(leaf, seq) && !leaf->used)
+    if (!err && leaf && leaf_forget_upto(m, leaf, seq) && !leaf->used)
         drop_leaf(m, block, leaf);
     return err;
 }

@@ -48,6 +48,10 @@ struct log_map {
     struct zero_map zeros;
     struct leaf_pool *pool;
     uint64_t leaf_bytes;
+    /* Entries of leaves by the segment that they name: live[i] is of segment live_first + i. */
+    uint32_t *live;
+    uint64_t live_first;
+    uint32_t live_count, live_capacity;
 };
 
 void log_map_init(struct log_map *m, struct leaf_pool *pool);
@@ -69,6 +73,9 @@ struct log_view {
 struct log_view log_map_view(const struct log_map *m, uint64_t block);
 /* Position of a sector with POS_ZERO where zero; 0 = not in the log. */
 uint64_t log_map_find(const struct log_map *m, uint64_t sector);
+
+/* How many sectors have their newest data in a segment; whole blocks of zeros do not count. */
+uint32_t log_map_live(const struct log_map *m, uint64_t seq);
 
 /*
  * Forget the record at pos: every sector that still maps to it. Calls forgot(first_block, count, arg) for

@@ -49,10 +49,16 @@ static void keep_why(struct replay_segment *f)
     f->usable = false;
 }
 
+/* Whether the store has a segment, and nothing is lost with the file. */
+static bool store_has(const struct replay *r, const struct replay_segment *f)
+{
+    return r->calls->drop && f->seq <= r->committed_seq;
+}
+
 /* A file of which nothing can be had, for a reason that ends a replay that may lose nothing: `err`, text set. */
 static int broken(struct replay *r, struct replay_segment *f, int err)
 {
-    if (!r->calls->lost || err == -ENOMEM)
+    if ((!r->calls->lost && !store_has(r, f)) || err == -ENOMEM)
         return err;
     keep_why(f);
     f->broken = true;
@@ -74,7 +80,7 @@ static int open_segment(struct replay *r, struct replay_segment *f)
     free(path);
     free(mark);
     if (err)
-        return err;
+        return store_has(r, f) ? broken(r, f, err) : err;
     id.seq = f->seq;
     err = segment_read_header(&f->file, &id, &f->header);
     f->usable = err == 0;
@@ -211,14 +217,64 @@ static int replay_segment(struct replay *r, struct replay_segment *f)
     return 0;
 }
 
+/* Whether every record that a segment ever had is there: its end is named by the next header, or by a vouch. */
+static bool is_whole(const struct replay_segment *f)
+{
+    bool vouched = pos_seq(f->durable) == f->seq;
+    uint32_t end = f->limit != UINT32_MAX ? f->limit : vouched ? pos_index(f->durable) : 0, i = 0;
+
+    if (!f->usable || f->suspect || !end || f->journal.end != end)
+        return false;
+    while (i < end && f->journal.records[i].op)
+        i += f->journal.records[i].op == RECORD_WRITE ? f->journal.records[i].count : 1;
+    return i >= end;
+}
+
+static void drop_committed(struct replay *r, struct replay_segment *f)
+{
+    r->kept = 0;
+    r->calls->drop(r->arg, f);
+}
+
+/* A segment that the store has: all of it, or nothing of it and of those before it. */
+static int replay_committed(struct replay *r, struct replay_segment *f)
+{
+    int err = 0;
+
+    if (r->kept && f->usable && f->header.previous_seq != r->kept)
+        drop_committed(r, NULL); /* one between them is not here */
+    if (!is_whole(f)) {
+        drop_committed(r, f);
+        return 0;
+    }
+    for (uint32_t i = 0; i < f->journal.end && !err; i++) {
+        uint32_t op = f->journal.records[i].op;
+        if (op == RECORD_WRITE || op == RECORD_ZERO)
+            err = r->calls->record(r->arg, f, i, NULL);
+    }
+    r->kept = f->seq;
+    return err ? err : r->calls->end(r->arg, f);
+}
+
+/* No more of those come: the last one that the store has must be among them. */
+static void end_committed(struct replay *r)
+{
+    if (r->kept && r->kept != r->committed_seq)
+        drop_committed(r, NULL);
+    r->kept = 0;
+}
+
 static int replay_one(struct replay *r, int64_t i)
 {
     struct replay_segment *f = &r->segments[i];
-    uint64_t before = i ? f[-1].seq : r->committed_seq;
-    bool missing = f->usable && f->header.previous_seq > before;
+    uint64_t before = max_u64(i ? f[-1].seq : 0, r->committed_seq);
     int err = 0;
 
     f->durable = durable_for(r, f->seq);
+    if (store_has(r, f))
+        return replay_committed(r, f);
+    end_committed(r);
+    bool missing = f->usable && f->header.previous_seq > before;
     if (f->broken || (!f->usable && was_synced(r, f->seq)))
         err = lost_header(r, f);
     if (!err && missing && was_synced(r, f->header.previous_seq))
@@ -248,6 +304,8 @@ static int replay_all(struct replay *r, const uint64_t *seqs)
         err = replay_one(r, i);
         segment_free_journal(&r->segments[i].journal);
     }
+    if (!err)
+        end_committed(r);
     return err;
 }
 

@@ -8,6 +8,10 @@
  * missing record below the durable position is bit rot, a *loss*; above it, it is a write that was never acknowledged
  * as durable, and what it meant to replace stays visible. Replay never stops at a bad record.
  *
+ * Segments that the store has (up to `committed_seq`) are a read cache. Of them only those are replayed behind which
+ * all is whole: a sector whose newest record is lost would show an older one. Their data is not read here: whoever
+ * reads it compares it with its hash, and the store has what is bad.
+ *
  * The files are only read here, but for a copy of a header that is damaged where `repair` is set. They may be those of
  * a log that its volume appends to.
  */
@@ -44,6 +48,9 @@ struct replay_calls {
     int (*record)(void *arg, struct replay_segment *f, uint32_t index, const uint64_t *sums);
     /* After the last record of a segment; a caller that takes its file sets fd -1, path NULL. */
     int (*end)(void *arg, struct replay_segment *f);
+    /* All segments so far are in the store, and something of them is not whole: forget them, and `f` (NULL = none),
+     * which was not replayed. NULL: segments that the store has are judged like others. */
+    void (*drop)(void *arg, struct replay_segment *f);
     /* The text of fail() says what it is. 0 = go on with what is whole. NULL: the first loss ends the replay. */
     int (*lost)(void *arg, const struct replay_loss *loss);
 };
@@ -66,6 +73,7 @@ struct replay {
     int64_t count;
     struct vouch *vouches; /* of all witnesses; room for 1 + VOUCHES of each segment, and those of the witness file */
     uint32_t vouch_count;
+    uint64_t kept; /* the last segment so far that the store has and that was replayed, 0 = none */
     uint8_t *buf;
     uint64_t sums[RECORD_MAX_SECTORS];
 };

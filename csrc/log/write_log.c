@@ -118,26 +118,42 @@ static void forget(struct write_log *log, struct log_segment *s)
     free(s);
 }
 
-bool log_drop_spares(struct write_log *log)
+/* The warmest spare. Its bytes stay charged. */
+static struct disk_file take_spare(struct write_log *log, uint64_t *bytes)
+{
+    uint32_t last = --log->spare_count;
+
+    *bytes = log->spare_bytes[last];
+    atomic_fetch_sub(&log->budget->spare, *bytes);
+    return log->spares[last];
+}
+
+/* Close a spare, and give its space back. */
+static void close_spare(struct write_log *log, struct disk_file file, uint64_t bytes, bool ours)
+{
+    if (ours)
+        disk_unlink(file.path);
+    disk_close(&file);
+    discharge(log, bytes);
+}
+
+static bool close_spares(struct write_log *log, bool ours)
 {
     bool any = log->spare_count > 0;
+    uint64_t bytes;
 
     while (log->spare_count) {
-        uint32_t i = --log->spare_count;
-        disk_unlink(log->spares[i].path);
-        disk_close(&log->spares[i]);
-        discharge(log, log->spare_bytes[i]);
+        struct disk_file file = take_spare(log, &bytes);
+        close_spare(log, file, bytes, ours);
     }
     return any;
 }
 
+bool log_drop_spares(struct write_log *log) { return close_spares(log, true); }
+
 void log_close(struct write_log *log, bool ours)
 {
-    for (; !ours && log->spare_count; log->spare_count--) {
-        disk_close(&log->spares[log->spare_count - 1]);
-        discharge(log, log->spare_bytes[log->spare_count - 1]);
-    }
-    log_drop_spares(log);
+    close_spares(log, ours);
     for (uint32_t i = 0; i < log->count; i++)
         forget(log, log->segments[i]);
     free(log->segments);
@@ -218,7 +234,7 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
 {
     const struct log_budget *b = log->budget;
     bool full = s->sectors == b->segment_sectors && s->end >= s->sectors / 4 * 3;
-    bool scarce = atomic_load(&b->used) > b->limit / 2; /* others may want the space */
+    bool scarce = atomic_load(&b->used) > b->limit - b->limit / 16; /* others may want the space */
 
     if (!full || scarce || s->sync_failed || log->spare_count == LOG_SPARES)
         return false;
@@ -230,21 +246,28 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
     log->dir_unsynced = true;
     log->spares[log->spare_count] = s->file;
     log->spare_bytes[log->spare_count++] = s->bytes;
+    atomic_fetch_add(&log->budget->spare, s->bytes);
     return true;
+}
+
+void log_forget(struct write_log *log, struct log_segment *s)
+{
+    unlist(log, s);
+    forget(log, s);
 }
 
 bool log_retire(struct write_log *log, struct log_segment *s)
 {
     bool spare = make_spare(log, s);
 
-    unlist(log, s);
-    if (spare) { /* its file and its charge live on */
-        sums_free(&s->sums);
-        free(s);
-    } else {
-        forget(log, s);
+    if (!spare) {
+        log_forget(log, s);
+        return false;
     }
-    return spare;
+    unlist(log, s); /* its file and its charge live on */
+    sums_free(&s->sums);
+    free(s);
+    return true;
 }
 
 /* ---- segments come and go ------------------------------------------------------------------- */
@@ -254,15 +277,13 @@ static int next_file(struct write_log *log, const char *path, struct disk_file *
 {
     *bytes = 0;
     if (log->spare_count) {
-        uint32_t last = --log->spare_count; /* the warmest */
-        if (!disk_rename(&log->spares[last], path)) {
-            *file = log->spares[last];
-            *bytes = log->spare_bytes[last];
+        struct disk_file spare = take_spare(log, bytes);
+        if (!disk_rename(&spare, path)) {
+            *file = spare;
             return 0;
         }
-        disk_unlink(log->spares[last].path);
-        disk_close(&log->spares[last]);
-        discharge(log, log->spare_bytes[last]);
+        close_spare(log, spare, *bytes, true);
+        *bytes = 0;
     }
     return disk_create(file, path);
 }

@@ -27,8 +27,9 @@
 
 /* What all logs of a host share: their space, and the size of their segments. */
 struct log_budget {
-    uint64_t limit;        /* bytes */
-    _Atomic uint64_t used; /* allocated by all logs */
+    uint64_t limit;         /* bytes */
+    _Atomic uint64_t used;  /* allocated by all logs */
+    _Atomic uint64_t spare; /* of that, by files kept for reuse */
     uint32_t segment_sectors;
 };
 
@@ -50,7 +51,7 @@ struct log_segment {
     bool counted;      /* `valid` is every record that its journal ever had: a replay dropped none */
 };
 
-#define LOG_SPARES 128 /* of one log; all go as soon as any writer waits for space */
+#define LOG_SPARES 16 /* of one log; all go as soon as any writer waits for space */
 
 struct write_log {
     struct log_budget *budget;
@@ -123,6 +124,8 @@ struct log_segment *log_adopt(struct write_log *log, uint64_t seq, struct disk_f
                               uint32_t end, uint32_t valid);
 /* Forget a segment without pins. True: its file became a spare; false: the caller unlinks it. */
 bool log_retire(struct write_log *log, struct log_segment *s);
+/* Forget a segment without pins, and close its file. */
+void log_forget(struct write_log *log, struct log_segment *s);
 /* Give the space of all spares back. True if there were any. */
 bool log_drop_spares(struct write_log *log);
 /* Note on disk that a sync of this segment failed, so that a later process does not trust it. */

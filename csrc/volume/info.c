@@ -47,10 +47,14 @@ static int do_info(struct worker *w, void *arg)
                                       .longest_wait_ns = longest_wait_ns(v),
                                       .connections = v->client_count,
                                       .failed = (uint32_t)v->failed};
+    bool dead = true;
     for (uint32_t i = 0; i < v->log.count; i++) {
         const struct log_segment *s = v->log.segments[i];
         out->first_seq = i ? out->first_seq : s->seq;
         out->last_seq = s->seq;
+        dead = dead && s != v->log.active && !log_map_live(&v->map, s->seq);
+        out->dead_seq = dead ? s->seq : out->dead_seq;
+        out->oldest_ns = i ? out->oldest_ns : s->first_ns;
         out->log_bytes += s->bytes;
         if (s->seq <= v->committed_seq)
             continue;

@@ -30,6 +30,18 @@ struct recovery {
     struct replay replay;
 };
 
+static void unlink_segment(struct volume *v, uint64_t seq)
+{
+    char *path = segment_path(v->log.path, seq, ".seg"), *mark = segment_path(v->log.path, seq, ".syncfail");
+
+    if (path && mark) {
+        disk_unlink(path);
+        disk_unlink(mark);
+    }
+    free(path);
+    free(mark);
+}
+
 static int apply(void *arg, struct replay_segment *f, uint32_t index, const uint64_t *sums)
 {
     struct recovery *r = arg;
@@ -57,34 +69,31 @@ static int adopt(void *arg, struct replay_segment *f)
                                          : (uint64_t)st.st_mtim.tv_sec * 1000000000u + (uint64_t)st.st_mtim.tv_nsec;
     s->sync_failed = f->suspect;
     s->counted = f->usable && !f->dropped;
-    f->file.fd = -1; /* it is the segment's now */
+    s->unsynced = f->seq > r->replay.committed_seq; /* a commit is of what was synced */
+    f->file.fd = -1;                                /* it is the segment's now */
     f->file.path = NULL;
     return 0;
 }
 
-static const struct replay_calls CALLS = {.record = apply, .end = adopt};
-
-/* Segments that the store has are not replayed; they go. */
-static void unlink_committed(struct volume *v, uint64_t *seqs, int64_t *count, uint64_t committed)
+/* Segments that the store has, which cannot be served from: they go. */
+static void drop(void *arg, struct replay_segment *f)
 {
-    int64_t kept = 0;
+    struct volume *v = ((struct recovery *)arg)->v;
+    struct write_log *log = &v->log;
 
-    for (int64_t i = 0; i < *count; i++) {
-        if (seqs[i] > committed) {
-            seqs[kept++] = seqs[i];
-            continue;
-        }
-        char *path = segment_path(v->log.path, seqs[i], ".seg"),
-             *mark = segment_path(v->log.path, seqs[i], ".syncfail");
-        if (path && mark) {
-            disk_unlink(path);
-            disk_unlink(mark);
-        }
-        free(path);
-        free(mark);
+    log_map_destroy(&v->map);
+    log_map_init(&v->map, &v->engine->leaves);
+    while (log->count) {
+        unlink_segment(v, log->segments[0]->seq);
+        log_forget(log, log->segments[0]);
     }
-    *count = kept;
+    if (f)
+        unlink_segment(v, f->seq);
 }
+
+static const struct replay_calls CALLS = {.record = apply, .end = adopt, .drop = drop};
+/* In a handoff another process has the log. */
+static const struct replay_calls STANDBY = {.record = apply, .end = adopt};
 
 static int recover_segments(struct recovery *r, const uint64_t *seqs, int64_t count)
 {
@@ -98,6 +107,8 @@ static int recover_segments(struct recovery *r, const uint64_t *seqs, int64_t co
     err = replay_run(&r->replay, seqs, count);
     if (err)
         return err;
+    if (!log->count)
+        return 0;
     const struct log_segment *last = log->segments[log->count - 1];
     log->id.seq = last->seq;
     log->previous_end_seq = last->seq;
@@ -119,7 +130,7 @@ static struct recovery begin(struct volume *v, uint64_t committed_seq, struct gl
                             .committed_seq = committed_seq,
                             .repair = !v->frozen,
                             .adopt = true,
-                            .calls = &CALLS};
+                            .calls = v->frozen ? &STANDBY : &CALLS};
 
     memset(out, 0, sizeof(*out));
     return (struct recovery){.v = v, .out = out, .replay = replay};
@@ -140,7 +151,6 @@ int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify,
         count -= count > 0;
     } else {
         segment_unlink_spares(v->log.path);
-        unlink_committed(v, seqs, &count, committed_seq);
     }
     int err = v->frozen ? 0 : replay_check_end(&r.replay, &v->log.witness);
     if (!err)

@@ -73,6 +73,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges and counters of the host; bytes, slots, counts."""
 
     log_bytes: int
+    log_spare_bytes: int
     log_limit: int
     map_bytes: int
     map_budget: int

@@ -69,6 +69,8 @@ class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):
     active_bytes: int
     dirty_bytes: int
     oldest_dirty_ns: int
+    oldest_ns: int
+    dead_seq: int
     log_bytes: int
     map_bytes: int
     parked: int

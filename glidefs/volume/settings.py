@@ -26,8 +26,8 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     twice ``pack_bytes``). ``batch_bytes`` of sealed log make a volume due before its age does;
     ``batch_segments`` bounds one commit.
 
-    ``retire_fraction`` of the log limit is where committed segments begin to go, and
-    ``retire_segments`` is how many a volume keeps at most.
+    ``retire_fraction`` of the log limit, or of the memory for maps, is where committed segments begin to go;
+    with ``retire_segments`` a volume keeps at most so many (0: no limit).
 
     Compaction: a chunk of ``compact_width`` packs is looked at; after ``settle_idle`` seconds
     without a commit those of more than ``settle_width`` are, too. ``compact_rate`` bytes per second.
@@ -61,8 +61,8 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     batch_bytes: int = 256 * MIB
     batch_segments: int = 16
     gc_grace: float = 86400.0
-    retire_fraction: float = 0.6
-    retire_segments: int = 16
+    retire_fraction: float = 0.8
+    retire_segments: int = 0
     poll_interval: float = 15.0
     backoff: float = 1.0
     nice: int = 15

@@ -1,12 +1,16 @@
 """Decides when committed segments free their disk space: late, because they are a read cache at no cost.
 
-Only what the durable local manifest includes may go (:meth:`Volume.retirable`), oldest first.
+A segment goes when all that it held was written again since, or when the logs of the host near their limit,
+or the maps that say what is in them; then the oldest of all volumes goes first, one at a time. Only what
+the durable local manifest includes may go (:meth:`Volume.retirable`), in order.
 """
 
 from __future__ import annotations
 
+import heapq
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from glidefs.core.check import Closed
@@ -46,64 +50,62 @@ class Retirer:
             return list(self._volumes.values())
 
     def squeeze(self, volume: Volume) -> None:
-        """Give back all that this volume may; and all that the others may while the log is nearly full."""
-        volume.retire_committed()
-        config = self._engine.config
-        stats = self._engine.stats()
-        if stats.log_bytes > self._mark(config.log_limit) or stats.map_bytes > self._mark(stats.map_budget):
-            for other in self.watched():
-                self._guarded(other)
+        """Writers of this volume wait: all that it may give back goes, then what all keep too much of."""
+        self._guarded(volume, lambda: volume.retire_committed())
+        with self._running:
+            self._give_back()
 
     def run(self, volume: Volume) -> None:
-        """Retire what ``volume`` has too much of, and of any while the log is over its mark."""
-        keep = self._settings.retire_segments
+        """Retire what ``volume`` keeps for nothing, and of any volume while all keep too much."""
         info = volume.core.info()
         upto = min(volume.retirable(), info.committed_seq)
-        if info.first_seq and upto - info.first_seq + 1 > keep:
-            volume.core.retire(upto - keep)
-        over = self._engine.stats().log_bytes - self._mark(self._engine.config.log_limit)
-        if over > 0 and self._running.acquire(blocking=False):
+        if keep := self._settings.retire_segments:
+            upto = min(upto, max(info.dead_seq, upto - keep))
+        else:
+            upto = min(upto, info.dead_seq)
+        if 0 < info.first_seq <= upto:
+            volume.core.retire(upto)
+        if self._too_much() and self._running.acquire(blocking=False):
             try:
-                self._give_back(over)
+                self._give_back()
             finally:
                 self._running.release()
 
-    def _mark(self, limit: int) -> int:
-        return int(limit * self._settings.retire_fraction)
+    def _too_much(self) -> bool:
+        stats = self._engine.stats()
+        logs, maps = stats.log_bytes - stats.log_spare_bytes, stats.map_bytes
+        fraction = self._settings.retire_fraction
+        return logs > stats.log_limit * fraction or maps > stats.map_budget * fraction
 
     @staticmethod
-    def _guarded(volume: Volume) -> None:
+    def _guarded(volume: Volume, action: Callable[[], None]) -> None:
         try:
-            volume.retire_committed()
+            action()
         except Closed:
             pass
         except GlideError as error:
             log.warning("volume %s: segments cannot be retired: %s", volume.name, error)
 
-    def _give_back(self, over: int) -> None:
-        """Retire segments until ``over`` bytes are free; the volume that keeps most gives first."""
-        spare: list[tuple[int, int, Volume]] = []
-        for i, volume in enumerate(self.watched()):
-            if kept := self._kept(volume):
-                spare.append((kept, i, volume))
-        while over > 0 and spare:
-            spare.sort()
-            kept, i, volume = spare.pop()
-            try:
-                volume.core.retire(volume.core.info().first_seq)
-            except Closed:
-                continue
-            left = self._kept(volume)
-            over -= max(0, kept - left)
-            if 0 < left < kept:
-                spare.append((left, i, volume))
+    def _give_back(self) -> None:
+        """Retire segment by segment, the oldest of all volumes first, while they keep too much."""
+        oldest: list[tuple[int, int, int, Volume]] = []
+        for volume in self.watched() if self._too_much() else ():
+            self._offer(oldest, volume)
+        while oldest and self._too_much():
+            _, _, first, volume = heapq.heappop(oldest)
+
+            def retire(first: int = first, volume: Volume = volume) -> None:
+                volume.core.retire(first)
+                self._offer(oldest, volume, after=first)
+
+            self._guarded(volume, retire)
 
     @staticmethod
-    def _kept(volume: Volume) -> int:
-        """Bytes of committed segments that may go."""
+    def _offer(oldest: list[tuple[int, int, int, Volume]], volume: Volume, after: int = 0) -> None:
+        """Enter the oldest segment of a volume, if it may go."""
         try:
             info = volume.core.info()
         except Closed:
-            return 0
-        may_go = 0 < info.first_seq <= min(volume.retirable(), info.committed_seq)
-        return max(0, info.log_bytes - info.dirty_bytes) if may_go else 0
+            return
+        if after < info.first_seq <= min(volume.retirable(), info.committed_seq):
+            heapq.heappush(oldest, (info.oldest_ns, volume.cookie, info.first_seq, volume))

@@ -51,18 +51,6 @@ def test_recovered_segments_count_as_unsynced(rig: CoreRig) -> None:
     assert vol.core.stats().syncs == before + 1
 
 
-def test_committed_segments_are_not_replayed(rig: CoreRig) -> None:
-    vol = rig.vol()
-    vol.core.pwrite(0, pattern(1, SECTOR))
-    vol.commit(retire=False)
-    vol.core.pwrite(SECTOR, pattern(2, SECTOR))
-    assert len(vol.segments()) == 2
-    vol.reopen()
-    assert vol.recovery.records == 1
-    assert [segment.path.name for segment in vol.segments()] == ["0000000000000002.seg"]
-    assert vol.core.pread(0, 2 * SECTOR) == pattern(1, SECTOR) + pattern(2, SECTOR)
-
-
 def test_sequence_numbers_are_never_used_twice(rig: CoreRig) -> None:
     vol = rig.vol()
     vol.core.pwrite(0, pattern(1, SECTOR))

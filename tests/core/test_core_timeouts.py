@@ -84,7 +84,7 @@ def test_the_first_trouble_is_said_on_a_young_clock(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(time, "monotonic", lambda: 1.0)
-    scheduler = Scheduler(*cast(Any, [SimpleNamespace()] * 5))
+    scheduler = Scheduler(*cast(Any, [SimpleNamespace(life=None)] * 5))
     with caplog.at_level(logging.WARNING):
         scheduler._say(cast(Any, SimpleNamespace(name="v")), StoreUnavailable("away"))
     assert "not uploaded yet" in caplog.text

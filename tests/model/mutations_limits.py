@@ -97,4 +97,32 @@ LIMITS = [
         "        if record.is_view or not self.places.logs_missing:\n",
         ("tests/forks/test_damaged_files.py::test_a_directory_that_is_lost",),
     ),
+    Mutation(
+        "committed-segments-are-kept-though-one-is-not-whole",
+        "csrc/log/replay.c",
+        "    if (!is_whole(f)) {",
+        "    if (!f->usable) {",
+        ["tests/core/test_core_warm_start.py"],
+    ),
+    Mutation(
+        "committed-segments-are-kept-though-one-between-is-gone",
+        "csrc/log/replay.c",
+        "    if (r->kept && f->usable && f->header.previous_seq != r->kept)",
+        "    if (false)",
+        ["tests/core/test_core_warm_start.py"],
+    ),
+    Mutation(
+        "committed-segments-are-kept-though-the-last-is-gone",
+        "csrc/log/replay.c",
+        "    if (r->kept && r->kept != r->committed_seq)",
+        "    if (false)",
+        ["tests/core/test_core_warm_start.py"],
+    ),
+    Mutation(
+        "a-leaf-that-goes-keeps-its-segment-alive",
+        "csrc/log/log_map.c",
+        "                live_drop_leaf(m, find_leaf(m, block));",
+        "",
+        ["tests/core/test_core_warm_start.py"],
+    ),
 ]
