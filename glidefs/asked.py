@@ -46,4 +46,4 @@ def asked_by(who: Asker) -> Iterator[None]:
 def check_listening(what: str) -> None:
     """Raises Abandoned if who asked for ``what`` has gone."""
     if asker().gone.is_set():
-        raise Abandoned(f"{what} was given up: who asked for it has gone; ask again")
+        raise Abandoned(f"{what} was given up because its client went away; ask again")

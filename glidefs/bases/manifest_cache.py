@@ -245,7 +245,7 @@ class BaseLibrary:
             while not self._stopping.wait(min(self._grace / 16, MAX_PAUSE)):
                 self.check_all()
         except Exception:
-            log.exception("bases are not looked after any more; forks ask the store themselves")
+            log.exception("bases are no longer checked in the background; forks ask the store themselves")
 
     def warm(self, prefixes: Iterable[str]) -> int:
         """Load the bases of ``prefixes`` while there is room, eight at a time; returns how many."""

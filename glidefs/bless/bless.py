@@ -139,7 +139,7 @@ def _existing(store: ObjectStore, prefix: str, base: str) -> StoredBase | None:
     if not found.root.content_hash:
         raise ExportExists(
             base,
-            f"prefix {prefix} has a base of this name that was not made of an image, so that they cannot be "
+            f"prefix {prefix} has a base of this name that was not made from an image, so the two cannot be "
             "compared; choose another name",
         )
     return found

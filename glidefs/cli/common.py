@@ -19,9 +19,9 @@ ConfigOption = Annotated[
     typer.Option("--config", "-c", help="Configuration file; else GLIDEFS_CONFIG.", show_default=False),
 ]
 Prefix = Annotated[str | None, typer.Option("--prefix", help="Store prefix; default: the first configured.")]
-Force = Annotated[bool, typer.Option("--force", help="Also if something is lost; says what.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on even if something is lost, and say what.")]
 NewPrefix = Annotated[
-    bool, typer.Option("--new-prefix", help="Also in a prefix that the configuration does not name.")
+    bool, typer.Option("--new-prefix", help="Allow a prefix that the configuration does not name.")
 ]
 Timeout = Annotated[str | None, typer.Option("--timeout", help='Give up after this time, such as "30s".')]
 

@@ -37,7 +37,7 @@ _snapshots = typer.Typer(
 
 def snapshot(
     name: Name,
-    tag: Annotated[str | None, typer.Option("--tag", help="Name its manifest, too.")] = None,
+    tag: Annotated[str | None, typer.Option("--tag", help="Also give the snapshot this tag.")] = None,
     timeout: Timeout = None,
     config: ConfigOption = None,
     as_json: Json = False,
@@ -59,7 +59,7 @@ def snapshots(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """List the snapshots of a volume, or delete one: what only it needs goes with the next runs of gc."""
+    """List the snapshots of a volume, or delete one; gc then deletes the data that only it needs."""
     with reported(as_json):
         client, query = connect(config), {"prefix": prefix}
         if delete is not None:
@@ -107,7 +107,7 @@ def promote(
 
 def tag(
     name: Annotated[str, typer.Argument(metavar="NAME[@SEQ]", help="Volume, or a snapshot of it.")],
-    tag: Annotated[str, typer.Argument(metavar="TAG", help="May be in use: it then names this.")],
+    tag: Annotated[str, typer.Argument(metavar="TAG", help="Name of the tag; one in use moves here.")],
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:

@@ -57,7 +57,7 @@ def logs_export(
     log: Log,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Sparse image to write.")],
     partial: Annotated[
-        bool, typer.Option("--partial", help="Of a damaged log what is whole; says what is lost.")
+        bool, typer.Option("--partial", help="Export the intact part of a damaged log.")
     ] = False,
     config: ConfigOption = None,
     as_json: Json = False,

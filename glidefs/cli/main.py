@@ -207,7 +207,7 @@ def handoff(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Give all exports to a new process of the daemon, without an I/O error: an upgrade in use."""
+    """Hand all exports to a new daemon process, without I/O errors: for upgrades in use."""
     with reported(as_json):
         answer = connect(config).call("POST", "/admin/handoff", {"dry_run": dry_run}, timeout=HANDOFF_TIMEOUT)
         if dry_run:
@@ -262,10 +262,10 @@ def attach(
         str | None, typer.Argument(metavar="[NAME]", help="Name of the volume.", show_default=False)
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="All volumes that the store says a node had; see --node.")
+        bool, typer.Option("--all", help="All volumes of a node in the store; see --node.")
     ] = False,
     node: Annotated[
-        str | None, typer.Option("--node", metavar="NODE", help="With --all: that node; default: this one.")
+        str | None, typer.Option("--node", metavar="NODE", help="With --all: the node; default: this one.")
     ] = None,
     take_over: Annotated[
         bool, typer.Option("--take-over", help="Take it from the node that owns it, which is fenced.")
@@ -278,7 +278,7 @@ def attach(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Serve a volume that is in the store, or with --all those that a lost host or disk had."""
+    """Serve a volume from the store, or with --all the volumes of a lost host or disk."""
     with reported(as_json):
         wanted = {
             "take_over": take_over,
@@ -298,8 +298,8 @@ def attach(
 @app.command()
 def remove(
     name: Name,
-    purge: Annotated[bool, typer.Option("--purge", help="Its snapshots too, for good.")] = False,
-    now: Annotated[bool, typer.Option("--now", help="For good: it cannot be undeleted.")] = False,
+    purge: Annotated[bool, typer.Option("--purge", help="Delete its snapshots too, for good.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Delete it for good: no undelete.")] = False,
     force: Force = False,
     config: ConfigOption = None,
     as_json: Json = False,
@@ -426,7 +426,7 @@ def bases_remove(
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Remove a base: nothing new is forked from it; volumes that were keep their data."""
+    """Remove a base: nothing new is forked from it; existing forks keep their data."""
     from glidefs.cli.offline import bases_remove_command
 
     with reported(as_json):
@@ -440,9 +440,9 @@ def gc(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Delete and write nothing.")] = False,
     grace: Annotated[
-        str | None, typer.Option("--grace", help="Delete what nothing has named for so long.")
+        str | None, typer.Option("--grace", help="Delete what nothing has named for this long.")
     ] = None,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Delete at most so many objects.")] = 10_000,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Delete at most this many objects.")] = 10_000,
     store: Store = None,
     force: Annotated[
         bool, typer.Option("--force", help="Allow a --grace that is shorter than the configured one.")

@@ -37,7 +37,7 @@ def _note_of(volume: dict[str, Any]) -> str:
     if volume["served_here"]:
         return "served here"
     if volume["candidate"]:
-        return "of another host of this node's name; if that is lost: glidefs attach NAME --take-over"
+        return "of another host with this node's name; if that host is lost: glidefs attach NAME --take-over"
     return "" if volume["owner_host"] else "free: glidefs attach NAME"
 
 
@@ -67,6 +67,6 @@ def attach_all(
     if as_json:
         output.emit({"attached": attached, "failed": failed})
     elif not chosen:
-        output.say("the store has no volume of that node that is not served here")
+        output.say("nothing to attach: the store has no other volume of that node")
     if failed:
         raise SystemExit(1)

@@ -34,7 +34,7 @@ url = "file:///var/lib/glidefs/store"   # or "s3://bucket/root"; credentials com
 #writes = 8                         # concurrent uploads
 #connect_timeout = "5s"
 #read_timeout = "30s"
-#gc_grace = "24h"                   # gc deletes what nothing has named for so long; the same on every host
+#gc_grace = "24h"                   # gc deletes what nothing has named for this long; the same on every host
 
 [api]
 socket = "/run/glidefs/api.sock"    # mode 0600

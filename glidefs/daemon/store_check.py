@@ -49,7 +49,7 @@ class StoreCheck:
         except StoreError as error:
             if not error.temporary and not has_exports:
                 raise
-            log.warning("the store could not be tried, again later: %s", error)
+            log.warning("the store could not be tested, trying again later: %s", error)
             threading.Thread(target=self._later, name="store-probe", daemon=True).start()
 
     def _once(self, patience: float = DEADLINE) -> None:
@@ -69,4 +69,4 @@ class StoreCheck:
                 log.critical("%s", error)
                 return
             except (StoreError, OSError) as error:
-                log.warning("the store could not be tried, again later: %s", error)
+                log.warning("the store could not be tested, trying again later: %s", error)

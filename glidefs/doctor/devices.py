@@ -100,12 +100,12 @@ def _why_keep(device: Device, record: ExportRecord | None, records: _Records) ->
         return _server_text(device.server)
     if record is not None and (device.state == "stopped" or record.device_id in (None, device.id)):
         return (
-            f"it is that of export {record.name}: the daemon recovers it when it starts; "
+            f"it belongs to export {record.name}: the daemon recovers it when it starts; "
             f"`glidefs detach {record.name}` or `glidefs remove {record.name}` ends it"
         )
     if record is None and records.damaged and device.export in ("", *records.damaged):
         some = ", ".join(sorted(records.damaged)[:3])
-        return f"it may be that of an export whose record is damaged ({some}): see `glidefs list`"
+        return f"it may belong to an export whose record is damaged ({some}): see `glidefs list`"
     return ""
 
 
@@ -135,7 +135,7 @@ def remove(config: Config, dev_id: int, names: DeviceNames | None = None) -> Dev
         core.delete(dev_id, tag)
     except DeviceError as error:
         if error.errno == errno.ETIMEDOUT:
-            return replace(device, keep="somebody has it open: it goes when they let go")
+            return replace(device, keep="somebody has it open: it disappears when they close it")
         raise ublk.explained(error) from error
     names.withdraw(dev_id, key)
     return device

@@ -235,7 +235,7 @@ def _directory(path: Path, wanted: int) -> Result:
     if kind in REMOTE_FILE_SYSTEMS:
         return "fail", detail, "the log must be on a local disk"
     if kind in MEMORY_FILE_SYSTEMS:
-        return "warn", detail, "what is not uploaded is lost with the power; use a disk"
+        return "warn", detail, "a power cut loses what is not uploaded; use a disk"
     used = _allocated(path) if wanted else 0
     if wanted and usage.free + used < wanted:
         need = f"{wanted >> 20} MiB are configured"
@@ -349,13 +349,13 @@ def _logs(config: Config) -> Result:
     if found.lost:
         text = f"{len(found.lost)} of lost records: {', '.join(found.lost[:4])}"
         remedy = (
-            "'glidefs list' names the exports that 'glidefs attach' takes back; of what it does not name "
-            "'glidefs logs export' saves the log"
+            "'glidefs list' names the exports that 'glidefs attach' takes back; "
+            "'glidefs logs export' saves the other logs"
         )
         return "warn", text, remedy
     if found.aside:
         text = f"{len(found.aside)} set aside, {found.size >> 20} MiB: {', '.join(found.aside[:4])}"
-        remedy = "'glidefs logs export' saves what one holds, 'glidefs logs delete' ends it"
+        remedy = "'glidefs logs export' saves what one holds, 'glidefs logs delete' deletes it"
         return "warn", text, remedy
     if found.strange:
         return "warn", f"not ours: {', '.join(found.strange[:4])}", "move it elsewhere"

@@ -64,7 +64,7 @@ class Leaving:
             return ""
         if not force:
             raise InUse(
-                f"{entry.name}: {use}; let go of it first, or {verb} it with --force, and lose what it writes"
+                f"{entry.name}: {use}; stop that first, or {verb} it with --force and lose what it writes"
             )
         return f"{use}, and was cut off"
 
@@ -73,7 +73,7 @@ class Leaving:
         try:
             unsent = self._opener.logs.unsent_bytes(record)
         except (GlideError, OSError) as error:
-            return f"what its log holds cannot be told ({' '.join(str(error).split(';')[0].split())})"
+            return f"the content of its log is not known ({' '.join(str(error).split(';')[0].split())})"
         return f"{unsent} bytes of its log are not in the store" if unsent else ""
 
     def has_log(self, root: Root) -> bool:
@@ -194,8 +194,8 @@ class Leaving:
         name = entry.name
         if not force:
             raise InUse(
-                f"{name}: its record on this host is damaged ({entry.reason}), and a log here may be its; "
-                f"'glidefs logs' lists them, {verb} --force deletes the record and keeps the log"
+                f"{name}: its record on this host is damaged ({entry.reason}), and a log here may belong "
+                f"to it; 'glidefs logs' lists them, {verb} --force deletes the record and keeps the log"
             )
         entry.delete_record(self._records)
         self._table.drop(entry)

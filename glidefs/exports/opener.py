@@ -143,7 +143,7 @@ class Opener:
         entry.failed(Fenced(entry.name, entry.fence_reason()))
         self._discard_device(entry.record)
         log.error(
-            "%s: stays fenced: %s; 'glidefs attach %s' takes it anew", entry.name, entry.reason, entry.name
+            "%s: stays fenced: %s; 'glidefs attach %s' takes it again", entry.name, entry.reason, entry.name
         )
 
     def _finish(self, entry: Entry) -> bool:

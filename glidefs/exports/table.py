@@ -307,7 +307,7 @@ class Entry:
         """What there is to do about a fence."""
         name = self.name
         return (
-            f"the log stays here ('glidefs logs'), 'glidefs attach {name}' takes the volume anew, "
+            f"the log stays here ('glidefs logs'), 'glidefs attach {name}' takes the volume again, "
             f"'glidefs detach {name}' forgets it here"
         )
 

@@ -182,7 +182,7 @@ class Predecessor:
             try:
                 child.wait(None if succeeded else deadlines().end)
             except subprocess.TimeoutExpired:
-                log.warning("process %d was told that it does not take over, and goes on: killed", child.pid)
+                log.warning("process %d did not end after the handoff was called off: killed", child.pid)
                 child.kill()
                 child.wait()
 

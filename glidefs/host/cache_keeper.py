@@ -51,8 +51,8 @@ class CacheKeeper:
         if error and self._failed_at is None:
             self._failed_at = time.monotonic()
             log.error(
-                "block cache in %s: the disk fails (%s); reads go past it to the store until it works again: "
-                "look at the disk",
+                "block cache in %s: the disk fails (%s); reads bypass it and go to the store until it works "
+                "again: look at the disk",
                 where,
                 os.strerror(error),
             )

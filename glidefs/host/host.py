@@ -227,7 +227,7 @@ class Host:
         volume.committer.known_segment = max(recovery.last_seq, volume.root.last_segment)
         if recovery.repaired:
             log.warning(
-                "volume %s: %d segments had a bad header, made good from its copy; look after the disk (%s)",
+                "volume %s: %d segments had a bad header, repaired from its copy; check the disk (%s)",
                 volume.name,
                 recovery.repaired,
                 volume.log_dir,

@@ -258,7 +258,7 @@ class Committer:
         try:
             return self._log.nonce(root, after)
         except GlideError as error:
-            log.warning("volume %s: what its log holds cannot be told: %s", root.name, error)
+            log.warning("volume %s: the content of its log is not known: %s", root.name, error)
             return None
 
     def _or_ours(self, store: ObjectStore, ask: Callable[[], T]) -> T:
@@ -378,8 +378,8 @@ class Committer:
             # New segments here bear numbers that the store has from segments that are gone.
             raise Fenced(
                 root.name,
-                f"the store has its log up to segment {root.last_segment}, of which this host lost "
-                f"what follows {self.known_segment}; attach it with --take-over",
+                f"the store has its log up to segment {root.last_segment}, but this host lost all "
+                f"after segment {self.known_segment}; attach it with --take-over",
             )
         log.warning(
             "volume %s: the store has a root of this log that was not expected here (sequence %d, "

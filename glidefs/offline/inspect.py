@@ -185,7 +185,7 @@ def _segment(source: Source) -> dict[str, Any]:
     """A segment of a write log (csrc/log/segment.h), by whichever copy of its header is good."""
     found = look_at_segment(source.head(_HEAD))
     if found is None:
-        raise CorruptObject(source.name, 0, "a write log segment of which neither copy of the header is good")
+        raise CorruptObject(source.name, 0, "a write log segment: neither copy of the header is good")
     if found.version != SEGMENT_VERSION:
         why = f"segment format {found.version}; this release reads {SEGMENT_VERSION}"
         raise CorruptObject(source.name, 8, why)

@@ -39,7 +39,7 @@ def lost_text(damage: LogDamage) -> str:
             ranges.append(f"{len(damage.sectors) - RANGES_NAMED} more ranges")
         lost.append(f"{sum(count for _, count in damage.sectors) * SECTOR} bytes at {', '.join(ranges)}")
     if any(loss.kind != "record" for loss in damage.losses):
-        lost.append("writes of which nobody knows where in the volume they were")
+        lost.append("writes whose place in the volume is not known")
     return f"lost are {', and '.join(lost)}" if lost else "newer writes have replaced all of that"
 
 

@@ -501,7 +501,7 @@ def test_an_orphan_that_somebody_has_open(host: Host) -> None:
     make_tags(host.state)
     host.driver.put(6, load_tags(host.state).tag("gone", bytes(16)), QUIESCED)
     host.driver.held = True
-    assert "let go" in host.remove(6).keep
+    assert "when they close it" in host.remove(6).keep
 
 
 def test_without_a_cache_directory_everything_is_somebody_elses(tmp_path: Path, driver: Driver) -> None:

@@ -98,7 +98,7 @@ def test_a_damaged_log_is_exported_on_demand_only(
         assert f"{count * SECTOR} bytes at {first * SECTOR}+{count * SECTOR}" in result["note"]
         assert result["bytes"] == 6 * BIG - count * SECTOR
     else:
-        assert "nobody knows where" in result["note"]
+        assert "place in the volume is not known" in result["note"]
 
 
 def test_what_a_damaged_log_holds_is_not_counted(make_node: MakeNode, memory: CountingStore) -> None:
@@ -106,7 +106,7 @@ def test_what_a_damaged_log_holds_is_not_counted(make_node: MakeNode, memory: Co
     node = dirty(make_node, memory)
     node.router.detach("v", 0.1, force=True)
     lost_data(segments(node)[1])
-    with pytest.raises(InUse, match=r"what it holds cannot be told .*bad records"):
+    with pytest.raises(InUse, match=r"its content is not known .*bad records"):
         node.router.logs.delete(*only_log(node))
     assert segments(node)
 

@@ -61,8 +61,8 @@ def look_at_nameless(
             continue
         if found.segments and not aside.is_noted(path):
             log.error(
-                "%s: a write log whose record is lost, and nothing here says which export it was of; "
-                "'glidefs logs export %s %s FILE' saves what it holds, 'glidefs logs delete' ends it",
+                "%s: a write log whose record is lost, and nothing here says which export it belonged to; "
+                "'glidefs logs export %s %s FILE' saves what it holds, 'glidefs logs delete' deletes it",
                 found.path,
                 found.volume_id,
                 found.log_id,

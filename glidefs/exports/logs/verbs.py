@@ -95,7 +95,7 @@ class LogVerbs:
         copy, sent = self._copy(directory, volume, own, target, partial=partial)
         notes = [log_damage.note(copy.damage, directory)]
         if sent is None and log_segments(directory)[:1] != [1]:
-            notes.append("nothing here says what of the log the store has: its first segments may be missing")
+            notes.append("nothing says how much of the log the store has: its first segments may be missing")
         data = sum(extent.length for extent in copy.extents if not extent.zero)
         return {
             "path": path,
@@ -132,7 +132,7 @@ class LogVerbs:
         known, damaged = self._known()
         for (volume, log), name in known.items():
             if (volume.hex(), log.hex()) == (volume_id, log_id) and self._is_fenced(name):
-                raise GlideError(f"log {log_id} is that of {name}, which is fenced; detach {name} first")
+                raise GlideError(f"log {log_id} belongs to {name}, which is fenced; detach {name} first")
         lost = self._lost(volume_id, log_id, known, damaged)
         if lost and not force:
             raise InUse(
@@ -154,10 +154,10 @@ class LogVerbs:
         noted = aside.read(directory)
         if damaged and (noted is None or noted.name in damaged) and volume not in {v for v, _ in known}:
             some = ", ".join(sorted(damaged)[:3])
-            lost.append(f"it may be that of an export whose record is damaged ({some})")
+            lost.append(f"it may belong to an export whose record is damaged ({some})")
         try:
             if unsent := self._unsent(directory, volume, own):
                 lost.append(f"the store does not have {unsent} bytes of it")
         except GlideError as error:
-            lost.append(f"what it holds cannot be told ({str(error).split(';')[0]})")
+            lost.append(f"its content is not known ({str(error).split(';')[0]})")
         return ", and ".join(lost)
