@@ -1,4 +1,4 @@
-/* A volume opens with what is around it. */
+/* Opens a volume together with shadow verify, which the volume itself does not know. */
 #include "shadow/shadow.h"
 #include "volume/volume.h"
 

@@ -1,6 +1,6 @@
 /*
- * XXH3-64 of data: the same value on every CPU, by AVX2 where there is one. Without it the compiler may use what all
- * of x86-64 has, and hashing was a seventh of the CPU time of a large write.
+ * XXH3-64 of data: the same value on every CPU, computed with AVX2 if the CPU has it. With the instructions that all of
+ * x86-64 has, hashing took a seventh of the CPU time of a large write.
  */
 #ifndef GLIDE_DATA_HASH_H
 #define GLIDE_DATA_HASH_H

@@ -1,4 +1,4 @@
-/* xxHash, compiled for AVX2: the library chooses when it is compiled, so this needs a file of its own. */
+/* xxHash, compiled for AVX2: it chooses its instructions at compile time, so this needs a file of its own. */
 #include "base/data_hash.h"
 
 #ifdef __x86_64__

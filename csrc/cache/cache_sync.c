@@ -1,8 +1,8 @@
 /*
  * The block cache on a disk that loses what was written: a thin volume that is
- * full, an SSD that dies. Such a disk fails write-back, of which nobody who reads
- * learns: the page is clean, goes, and old data comes back. Or what the file
- * system knows of the file is lost, and a slot is where another file is by now.
+ * full, an SSD that dies. Such a disk fails write-back, and readers do not
+ * learn of it: the page is clean, is dropped, and old data comes back. Or the file
+ * system loses metadata of the file, and a slot lies where another file is by now.
  *
  * So the hashes of a slot's sectors are in memory (32 bits each: a thousandth of
  * the cache's size) as long as it has its content, and every read is compared.

@@ -1,7 +1,7 @@
 /*
  * What the data of a log segment must be: a hash per sector, in memory, so that
- * no read of a log is believed for the file's sake. A disk that loses written-back
- * pages (a thin volume that is full, a dying SSD) tells nobody who reads; and the
+ * no read of a log is trusted without a check. A disk that loses written-back
+ * pages (a thin volume that is full, a dying SSD) does not tell readers; and the
  * journal, which has the hashes too, may be lost with the data.
  *
  * Of records that this process appended every sector's hash is known. Of those

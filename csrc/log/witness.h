@@ -1,5 +1,5 @@
 /*
- * What says that a part of a log was synced, apart from the journal that it is about.
+ * Evidence that a part of a log was synced, kept apart from the journal that it is about.
  *
  * After each sync a SYNC record goes into the journal. It lies in the sector of the records that it vouches for, so
  * what takes one takes the other: a lost sector of the journal, a damaged header, a file that is cut off or gone. So

@@ -1,4 +1,4 @@
-/* What engine.h has for volumes; the engine opens and closes in api/engine.c. */
+/* The part of engine.h that volumes use; api/engine.c opens and closes the engine. */
 #include "volume/engine.h"
 
 #include "volume/volume.h"

@@ -1,5 +1,5 @@
 /*
- * A filter sees the requests of a volume pass, and may hold the replies of READs back. Shadow verify is one; request
+ * A filter sees the requests of a volume pass, and may hold back the replies of READs. Shadow verify is one; request
  * code and volume know no more of it than this. All of it runs on the volume's worker. Without one volume->filter is
  * NULL and nothing here is called.
  */

@@ -1,4 +1,4 @@
-/* What a volume tells of itself: its state, asked of its worker, and its counters, read as they are. */
+/* The state of a volume, asked of its worker, and its counters, read as they are. */
 #include "volume/fault.h"
 #include "volume/volume.h"
 

@@ -1,5 +1,5 @@
 /*
- * Answers to faults, and what is fetched before a fault: Python's threads post
+ * Answers to faults, and blocks fetched before a fault: Python's threads post
  * them, the volume's worker applies them. Nobody waits for that. Tasks run in
  * the order of their posting, so whatever is posted later, the end of the
  * volume too, finds the answers applied.

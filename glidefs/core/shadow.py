@@ -1,4 +1,4 @@
-"""Shadow verify in the core (csrc/shadow/shadow.c): what it is given, what it asks and tells."""
+"""Shadow verify in the core (csrc/shadow/shadow.c): its inputs, its questions and its findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ublk devices of this host, whose they are, and the removal of those that no export needs.
+"""The ublk devices of this host: who owns them, and the removal of those that no export needs.
 
 Works with and without a daemon. A device is told by its tag: that of an export which has a record here; an
 orphan, made in this cache directory for an export that has none; or somebody else's, which nothing here ever

@@ -1,4 +1,4 @@
-"""Where the exports of a host are, and whose they are."""
+"""Where the exports of a host are kept, and who owns them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The volumes of a prefix as the store knows them: whose they are, and which this host might take."""
+"""The volumes of a prefix as the store knows them: who owns them, and which this host might take."""
 
 from __future__ import annotations
 

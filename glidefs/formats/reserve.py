@@ -1,10 +1,10 @@
-"""Space that is kept for what gives space back.
+"""Disk space held in reserve for the small writes that retiring a log needs first.
 
 On a file system without a free byte or inode no log can be retired: the local copy of the manifest comes
 first, and is a new file. The core leaves a margin (``csrc/base/space.h``), but other files may take it. So
-each directory that is registered holds a file of some MiB; who finds no room for a small file removes it, and
-hints that can be had again (:attr:`Reserve.hints`), and tries again. The next call of :meth:`Reserve.renew`
-that finds room makes the file anew.
+each registered directory holds a file of some MiB. A writer that finds no room for a small file removes it,
+and hints that can be had again (:attr:`Reserve.hints`), and tries again. The next call of
+:meth:`Reserve.renew` that finds room makes the file again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long either side of a handoff waits for what, and how that time is counted.
+"""How long each side of a handoff waits for each step, and how that time is counted.
 
 Which side owns the exports when a wait ends is in docs/handoff.md.
 """

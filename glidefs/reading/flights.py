@@ -1,4 +1,4 @@
-"""One flight per block: whoever wants a block that is being fetched waits for that fetch."""
+"""One flight per block: a reader that wants a block being fetched waits for that fetch."""
 
 from __future__ import annotations
 

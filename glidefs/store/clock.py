@@ -1,4 +1,4 @@
-"""The time by the store's clock, which the ages of objects count by."""
+"""The time by the store's clock, which measures the ages of objects."""
 
 from __future__ import annotations
 

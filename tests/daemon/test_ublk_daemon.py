@@ -243,7 +243,7 @@ def test_an_orphan_that_is_open(daemon: Daemon) -> None:
         note = daemon.json("devices", "remove", str(dev_id(device)))["note"]
         reader.join()
         assert results == ["Input/output error"]
-        assert "let go" in note
+        assert "when they close it" in note
     wait_for(lambda: ublk.query(dev_id(device)) is None, "the device is gone")
 
 

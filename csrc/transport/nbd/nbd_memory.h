@@ -1,6 +1,6 @@
 /*
  * Memory of NBD connections: one budget for those of all exports, so that clients which ask and do not read, or
- * send and do not finish, cannot take more of the host than it was given.
+ * send and do not finish, cannot take more memory of the host than that.
  *
  * There are three accounts. REPLIES are buffers of READs from their start until their last byte is sent, and the send
  * buffers of sockets; PAYLOADS are those of WRITEs; both may grow to the configured size. What is charged to these two

@@ -1,4 +1,4 @@
-"""The verbs on write logs of this host, also those that were set aside."""
+"""The verbs on write logs of this host, including those that were set aside."""
 
 from __future__ import annotations
 

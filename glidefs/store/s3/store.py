@@ -1,4 +1,4 @@
-"""S3 and what speaks like it.
+"""S3 and compatible stores.
 
 boto3 is the client for everything but the hot path, and the source of credentials and signatures. Its
 own retries are off: :mod:`glidefs.store.resilient` retries, because only it knows which failures of

@@ -1,4 +1,4 @@
-"""The table of NBD connections: who is served, and who ends whom.
+"""The table of NBD connections: which clients are served, and how their connections end.
 
 One lock guards it, never held across a call to the export look-up or to the core, both of which may
 wait. A record is ATTACHING while the core takes the socket and ATTACHED until the core reports the
