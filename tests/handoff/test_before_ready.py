@@ -156,4 +156,4 @@ def test_a_rehearsal_with_a_successor_that_does_not_end(make_daemon: Make) -> No
     node = make_daemon(stop_at="successor:got:abort", seconds='{"end": 1}').start()
     assert node.handoff(dry_run=True)["outcome"] == "aborted"
     wait_for(lambda: len(node.processes()) == 1, "the successor is killed")
-    assert "goes on: killed" in node.log_text
+    assert "called off: killed" in node.log_text
