@@ -1,4 +1,4 @@
-"""The bases that this host forks from: manifests and hot sets, kept, warmed and looked after.
+"""The bases that this host forks from: manifests and hot sets, cached, loaded ahead and checked.
 
 A base never changes, but it may be removed, and its packs are collected a grace period later. So a
 host that forks from memory asks the store within a quarter of that period whether the base is still

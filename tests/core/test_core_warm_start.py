@@ -1,4 +1,4 @@
-"""A start serves from committed segments as before it, and never an older version of a sector than the store has."""
+"""A start serves from committed segments, and never an older version of a sector than the store has."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_data_that_is_bad_comes_from_the_store(rig: CoreRig, index: int) -> None
 
 
 def test_the_last_one_that_the_store_has_is_gone(rig: CoreRig) -> None:
-    """! A retired segment whose unlink a power cut undid is here, and the one that was retired after it is not."""
+    """! A power cut undid the unlink of retired segments, but not of the last of them."""
     vol = three(rig)
     segment(vol, 0, 7)
     kept = [(found.path, found.path.read_bytes()) for found in vol.segments()[:3]]

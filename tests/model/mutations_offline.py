@@ -47,7 +47,7 @@ OFFLINE = [
     Mutation(
         "offline-foreign-file-ends-what-is-whole",
         "csrc/log/replay.c",
-        "    if (!r->calls->lost || err == -ENOMEM)",
+        "    if ((!r->calls->lost && !store_has(r, f)) || err == -ENOMEM)",
         "    if (true)",
         (DAMAGED + "test_a_file_of_another_log_is_damage",),
     ),
