@@ -74,6 +74,8 @@ struct glide_engine_stats {
     uint64_t faults_queued; /* waiting in glide_faults_next's queue now */
     uint32_t workers;
 };
+/* Writers of all volumes together append so many bytes a second at most; 0 = as they come. Any thread. */
+void glide_engine_pace(glide_engine *engine, uint64_t bytes_per_second);
 void glide_engine_stats_get(glide_engine *engine, struct glide_engine_stats *out); /* never blocks */
 
 /* ---- faults and events: C asks, Python threads answer --------------------- */
@@ -230,6 +232,7 @@ struct glide_volume_stats {
     uint64_t rmw;                               /* unaligned writes */
     uint64_t syncs;
     uint64_t log_full_waits, map_full_waits;
+    uint64_t paced; /* times that writers waited for their turn: see glide_engine_pace */
     /* Shadow verify, in sectors of READs: */
     uint64_t shadow_compared;    /* whatever came out */
     uint64_t shadow_differences; /* of them */

@@ -18,6 +18,7 @@
 #ifndef GLIDE_WRITE_LOG_H
 #define GLIDE_WRITE_LOG_H
 
+#include "base/pace.h"
 #include "log/log_map.h"
 #include "log/sector_sums.h"
 #include "log/segment.h"
@@ -31,6 +32,7 @@ struct log_budget {
     _Atomic uint64_t used;  /* allocated by all logs */
     _Atomic uint64_t spare; /* of that, by files kept for reuse */
     uint32_t segment_sectors;
+    struct pace pace; /* of appends: writers slow down before the logs are full */
 };
 
 struct log_segment {

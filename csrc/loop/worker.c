@@ -166,6 +166,30 @@ void worker_want_tick(struct worker *w)
     io_uring_sqe_set_data(sqe, &w->tick_op);
 }
 
+static void on_soon(struct ring_op *op, int res, uint32_t flags)
+{
+    struct worker *w = container_of(op, struct worker, soon_op);
+
+    (void)res;
+    (void)flags;
+    w->soon_set = false;
+    list_each(at, &w->members) {
+        struct member *m = container_of(at, struct member, link);
+        m->ops->soon(m);
+    }
+}
+
+void worker_want_soon(struct worker *w)
+{
+    if (w->soon_set)
+        return;
+    w->soon_set = true;
+    w->soon = (struct __kernel_timespec){.tv_nsec = WORKER_SOON_MS * 1000000};
+    struct io_uring_sqe *sqe = worker_sqe(w, &w->soon_op);
+    io_uring_prep_timeout(sqe, &w->soon, 0, 0);
+    io_uring_sqe_set_data(sqe, &w->soon_op);
+}
+
 void worker_defer(struct worker *w, struct task *task) { list_append(&w->ready, &task->link); }
 
 void worker_at_end(struct worker *w, enum round_phase phase, struct task *task)
@@ -337,6 +361,7 @@ int worker_start(struct worker *w, struct engine *engine, unsigned index, uint64
     list_init(&w->leftovers);
     w->wake_op.complete = on_wake;
     w->tick_op.complete = on_tick;
+    w->soon_op.complete = on_soon;
     pthread_mutex_init(&w->lock, NULL);
     pthread_cond_init(&w->started_cond, NULL);
     w->wake_fd = eventfd(0, EFD_CLOEXEC);

@@ -14,6 +14,7 @@
 #include <stdatomic.h>
 
 #define WORKER_TICK_MS 100u
+#define WORKER_SOON_MS 2u
 
 struct engine;
 struct worker;
@@ -34,6 +35,8 @@ struct member;
 struct member_ops {
     /* 10 times a second while something waits. True: again. */
     bool (*tick)(struct member *m);
+    /* WORKER_SOON_MS after somebody asked for it. */
+    void (*soon)(struct member *m);
     /* The worker is to stop: end what is under way. */
     void (*let_go)(struct member *m);
     /* Nothing of it is in flight. */
@@ -79,6 +82,9 @@ struct worker {
     struct __kernel_timespec tick;
     struct ring_op tick_op;
     bool ticking;
+    struct __kernel_timespec soon;
+    struct ring_op soon_op;
+    bool soon_set;
     /* Work space for the layers above, malloc'ed by them: */
     uint8_t *scratch;              /* one receive buffer's worth (nbd_conn.c) */
     struct append_scratch *append; /* of write_log.c, from the engine's start on */
@@ -130,5 +136,7 @@ void worker_at_end(struct worker *w, enum round_phase phase, struct task *task);
 void worker_stop_check(struct worker *w);
 /* Let every member tick in about 100 ms, once. */
 void worker_want_tick(struct worker *w);
+/* The same for `soon`. */
+void worker_want_soon(struct worker *w);
 
 #endif

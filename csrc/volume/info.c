@@ -90,6 +90,7 @@ int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
     out->syncs = atomic_load_explicit(&s->syncs, memory_order_relaxed);
     out->log_full_waits = atomic_load_explicit(&s->log_full_waits, memory_order_relaxed);
     out->map_full_waits = atomic_load_explicit(&s->map_full_waits, memory_order_relaxed);
+    out->paced = atomic_load_explicit(&s->paced, memory_order_relaxed);
     out->shadow_compared = atomic_load_explicit(&s->shadow_compared, memory_order_relaxed);
     out->shadow_differences = atomic_load_explicit(&s->shadow_differences, memory_order_relaxed);
     out->shadow_changed = atomic_load_explicit(&s->shadow_changed, memory_order_relaxed);

@@ -210,6 +210,12 @@ static bool append_some(struct volume *v)
         block_writers(v, GLIDE_EV_MAP_FULL, 0);
         return false;
     }
+    v->paced = !err && !pace_take(&v->engine->logs.pace, (uint64_t)sectors * SECTOR);
+    if (v->paced) {
+        stat_add(&v->stats.paced, 1);
+        worker_want_soon(v->worker);
+        return false;
+    }
     if (!err)
         err = log_append(&v->log, v->worker->append, pieces, count);
     if (err) { /* a disk without room is a full log: what is uploaded makes some */

@@ -18,7 +18,7 @@ struct stats {
     _Atomic uint64_t ops[GLIDE_OPS], bytes[GLIDE_OPS], errors[GLIDE_OPS];
     _Atomic uint64_t latency[GLIDE_OPS][GLIDE_HIST_BUCKETS];
     _Atomic uint64_t latency_sum_ns[GLIDE_OPS];
-    _Atomic uint64_t faults, log_hits, cache_reads, zero_reads, rmw, syncs, log_full_waits, map_full_waits;
+    _Atomic uint64_t faults, log_hits, cache_reads, zero_reads, rmw, syncs, log_full_waits, map_full_waits, paced;
     _Atomic uint64_t shadow_compared, shadow_differences, shadow_changed, shadow_absent;
 };
 

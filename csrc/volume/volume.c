@@ -108,6 +108,14 @@ static bool tick(struct member *m)
     return v->blocked || v->waiting || held;
 }
 
+static void soon(struct member *m)
+{
+    struct volume *v = volume_of(m);
+
+    if (v->paced && !v->frozen)
+        volume_want_flush(v);
+}
+
 /* ---- open, close ---------------------------------------------------------------------------- */
 
 static struct worker *least_loaded(struct engine *e)
@@ -214,7 +222,8 @@ static void let_go(struct member *m)
     end_requests(v);
 }
 
-static const struct member_ops MEMBER_OPS = {.tick = tick, .let_go = let_go, .idle = is_idle, .leave = leave};
+static const struct member_ops MEMBER_OPS = {
+    .tick = tick, .soon = soon, .let_go = let_go, .idle = is_idle, .leave = leave};
 
 int volume_open(struct engine *engine, const struct glide_volume_config *config,
                 int (*prepare)(struct volume *v, const struct glide_volume_config *config), struct volume **out,

@@ -53,6 +53,7 @@ struct volume {
 
     struct list batch;         /* WRITEs and ZEROs to append, in order; those that wait for space stay here */
     bool blocked;              /* the head of `batch` waits for space */
+    bool paced;                /* it waits for its turn, as the logs fill too fast */
     uint64_t blocked_event_ns; /* when Python was last told */
     bool event_dirty;          /* GLIDE_EV_FIRST_DIRTY was sent */
     struct sync_state sync;

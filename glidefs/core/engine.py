@@ -187,6 +187,11 @@ class Engine(Handle):
                 return None
         return from_c(raw)
 
+    def pace(self, bytes_per_second: int) -> None:
+        """Let writers of all volumes together append so much at most; 0 = as they come."""
+        with self._use() as engine:
+            lib.glide_engine_pace(engine, bytes_per_second)
+
     def stats(self) -> EngineStats:
         """Gauges and counters now."""
         raw = ffi.new("struct glide_engine_stats *")

@@ -100,6 +100,7 @@ class VolumeStats(msgspec.Struct, frozen=True, kw_only=True):
     syncs: int
     log_full_waits: int
     map_full_waits: int
+    paced: int
     shadow_compared: int
     shadow_differences: int
     shadow_changed: int

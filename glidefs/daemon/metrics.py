@@ -210,6 +210,11 @@ _VOLUME_COUNTERS: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] 
     ("log_syncs", "fdatasync calls on the write log", lambda e: e.stats.syncs),
     ("log_full_waits", "Writes that waited for log space", lambda e: e.stats.log_full_waits),
     ("map_full_waits", "Writes that waited for map memory", lambda e: e.stats.map_full_waits),
+    (
+        "paced_waits",
+        "Times that writes were slowed down as uploads fell behind",
+        lambda e: e.stats.paced,
+    ),
 )
 
 

@@ -36,6 +36,7 @@ from glidefs.volume.settings import MIB, HostSettings
 from glidefs.volume.volume import Volume
 from glidefs.writing.retire import Retirer
 from glidefs.writing.scheduler import EventHandler, Scheduler, lower_priority
+from glidefs.writing.throttle import Throttle
 from glidefs.writing.upload import Uploader
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Host:
         self._retirer = Retirer(engine, settings)
         self.uploader = Uploader(store, self.meta, settings, self._puts)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
+        self._throttle = Throttle(engine, self._retirer, self.scheduler.writers)
         self.faults = FaultService(engine, store, settings, self._volumes.get)
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
@@ -100,6 +102,7 @@ class Host:
             self.settings.shadow_dir.mkdir(parents=True, exist_ok=True)
         self.faults.start()
         self.scheduler.start()
+        self._throttle.start()
         self.compactor.start()
         self._cache_keeper.start()
         self.watch.start()
@@ -112,6 +115,7 @@ class Host:
             return
         self._closed = True
         self.scheduler.stop()
+        self._throttle.close()
         self.watch.close()
         self.compactor.close()
         for volume in self.volumes():

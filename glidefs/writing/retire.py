@@ -65,6 +65,10 @@ class Retirer:
             upto = min(upto, info.dead_seq)
         if 0 < info.first_seq <= upto:
             volume.core.retire(upto)
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Retire what all keep too much of, unless somebody does so now."""
         if self._too_much() and self._running.acquire(blocking=False):
             try:
                 self._give_back()

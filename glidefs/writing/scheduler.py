@@ -36,6 +36,8 @@ MAX_BACKOFF = 30.0
 _SOON = 0.05
 _LOUD_EVERY = 10.0
 _FULL_EVERY = 60.0
+_COMMIT_PART = 16
+"""Of the log limit, for one commit."""
 _FEW_SEGMENTS = 4
 """Of one commit that should end soon."""
 
@@ -145,6 +147,11 @@ class Scheduler:
             heapq.heappush(self._heap, (due, next(self._order), job))
             if not self.life.pauses:  # else `resume` wakes them
                 self._wake.notify_all()
+
+    def writers(self) -> list[Volume]:
+        """Volumes that may have something to upload."""
+        with self._wake:
+            return [job.volume for job in self._jobs.values()]
 
     def forget(self, volume: Volume) -> None:
         """The volume closes: wait for its job, if one runs, and start no more."""
@@ -291,7 +298,7 @@ class Scheduler:
         size = max(size, volume.size)
         while True:
             few = urgent or (burst is not None and burst.lasts())
-            most = _FEW_SEGMENTS if few else self._settings.batch_segments
+            most = _FEW_SEGMENTS if few else self._most_segments()
             last = min(sealed, volume.done_segment + most)
             # A smaller size goes with the zeroes that a shrink logged first, never before them.
             whole = seal and last >= sealed
@@ -305,6 +312,12 @@ class Scheduler:
                 return
             if self.life.pauses:
                 raise Paused(f"volume {volume.name}: uploads pause")
+
+    def _most_segments(self) -> int:
+        """Of one commit: a small part of what the logs may take, as their space comes back by commits."""
+        config = self._engine.config
+        part = config.log_limit // _COMMIT_PART // config.segment_bytes
+        return max(1, min(self._settings.batch_segments, part))
 
     def batch_bytes(self) -> int:
         """Sealed log that makes a volume due: enough for full packs, a part of what the log may take."""

@@ -1,0 +1,141 @@
+"""Slows writers down before the logs are full, so that they never stop all at once.
+
+Below ``SOFT`` of the log limit writers go as fast as they can. From there on they may append at a multiple
+of the rate at which uploads make log space free, which falls as the logs fill: it is that rate itself at
+``EVEN``, so that logs which are written faster than they are uploaded come to rest there. LSM trees do the
+same with their compaction debt (RocksDB, "Write Stalls").
+
+While nothing is uploaded, in an outage of the store, the log is there to be filled: writers keep their
+speed and wait when it is full.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from glidefs.core.check import Closed
+from glidefs.core.engine import Engine
+from glidefs.core.volume import OPS
+
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
+    from glidefs.writing.retire import Retirer
+
+log = logging.getLogger(__name__)
+
+SOFT = 0.4
+"""Part of the log limit that may be dirty before writers are slowed down."""
+EVEN = 0.65
+"""Part of it at which they are as slow as uploads."""
+STEEP = 4.0
+"""Twofold for each quarter of the way from SOFT to EVEN."""
+WINDOW = 8.0
+"""Seconds over which the rate of uploads is measured: several commits."""
+LEAST = 8 << 20
+"""Bytes per second that writers get in any case."""
+STEP = 0.1
+"""Seconds between two looks while somebody writes."""
+IDLE = 1.0
+
+
+def allowed(dirty: int, limit: int, drained: float) -> int:
+    """Bytes per second that writers may append, 0 for any number; ``dirty`` of ``limit`` bytes are in use.
+
+    ``drained``: bytes per second that became committed lately.
+    """
+    part = dirty / limit
+    if part <= SOFT or drained <= 0:
+        return 0
+    way = (part - SOFT) / (EVEN - SOFT)
+    return max(LEAST, int(drained * 2.0 ** (STEEP * (1.0 - way))))
+
+
+class DrainRate:
+    """How fast dirty bytes become committed: from totals of what was written and what is dirty."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def note(self, now: float, written: int, dirty: int) -> float:
+        """``written``: bytes since some start. Returns bytes per second over :data:`WINDOW`."""
+        self._seen.append((now, written - dirty))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= WINDOW:
+            self._seen.popleft()
+        began, committed = self._seen[0]
+        return max(0.0, (written - dirty - committed) / (now - began)) if now > began else 0.0
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self._seen.clear()
+
+
+class Throttle:
+    """The thread that sets the pace of an engine's writers, and retires in small steps while logs fill."""
+
+    def __init__(self, engine: Engine, retirer: Retirer, writers: Callable[[], Sequence[Volume]]) -> None:
+        self._engine = engine
+        self._retirer = retirer
+        self._writers = writers
+        self._rate = DrainRate()
+        self._gone = 0  # bytes written by volumes that closed, or are clean
+        self._known: dict[int, int] = {}
+        self._pace = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="glide-pace", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Join it."""
+        self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        pause = IDLE
+        while not self._stop.wait(pause):
+            try:
+                pause = STEP if self.step(time.monotonic()) else IDLE
+            except Closed:
+                return
+            except Exception:
+                log.exception("writers are not slowed down for now")
+                pause = IDLE
+
+    def step(self, now: float) -> bool:
+        """Look once; whether anything is dirty. ``now`` is a time of ``time.monotonic()``."""
+        written, dirty = self._totals()
+        drained = self._rate.note(now, written, dirty)
+        limit = self._engine.stats().log_limit
+        pace = allowed(dirty, limit, drained)
+        if pace or self._pace:
+            self._engine.pace(pace)
+        self._pace = pace
+        if dirty:
+            self._retirer.make_room()
+        else:
+            self._rate.clear()
+        return dirty > 0
+
+    def _totals(self) -> tuple[int, int]:
+        """Bytes written so far, and dirty now, of all volumes that may have some."""
+        dirty = 0
+        seen: dict[int, int] = {}
+        for volume in self._writers():
+            try:
+                dirty += volume.core.info().dirty_bytes
+                seen[volume.cookie] = volume.core.stats().bytes[OPS.index("write")]
+            except Closed:
+                continue
+        self._gone += sum(last for cookie, last in self._known.items() if cookie not in seen)
+        back = sum(last for cookie, last in seen.items() if cookie not in self._known)
+        self._gone -= back  # it counts from here on
+        self._known = seen
+        return self._gone + sum(seen.values()), dirty

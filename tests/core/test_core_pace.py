@@ -1,0 +1,141 @@
+"""The pace of writers (csrc/base/pace.h), and who sets it (glidefs/writing/throttle.py)."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from core_rig import MIB, SECTOR, Background, CoreRig, pattern, wait_for
+from hypothesis import given
+from hypothesis import strategies as st
+
+from glidefs.core.check import Closed, CoreError
+from glidefs.core.volume import OPS
+from glidefs.writing import throttle
+from glidefs.writing.throttle import LEAST, SOFT, DrainRate, Throttle, allowed
+
+
+def test_writers_of_all_volumes_together_keep_the_pace(rig: CoreRig) -> None:
+    rig.engine.pace(4 * MIB)
+    vols = [rig.vol(), rig.vol(directory=rig.tmp / "other", log_id=b"m" * 16)]
+    began = time.monotonic()
+
+    def write(number: int) -> None:
+        for i in range(256):
+            vols[number].core.pwrite(i * SECTOR, pattern(i, SECTOR))
+
+    tasks = [Background(partial(write, number)) for number in (0, 1)]
+    for task in tasks:
+        task.result()
+    took = time.monotonic() - began
+    assert took > 0.35  # 2 MiB
+    assert vols[0].core.stats().paced + vols[1].core.stats().paced
+    rig.engine.pace(0)
+    assert vols[0].core.pread(0, 256 * SECTOR) == vols[1].core.pread(0, 256 * SECTOR)
+
+
+def slow(rig: CoreRig) -> tuple[Any, Background]:
+    """A volume with a write that waits for its turn."""
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    rig.engine.pace(1)  # one byte per second: the first is free, the next waits for an hour
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    before = vol.core.stats().paced
+    task = Background(lambda: vol.core.pwrite(SECTOR, pattern(2, SECTOR)))
+    wait_for(lambda: vol.core.stats().paced > before, "a write that waits")
+    return vol, task
+
+
+def test_reads_and_flushes_do_not_wait(rig: CoreRig) -> None:
+    vol, task = slow(rig)
+    assert vol.core.pread(0, SECTOR) == pattern(1, SECTOR)
+    vol.core.flush()
+    assert not task.done
+    rig.engine.pace(4 * MIB)  # an hour of debt at the old rate is nothing at this one
+    task.result()
+    assert vol.core.pread(SECTOR, SECTOR) == pattern(2, SECTOR)
+
+
+def test_a_volume_closes_while_its_writers_wait(rig: CoreRig) -> None:
+    vol, task = slow(rig)
+    vol.close()
+    with pytest.raises((Closed, CoreError)):
+        task.result()
+
+
+@given(st.integers(0, 1 << 40), st.integers(0, 1 << 40), st.integers(1, 1 << 40), st.floats(0, 1e10))
+def test_the_fuller_the_slower(one: int, other: int, limit: int, drained: float) -> None:
+    less, more = sorted((min(one, limit), min(other, limit)))
+    first, second = allowed(less, limit, drained), allowed(more, limit, drained)
+    if less / limit <= SOFT or drained <= 0:
+        assert first == 0
+    if first:
+        assert LEAST <= second <= first
+    if second and more == limit:
+        assert second <= max(LEAST, drained)
+
+
+def test_the_rate_of_uploads_is_that_of_several_commits() -> None:
+    rate, written = DrainRate(), 0
+    for tick in range(400):  # 100 bytes a second are written, and committed 200 at a time
+        written = tick * 10
+        found = rate.note(tick / 10, written, dirty=written % 200)
+    assert 75 <= found <= 125
+
+
+class Volume:
+    def __init__(self, cookie: int) -> None:
+        self.cookie, self.written, self.dirty, self.core = cookie, 0, 0, self
+
+    def info(self) -> Any:
+        return SimpleNamespace(dirty_bytes=self.dirty)
+
+    def stats(self) -> Any:
+        return SimpleNamespace(bytes=[self.written if op == "write" else 0 for op in OPS])
+
+
+def test_pace_comes_and_goes() -> None:
+    paces: list[int] = []
+    rooms: list[int] = []
+    engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
+    volumes = [Volume(1), Volume(2)]
+    made = Throttle(
+        cast(Any, engine),
+        cast(Any, SimpleNamespace(make_room=lambda: rooms.append(1))),
+        lambda: cast(Any, volumes),
+    )
+    for tick in range(100):  # twice as fast as the uploads
+        for volume in volumes:
+            volume.written += 10 * MIB
+            volume.dirty += 5 * MIB
+        assert made.step(tick * 0.1)
+    assert rooms
+    assert paces
+    assert paces == sorted(paces, reverse=True)
+    assert paces[-1] < 150 * MIB
+    volumes[1].dirty = 0
+    gone = volumes.pop()
+    gone.written = 0  # another life
+    volumes[0].dirty = 0
+    assert not made.step(11.0)
+    assert paces[-1] == 0
+    count = len(paces)
+    assert not made.step(12.0)
+    assert len(paces) == count
+
+
+def test_an_outage_slows_nobody() -> None:
+    paces: list[int] = []
+    engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
+    volume = Volume(1)
+    made = Throttle(
+        cast(Any, engine), cast(Any, SimpleNamespace(make_room=lambda: None)), lambda: cast(Any, [volume])
+    )
+    for tick in range(int(3 * throttle.WINDOW / 0.1)):
+        volume.written += 4 * MIB
+        volume.dirty += 4 * MIB
+        made.step(tick * 0.1)
+    assert not any(paces)
