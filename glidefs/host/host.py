@@ -71,7 +71,7 @@ class Host:
         self._throttle = Throttle(engine, self._retirer, self.scheduler.writers)
         self.faults = FaultService(engine, store, settings, self._volumes.get)
         self.prefetcher = Prefetcher(self.faults, settings)
-        self.compactor = Compactor(store, self.meta, settings, self.uploader, self.faults.quiet_for)
+        self.compactor = Compactor(store, self.meta, settings, self.uploader, self._quiet_for)
         if settings.compaction:
             self.scheduler.on_commit = self.compactor.note
         self.watch = Watch(
@@ -255,6 +255,10 @@ class Host:
         ):
             volume.size_changed()
             self.scheduler.request(volume)
+
+    def _quiet_for(self) -> float:
+        """Seconds since a guest waited for something; 0 while one does."""
+        return 0.0 if self._throttle.active else self.faults.quiet_for()
 
     def find(self, cookie: int) -> Volume | None:
         """The open volume of a cookie."""

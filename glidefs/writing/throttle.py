@@ -109,6 +109,11 @@ class Throttle:
                 log.exception("writers are not slowed down for now")
                 pause = IDLE
 
+    @property
+    def active(self) -> bool:
+        """Whether writers are slowed down: other background work should leave the CPU to uploads."""
+        return self._pace > 0
+
     def step(self, now: float) -> bool:
         """Look once; whether anything is dirty. ``now`` is a time of ``time.monotonic()``."""
         written, dirty = self._totals()
