@@ -122,12 +122,19 @@ def accepts(path: Path) -> bool:
 
 
 class Run(NamedTuple):
-    """One fio run. `cpu` is CPU seconds of the server during it, NaN if there is none to ask."""
+    """One fio run. `cpu` is CPU seconds of the server during it, NaN if there is none to ask.
+
+    `p50`, `p99`, `p999` are latencies in milliseconds; of a mixed load those of the slower side.
+    """
 
     ops: int
     seconds: float
     bytes: int
     cpu: float
+    p50: float
+    p99: float
+    p999: float
+    longest: float
 
     @property
     def iops(self) -> float:
@@ -166,7 +173,16 @@ def fio(options: dict[str, Any], pid: int | None = None, log: Path | None = None
         seconds=max(side["runtime"] for side in sides) / 1000,
         bytes=sum(side["io_bytes"] for side in sides),
         cpu=cpu,
+        p50=latency(sides, "50.000000"),
+        p99=latency(sides, "99.000000"),
+        p999=latency(sides, "99.900000"),
+        longest=max(side["clat_ns"]["max"] for side in sides) / 1e6,
     )
+
+
+def latency(sides: Sequence[dict[str, Any]], percentile: str) -> float:
+    """Milliseconds; the larger one of reads and writes."""
+    return max(side["clat_ns"].get("percentile", {}).get(percentile, 0) for side in sides) / 1e6
 
 
 def median(values: Sequence[float]) -> float:
