@@ -217,6 +217,10 @@ struct glide_volume_info {
     uint32_t failed; /* errno, 0 = serving */
 };
 int glide_volume_info_get(glide_volume *volume, struct glide_volume_info *out);
+/* The same for many volumes of one engine, in the order given, with one task for each worker instead of one for each
+ * volume. A worker is held up by all that are its own, so callers bound `count`. Returns how many were told of: where
+ * the worker has ended all is 0, also the size, which no volume has. */
+int glide_volumes_info_get(glide_volume *const *volumes, uint32_t count, struct glide_volume_info *out);
 
 enum glide_op { GLIDE_READ = 0, GLIDE_WRITE = 1, GLIDE_FLUSH = 2, GLIDE_ZERO = 3, GLIDE_OPS = 4 };
 #define GLIDE_FUA 1
@@ -240,6 +244,8 @@ struct glide_volume_stats {
     uint64_t shadow_absent;      /* left out: the second source had no answer */
 };
 int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out); /* never blocks */
+/* The same for many volumes. Never blocks. */
+void glide_volumes_stats_get(glide_volume *const *volumes, uint32_t count, struct glide_volume_stats *out);
 
 /* Synchronous I/O through the volume's worker, as a transport would: tests, export, tools.
  * Offsets and lengths are multiples of 512. buf is ignored for FLUSH and ZERO. */

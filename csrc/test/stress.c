@@ -314,8 +314,8 @@ static void *upload_thread(void *arg)
         upload(s);
         if (next_random(&seed) % 8 == 0)
             stand_still(s);
-        MUST(glide_volume_info_get(s->volume, &info));
-        MUST(glide_volume_stats_get(s->volume, &stats));
+        MUST(glide_volumes_info_get(&s->volume, 1, &info) - 1);
+        glide_volumes_stats_get(&s->volume, 1, &stats);
         glide_engine_stats_get(engine, &all);
         pthread_rwlock_unlock(&s->open);
         if (next_random(&seed) % 16 == 0)

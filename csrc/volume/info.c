@@ -2,6 +2,8 @@
 #include "volume/fault.h"
 #include "volume/volume.h"
 
+#include <string.h>
+
 static uint64_t count_parked(const struct volume *v)
 {
     uint64_t n = v->waiting;
@@ -26,18 +28,9 @@ static uint64_t longest_wait_ns(struct volume *v)
     return longest;
 }
 
-struct info_call {
-    struct volume *v;
-    struct glide_volume_info *out;
-};
-
-static int do_info(struct worker *w, void *arg)
+/* On the volume's worker. */
+static void tell(struct volume *v, struct glide_volume_info *out)
 {
-    struct info_call *c = arg;
-    struct volume *v = c->v;
-    struct glide_volume_info *out = c->out;
-
-    (void)w;
     *out = (struct glide_volume_info){.size = atomic_load(&v->size),
                                       .sealed_seq = log_sealed_seq(&v->log),
                                       .committed_seq = v->committed_seq,
@@ -62,12 +55,54 @@ static int do_info(struct worker *w, void *arg)
         if (s->valid && (!out->oldest_dirty_ns || s->first_ns < out->oldest_dirty_ns))
             out->oldest_dirty_ns = s->first_ns;
     }
+}
+
+struct info_call {
+    glide_volume *const *volumes;
+    struct glide_volume_info *out;
+    uint32_t count;
+    uint32_t told;
+};
+
+/* Of each volume that is this worker's: a volume keeps its worker for life. */
+static int tell_own(struct worker *w, void *arg)
+{
+    struct info_call *c = arg;
+
+    for (uint32_t i = 0; i < c->count; i++) {
+        if (c->volumes[i]->worker == w) {
+            tell(c->volumes[i], &c->out[i]);
+            c->told++;
+        }
+    }
     return 0;
+}
+
+static bool has_any(const struct worker *w, const struct info_call *c)
+{
+    for (uint32_t i = 0; i < c->count; i++) {
+        if (c->volumes[i]->worker == w)
+            return true;
+    }
+    return false;
 }
 
 int glide_volume_info_get(glide_volume *volume, struct glide_volume_info *out)
 {
-    return worker_call(volume->worker, do_info, &(struct info_call){volume, out});
+    return worker_call(volume->worker, tell_own, &(struct info_call){&volume, out, 1, 0});
+}
+
+int glide_volumes_info_get(glide_volume *const *volumes, uint32_t count, struct glide_volume_info *out)
+{
+    struct info_call c = {volumes, out, count, 0};
+
+    memset(out, 0, count * sizeof(*out));
+    for (unsigned i = 0; count && i < volumes[0]->engine->worker_count; i++) {
+        struct worker *w = &volumes[0]->engine->workers[i];
+        if (has_any(w, &c)) /* the others are not woken */
+            worker_call(w, tell_own, &c);
+    }
+    return (int)c.told;
 }
 
 int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
@@ -96,4 +131,10 @@ int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out)
     out->shadow_changed = atomic_load_explicit(&s->shadow_changed, memory_order_relaxed);
     out->shadow_absent = atomic_load_explicit(&s->shadow_absent, memory_order_relaxed);
     return 0;
+}
+
+void glide_volumes_stats_get(glide_volume *const *volumes, uint32_t count, struct glide_volume_stats *out)
+{
+    for (uint32_t i = 0; i < count; i++)
+        glide_volume_stats_get(volumes[i], &out[i]);
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno as _errno
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +12,7 @@ import msgspec
 
 from glidefs.core._core import ffi, lib
 from glidefs.core.check import CoreError, Handle, check
+from glidefs.core.figures import OPS, VolumeInfo, VolumeStats, infos_from, stats_from
 from glidefs.core.shadow import ShadowFile, to_c
 from glidefs.core.ublk import UblkConfig, UblkDevice
 from glidefs.core.ublk import add as add_device
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from glidefs.core.engine import Engine
 
 BLOCK = int(lib.GLIDE_BLOCK)
-OPS = ("read", "write", "flush", "zero")
-"""The order of the counters by operation in :class:`VolumeStats`."""
 
 
 class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,55 +54,6 @@ class Recovery(NamedTuple):
     dropped: int
     last_seq: int
     repaired: int
-
-
-class VolumeInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """State of a volume's log; see ``struct glide_volume_info``."""
-
-    size: int
-    first_seq: int
-    last_seq: int
-    sealed_seq: int
-    committed_seq: int
-    active_bytes: int
-    dirty_bytes: int
-    oldest_dirty_ns: int
-    oldest_ns: int
-    dead_seq: int
-    log_bytes: int
-    map_bytes: int
-    parked: int
-    longest_wait_ns: int
-    connections: int
-    failed: int
-
-    @property
-    def dirty_age(self) -> float:
-        """Seconds since the oldest write that is not in the store; 0 when clean."""
-        return max(0.0, time.time() - self.oldest_dirty_ns / 1e9) if self.oldest_dirty_ns else 0.0
-
-
-class VolumeStats(msgspec.Struct, frozen=True, kw_only=True):
-    """Counters since open; tuples are in the order of :data:`OPS`, ``latency`` as in csrc/volume/stats.h."""
-
-    ops: tuple[int, ...]
-    bytes: tuple[int, ...]
-    errors: tuple[int, ...]
-    latency: tuple[tuple[int, ...], ...]
-    latency_sum_ns: tuple[int, ...]
-    faults: int
-    log_hits: int
-    cache_reads: int
-    zero_reads: int
-    rmw: int
-    syncs: int
-    log_full_waits: int
-    map_full_waits: int
-    paced: int
-    shadow_compared: int
-    shadow_differences: int
-    shadow_changed: int
-    shadow_absent: int
 
 
 class Install(msgspec.Struct, frozen=True):
@@ -252,17 +201,17 @@ class CoreVolume(Handle):
 
     def info(self) -> VolumeInfo:
         """State of the log now."""
-        raw = ffi.new("struct glide_volume_info *")
+        raw = ffi.new("struct glide_volume_info[1]")
         with self._use() as volume:
             check(lib.glide_volume_info_get(volume, raw), "info")
-        return VolumeInfo(**{name: int(getattr(raw, name)) for name in VolumeInfo.__struct_fields__})
+        return infos_from(raw)[0]
 
     def stats(self) -> VolumeStats:
         """Counters since open."""
-        raw = ffi.new("struct glide_volume_stats *")
+        raw = ffi.new("struct glide_volume_stats[1]")
         with self._use() as volume:
             check(lib.glide_volume_stats_get(volume, raw), "stats")
-        return VolumeStats(**{name: _plain(getattr(raw, name)) for name in VolumeStats.__struct_fields__})
+        return stats_from(raw)[0]
 
     def pread(self, offset: int, length: int) -> bytes:
         """Read ``length`` bytes at ``offset`` (multiples of 512) as a transport would."""
@@ -340,8 +289,3 @@ def open_volume(
         check(lib.glide_volume_open(pointer, raw, out, recovery), "open volume", path=str(config.log_dir))
     found = Recovery(*(int(getattr(recovery, name)) for name in Recovery._fields))
     return CoreVolume(engine, config, out[0]), found
-
-
-def _plain(value: Any) -> Any:
-    """A counter, or nested tuples of a C array of counters."""
-    return value if isinstance(value, int) else tuple(_plain(item) for item in value)

@@ -25,7 +25,7 @@ from glidefs.core import heap
 from glidefs.daemon import process
 from glidefs.daemon.disk_sizes import misfits
 from glidefs.daemon.identity import CacheIdentity
-from glidefs.daemon.metrics import ExportFigures, Metrics, Snapshot
+from glidefs.daemon.metrics import Metrics, Snapshot, figures_of
 from glidefs.daemon.serving import Core
 from glidefs.daemon.store_check import StoreCheck
 from glidefs.errors import GlideError
@@ -379,21 +379,12 @@ class Daemon:
     def _snapshot(self) -> Snapshot:
         core = self._core
         router = core.router if core else None
-        exports: list[ExportFigures] = []
-        statuses = router.listing() if router else []
-        for entry in router.table.all() if router else ():
-            volume, transport = entry.volume, entry.transport
-            if volume is None or transport is None:
-                continue
-            with contextlib.suppress(GlideError):  # closed meanwhile
-                info, stats = volume.core.info(), volume.core.stats()
-                exports.append(
-                    ExportFigures(name=entry.name, transport=transport.kind, info=info, stats=stats)
-                )
+        seen = router.survey() if router else []
+        statuses = [export.status for export in seen]
         state = self._store.state if self._store else StoreState()
         return Snapshot(
             engine=core.engine.stats() if core else None,
-            exports=exports,
+            exports=figures_of(seen),
             statuses=statuses,
             troubles=len(troubles(statuses, state, time.time())),
             store=self._store.metrics() if self._store else None,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 
 from msgspec import Struct
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
 
 from glidefs.bases.manifest_cache import CacheStats
 from glidefs.core.engine import EngineStats
-from glidefs.core.volume import OPS, VolumeInfo, VolumeStats
+from glidefs.core.figures import OPS, VolumeInfo, VolumeStats, stats
+from glidefs.daemon.exposition import and_label, counter, gauge, histogram, labels
 from glidefs.exports.requests import ExportStatus
+from glidefs.exports.survey import Seen
 from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
 from glidefs.store.counters import StoreMetrics
 
@@ -26,13 +25,26 @@ FIRST_POWER, LAST_POWER = 2, 28
 """Buckets shown are powers of two of the unit: 1 us to 69 s."""
 
 
-class ExportFigures(Struct, frozen=True, kw_only=True):
+class ExportFigures(Struct, frozen=True, kw_only=True, gc=False):
     """One served export."""
 
     name: str
     transport: str
     info: VolumeInfo
     stats: VolumeStats
+
+
+def figures_of(exports: list[Seen]) -> list[ExportFigures]:
+    """Of the exports whose volumes are open, the counters with them."""
+    open_ones = [
+        (of.status, of.core, of.info) for of in exports if of.core is not None and of.info is not None
+    ]
+    found = stats([core for _, core, _ in open_ones])
+    return [
+        ExportFigures(name=status.name, transport=status.transport, info=info, stats=counters)
+        for (status, _, info), counters in zip(open_ones, found, strict=True)
+        if counters is not None  # closed meanwhile
+    ]
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
@@ -50,40 +62,31 @@ class Snapshot(Struct, frozen=True, kw_only=True):
     troubles: int = 0
 
 
-class _Figures(Collector):
-    def __init__(self, gather: Callable[[], Snapshot]) -> None:
-        self._gather = gather
-
-    def collect(self) -> Iterable[Metric]:
-        snapshot = self._gather()
-        yield from _process(snapshot)
-        if snapshot.engine is not None:
-            yield from _engine(snapshot.engine)
-        if snapshot.store is not None:
-            yield from _store(snapshot.store)
-        yield from _bases(snapshot.bases)
-        yield from _handoffs(snapshot.handoffs)
-        yield _counter("fault_fetches", "Guest faults that the store was asked for", snapshot.fault_fetches)
-        yield from _volumes(snapshot.exports)
-        if snapshot.shadow:
-            yield from _shadow(snapshot.exports)
-        yield from _operations(snapshot.exports)
-        yield _latency(snapshot.exports)
-
-    def describe(self) -> Iterable[Metric]:
-        return ()
-
-
 class Metrics:
     """`render()` gives the text of GET /metrics."""
 
     def __init__(self, gather: Callable[[], Snapshot]) -> None:
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(_Figures(gather))
+        self._gather = gather
 
     def render(self) -> bytes:
         """The exposition format, version 0.0.4."""
-        return generate_latest(self._registry)
+        return "".join(_families(self._gather())).encode()
+
+
+def _families(snapshot: Snapshot) -> Iterator[str]:
+    yield from _process(snapshot)
+    if snapshot.engine is not None:
+        yield from _engine(snapshot.engine)
+    if snapshot.store is not None:
+        yield from _store(snapshot.store)
+    yield from _bases(snapshot.bases)
+    yield from _handoffs(snapshot.handoffs)
+    yield _counter("fault_fetches", "Guest faults that the store was asked for", snapshot.fault_fetches)
+    yield from _volumes(snapshot.exports)
+    if snapshot.shadow:
+        yield from _shadow(snapshot.exports)
+    yield from _operations(snapshot.exports)
+    yield _latency(snapshot.exports)
 
 
 def rss_bytes() -> int:
@@ -92,31 +95,33 @@ def rss_bytes() -> int:
     return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _gauge(name: str, text: str, value: float) -> Metric:
-    return GaugeMetricFamily(f"glidefs_{name}", text, value=value)
+def _gauge(name: str, text: str, value: float) -> str:
+    return gauge(name, text, [("", value)])
 
 
-def _counter(name: str, text: str, value: float) -> Metric:
-    return CounterMetricFamily(f"glidefs_{name}", text, value=value)
+def _counter(name: str, text: str, value: float) -> str:
+    return counter(name, text, [("", value)])
 
 
-def _process(snapshot: Snapshot) -> Iterator[Metric]:
+def _process(snapshot: Snapshot) -> Iterator[str]:
     yield _gauge("process_resident_memory_bytes", "Resident memory of the daemon", rss_bytes())
     yield _gauge("start_time_seconds", "When the daemon started, unix time", snapshot.started_at)
-    states = GaugeMetricFamily("glidefs_exports", "Exports by state", labels=["state"])
-    for state, count in Counter(status.state for status in snapshot.statuses).items():
-        states.add_metric([state], count)
-    yield states
-    yield _gauge("troubles", "What is wrong, as /health says it: 0 = all is well", snapshot.troubles)
-    fenced = GaugeMetricFamily(
-        "glidefs_fenced", "1 if this host may not serve the volume any more", labels=["export", "transport"]
+    states = Counter(status.state for status in snapshot.statuses)
+    yield gauge(
+        "exports", "Exports by state", [(labels(state=state), count) for state, count in states.items()]
     )
-    for status in snapshot.statuses:
-        fenced.add_metric([status.name, status.transport], float(status.state == "fenced"))
-    yield fenced
+    yield _gauge("troubles", "What is wrong, as /health says it: 0 = all is well", snapshot.troubles)
+    yield gauge(
+        "fenced",
+        "1 if this host may not serve the volume any more",
+        [
+            (labels(export=status.name, transport=status.transport), int(status.state == "fenced"))
+            for status in snapshot.statuses
+        ],
+    )
 
 
-def _engine(stats: EngineStats) -> Iterator[Metric]:
+def _engine(stats: EngineStats) -> Iterator[str]:
     yield _gauge("log_bytes", "Bytes that all write logs allocate", stats.log_bytes)
     yield _gauge("log_limit_bytes", "Bytes that all write logs may allocate", stats.log_limit)
     yield _gauge("map_bytes", "Memory of log maps and block maps", stats.map_bytes)
@@ -134,16 +139,13 @@ def _engine(stats: EngineStats) -> Iterator[Metric]:
     yield _gauge("workers", "I/O worker threads", stats.workers)
 
 
-def _store(figures: StoreMetrics) -> Iterator[Metric]:
+def _store(figures: StoreMetrics) -> Iterator[str]:
     for name, text, counts in (
         ("store_requests", "Requests to the object store", figures.requests),
         ("store_errors", "Requests to the object store that failed", figures.errors),
         ("store_retries", "Requests to the object store that were tried again", figures.retries),
     ):
-        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["op"])
-        for op, count in sorted(counts.items()):
-            counter.add_metric([op], count)
-        yield counter
+        yield counter(name, text, [(labels(op=op), count) for op, count in sorted(counts.items())])
     yield _counter("store_received_bytes", "Payload bytes read from the object store", figures.bytes_in)
     yield _counter("store_sent_bytes", "Payload bytes written to the object store", figures.bytes_out)
     yield _gauge("store_waiting", "Calls that wait for a place, a retry or the store", figures.waiting)
@@ -151,39 +153,33 @@ def _store(figures: StoreMetrics) -> Iterator[Metric]:
     yield _gauge("store_down_seconds", "For how long the store has not answered", figures.down_seconds)
 
 
-def _handoffs(totals: Totals) -> Iterator[Metric]:
+def _handoffs(totals: Totals) -> Iterator[str]:
     """Counts go on from process to process."""
-    counter = CounterMetricFamily("glidefs_handoffs", "Handoffs by outcome", labels=["outcome"])
-    for outcome, count in zip(OUTCOMES, totals.outcomes, strict=True):
-        counter.add_metric([outcome], count)
-    yield counter
-    stalls = HistogramMetricFamily("glidefs_handoff_stall_seconds", "How long guests waited in a handoff")
-    bounds = [*(repr(bound) for bound in BOUNDS), "+Inf"]
-    stalls.add_metric(
-        [], list(zip(bounds, accumulate(totals.buckets), strict=True)), sum_value=totals.stall_seconds
+    outcomes = zip(OUTCOMES, totals.outcomes, strict=True)
+    yield counter(
+        "handoffs", "Handoffs by outcome", [(labels(outcome=outcome), count) for outcome, count in outcomes]
     )
-    yield stalls
+    bounds = [*(repr(bound) for bound in BOUNDS), "+Inf"]
+    buckets: list[tuple[str, float]] = list(zip(bounds, accumulate(totals.buckets), strict=True))
+    yield histogram(
+        "handoff_stall_seconds", "How long guests waited in a handoff", [("", buckets, totals.stall_seconds)]
+    )
 
 
-_CACHE_FIGURES: tuple[
-    tuple[str, str, type[GaugeMetricFamily] | type[CounterMetricFamily], Callable[[CacheStats], float]], ...
-] = (
-    ("base_cache_entries", "Bases kept in memory", GaugeMetricFamily, lambda s: s.entries),
-    ("base_cache_capacity", "Bases that can be kept", GaugeMetricFamily, lambda s: s.capacity),
-    ("base_cache_hits", "Look-ups answered from memory", CounterMetricFamily, lambda s: s.hits),
-    ("base_cache_misses", "Look-ups that began a load", CounterMetricFamily, lambda s: s.misses),
-    ("base_cache_evictions", "Bases that made room", CounterMetricFamily, lambda s: s.evictions),
-    ("base_cache_failures", "Loads that failed", CounterMetricFamily, lambda s: s.failures),
-    ("base_cache_load_seconds", "Time that loads took", CounterMetricFamily, lambda s: s.load_seconds),
+_CACHE_FIGURES: tuple[tuple[str, str, Callable[..., str], Callable[[CacheStats], float]], ...] = (
+    ("base_cache_entries", "Bases kept in memory", gauge, lambda s: s.entries),
+    ("base_cache_capacity", "Bases that can be kept", gauge, lambda s: s.capacity),
+    ("base_cache_hits", "Look-ups answered from memory", counter, lambda s: s.hits),
+    ("base_cache_misses", "Look-ups that began a load", counter, lambda s: s.misses),
+    ("base_cache_evictions", "Bases that made room", counter, lambda s: s.evictions),
+    ("base_cache_failures", "Loads that failed", counter, lambda s: s.failures),
+    ("base_cache_load_seconds", "Time that loads took", counter, lambda s: s.load_seconds),
 )
 
 
-def _bases(caches: Mapping[str, CacheStats]) -> Iterator[Metric]:
+def _bases(caches: Mapping[str, CacheStats]) -> Iterator[str]:
     for name, text, family, read in _CACHE_FIGURES:
-        metric = family(f"glidefs_{name}", text, labels=["cache"])
-        for cache, stats in caches.items():
-            metric.add_metric([cache], read(stats))
-        yield metric
+        yield family(name, text, [(labels(cache=cache), read(stats)) for cache, stats in caches.items()])
 
 
 _VOLUME_GAUGES: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (
@@ -218,20 +214,16 @@ _VOLUME_COUNTERS: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] 
 )
 
 
-def _volumes(exports: list[ExportFigures]) -> Iterator[Metric]:
+def _volumes(exports: list[ExportFigures]) -> Iterator[str]:
+    of = [labels(export=export.name, transport=export.transport) for export in exports]
     for name, text, read in _VOLUME_GAUGES:
-        gauge = GaugeMetricFamily(f"glidefs_{name}", text, labels=["export", "transport"])
-        for export in exports:
-            gauge.add_metric([export.name, export.transport], read(export))
-        yield gauge
+        yield gauge(name, text, zip(of, map(read, exports), strict=True))
+    of = [labels(export=export.name) for export in exports]
     for name, text, read in _VOLUME_COUNTERS:
-        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["export"])
-        for export in exports:
-            counter.add_metric([export.name], read(export))
-        yield counter
+        yield counter(name, text, zip(of, map(read, exports), strict=True))
 
 
-def _shadow(exports: list[ExportFigures]) -> Iterator[Metric]:
+def _shadow(exports: list[ExportFigures]) -> Iterator[str]:
     """Of shadow verify, only where it is on."""
     for name, text, fields in (
         ("shadow_compared_sectors", "Sectors read and compared", {"": "shadow_compared"}),
@@ -242,43 +234,53 @@ def _shadow(exports: list[ExportFigures]) -> Iterator[Metric]:
             {"changed": "shadow_changed", "absent": "shadow_absent"},
         ),
     ):
-        labels = ["export", "why"] if len(fields) > 1 else ["export"]
-        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=labels)
-        for export in exports:
-            for why, field in fields.items():
-                counter.add_metric([export.name, why][: len(labels)], getattr(export.stats, field))
-        yield counter
+        yield counter(
+            name,
+            text,
+            [
+                (labels(export=export.name, **({"why": why} if why else {})), getattr(export.stats, field))
+                for export in exports
+                for why, field in fields.items()
+            ],
+        )
 
 
-def _operations(exports: list[ExportFigures]) -> Iterator[Metric]:
-    for name, text, field in (
-        ("operations", "Guest requests", "ops"),
-        ("operation_bytes", "Bytes of guest requests", "bytes"),
-        ("operation_errors", "Guest requests that failed", "errors"),
-    ):
-        counter = CounterMetricFamily(f"glidefs_{name}", text, labels=["export", "op"])
-        for export in exports:
-            for op, value in zip(OPS, getattr(export.stats, field), strict=True):
-                counter.add_metric([export.name, op], value)
-        yield counter
+def _operations(exports: list[ExportFigures]) -> Iterator[str]:
+    of = [
+        and_label(label, "op", op)
+        for export in exports
+        for label in (labels(export=export.name),)
+        for op in OPS
+    ]
+    for name, text, read in _OPERATIONS:
+        values = [value for export in exports for value in read(export.stats)]
+        yield counter(name, text, zip(of, values, strict=True))
 
 
-def _latency(exports: list[ExportFigures]) -> Metric:
+_OPERATIONS: tuple[tuple[str, str, Callable[[VolumeStats], tuple[int, ...]]], ...] = (
+    ("operations", "Guest requests", lambda s: s.ops),
+    ("operation_bytes", "Bytes of guest requests", lambda s: s.bytes),
+    ("operation_errors", "Guest requests that failed", lambda s: s.errors),
+)
+
+
+def _latency(exports: list[ExportFigures]) -> str:
     """Only operations that happened: a thousand idle exports must not mean 100,000 lines."""
-    family = HistogramMetricFamily(
-        "glidefs_operation_seconds", "Latency of guest requests", labels=["export", "op"]
+    samples = (
+        (labels(export=export.name, op=op), latency_buckets(counts), total / 1e9)
+        for export in exports
+        if any(export.stats.ops)
+        for op, counts, total in zip(OPS, export.stats.latency, export.stats.latency_sum_ns, strict=True)
+        if any(counts)
     )
-    for export in exports:
-        for op, counts, total in zip(OPS, export.stats.latency, export.stats.latency_sum_ns, strict=True):
-            if any(counts):
-                family.add_metric([export.name, op], latency_buckets(counts), sum_value=total / 1e9)
-    return family
+    return histogram("operation_seconds", "Latency of guest requests", samples)
+
+
+_POWERS = range(FIRST_POWER, LAST_POWER + 1)
+_BOUNDS = (*(repr(BUCKET_UNIT * 2**power) for power in _POWERS), "+Inf")
 
 
 def latency_buckets(counts: tuple[int, ...]) -> list[tuple[str, float]]:
     """Cumulative counts by upper bound in seconds, from the core's half-power-of-two buckets."""
-    result: list[tuple[str, float]] = []
-    for power in range(FIRST_POWER, LAST_POWER + 1):
-        result.append((repr(BUCKET_UNIT * 2**power), float(sum(counts[: 2 * power]))))
-    result.append(("+Inf", float(sum(counts))))
-    return result
+    below = list(accumulate(counts, initial=0))
+    return list(zip(_BOUNDS, [*(below[2 * power] for power in _POWERS), below[-1]], strict=True))

@@ -19,7 +19,8 @@ UNDER_WAY = ("serving", "creating", "starting")
 
 def judged(status: ExportStatus, store: StoreState, max_dirty_age: float) -> ExportStatus:
     """The status with what is wrong, if something is."""
-    return replace(status, trouble=_trouble(status, store, max_dirty_age))
+    trouble = _trouble(status, store, max_dirty_age)
+    return replace(status, trouble=trouble) if trouble else status
 
 
 def _trouble(status: ExportStatus, store: StoreState, max_dirty_age: float) -> str:

@@ -43,6 +43,7 @@ from glidefs.exports.opener import Opener
 from glidefs.exports.requests import AttachRequest, CreateRequest, ExportStatus, check_named, normal_size
 from glidefs.exports.settings import RouterSettings
 from glidefs.exports.stored import list_volumes
+from glidefs.exports.survey import Seen, survey
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root
@@ -182,14 +183,16 @@ class ExportRouter:
 
     def listing(self) -> list[ExportStatus]:
         """All exports, by name."""
-        return [self._judged(entry) for entry in self.table.all()]
+        return [seen.status for seen in self.survey()]
+
+    def survey(self) -> list[Seen]:
+        """The same with what the core says of their volumes."""
+        return survey(self.table, self._store.state, self._host.settings.max_dirty_age)
 
     def show(self, name: str) -> ExportStatus:
         """One export. Raises UnknownExport."""
-        return self._judged(self.table.get(name))
-
-    def _judged(self, entry: Entry) -> ExportStatus:
-        return judged(entry.status(), self._store.state, self._host.settings.max_dirty_age)
+        status = self.table.get(name).status()
+        return judged(status, self._store.state, self._host.settings.max_dirty_age)
 
     # -- create --------------------------------------------------------------------------------
 

@@ -12,13 +12,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from glidefs.core.figures import VolumeInfo
 from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, NotServed, Refused, UnknownExport
 from glidefs.events import happened
 from glidefs.exports.requests import ExportStatus
@@ -32,6 +33,7 @@ from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 
+NOTHING_TOLD: Mapping[int, VolumeInfo] = {}
 SUFFIX = ".json"
 INTENT = ".intent"
 SCANNED = ".scanned"
@@ -267,14 +269,24 @@ class Entry:
             raise GlideError(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
         volume.drain(timeout)
 
-    def status(self, *, created: bool | None = None, note: str = "", figures: bool = True) -> ExportStatus:
-        """What `show` prints, without the volume's figures if they are not asked for. Blocks on nothing."""
+    def status(
+        self,
+        *,
+        created: bool | None = None,
+        note: str = "",
+        figures: bool = True,
+        told: Mapping[int, VolumeInfo] = NOTHING_TOLD,
+    ) -> ExportStatus:
+        """What `show` prints, without the volume's figures if they are not asked for. Blocks on nothing.
+
+        ``told``: what the core has just said of volumes, by cookie; of another one it is asked.
+        """
         record, volume, endpoint = self.record, self.volume if figures else None, self.endpoint
         numbers: dict[str, Any] | None = None
         state, reason = self.state, self.reason
         if volume is not None:
             try:
-                numbers = msgspec.to_builtins(volume.status())
+                numbers = msgspec.structs.asdict(volume.status(told.get(volume.cookie)))
             except GlideError as error:
                 state, reason = "failed", str(error)
         if fenced := self.fence_reason():

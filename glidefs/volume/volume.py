@@ -16,6 +16,7 @@ import msgspec
 
 from glidefs.asked import check_listening
 from glidefs.core.check import Closed
+from glidefs.core.figures import VolumeInfo
 from glidefs.core.gather import Gather
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import Fenced, GlideError, StoreWentBack
@@ -267,9 +268,9 @@ class Volume:
             self.core.committed(segment)
         self._notify()
 
-    def status(self) -> VolumeStatus:
-        """State for people and metrics. Raises Closed."""
-        info = self.core.info()
+    def status(self, info: VolumeInfo | None = None) -> VolumeStatus:
+        """State for people and metrics, with what the core has just told if it was asked. Raises Closed."""
+        info = self.core.info() if info is None else info
         return VolumeStatus(
             name=self.name,
             size=info.size,

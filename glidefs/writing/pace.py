@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from glidefs.core.volume import OPS
+from glidefs.core.figures import OPS
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 pytest.importorskip("glidefs.core._core")
 
 from glidefs.core.engine import EngineStats
-from glidefs.core.volume import VolumeInfo, VolumeStats
+from glidefs.core.figures import VolumeInfo, VolumeStats
 from glidefs.daemon.metrics import BUCKET_UNIT, ExportFigures, Metrics, Snapshot, latency_buckets
 from glidefs.exports.requests import ExportStatus
 

@@ -18,8 +18,8 @@ from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 from glidefs.compaction import merge as merge_module
 from glidefs.core import payloads
 from glidefs.core.check import Closed
+from glidefs.core.figures import VolumeStats
 from glidefs.core.testing import forget_sector
-from glidefs.core.volume import VolumeStats
 from glidefs.host.host import Host
 from glidefs.manifest import lease
 from glidefs.reading import plan as blocks_module
