@@ -21,6 +21,7 @@ from msgspec import Meta, Struct
 
 from glidefs.errors import ConfigError, InvalidName
 from glidefs.names import check_prefix
+from glidefs.places import DEFAULT_SOCKET, MAX_SOCKET_PATH, resolved
 
 Size = Annotated[int, Meta(ge=0, extra={"unit": "size"})]
 Duration = Annotated[float, Meta(ge=0, extra={"unit": "duration"})]
@@ -28,13 +29,10 @@ Count = Annotated[int, Meta(ge=0)]
 PathText = Annotated[str, Meta(min_length=1, extra={"unit": "path"})]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
-DEFAULT_CONFIG = "/etc/glidefs/glidefs.toml"
 MAX_DURATION = 30 * 86400  # fits the C core's milliseconds in 32 bits
 MIN_GC_GRACE = 60
-MAX_SOCKET_PATH = 107
 MIN_REPLY_MEMORY = 64 * MIB
 """Room for two of the largest requests, which the core asks for."""
-DEFAULT_SOCKET = "/run/glidefs/api.sock"
 
 _SIZE_UNITS: dict[str, int] = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgtpe", start=1):
@@ -225,11 +223,6 @@ def age_text(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02}m"
 
 
-def config_path(explicit: str | None = None) -> Path:
-    """The file to read: `--config`, else GLIDEFS_CONFIG, else the system-wide one."""
-    return Path(explicit or os.environ.get("GLIDEFS_CONFIG") or DEFAULT_CONFIG)
-
-
 def load_config(path: Path | str) -> Config:
     """Read and check a configuration file. Raises ConfigError naming file, section and key."""
     try:
@@ -293,10 +286,7 @@ def _in_unit(value: Any, unit: str | None, base: Path | None) -> Any:
     if unit == "duration":
         return parse_duration(value) if isinstance(value, str | int | float) else value
     if unit == "path" and isinstance(value, str):
-        if "\0" in value:
-            raise ValueError("a path cannot contain a NUL byte")
-        path = Path(value).expanduser()
-        return str(base / path) if base and value else str(path) if value else value
+        return resolved(value, base)
     return value
 
 

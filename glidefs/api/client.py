@@ -1,19 +1,16 @@
-"""HTTP over the daemon's Unix socket, with the standard library only: a command starts in milliseconds."""
+"""The daemon's API for commands, which wait for what is imported here: it is little, and nothing heavy."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from glidefs.config import DEFAULT_CONFIG, DEFAULT_SOCKET, config_path, load_config
+from glidefs.api.wire import BadAnswer, request
 from glidefs.errors import GlideError
-
-MAX_ANSWER = 256 << 20
+from glidefs.places import DEFAULT_CONFIG, DEFAULT_SOCKET, api_socket, config_path
 
 
 class CommandError(GlideError):
@@ -27,29 +24,23 @@ class CommandError(GlideError):
 
 
 def socket_path(config: str | None = None) -> str:
-    """The daemon's socket: GLIDEFS_SOCKET, else the configuration's, else the default."""
+    """The daemon's socket: GLIDEFS_SOCKET, else the configuration's, else the default. Raises ConfigError."""
     if not config and os.environ.get("GLIDEFS_SOCKET"):
         return os.environ["GLIDEFS_SOCKET"]
     path = config_path(config)
     if not config and str(path) == DEFAULT_CONFIG and not path.exists():
         return DEFAULT_SOCKET
-    return load_config(path).api.socket
+    found = api_socket(path)
+    if found is None:
+        from glidefs.config import load_config
+
+        found = load_config(path).api.socket
+    return found
 
 
 def export_path(name: str, verb: str = "") -> str:
     """The API path of an export and a verb on it."""
     return f"/api/exports/{quote(name, safe='')}" + (f"/{verb}" if verb else "")
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str, timeout: float | None) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
 
 
 class Client:
@@ -71,16 +62,10 @@ class Client:
             path += "?" + urlencode({key: value for key, value in query.items() if value is not None})
         payload = None if body is None else json.dumps(body).encode()
         headers = {} if payload is None else {"Content-Type": "application/json"}
-        connection = _UnixConnection(self.path, timeout)
         try:
-            connection.request(method, path, payload, headers)
-            answer = connection.getresponse()
-            raw = answer.read(MAX_ANSWER)
-            status = answer.status
-        except (OSError, http.client.HTTPException) as error:
+            status, raw = request(self.path, method, path, payload, headers, timeout)
+        except (OSError, BadAnswer) as error:
             raise self._unreachable(error) from error
-        finally:
-            connection.close()
         return _decoded(status, raw)
 
     def _unreachable(self, error: Exception) -> CommandError:
@@ -94,7 +79,7 @@ class Client:
         if isinstance(error, TimeoutError):
             return CommandError(f"the daemon on {self.path} does not answer in time", "see its log")
         reason = str(error) or type(error).__name__
-        if isinstance(error, ConnectionResetError | http.client.RemoteDisconnected):
+        if isinstance(error, ConnectionResetError):
             reason = "the daemon went away while it worked on the command"
         return CommandError(f"{self.path}: {reason}", "see the daemon's log; the command may be repeated")
 

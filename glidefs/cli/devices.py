@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import msgspec
 import typer
 
 from glidefs.cli import output
@@ -26,6 +25,8 @@ def devices(context: typer.Context, config: ConfigOption = None, as_json: Json =
 @app.command("list")
 def devices_list(config: ConfigOption = None, as_json: Json = False) -> None:
     """List all ublk devices: what each one does, and whose it is."""
+    import msgspec
+
     from glidefs.cli.offline import settings
     from glidefs.doctor.devices import survey
 

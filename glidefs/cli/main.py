@@ -26,6 +26,7 @@ from glidefs.cli.common import (
 )
 from glidefs.cli.devices import app as devices_app
 from glidefs.cli.forks import add_commands
+from glidefs.cli.lean import narrow
 from glidefs.cli.logs import app as logs_app
 from glidefs.cli.stored import attach_all, list_stored
 from glidefs.errors import ConfigError
@@ -46,6 +47,11 @@ add_commands(app)
 bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
 app.add_typer(bases_app, name="bases")
 app.add_typer(devices_app, name="devices")
+
+
+@app.callback()
+def glidefs() -> None:
+    """What comes before a command: nothing. With it the program has commands even where only one is left."""
 
 
 @app.command()
@@ -462,6 +468,7 @@ def main() -> None:
     """Entry point of the `glidefs` program."""
     if hasattr(signal, "SIGPIPE") and sys.argv[1:2] != ["run"]:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    narrow(app, sys.argv[1:])
     app()
 
 

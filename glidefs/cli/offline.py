@@ -10,11 +10,12 @@ from urllib.parse import urlsplit
 import msgspec
 
 from glidefs.cli import output
-from glidefs.config import Config, age_text, config_path, load_config
+from glidefs.config import Config, age_text, load_config
 from glidefs.errors import ConfigError, GlideError
 from glidefs.exports.logs.leftovers import unnamed_prefixes
 from glidefs.exports.requests import check_named
 from glidefs.names import check_prefix
+from glidefs.places import config_path
 from glidefs.store import open_configured
 from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -42,6 +43,8 @@ def say(text: str) -> None:
 
 def printable(text: str) -> str:
     """Text from elsewhere, with control characters shown and not sent to the terminal."""
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
@@ -69,22 +72,25 @@ def split_reason(error: Exception) -> tuple[str, str]:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """A table: with rich on a terminal, tab-separated otherwise. `right` are columns of numbers."""
+    """A table: aligned on a terminal, tab-separated otherwise. `right` are columns of numbers."""
     cells = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty():
         for row in (columns, *cells):
             print("\t".join(row))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table(box=None, pad_edge=False, header_style="bold")
-    for index, column in enumerate(columns):
-        grid.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    bold, plain = ("", "") if os.environ.get("NO_COLOR") else ("\033[1m", "\033[0m")
+    print(f"{bold}{_aligned(columns, widths, right)}{plain}")
     for row in cells:
-        grid.add_row(*map(Text, row))
-    Console().print(grid)
+        print(_aligned(row, widths, right))
+
+
+def _aligned(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> str:
+    cells = [
+        cell.rjust(width) if index in right else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()
 
 
 def fields(values: dict[str, Any], indent: str = "") -> None:

@@ -10,12 +10,13 @@ import threading
 from typing import NoReturn
 
 from glidefs.asked import Asker, asked_by
-from glidefs.config import config_path, load_config
+from glidefs.config import load_config
 from glidefs.daemon import io_flusher, process
 from glidefs.daemon.daemon import Daemon
 from glidefs.daemon.log_lines import setup_logging
 from glidefs.errors import GlideError
 from glidefs.handoff.successor import Aborted, Successor, is_successor
+from glidefs.places import config_path
 from glidefs.version import version
 
 log = logging.getLogger(__name__)

@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 from msgspec import Struct
 
-from glidefs.config import Config, config_path, load_config
+from glidefs.config import Config, load_config
 from glidefs.daemon import io_flusher
 from glidefs.daemon.disk_sizes import misfits
 from glidefs.daemon.identity import made_elsewhere
 from glidefs.daemon.process import LOCK_FILE
 from glidefs.errors import ConfigError, DeviceError, GlideError, StoreError
 from glidefs.exports.logs.leftovers import directory_of, dirs_below, logs_aside, recorded, unnamed_prefixes
+from glidefs.places import config_path
 
 State = Literal["ok", "warn", "fail"]
 MIN_KERNEL = (6, 1)

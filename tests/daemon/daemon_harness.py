@@ -19,7 +19,8 @@ import command_line
 import servers
 from prometheus_client.parser import text_string_to_metric_families
 
-from glidefs.api.client import Client, CommandError, _UnixConnection
+from glidefs.api import wire
+from glidefs.api.client import Client, CommandError
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0
@@ -184,13 +185,10 @@ node = "{node}"
 
     def samples(self, name: str, **labels: str) -> list[float]:
         """What GET /metrics has of the sample ``name`` with these labels."""
-        connection = _UnixConnection(self.client.path, DEADLINE)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
+        _, text = wire.request(self.client.path, "GET", "/metrics", timeout=DEADLINE)
         return [
             sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(text.decode())
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         ]
