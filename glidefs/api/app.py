@@ -18,6 +18,7 @@ from glidefs.api.errors import ErrorAnswer, describe
 from glidefs.api.life import Lives
 from glidefs.api.peer import asked_from
 from glidefs.api.pools import Pool, Pools
+from glidefs.api.shared import Shared
 from glidefs.asked import Asker, asked_by, asker
 from glidefs.errors import ConfigError
 from glidefs.exports.requests import (
@@ -116,6 +117,7 @@ class Routes:
         self.control = control
         self.pools = Pools()
         self.life = Lives(lambda: control.router.table)
+        self.scrape = Shared(partial(self.pools.looks.run, control.metrics))
 
     async def change(self, pool: Pool, call: Callable[[], Any]) -> Any:
         """A call that changes something: refused while the daemon stops."""
@@ -305,8 +307,9 @@ class Routes:
         return reply(await self.pools.handoffs.run(self.control.hand_over, dry_run=wanted.dry_run))
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics."""
-        text = await self.pools.looks.run(self.control.metrics)
+        """GET /metrics: up to a second old, unless a verb ended since, or the client wants a new one."""
+        fresh = "no-cache" in request.headers.get("cache-control", "").lower()
+        text = await self.scrape.get(fresh=fresh)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def health(self, request: Request) -> Response:
@@ -359,10 +362,24 @@ def build_app(control: Control) -> FastAPI:
         ("GET", "/health/ready", routes.ready),
     )
     for method, path, handler in table:
-        app.router.add_route(path, _guarded(handler), methods=[method])
+        looks = method in ("GET", "HEAD")
+        guarded = _guarded(handler if looks else _changing(handler, routes.scrape))
+        app.router.add_route(path, guarded, methods=[method])
     for status in (404, 405):
         app.add_exception_handler(status, _no_route)
     return app
+
+
+def _changing(handler: Handler, scrape: Shared) -> Handler:
+    """Who was answered finds what the verb did in the next scrape, also if it failed half-way."""
+
+    async def changing(request: Request) -> Response:
+        try:
+            return await handler(request)
+        finally:
+            scrape.changed()
+
+    return changing
 
 
 def _guarded(handler: Handler) -> Handler:

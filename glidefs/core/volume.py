@@ -269,7 +269,8 @@ def open_volume(
     engine: Engine, config: VolumeConfig, shadow: ShadowFile | None
 ) -> tuple[CoreVolume, Recovery]:
     """See :meth:`Engine.open_volume`."""
-    config.log_dir.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.isdir(config.log_dir.parent):
+        config.log_dir.parent.mkdir(parents=True, exist_ok=True)
     log_dir = ffi.new("char[]", os.fsencode(config.log_dir))  # kept alive over the call
     raw = ffi.new("struct glide_volume_config *")
     raw.cookie = config.cookie

@@ -88,7 +88,7 @@ class Opener:
         records, damaged = self._records.load()
         places, known = self.places, {record.name for record in records} | set(damaged)
         lost = {name: advice(name, f"its record is damaged: {why}") for name, why in damaged.items()}
-        lost |= find_lost(places.state_dir, places.logs_dir, known)
+        lost |= find_lost(places.state_dir, places.logs_dir, records, known)
         for name, why in lost.items():
             entry = Entry(name)
             entry.failed(GlideError(why))

@@ -102,8 +102,7 @@ class ExportRouter:
 
     def has_records(self) -> bool:
         """Whether this host served exports before."""
-        records, damaged = self._records.load()
-        return bool(records or damaged)
+        return bool(self._records.names())
 
     def start(self) -> None:
         """Begin to open what this host served before; returns at once."""

@@ -51,18 +51,23 @@ class RecordDirectory:
         with contextlib.suppress(FileNotFoundError):
             fsync_dir(self.path)
 
+    def names(self) -> list[str]:
+        """The names of all record files, in order; what is in them is not looked at."""
+        with contextlib.suppress(FileNotFoundError):
+            found = [name for name in os.listdir(self.path) if name.endswith(SUFFIX) and name[0] != "."]
+            return sorted(name.removesuffix(SUFFIX) for name in found)
+        return []
+
     def load(self) -> tuple[list[ExportRecord], dict[str, str]]:
         """All records, and for each file that is damaged its name and why."""
         records: list[ExportRecord] = []
         damaged: dict[str, str] = {}
-        for path in sorted(self.path.glob(f"*{SUFFIX}")):
-            name = path.name.removesuffix(SUFFIX)
-            if path.name.startswith("."):
-                continue
+        for name in self.names():
+            path = f"{self.path}/{name}{SUFFIX}"
             try:
                 record = export_record.load(path)
                 if record.name != name:
-                    raise CorruptObject(str(path), 0, f"it is the record of {record.name}")
+                    raise CorruptObject(path, 0, f"it is the record of {record.name}")
                 records.append(record)
             except (OSError, GlideError) as error:
                 damaged[name] = str(error)
@@ -82,7 +87,8 @@ class RecordDirectory:
     def intent(self, name: str) -> str | None:
         """The verb that was begun on an export and must be finished: "remove" or "detach"."""
         try:
-            return self._intent_file(name).read_text(encoding="ascii")
+            with open(self._intent_file(name), encoding="ascii") as file:
+                return file.read()
         except FileNotFoundError:
             return None
 
@@ -96,11 +102,11 @@ class RecordDirectory:
             os.unlink(path)
             fsync_dir(self.path)
 
-    def _intent_file(self, name: str) -> Path:
-        return self.path / f"{check_name('export', name)}{INTENT}"
+    def _intent_file(self, name: str) -> str:
+        return f"{self.path}/{check_name('export', name)}{INTENT}"
 
-    def _file(self, name: str) -> Path:
-        return self.path / f"{check_name('export', name)}{SUFFIX}"
+    def _file(self, name: str) -> str:
+        return f"{self.path}/{check_name('export', name)}{SUFFIX}"
 
     @property
     def scanned(self) -> bool:

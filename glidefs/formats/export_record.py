@@ -11,7 +11,6 @@ record is on disk, and lives by the record alone until its root has been put.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -137,7 +136,7 @@ def save(path: str | os.PathLike[str], record: ExportRecord) -> None:
 
 def load(path: str | os.PathLike[str]) -> ExportRecord:
     """Read a record file. Raises FileNotFoundError, OSError or CorruptObject."""
-    with Path(path).open("rb") as file:
+    with open(path, "rb") as file:
         data = file.read(MAX_RECORD + 1)
     if len(data) > MAX_RECORD:
         raise CorruptObject(os.fspath(path), MAX_RECORD, "export record: too long")

@@ -17,9 +17,10 @@ one sector that is written in place, durable before the put begins, so it costs 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -49,12 +50,12 @@ _decoder = msgspec.msgpack.Decoder(_Saved)
 
 def volume_dir(state_dir: Path, volume_id: bytes) -> Path:
     """The directory of a volume's copies."""
-    return state_dir / "volumes" / volume_id.hex()
+    return Path(f"{state_dir}/volumes/{volume_id.hex()}")
 
 
 def page_dir(state_dir: Path, volume_id: bytes) -> Path:
     """The directory of the copies of its pages."""
-    return volume_dir(state_dir, volume_id) / "pages"
+    return Path(f"{state_dir}/volumes/{volume_id.hex()}/pages")
 
 
 def _make_dir(state_dir: Path, volume_id: bytes) -> Path:
@@ -110,7 +111,8 @@ def save_tried(state_dir: Path, volume_id: bytes, nonces: Sequence[bytes]) -> No
 def load_tried(state_dir: Path, volume_id: bytes) -> tuple[bytes, ...]:
     """The nonces of :func:`save_tried`; none if the file is absent or damaged: then no root is adopted."""
     try:
-        data = (volume_dir(state_dir, volume_id) / "tried").read_bytes()
+        with open(f"{volume_dir(state_dir, volume_id)}/tried", "rb") as file:
+            data = file.read(_TRIED.size + (MAX_TRIED + 1) * ID_SIZE)
     except OSError:
         return ()
     if len(data) < _TRIED.size:
@@ -170,12 +172,15 @@ def load(state_dir: Path, volume_id: bytes, key: str) -> tuple[Root, str | None,
     return root, saved.etag, saved.root
 
 
-def every(state_dir: Path) -> Iterator[Root]:
-    """The roots of all volumes that there are good copies of."""
-    for path in sorted((state_dir / "volumes").glob("*/root")):
-        root = _find(path)
-        if root is not None:
-            yield root
+def every(state_dir: Path, but: Collection[bytes] = ()) -> Iterator[Root]:
+    """The roots of all volumes that there are good copies of, without those of the ids ``but``."""
+    left_out = {volume_id.hex() for volume_id in but}
+    directory = state_dir / "volumes"
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(set(os.listdir(directory)) - left_out):
+            root = _find(directory / name / "root")
+            if root is not None:
+                yield root
 
 
 def find(state_dir: Path, volume_id: bytes) -> Root | None:

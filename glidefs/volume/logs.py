@@ -6,10 +6,11 @@ volume was taken over: it is never replayed and never deleted but by an operator
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -46,12 +47,15 @@ class LogExtent(msgspec.Struct, frozen=True):
 
 def log_dir(log_root: Path, volume_id: bytes, log_id: bytes) -> Path:
     """Where the log of a volume is."""
-    return log_root / volume_id.hex() / log_id.hex()
+    return Path(f"{log_root}/{volume_id.hex()}/{log_id.hex()}")
 
 
 def lost_syncs(directory: Path) -> bool:
     """Whether a sync of a segment there failed, and the store was not known to have it since."""
-    return any(directory.glob("*.syncfail"))
+    try:
+        return any(name.endswith(".syncfail") for name in os.listdir(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 class LogCopy(NamedTuple):
@@ -86,21 +90,29 @@ def has_witness(path: Path) -> bool:
     return _witness(path).exists()
 
 
+def log_ids(log_root: Path) -> Iterator[tuple[bytes, bytes]]:
+    """(volume id, log id) of all logs below ``log_root``, in order; nothing in them is looked at."""
+    for volume in _id_dirs(log_root):
+        for log in _id_dirs(log_root / volume):
+            yield bytes.fromhex(volume), bytes.fromhex(log)
+
+
+def _id_dirs(path: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as found:
+        return sorted(entry.name for entry in found if _HEX_ID.match(entry.name) and entry.is_dir())
+    return []
+
+
+def log_info(log_root: Path, volume_id: bytes, log_id: bytes, *, live: bool) -> LogInfo:
+    """What is there of one log."""
+    path = log_dir(log_root, volume_id, log_id)
+    size = sum(file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file())
+    return LogInfo(volume_id.hex(), log_id.hex(), str(path), len(log_segments(path)), size, live)
+
+
 def list_logs(log_root: Path, live: Collection[tuple[bytes, bytes]]) -> list[LogInfo]:
     """All logs below ``log_root``; ``live`` are the (volume id, log id) of volumes served here."""
-    found: list[LogInfo] = []
-    if not log_root.is_dir():
-        return found
-    for volume in sorted(log_root.iterdir()):
-        if not (_HEX_ID.match(volume.name) and volume.is_dir()):
-            continue
-        for path in sorted(volume.iterdir()):
-            if _HEX_ID.match(path.name) and path.is_dir():
-                ids = (bytes.fromhex(volume.name), bytes.fromhex(path.name))
-                size = sum(file.stat().st_blocks * 512 for file in path.iterdir() if file.is_file())
-                count = len(log_segments(path))
-                found.append(LogInfo(volume.name, path.name, str(path), count, size, ids in live))
-    return found
+    return [log_info(log_root, *ids, live=ids in live) for ids in log_ids(log_root)]
 
 
 def export_log(

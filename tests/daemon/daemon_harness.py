@@ -185,7 +185,8 @@ node = "{node}"
 
     def samples(self, name: str, **labels: str) -> list[float]:
         """What GET /metrics has of the sample ``name`` with these labels."""
-        _, text = wire.request(self.client.path, "GET", "/metrics", timeout=DEADLINE)
+        now = {"Cache-Control": "no-cache"}
+        _, text = wire.request(self.client.path, "GET", "/metrics", headers=now, timeout=DEADLINE)
         return [
             sample.value
             for family in text_string_to_metric_families(text.decode())

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
+from daemon_harness import Daemon
 from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("glidefs.core._core")
 
+from glidefs.api import wire
 from glidefs.core.engine import EngineStats
 from glidefs.core.figures import VolumeInfo, VolumeStats
 from glidefs.daemon.metrics import BUCKET_UNIT, ExportFigures, Metrics, Snapshot, latency_buckets
@@ -90,3 +93,19 @@ def test_buckets_are_cumulative_and_at_the_core_s_bounds() -> None:
     assert buckets["+Inf"] == 3
     values = list(buckets.values())
     assert values == sorted(values)
+
+
+def test_a_scrape_is_shared_until_a_verb(daemon: Daemon) -> None:
+    """One that comes right after another is the same text; a verb's effect is in the next one."""
+
+    def exports() -> list[str]:
+        _, text = wire.request(daemon.client.path, "GET", "/metrics", timeout=60)
+        return sorted(set(re.findall(r'glidefs_size_bytes\{export="([^"]*)"', text.decode())))
+
+    for name in ("a", "b", "c"):
+        exports()
+        daemon.client.call("PUT", f"/api/exports/{name}", {"size": "1MiB"})
+        assert name in exports()
+    daemon.client.call("DELETE", "/api/exports/b")
+    assert exports() == ["a", "c"]
+    assert daemon.samples("glidefs_exports", state="serving") == [2]

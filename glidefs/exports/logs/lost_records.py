@@ -36,10 +36,16 @@ def advice(name: str, what: str) -> str:
     return f"{what}; 'glidefs attach {name}' makes it again from the store's root, and replays its write log"
 
 
-def find_lost(state_dir: Path, logs_dir: Path, known: Collection[str]) -> dict[str, str]:
-    """Volumes with unsent writes here that no record names: name, and why it is not served."""
+def find_lost(
+    state_dir: Path, logs_dir: Path, records: Collection[ExportRecord], known: Collection[str]
+) -> dict[str, str]:
+    """Volumes with unsent writes here that no record names: name, and why it is not served.
+
+    ``known`` are the names of all records, damaged ones too. The roots of volumes that have one are not read:
+    there may be thousands.
+    """
     lost: dict[str, str] = {}
-    for root in local.every(state_dir):
+    for root in local.every(state_dir, but={record.volume_id for record in records}):
         if root.name not in known and not root.read_only and has_unsent(logs_dir, root):
             lost[root.name] = advice(root.name, "its record is lost, and its write log holds unsent writes")
     return lost
@@ -54,11 +60,14 @@ def look_at_nameless(
     known: a crash before the record of a new export leaves the empty directory of its log, which goes.
     """
     named = {(record.volume_id, record.log_id) for record in records}
-    named |= {(root.volume_id, root.log_id) for root in local.every(state_dir)}
-    for found in logs.list_logs(logs_dir, named):
-        path = Path(found.path)
-        if found.live:
+    for volume_id, log_id in logs.log_ids(logs_dir):
+        if (volume_id, log_id) in named:
             continue
+        root = local.find(state_dir, volume_id)
+        if root is not None and root.log_id == log_id:
+            continue
+        found = logs.log_info(logs_dir, volume_id, log_id, live=False)
+        path = Path(found.path)
         if found.segments and not aside.is_noted(path):
             log.error(
                 "%s: a write log whose record is lost, and nothing here says which export it belonged to; "
