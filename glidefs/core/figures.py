@@ -78,10 +78,10 @@ class VolumeStats(msgspec.Struct, frozen=True, gc=False):
 
 _BUCKETS = int(lib.GLIDE_HIST_BUCKETS)
 _IDLE = ((0,) * _BUCKETS,) * len(OPS)
-_INFO = struct.Struct("@12Q2I")
+_INFO = struct.Struct(f"@{len(VolumeInfo.__struct_fields__) - 2}Q2I")
 _STATS = struct.Struct("@12Q")
 """Counters by operation: ops, bytes, errors."""
-_TOTALS = struct.Struct("@16Q")
+_TOTALS = struct.Struct(f"@{len(OPS) + len(VolumeStats.__struct_fields__) - 5}Q")
 """What is behind the histograms: the sums by operation, and the other counters."""
 _HISTOGRAM = struct.Struct(f"@{_BUCKETS}Q")
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
+from glidefs.core.figures import VolumeInfo, infos
 from glidefs.errors import GlideError
 from glidefs.volume.settings import HostSettings
 
@@ -93,23 +94,22 @@ class Retirer:
     def _give_back(self) -> None:
         """Retire segment by segment, the oldest of all volumes first, while they keep too much."""
         oldest: list[tuple[int, int, int, Volume]] = []
-        for volume in self.watched() if self._too_much() else ():
-            self._offer(oldest, volume)
+        watched = self.watched() if self._too_much() else []
+        for volume, info in zip(watched, infos([volume.core for volume in watched]), strict=True):
+            self._offer(oldest, volume, info)
         while oldest and self._too_much():
             _, _, first, volume = heapq.heappop(oldest)
 
             def retire(first: int = first, volume: Volume = volume) -> None:
                 volume.core.retire(first)
-                self._offer(oldest, volume, after=first)
+                info = volume.core.info()
+                if info.first_seq > first:
+                    self._offer(oldest, volume, info)
 
             self._guarded(volume, retire)
 
     @staticmethod
-    def _offer(oldest: list[tuple[int, int, int, Volume]], volume: Volume, after: int = 0) -> None:
+    def _offer(oldest: list[tuple[int, int, int, Volume]], volume: Volume, info: VolumeInfo | None) -> None:
         """Enter the oldest segment of a volume, if it may go."""
-        try:
-            info = volume.core.info()
-        except Closed:
-            return
-        if after < info.first_seq <= min(volume.retirable(), info.committed_seq):
+        if info is not None and 0 < info.first_seq <= min(volume.retirable(), info.committed_seq):
             heapq.heappush(oldest, (info.oldest_ns, volume.cookie, info.first_seq, volume))

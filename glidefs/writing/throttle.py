@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
-from glidefs.core.volume import OPS
+from glidefs.core.figures import OPS, infos, stats
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
@@ -38,6 +38,7 @@ WINDOW = 8.0
 """Seconds over which the rate of uploads is measured: several commits."""
 LEAST = 8 << 20
 """Bytes per second that writers get in any case."""
+_WRITE = OPS.index("write")
 STEP = 0.1
 """Seconds between two looks while somebody writes."""
 IDLE = 1.0
@@ -131,14 +132,11 @@ class Throttle:
 
     def _totals(self) -> tuple[int, int]:
         """Bytes written so far, and dirty now, of all volumes that may have some."""
-        dirty = 0
-        seen: dict[int, int] = {}
-        for volume in self._writers():
-            try:
-                dirty += volume.core.info().dirty_bytes
-                seen[volume.cookie] = volume.core.stats().bytes[OPS.index("write")]
-            except Closed:
-                continue
+        volumes = self._writers()
+        cores = [volume.core for volume in volumes]
+        dirty = sum(info.dirty_bytes for info in infos(cores) if info is not None)
+        counters = zip(volumes, stats(cores), strict=True)
+        seen = {volume.cookie: found.bytes[_WRITE] for volume, found in counters if found is not None}
         self._gone += sum(last for cookie, last in self._known.items() if cookie not in seen)
         back = sum(last for cookie, last in seen.items() if cookie not in self._known)
         self._gone -= back  # it counts from here on

@@ -56,7 +56,7 @@ class NbdTarget:
 
 
 class Nbdkit(NbdTarget):
-    """nbdkit with its file plugin on a full file, or with its memory plugin, and the best number of threads."""
+    """nbdkit with its file plugin on a full file or its memory plugin, and the best number of threads."""
 
     THREADS = (1, 4, 16)
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from glidefs.core.check import Closed, CoreError
-from glidefs.core.volume import OPS
+from glidefs.core.figures import OPS
 from glidefs.writing import throttle
 from glidefs.writing.throttle import LEAST, SOFT, DrainRate, Throttle, allowed
 
@@ -90,13 +90,22 @@ class Volume:
     def __init__(self, cookie: int) -> None:
         self.cookie, self.written, self.dirty, self.core = cookie, 0, 0, self
 
-    def info(self) -> Any:
-        return SimpleNamespace(dirty_bytes=self.dirty)
 
-    def stats(self) -> Any:
-        return SimpleNamespace(bytes=[self.written if op == "write" else 0 for op in OPS])
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the volumes above."""
+
+    def infos(volumes: list[Volume]) -> list[Any]:
+        return [SimpleNamespace(dirty_bytes=volume.dirty) for volume in volumes]
+
+    def stats(volumes: list[Volume]) -> list[Any]:
+        return [SimpleNamespace(bytes=[v.written if op == "write" else 0 for op in OPS]) for v in volumes]
+
+    monkeypatch.setattr(throttle, "infos", infos)
+    monkeypatch.setattr(throttle, "stats", stats)
 
 
+@pytest.mark.usefixtures("figures")
 def test_pace_comes_and_goes() -> None:
     paces: list[int] = []
     rooms: list[int] = []
@@ -127,6 +136,7 @@ def test_pace_comes_and_goes() -> None:
     assert len(paces) == count
 
 
+@pytest.mark.usefixtures("figures")
 def test_an_outage_slows_nobody() -> None:
     paces: list[int] = []
     engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
