@@ -14,6 +14,7 @@
 #define GLIDE_SECTOR 4096
 #define GLIDE_BLOCK 131072
 #define GLIDE_BLOCK_SECTORS 32
+#define GLIDE_GROUP 1024 /* blocks of a chunk, and chunks of a manifest page */
 #define GLIDE_HIST_BUCKETS 64
 
 typedef struct engine glide_engine;
@@ -180,6 +181,20 @@ struct glide_install {
     uint32_t kind;
     int32_t err;
 };
+enum glide_holes_kind {
+    GLIDE_HOLES_PAGE = 1, /* bit i of `zeros`: chunk i of page `number` is all zeros in the base */
+    GLIDE_HOLES_CHUNK,    /* bit i of `zeros`: block i of chunk `number` is; the others are not */
+};
+struct glide_holes {
+    uint64_t number;
+    uint32_t kind;
+    uint64_t zeros[16];
+};
+/* What is zero of whole pages and chunks; from then on none of it is a fault. As glide_volume_install, by which the
+ * faults that it answers are to be answered too: with a stale stamp nothing of it lands. Requests that wait for what
+ * turned out to be zeros go on. -ENOMEM. */
+int glide_volume_install_holes(glide_volume *volume, uint64_t stamp, const struct glide_holes *list, uint32_t count);
+
 /* Answers faults and prefetches, soon after the call. Entries with a stale stamp are not mapped, their waiters look
  * again. On error (-ENOMEM) the pins stay with the caller. */
 int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glide_install *list, uint32_t count);

@@ -200,9 +200,10 @@ uint64_t fault_longest_wait_ns(struct volume *v, uint64_t now)
 struct selection {
     uint64_t *blocks;
     uint64_t count;
-    uint64_t first, end;       /* blocks */
-    const void *tag;           /* NULL, or only waiters of it */
-    uint64_t now_ns, limit_ns; /* limit 0, or only waiters that came longer ago than that */
+    uint64_t first, end;           /* blocks */
+    const struct block_map *zeros; /* NULL, or only blocks that are zero in it */
+    const void *tag;               /* NULL, or only waiters of it */
+    uint64_t now_ns, limit_ns;     /* limit 0, or only waiters that came longer ago than that */
 };
 
 static bool is_partial(const struct selection *s) { return s->tag || s->limit_ns; }
@@ -218,7 +219,7 @@ static bool select_block(uint64_t block, uint64_t value, void *arg)
     struct selection *s = arg;
     bool chosen = !is_partial(s);
 
-    if (block < s->first || block >= s->end)
+    if (block < s->first || block >= s->end || (s->zeros && block_map_find(s->zeros, block).kind != BASE_ZERO))
         return false;
     for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w && !chosen; w = w->next)
         chosen = is_chosen(s, w);
@@ -291,6 +292,12 @@ void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int e
         return;
     }
     resolve_selected(v, (struct selection){.first = block, .end = block + count}, err);
+}
+
+void fault_resolve_zeros(struct volume *v, uint64_t block, uint64_t count)
+{
+    if (v->waiting)
+        resolve_selected(v, (struct selection){.first = block, .end = block + count, .zeros = &v->base}, 0);
 }
 
 /* A block whose waiters were all cancelled stays in the table until Python answers, or the volume goes. */

@@ -18,6 +18,8 @@ int fault_wait(struct volume *v, uint64_t block, struct io_req *req);
 /* Wake the waiters of a block: err = 0 looks the block up again, else their piece fails. */
 void fault_resolve(struct volume *v, uint64_t block, int err);
 void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err);
+/* Wake those that wait for blocks in the range which are known to be zero by now. */
+void fault_resolve_zeros(struct volume *v, uint64_t block, uint64_t count);
 void fault_resolve_all(struct volume *v, int err);
 /* Fail the pieces of requests with this tag; others go on waiting. */
 void fault_cancel(struct volume *v, const void *tag, int err);

@@ -86,7 +86,7 @@ static int lost_in_cache(struct read_op *x, int err)
     struct volume *v = x->req->volume;
 
     cache_lost(&v->engine->cache, x->slot, x->generation, err);
-    block_map_drop(&v->base, x->block, 1);
+    block_map_drop_slot(&v->base, x->block);
     return ask_store(x);
 }
 
@@ -320,8 +320,8 @@ static struct base_view pin_base(struct volume *v, uint64_t block)
     struct base_view base = block_map_find(&v->base, block);
     if (base.kind != BASE_SLOT || cache_pin(&v->engine->cache, base.slot, base.generation))
         return base;
-    block_map_drop(&v->base, block, 1);
-    return (struct base_view){BASE_UNKNOWN, 0, 0};
+    block_map_drop_slot(&v->base, block);
+    return block_map_find(&v->base, block);
 }
 
 static void count_sources(struct volume *v, bool from_base, const struct base_view *base)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from glidefs.core.engine import Engine
 
 BLOCK = int(lib.GLIDE_BLOCK)
+GROUP = int(lib.GLIDE_GROUP)
+"""Blocks of a chunk, and chunks of a manifest page: what :class:`Holes` is about."""
 OPS = ("read", "write", "flush", "zero")
 """The order of the counters by operation in :class:`VolumeStats`."""
 
@@ -135,6 +137,24 @@ def install_retry(block: int, count: int) -> Install:
     return Install(block, count, 0, 0, lib.GLIDE_INSTALL_RETRY, 0)
 
 
+class Holes(msgspec.Struct, frozen=True):
+    """What is zero of a whole page or chunk, made by the functions below; bit i of ``zeros`` is part i."""
+
+    kind: int
+    number: int
+    zeros: int
+
+
+def page_holes(page: int, zeros: int) -> Holes:
+    """Chunk i of the page is all zeros in the base where bit i of ``zeros`` is set."""
+    return Holes(lib.GLIDE_HOLES_PAGE, page, zeros)
+
+
+def chunk_holes(chunk: int, zeros: int) -> Holes:
+    """Block i of the chunk is zero in the base where bit i of ``zeros`` is set; the others are not."""
+    return Holes(lib.GLIDE_HOLES_CHUNK, chunk, zeros)
+
+
 class Fill(NamedTuple):
     """A block that was fetched: 128 KiB, its key in the cache and the hash of its content (16 bytes)."""
 
@@ -220,6 +240,21 @@ class CoreVolume(Handle):
         raw = ffi.new("struct glide_install[]", [msgspec.structs.astuple(answer) for answer in answers])
         with self._use() as volume:
             check(lib.glide_volume_install(volume, stamp, raw, len(answers)), "install")
+
+    def install_holes(self, stamp: int, holes: Sequence[Holes]) -> None:
+        """Say what is zero of whole pages and chunks, without waiting for that. Raises CoreError (ENOMEM).
+
+        It answers no fault but those of what turns out to be zeros; with a stale stamp none of it lands.
+        """
+        if not holes:
+            return
+        raw = ffi.new("struct glide_holes[]", len(holes))
+        for to, one in zip(raw, holes, strict=True):
+            to.number = one.number
+            to.kind = one.kind
+            ffi.memmove(to.zeros, one.zeros.to_bytes(GROUP // 8, "little"), GROUP // 8)
+        with self._use() as volume:
+            check(lib.glide_volume_install_holes(volume, stamp, raw, len(holes)), "install holes")
 
     def fill(self, stamp: int, fills: Sequence[Fill], *, through: bool = False) -> int:
         """Put blocks into the block cache and answer their faults; how many, from the first on.

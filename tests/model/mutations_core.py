@@ -25,6 +25,7 @@ BAD_DISK = "tests/core/test_core_bad_disk.py::"
 GATHER = "tests/core/test_core_gather.py::"
 CUT = "tests/model/test_power_cut.py::"
 MODEL = "tests/model/test_core_model.py"
+HOLES = "tests/model/test_hole_model.py"
 
 CORE = [
     # -- section 4: the order of a write
@@ -391,6 +392,35 @@ CORE = [
         "    block_map_drop(&((struct volume *)arg)->base, block, count);",
         "    (void)arg, (void)block, (void)count;",
         (CACHE + "test_retire_drops_what_the_map_knew_of_the_base",),
+    ),
+    Mutation(
+        "stale-holes-land",
+        "csrc/volume/install.c",
+        "    if (stamp != atomic_load(&v->stamp))\n        return;\n    if (h->kind == GLIDE_HOLES_PAGE)",
+        "    if (h->kind == GLIDE_HOLES_PAGE)",
+        (HOLES,),
+    ),
+    Mutation(
+        "retire-keeps-the-holes",
+        "csrc/cache/block_map.c",
+        "    zero_groups_clear(&m->blocks, block, r.end);\n"
+        "    zero_groups_clear(&m->chunks, block / CHUNK_BLOCKS, div_up(r.end, CHUNK_BLOCKS));\n",
+        "",
+        (HOLES,),
+    ),
+    Mutation(
+        "retire-keeps-the-chunk",
+        "csrc/cache/block_map.c",
+        "    zero_groups_clear(&m->chunks, block / CHUNK_BLOCKS, div_up(r.end, CHUNK_BLOCKS));\n",
+        "",
+        (HOLES,),
+    ),
+    Mutation(
+        "retire-keeps-the-block",
+        "csrc/cache/block_map.c",
+        "    zero_groups_clear(&m->blocks, block, r.end);\n",
+        "",
+        (HOLES,),
     ),
     Mutation(
         "pin-without-looking-again",
