@@ -34,6 +34,16 @@ struct base_view block_map_find(const struct block_map *m, uint64_t block)
     return (struct base_view){zero ? BASE_ZERO : BASE_UNKNOWN, 0, 0};
 }
 
+enum zero_state block_map_run(const struct block_map *m, uint64_t block, uint64_t limit, uint64_t *end)
+{
+    uint64_t chunks;
+
+    if (zero_groups_run(&m->chunks, block / CHUNK_BLOCKS, div_up(limit, CHUNK_BLOCKS), &chunks) != ZERO_IS)
+        return zero_groups_run(&m->blocks, block, limit, end);
+    *end = min_u64(limit, chunks * CHUNK_BLOCKS);
+    return ZERO_IS;
+}
+
 /* Before something is added: the map starts over when it has become too large. */
 static void make_room(struct block_map *m)
 {

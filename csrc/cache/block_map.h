@@ -33,6 +33,9 @@ void block_map_init(struct block_map *m, uint64_t limit);
 void block_map_destroy(struct block_map *m);
 uint64_t block_map_bytes(const struct block_map *m);
 struct base_view block_map_find(const struct block_map *m, uint64_t block);
+/* What is known of the blocks from `block` on, up to *end, which is at most `limit` (above `block`). ZERO_NOT: somebody
+ * has said so of its whole chunk; a slot alone says nothing of its neighbours. */
+enum zero_state block_map_run(const struct block_map *m, uint64_t block, uint64_t limit, uint64_t *end);
 /* -ENOMEM is harmless: the block stays unknown. */
 int block_map_set_slot(struct block_map *m, uint64_t block, uint32_t slot, uint32_t generation);
 int block_map_set_zero(struct block_map *m, uint64_t block, uint64_t count);

@@ -417,7 +417,7 @@ static void nbd_session(struct volume_state *s, uint64_t id, uint64_t *seed)
 
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds))
         abort();
-    MUST(glide_nbd_attach(s->volume, fds[0], id, 1));
+    MUST(glide_nbd_attach(s->volume, fds[0], id, GLIDE_NBD_READ_ONLY));
     for (uint32_t i = 0; i < 20; i++) {
         struct request r = {.magic = htobe32(0x25609513), .cookie = i, .length = htobe32(16384)};
         r.offset = htobe64((uint64_t)(next_random(seed) % (SECTORS - 4)) * GLIDE_SECTOR);

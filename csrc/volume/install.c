@@ -102,13 +102,21 @@ static void put_holes(struct volume *v, const struct glide_holes *h, uint64_t st
     fault_resolve_zeros(v, h->number * blocks, blocks);
 }
 
+static void answer_holes(struct volume *v, const struct glide_holes *h, uint64_t stamp)
+{
+    if (h->kind != GLIDE_HOLES_ERROR)
+        put_holes(v, h, stamp);
+    if (h->kind != GLIDE_HOLES_PAGE)
+        fault_resolve_holes(v, h->number, h->kind == GLIDE_HOLES_ERROR ? h->err : 0);
+}
+
 static void run_holes(struct task *task, struct worker *w)
 {
     struct holes_task *t = container_of(task, struct holes_task, task);
 
     (void)w;
     for (uint32_t i = 0; i < t->count; i++)
-        put_holes(t->v, &t->list[i], t->stamp);
+        answer_holes(t->v, &t->list[i], t->stamp);
     volume_count_memory(t->v);
     free(t);
 }

@@ -143,6 +143,7 @@ class Holes(msgspec.Struct, frozen=True):
     kind: int
     number: int
     zeros: int
+    err: int = 0
 
 
 def page_holes(page: int, zeros: int) -> Holes:
@@ -155,6 +156,11 @@ def chunk_holes(chunk: int, zeros: int) -> Holes:
     return Holes(lib.GLIDE_HOLES_CHUNK, chunk, zeros)
 
 
+def holes_error(chunk: int, err: int) -> Holes:
+    """Who asks what is zero of the chunk gets the positive errno ``err``, or with 0 looks again."""
+    return Holes(lib.GLIDE_HOLES_ERROR, chunk, 0, err)
+
+
 class Fill(NamedTuple):
     """A block that was fetched: 128 KiB, its key in the cache and the hash of its content (16 bytes)."""
 
@@ -162,6 +168,31 @@ class Fill(NamedTuple):
     key: bytes
     hash: bytes
     data: bytes | bytearray | memoryview
+
+
+class NbdModes(msgspec.Struct, frozen=True):
+    """What the handshake of an NBD connection came to.
+
+    ``structured`` replies, and ``allocation``, which needs them: the context ``base:allocation``, under the
+    id :data:`ALLOCATION_ID`.
+    """
+
+    read_only: bool = False
+    structured: bool = False
+    allocation: bool = False
+
+    def to_c(self) -> int:
+        """The flags of ``enum glide_nbd_mode``."""
+        return (
+            self.read_only * int(lib.GLIDE_NBD_READ_ONLY)
+            | self.structured * int(lib.GLIDE_NBD_STRUCTURED)
+            | self.allocation * int(lib.GLIDE_NBD_ALLOCATION)
+        )
+
+
+READ_WRITE = NbdModes()
+ALLOCATION_ID = int(lib.GLIDE_NBD_CONTEXT)
+"""The id of the context ``base:allocation`` in replies."""
 
 
 class CoreVolume(Handle):
@@ -244,7 +275,8 @@ class CoreVolume(Handle):
     def install_holes(self, stamp: int, holes: Sequence[Holes]) -> None:
         """Say what is zero of whole pages and chunks, without waiting for that. Raises CoreError (ENOMEM).
 
-        It answers no fault but those of what turns out to be zeros; with a stale stamp none of it lands.
+        Of faults on data it answers those of what turns out to be zeros. With a stale stamp nothing lands;
+        who asks what is zero of the chunks then looks again.
         """
         if not holes:
             return
@@ -252,6 +284,7 @@ class CoreVolume(Handle):
         for to, one in zip(raw, holes, strict=True):
             to.number = one.number
             to.kind = one.kind
+            to.err = one.err
             ffi.memmove(to.zeros, one.zeros.to_bytes(GROUP // 8, "little"), GROUP // 8)
         with self._use() as volume:
             check(lib.glide_volume_install_holes(volume, stamp, raw, len(holes)), "install holes")
@@ -319,7 +352,7 @@ class CoreVolume(Handle):
         with self._use() as volume:
             check(lib.glide_volume_io(volume, op, flags, offset, length, buffer), OPS[op])
 
-    def attach_nbd(self, fd: int, conn_id: int, read_only: bool = False) -> None:
+    def attach_nbd(self, fd: int, conn_id: int, modes: NbdModes = READ_WRITE) -> None:
         """Serve NBD transmission on a connected socket; C owns ``fd`` from here, also on error.
 
         A CONN_CLOSED event tells its end.
@@ -330,7 +363,7 @@ class CoreVolume(Handle):
             os.close(fd)
             raise
         try:
-            check(lib.glide_nbd_attach(pointer, fd, conn_id, read_only), "attach NBD connection")
+            check(lib.glide_nbd_attach(pointer, fd, conn_id, modes.to_c()), "attach NBD connection")
         finally:
             self._release()
 

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from glidefs.core.cache import BlockCache, Slot
 from glidefs.core.check import CoreError
-from glidefs.core.volume import CoreVolume, Fill, Holes, install_error, install_retry, install_slot
+from glidefs.core.volume import (
+    CoreVolume,
+    Fill,
+    Holes,
+    holes_error,
+    install_error,
+    install_retry,
+    install_slot,
+)
 from glidefs.errors import CorruptObject, GlideError, NotFound
 from glidefs.formats.manifest import PAGE_CHUNKS, PackRef
 from glidefs.formats.pack import CHUNK_BLOCKS, PackIndex, payload_hash
@@ -109,6 +117,35 @@ class Reader:
         Raises CorruptObject and NotFound instead of an answer: a guest did not ask.
         """
         self._resolve(volume, store, runs, stamp, -1, helpers)
+
+    def resolve_holes(self, volume: Volume, store: ObjectStore, chunk: int, count: int, stamp: int) -> None:
+        """Say which blocks of ``count`` chunks from ``chunk`` on are zeros, by their packs' indices alone.
+
+        What does not verify is fetched once more, for the first chunk alone, and EIO if it is damaged in
+        the store. Raises StoreError and Closed as :meth:`resolve`.
+        """
+        try:
+            self._resolve_holes(volume, store, range(chunk, chunk + count), stamp)
+        except (CorruptObject, NotFound):
+            try:
+                volume.manifest(store).forget(chunk)
+                self._resolve_holes(volume, store, range(chunk, chunk + 1), stamp)
+            except (CorruptObject, NotFound) as error:
+                log.error("volume %s: what chunk %d holds cannot be told: %s", volume.name, chunk, error)
+                volume.core.install_holes(stamp, [holes_error(chunk, errno.EIO)])
+
+    def _resolve_holes(self, volume: Volume, store: ObjectStore, chunks: range, stamp: int) -> None:
+        manifest = volume.manifest(store)
+        packs = {chunk: manifest.packs(chunk)[::-1] for chunk in chunks}
+        refs = list(dict.fromkeys(ref for found in packs.values() for ref in found))
+        indices = dict(zip(refs, load_indices(manifest, refs, self._helpers), strict=True))
+        pages = {chunk // PAGE_CHUNKS for chunk, found in packs.items() if not found}
+        holes = [holes_of_page(manifest, page) for page in sorted(pages)]
+        for chunk, found in packs.items():
+            if found:
+                holes.append(holes_of_chunk(chunk, [indices[ref] for ref in found]))
+        # Where the stamp is stale no page lands, and who asked must look again.
+        volume.core.install_holes(stamp, [*holes, holes_error(chunks.start, 0)])
 
     def _damaged(self, volume: Volume, store: ObjectStore, block: int, stamp: int, error: GlideError) -> None:
         now = time.monotonic()
@@ -254,8 +291,8 @@ def _patiently(insert: Callable[[], T]) -> T:
 class Zeros:
     """What of the planned blocks is zeros: ``runs`` of them; ``holes``, the pages and chunks around.
 
-    The core keeps zeros by page and chunk. So a hole is a fault once in each page of the manifest, and what is
-    zero of a chunk that has packs once in each chunk.
+    The core keeps zeros by page and chunk. So a hole is a fault once in each page of the manifest, and what
+    is zero of a chunk that has packs once in each chunk.
     """
 
     def __init__(self) -> None:

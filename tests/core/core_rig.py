@@ -34,6 +34,7 @@ from glidefs.core.volume import (
     Recovery,
     VolumeConfig,
     chunk_holes,
+    holes_error,
     install_error,
     install_retry,
     install_slot,
@@ -177,6 +178,11 @@ class Vol:
         """What the base has for a fault. Zeros are told by page and chunk at once."""
         found: list[Install] = []
         base = self.base
+        if fault.chunks:
+            chunk = fault.block // GROUP
+            told = [] if self.fault_errno else [hole_at(base, fault.block)]
+            self.core.install_holes(fault.stamp, [*told, holes_error(chunk, self.fault_errno)])
+            return []
         holes: dict[tuple[int, int], Holes] = {}
         for block in range(fault.block, fault.block + fault.count):
             if self.fault_errno:
