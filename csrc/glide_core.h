@@ -194,9 +194,10 @@ struct glide_holes {
     int32_t err; /* ERROR: a positive errno, or 0 */
     uint64_t zeros[16];
 };
-/* What is zero of whole pages and chunks; from then on none of it is a fault. With a stale stamp nothing of it lands, as
- * of glide_volume_install, by which faults on data are to be answered too. Requests that wait for what turned out to be
- * zeros go on, and those that ask what is zero of a chunk: after CHUNK and ERROR, and after a PAGE that has it. -ENOMEM. */
+/* What is zero of whole pages and chunks; from then on none of it is a fault. With a stale stamp nothing of it lands,
+ * as of glide_volume_install, by which faults on data are to be answered too. Requests that wait for what turned out to
+ * be zeros go on, and those that ask what is zero of a chunk: after CHUNK and ERROR, and after a PAGE that has it.
+ * -ENOMEM. */
 int glide_volume_install_holes(glide_volume *volume, uint64_t stamp, const struct glide_holes *list, uint32_t count);
 
 /* Answers faults and prefetches, soon after the call. Entries with a stale stamp are not mapped, their waiters look
