@@ -5,8 +5,8 @@
  * has some of a block, by blocks elsewhere. Of a base that is not known Python is asked, and the request waits as a
  * READ does. But once an answer has come to the end of a chunk it goes out, for fewer bytes than were asked for.
  *
- * The work is that of what is found: runs of the base, extents of zeros, and blocks that the log has something of, of
- * which one request looks at no more than LEAVES. Where nothing is found there is a look for each 64 blocks.
+ * The work is that of what is found: runs of the base, extents of zeros, and runs within blocks that the log has some
+ * of, of which one request finds no more than LEAVES. Where nothing is found there is a look for each 64 blocks.
  */
 #include "volume/fault.h"
 #include "volume/io.h"

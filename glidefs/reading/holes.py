@@ -9,9 +9,12 @@ from collections.abc import Iterable, Sequence
 
 from glidefs.core.volume import GROUP, Holes, chunk_holes, page_holes
 from glidefs.formats.pack import CHUNK_BLOCKS, PackIndex
+from glidefs.manifest.lru import LoadingCache
 from glidefs.manifest.view import Manifest
 
 ALL = (1 << GROUP) - 1
+KEPT = 512
+"""Chunks whose holes are kept, a few hundred bytes each."""
 
 
 def holes_of_page(manifest: Manifest, page: int) -> Holes:
@@ -37,6 +40,21 @@ def holes_of_chunk(chunk: int, indices: Sequence[PackIndex]) -> Holes:
                 data.add(i)
             covered[i] |= mask | zero_mask
     return chunk_holes(chunk, ALL & ~_bits(data))
+
+
+class ChunkHoles:
+    """The same, kept by the packs: to go through their entries takes a third of a millisecond for each.
+
+    A sparse chunk that is read in pieces asks for it with each of them.
+    """
+
+    def __init__(self) -> None:
+        self._kept: LoadingCache[tuple[int, tuple[str, ...]], Holes] = LoadingCache(KEPT, lambda _: 1)
+
+    def of(self, chunk: int, indices: Sequence[PackIndex]) -> Holes:
+        """What :func:`holes_of_chunk` says."""
+        key = chunk, tuple(index.key for index in indices)
+        return self._kept.get(key, lambda: holes_of_chunk(chunk, indices))
 
 
 def _bits(numbers: Iterable[int]) -> int:

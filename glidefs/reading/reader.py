@@ -33,7 +33,7 @@ from glidefs.manifest.keys import scoped_key
 from glidefs.manifest.view import Manifest
 from glidefs.reading.fetch import Buffers, Payloads, fetch, plan_ranges
 from glidefs.reading.flights import Flights
-from glidefs.reading.holes import holes_of_chunk, holes_of_page
+from glidefs.reading.holes import ChunkHoles, holes_of_page
 from glidefs.reading.plan import BlockPlan, assemble, plan_block
 from glidefs.store.base import ObjectStore
 from glidefs.volume.settings import HostSettings
@@ -60,6 +60,7 @@ class Reader:
         self._settings = settings
         self._helpers = helpers
         self._flights = Flights()
+        self._chunk_holes = ChunkHoles()
         self._buffers = Buffers(settings.fetch_bytes)
         self._last_loud: dict[str, float] = {}
 
@@ -143,7 +144,7 @@ class Reader:
         holes = [holes_of_page(manifest, page) for page in sorted(pages)]
         for chunk, found in packs.items():
             if found:
-                holes.append(holes_of_chunk(chunk, [indices[ref] for ref in found]))
+                holes.append(self._chunk_holes.of(chunk, [indices[ref] for ref in found]))
         # Where the stamp is stale no page lands, and who asked must look again.
         volume.core.install_holes(stamp, [*holes, holes_error(chunks.start, 0)])
 
@@ -164,7 +165,7 @@ class Reader:
         helpers: Executor | None,
     ) -> int:
         manifest = volume.manifest(store)
-        zeros = Zeros()
+        zeros = Zeros(self._chunk_holes)
         plans: list[BlockPlan] = []
         for first, count in runs:
             plan_run(manifest, first, count, helpers, zeros, plans)
@@ -295,7 +296,8 @@ class Zeros:
     is zero of a chunk that has packs once in each chunk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunks: ChunkHoles | None = None) -> None:
+        self.chunks = chunks or ChunkHoles()
         self.runs: list[tuple[int, int]] = []
         self.holes: dict[tuple[bool, int], Holes] = {}
 
@@ -335,7 +337,7 @@ def plan_run(
                 plans.append(plan)
                 continue
             if (False, chunk) not in zeros.holes:
-                zeros.holes[False, chunk] = holes_of_chunk(chunk, indices)
+                zeros.holes[False, chunk] = zeros.chunks.of(chunk, indices)
             zeros.add(block, 1)
 
 

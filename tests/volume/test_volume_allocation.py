@@ -32,6 +32,7 @@ OPS = st.one_of(
     st.tuples(st.just("write"), BLOCKS, st.integers(0, 31), st.integers(1, 3)),
     st.tuples(st.just("zero"), BLOCKS, st.integers(0, 31), st.integers(1, 64)),
     st.tuples(st.just("discard"), BLOCKS, BLOCKS),
+    st.tuples(st.just("zero"), BLOCKS, st.just(0), st.just(32)),
     st.tuples(st.sampled_from(["drain", "retire", "evict", "forget", "restart", "look", "look"])),
 )
 
@@ -152,6 +153,23 @@ def test_the_map_is_that_of_what_was_written(shared: tuple[Rig, Any], ops: list[
         world.look()
     finally:
         world.close()
+
+
+def test_a_block_that_is_discarded_becomes_a_hole(rig: Rig) -> None:
+    """What was known to be data is asked for again once the log has given it back."""
+    world = World(rig, rig.host())
+    for block in (0, 1, 5):
+        world.write(block, 0, 4)
+    world.retire()
+    world.look()
+    world.zero(1, 0, 32)
+    world.look()
+    world.retire()
+    assert world.client.block_status(0, 4 * BLOCK) == [Extent(BLOCK, 0), Extent(3 * BLOCK, 3)]
+    world.zero(0, 0, 6 * 32)
+    world.retire()
+    assert world.client.block_status(0, CHUNK) == [Extent(CHUNK, 3)]
+    world.close()
 
 
 def test_damage_is_an_error_of_the_status(rig: Rig) -> None:
