@@ -137,6 +137,7 @@ def shared() -> Iterator[tuple[Rig, Any]]:
         yield rig, host
         rig.stop(host)
         rig.differences.close()
+        assert rig.differences.lines == []
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
