@@ -14,6 +14,7 @@
 #define GLIDE_SECTOR 4096
 #define GLIDE_BLOCK 131072
 #define GLIDE_BLOCK_SECTORS 32
+#define GLIDE_GROUP 1024 /* blocks of a chunk, and chunks of a manifest page */
 #define GLIDE_HIST_BUCKETS 64
 
 typedef struct engine glide_engine;
@@ -86,6 +87,8 @@ struct glide_fault {
     uint64_t block;  /* first block */
     uint64_t stamp;  /* lowest stamp of the run: hand it back to glide_volume_install */
     uint32_t count;  /* blocks */
+    uint32_t chunks; /* not 0: what is asked is which blocks of so many chunks, from that of `block` on, are zeros. All
+                        of the first is to be answered, with glide_volume_install_holes */
 };
 /* 1 = *out filled; 0 = timeout; -ESHUTDOWN = engine closes. Any number of threads. */
 int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms, struct glide_fault *out);
@@ -183,6 +186,23 @@ struct glide_install {
     uint32_t kind;
     int32_t err;
 };
+enum glide_holes_kind {
+    GLIDE_HOLES_PAGE = 1, /* bit i of `zeros`: chunk i of page `number` is all zeros in the base */
+    GLIDE_HOLES_CHUNK,    /* bit i of `zeros`: block i of chunk `number` is; the others are not */
+    GLIDE_HOLES_ERROR,    /* requests that ask what is zero of chunk `number` fail with err, or look again if it is 0 */
+};
+struct glide_holes {
+    uint64_t number;
+    uint32_t kind;
+    int32_t err; /* ERROR: a positive errno, or 0 */
+    uint64_t zeros[16];
+};
+/* What is zero of whole pages and chunks; from then on none of it is a fault. With a stale stamp nothing of it lands,
+ * as of glide_volume_install, by which faults on data are to be answered too. Requests that wait for what turned out to
+ * be zeros go on, and those that ask what is zero of a chunk: after CHUNK and ERROR, and after a PAGE that has it.
+ * -ENOMEM. */
+int glide_volume_install_holes(glide_volume *volume, uint64_t stamp, const struct glide_holes *list, uint32_t count);
+
 /* Answers faults and prefetches, soon after the call. Entries with a stale stamp are not mapped, their waiters look
  * again. On error (-ENOMEM) the pins stay with the caller. */
 int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glide_install *list, uint32_t count);
@@ -429,6 +449,14 @@ int glide_cache_take(glide_engine *engine);
 /* It will not take them back: whoever waits for that gets -ESHUTDOWN. Part of glide_engine_shutdown. */
 void glide_cache_shutdown(glide_engine *engine);
 
+/* What the handshake of an NBD connection came to. */
+enum glide_nbd_mode {
+    GLIDE_NBD_READ_ONLY = 1,
+    GLIDE_NBD_STRUCTURED = 2, /* structured replies */
+    GLIDE_NBD_ALLOCATION = 4, /* the context base:allocation, under the id GLIDE_NBD_CONTEXT; with STRUCTURED */
+};
+#define GLIDE_NBD_CONTEXT 1
+
 /* A connection of a frozen volume, as another process can go on with it. */
 struct glide_nbd_state {
     uint64_t conn_id;
@@ -436,7 +464,7 @@ struct glide_nbd_state {
     uint64_t out_bytes; /* replies not sent yet */
     uint64_t skip;      /* after in_bytes: bytes of the stream to throw away */
     int32_t fd;         /* stays the core's */
-    uint32_t read_only;
+    uint32_t modes;
 };
 /* Fills in up to `max`; returns how many there are. */
 int glide_nbd_frozen(glide_volume *volume, struct glide_nbd_state *out, uint32_t max);
@@ -449,7 +477,7 @@ int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *
 /* ---- NBD transmission ----------------------------------------------------------- */
 
 /* Take over a connected stream socket after the handshake; C owns fd from here (also on error). */
-int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only);
+int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, uint32_t modes);
 /* Shut the connection down and wait until it is gone. */
 int glide_nbd_detach(glide_volume *volume, uint64_t conn_id);
 

@@ -117,10 +117,7 @@ void glide_engine_close(glide_engine *e)
     free(e);
 }
 
-void glide_engine_pace(glide_engine *e, uint64_t bytes_per_second)
-{
-    pace_set(&e->logs.pace, bytes_per_second);
-}
+void glide_engine_pace(glide_engine *e, uint64_t bytes_per_second) { pace_set(&e->logs.pace, bytes_per_second); }
 
 void glide_engine_stats_get(glide_engine *e, struct glide_engine_stats *out)
 {

@@ -321,6 +321,18 @@ struct log_view log_map_view(const struct log_map *m, uint64_t block)
     return (struct log_view){leaf ? leaf->pos : NULL, m->zeros.root && zero_map_find(&m->zeros, block)};
 }
 
+uint64_t log_map_next_leaf(const struct log_map *m, uint64_t block, uint64_t end)
+{
+    while (block < end) {
+        const uint64_t *bits = table_find(&m->groups, block / GROUP_BLOCKS);
+        uint64_t left = bits ? *bits >> block % GROUP_BLOCKS : 0;
+        if (left)
+            return min_u64(end, block + (uint64_t)__builtin_ctzll(left));
+        block = (block / GROUP_BLOCKS + 1) * GROUP_BLOCKS;
+    }
+    return end;
+}
+
 uint64_t log_map_find(const struct log_map *m, uint64_t sector)
 {
     uint64_t block = sector / BLOCK_SECTORS;

@@ -71,6 +71,8 @@ struct log_view {
     bool zero;           /* sectors without a position are zero */
 };
 struct log_view log_map_view(const struct log_map *m, uint64_t block);
+/* The first block in [block, end) that has a leaf, or `end`: a look for each 64 blocks. */
+uint64_t log_map_next_leaf(const struct log_map *m, uint64_t block, uint64_t end);
 /* Position of a sector with POS_ZERO where zero; 0 = not in the log. */
 uint64_t log_map_find(const struct log_map *m, uint64_t sector);
 

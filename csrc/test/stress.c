@@ -13,9 +13,9 @@
 #include "base/data_hash.h"
 #include "base/disk.h"
 #include "glide_core_internal.h"
+#include "stress_nbd.h"
 #include "stress_shadow.h"
 
-#include <endian.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdatomic.h>
@@ -23,7 +23,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -146,11 +145,36 @@ static void block_key(uint8_t *key, const uint8_t *data)
     memcpy(key + 8, &b, 8);
 }
 
+static const uint8_t zeros[GLIDE_BLOCK];
+
+/* What of the first chunk, which is all there is, is zeros; of the page, if all of it is. */
+static void answer_holes(struct volume_state *s, uint64_t stamp)
+{
+    struct glide_holes holes[2] = {{.kind = GLIDE_HOLES_CHUNK}, {.kind = GLIDE_HOLES_ERROR}};
+    bool all = true;
+
+    memset(holes[0].zeros, 0xff, sizeof(holes[0].zeros));
+    pthread_mutex_lock(&s->base_lock);
+    for (uint64_t block = 0; block < SECTORS / GLIDE_BLOCK_SECTORS; block++) {
+        bool zero = !memcmp(s->base[block], zeros, GLIDE_BLOCK);
+        holes[0].zeros[block / 64] &= ~((uint64_t)!zero << block % 64);
+        all = all && zero;
+    }
+    pthread_mutex_unlock(&s->base_lock);
+    if (all)
+        holes[0].kind = GLIDE_HOLES_PAGE;
+    MUST(glide_volume_install_holes(s->volume, stamp, holes, 2));
+}
+
 static void answer(struct volume_state *s, const struct glide_fault *fault)
 {
-    static const uint8_t zeros[GLIDE_BLOCK];
     static __thread uint8_t copy[GLIDE_BLOCK];
     struct glide_fill f = {.data = copy};
+
+    if (fault->chunks || fault->block % 4 == 0)
+        answer_holes(s, fault->stamp);
+    if (fault->chunks)
+        return;
 
     for (uint64_t block = fault->block; block < fault->block + fault->count; block++) {
         struct glide_install i = {.block = block, .count = 1, .kind = GLIDE_INSTALL_ZERO};
@@ -401,43 +425,7 @@ static void *client_thread(void *arg)
     return NULL;
 }
 
-/* ---- an NBD client that reads, disconnects in the middle, and comes again ---------------------------- */
-
-struct request {
-    uint32_t magic;
-    uint16_t flags, type;
-    uint64_t cookie, offset;
-    uint32_t length;
-} __attribute__((packed));
-
-static void nbd_session(struct volume_state *s, uint64_t id, uint64_t *seed)
-{
-    int fds[2];
-    static __thread uint8_t sink[65536];
-
-    if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds))
-        abort();
-    MUST(glide_nbd_attach(s->volume, fds[0], id, 1));
-    for (uint32_t i = 0; i < 20; i++) {
-        struct request r = {.magic = htobe32(0x25609513), .cookie = i, .length = htobe32(16384)};
-        r.offset = htobe64((uint64_t)(next_random(seed) % (SECTORS - 4)) * GLIDE_SECTOR);
-        if (write(fds[1], &r, sizeof(r)) != sizeof(r))
-            abort();
-    }
-    uint64_t want = next_random(seed) % 2 ? 20 * (16384 + 16) : 30000, got = 0;
-    while (got < want) {
-        ssize_t n = read(fds[1], sink, sizeof(sink));
-        if (n <= 0)
-            abort();
-        got += (uint64_t)n;
-    }
-    if (next_random(seed) % 2) {
-        close(fds[1]);
-    } else {
-        MUST(glide_nbd_detach(s->volume, id));
-        close(fds[1]);
-    }
-}
+/* ---- NBD clients ---------------------------------------------------------------------------- */
 
 static void *nbd_thread(void *arg)
 {
@@ -446,7 +434,11 @@ static void *nbd_thread(void *arg)
 
     while (!atomic_load(&stop)) {
         enter(s);
-        nbd_session(s, id++, &seed);
+        if (id % 2)
+            MUST(stress_nbd_plain(s->volume, SECTORS, id, &seed));
+        else
+            MUST(stress_nbd_sparse(s->volume, SECTORS, id, &seed));
+        id++;
         pthread_rwlock_unlock(&s->open);
     }
     atomic_fetch_sub(&clients_left, 1);

@@ -8,7 +8,12 @@
 struct fault {
     struct list link;
     uint64_t cookie, block, stamp;
+    uint32_t chunks; /* see struct glide_fault */
 };
+
+#define HOLES_KEY                                                                                                      \
+    ((uint64_t)1 << 62) /* with a chunk: a key of volume->faults, of those that ask what of it is zero                 \
+                         */
 struct event {
     struct list link;
     struct glide_event event;
@@ -56,7 +61,7 @@ static void take_neighbours(struct outbox *o, struct glide_fault *out, uint32_t 
         next = at->next;
         looked++;
         bool after = f->block == out->block + out->count, before = f->block + 1 == out->block;
-        if (f->cookie != out->volume || (!after && !before))
+        if (f->cookie != out->volume || f->chunks || (!after && !before))
             continue;
         if (before)
             out->block = f->block;
@@ -75,10 +80,12 @@ int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms,
 
     if (got > 0) {
         struct fault *f = container_of(list_pop(&o->items), struct fault, link);
-        *out = (struct glide_fault){.volume = f->cookie, .block = f->block, .stamp = f->stamp, .count = 1};
+        *out = (struct glide_fault){
+            .volume = f->cookie, .block = f->block, .stamp = f->stamp, .count = 1, .chunks = f->chunks};
         o->count--;
         free(f);
-        take_neighbours(o, out, max_blocks);
+        if (!out->chunks)
+            take_neighbours(o, out, max_blocks);
     }
     pthread_mutex_unlock(&o->lock);
     return got;
@@ -112,10 +119,11 @@ struct waiting {
     struct waiter *first;
 };
 
-int fault_wait(struct volume *v, uint64_t block, struct io_req *req)
+/* Let a request wait under `key`; what is asked of Python, unless somebody waits already, is `ask`. */
+static int wait_for(struct volume *v, uint64_t key, struct io_req *req, struct fault ask)
 {
     struct waiter *w = malloc(sizeof(*w));
-    uint64_t *entry = w ? table_insert(&v->faults, block) : NULL;
+    uint64_t *entry = w ? table_insert(&v->faults, key) : NULL;
 
     if (!entry) {
         free(w);
@@ -127,11 +135,11 @@ int fault_wait(struct volume *v, uint64_t block, struct io_req *req)
         if (!f) {
             free(fresh);
             free(w);
-            table_remove(&v->faults, block);
+            table_remove(&v->faults, key);
             return -ENOMEM;
         }
         *entry = (uint64_t)(uintptr_t)fresh;
-        *f = (struct fault){.cookie = v->cookie, .block = block, .stamp = atomic_load(&v->stamp)};
+        *f = ask;
         outbox_put(&v->engine->faults, &f->link);
         stat_add(&v->stats.faults, 1);
     }
@@ -141,6 +149,20 @@ int fault_wait(struct volume *v, uint64_t block, struct io_req *req)
     v->waiting++;
     worker_want_tick(v->worker);
     return 0;
+}
+
+int fault_wait(struct volume *v, uint64_t block, struct io_req *req)
+{
+    return wait_for(v, block, req,
+                    (struct fault){.cookie = v->cookie, .block = block, .stamp = atomic_load(&v->stamp)});
+}
+
+int fault_wait_holes(struct volume *v, uint64_t chunk, uint32_t chunks, struct io_req *req)
+{
+    return wait_for(
+        v, HOLES_KEY | chunk, req,
+        (struct fault){
+            .cookie = v->cookie, .block = chunk * CHUNK_BLOCKS, .stamp = atomic_load(&v->stamp), .chunks = chunks});
 }
 
 void fault_resolve(struct volume *v, uint64_t block, int err)
@@ -161,12 +183,16 @@ void fault_resolve(struct volume *v, uint64_t block, int err)
         v->waiting--;
         if (err)
             io_piece_done(w->req, err);
+        else if (w->req->op == IO_STATUS)
+            io_status(w->req);
         else
             io_read_piece(w->req, block);
         free(w);
     }
     free(waiting);
 }
+
+void fault_resolve_holes(struct volume *v, uint64_t chunk, int err) { fault_resolve(v, HOLES_KEY | chunk, err); }
 
 uint64_t fault_waiting(const struct volume *v) { return v->waiting; }
 
@@ -200,9 +226,10 @@ uint64_t fault_longest_wait_ns(struct volume *v, uint64_t now)
 struct selection {
     uint64_t *blocks;
     uint64_t count;
-    uint64_t first, end;       /* blocks */
-    const void *tag;           /* NULL, or only waiters of it */
-    uint64_t now_ns, limit_ns; /* limit 0, or only waiters that came longer ago than that */
+    uint64_t first, end;           /* blocks */
+    const struct block_map *zeros; /* NULL, or only blocks that are zero in it */
+    const void *tag;               /* NULL, or only waiters of it */
+    uint64_t now_ns, limit_ns;     /* limit 0, or only waiters that came longer ago than that */
 };
 
 static bool is_partial(const struct selection *s) { return s->tag || s->limit_ns; }
@@ -217,13 +244,16 @@ static bool select_block(uint64_t block, uint64_t value, void *arg)
 {
     struct selection *s = arg;
     bool chosen = !is_partial(s);
+    uint64_t key = block;
 
-    if (block < s->first || block >= s->end)
+    if (s->zeros && block & HOLES_KEY) /* of a chunk that is zero all of its blocks are */
+        block = (block & ~HOLES_KEY) * CHUNK_BLOCKS;
+    if (block < s->first || block >= s->end || (s->zeros && block_map_find(s->zeros, block).kind != BASE_ZERO))
         return false;
     for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w && !chosen; w = w->next)
         chosen = is_chosen(s, w);
     if (chosen)
-        s->blocks[s->count++] = block;
+        s->blocks[s->count++] = key;
     return false;
 }
 
@@ -291,6 +321,12 @@ void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int e
         return;
     }
     resolve_selected(v, (struct selection){.first = block, .end = block + count}, err);
+}
+
+void fault_resolve_zeros(struct volume *v, uint64_t block, uint64_t count)
+{
+    if (v->waiting)
+        resolve_selected(v, (struct selection){.first = block, .end = block + count, .zeros = &v->base}, 0);
 }
 
 /* A block whose waiters were all cancelled stays in the table until Python answers, or the volume goes. */

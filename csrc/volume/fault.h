@@ -15,9 +15,16 @@ struct io_req;
 /* ---- worker ---- */
 /* Let the piece of req in `block` wait; ask Python unless somebody waits already. -ENOMEM. */
 int fault_wait(struct volume *v, uint64_t block, struct io_req *req);
+/* Let a request wait until it is known which blocks of `chunk` are zeros; of the `chunks` from there on Python may tell
+ * it as well. -ENOMEM. */
+int fault_wait_holes(struct volume *v, uint64_t chunk, uint32_t chunks, struct io_req *req);
+void fault_resolve_holes(struct volume *v, uint64_t chunk, int err);
 /* Wake the waiters of a block: err = 0 looks the block up again, else their piece fails. */
 void fault_resolve(struct volume *v, uint64_t block, int err);
 void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err);
+/* Wake those that wait for blocks in the range which are known to be zero by now, and those that ask of such a chunk.
+ */
+void fault_resolve_zeros(struct volume *v, uint64_t block, uint64_t count);
 void fault_resolve_all(struct volume *v, int err);
 /* Fail the pieces of requests with this tag; others go on waiting. */
 void fault_cancel(struct volume *v, const void *tag, int err);

@@ -35,7 +35,7 @@ static void tell(struct volume *v, struct glide_volume_info *out)
                                       .sealed_seq = log_sealed_seq(&v->log),
                                       .committed_seq = v->committed_seq,
                                       .active_bytes = v->log.active ? v->log.active->bytes : 0,
-                                      .map_bytes = log_map_bytes(&v->map) + v->base.entries.bytes,
+                                      .map_bytes = log_map_bytes(&v->map) + block_map_bytes(&v->base),
                                       .parked = count_parked(v),
                                       .longest_wait_ns = longest_wait_ns(v),
                                       .connections = v->client_count,

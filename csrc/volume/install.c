@@ -80,6 +80,64 @@ int glide_volume_install(glide_volume *volume, uint64_t stamp, const struct glid
     return fail(-ESHUTDOWN, "the volume was handed over");
 }
 
+struct holes_task {
+    struct task task;
+    struct volume *v;
+    uint64_t stamp;
+    uint32_t count;
+    struct glide_holes list[];
+};
+
+/* Each item is compared anew: what looks again may read the log, and find that it has to bump the stamp. */
+static void put_holes(struct volume *v, const struct glide_holes *h, uint64_t stamp)
+{
+    uint64_t blocks = h->kind == GLIDE_HOLES_PAGE ? (uint64_t)GLIDE_GROUP * CHUNK_BLOCKS : CHUNK_BLOCKS;
+
+    if (stamp != atomic_load(&v->stamp))
+        return;
+    if (h->kind == GLIDE_HOLES_PAGE)
+        block_map_put_page(&v->base, h->number, h->zeros);
+    else
+        block_map_put_chunk(&v->base, h->number, h->zeros);
+    fault_resolve_zeros(v, h->number * blocks, blocks);
+}
+
+static void answer_holes(struct volume *v, const struct glide_holes *h, uint64_t stamp)
+{
+    if (h->kind != GLIDE_HOLES_ERROR)
+        put_holes(v, h, stamp);
+    if (h->kind != GLIDE_HOLES_PAGE)
+        fault_resolve_holes(v, h->number, h->kind == GLIDE_HOLES_ERROR ? h->err : 0);
+}
+
+static void run_holes(struct task *task, struct worker *w)
+{
+    struct holes_task *t = container_of(task, struct holes_task, task);
+
+    (void)w;
+    for (uint32_t i = 0; i < t->count; i++)
+        answer_holes(t->v, &t->list[i], t->stamp);
+    volume_count_memory(t->v);
+    free(t);
+}
+
+int glide_volume_install_holes(glide_volume *volume, uint64_t stamp, const struct glide_holes *list, uint32_t count)
+{
+    struct holes_task *t = malloc(sizeof(*t) + count * sizeof(*list));
+
+    if (!t)
+        return fail(-ENOMEM, "no memory for %u answers", count);
+    t->task.run = run_holes;
+    t->v = volume;
+    t->stamp = stamp;
+    t->count = count;
+    memcpy(t->list, list, count * sizeof(*list));
+    if (worker_post(volume->worker, &t->task))
+        return 0;
+    free(t);
+    return fail(-ESHUTDOWN, "the volume was handed over");
+}
+
 struct lend_task {
     struct task task;
     struct volume *v;

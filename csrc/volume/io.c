@@ -39,12 +39,13 @@ static int check(const struct volume *v, const struct io_req *req)
         return v->failed ? v->failed : ESHUTDOWN;
     if (req->op == GLIDE_FLUSH)
         return 0;
-    if (req->op != GLIDE_READ && v->read_only)
+    bool reads = req->op == GLIDE_READ || req->op == IO_STATUS;
+    if (!reads && v->read_only)
         return EPERM;
     if ((req->offset | req->length) % 512)
         return EINVAL;
     if (req->offset > size || req->length > size - req->offset)
-        return req->op == GLIDE_READ ? EINVAL : ENOSPC;
+        return reads ? EINVAL : ENOSPC;
     return 0;
 }
 
@@ -68,6 +69,8 @@ void io_submit(struct io_req *req)
         if (v->filter)
             v->filter->ops->begin(req);
         io_read(req);
+    } else if (req->op == IO_STATUS) {
+        io_status(req);
     } else if (req->op == GLIDE_FLUSH) {
         sync_join(req);
     } else if (req->op == GLIDE_ZERO && io_unaligned(req)) {

@@ -12,8 +12,21 @@
 struct volume;
 struct rmw;
 
-#define IO_LOCAL 0x40    /* FLUSH: the local disk is enough, whatever the volume's flush option */
-#define IO_INTERNAL 0x80 /* made by the core itself: not counted as a guest's request */
+#define IO_LOCAL 0x40 /* FLUSH: the local disk is enough, whatever the volume's flush option */
+#define IO_INTERNAL                                                                                                    \
+    0x80 /* made by the core itself, or no READ, WRITE, FLUSH or ZERO: not counted as a guest's request */
+
+/* An op beside those of enum glide_op: buf is a struct io_extents, to be filled. */
+#define IO_STATUS GLIDE_OPS
+
+/* What of a range, from its beginning on, is zeros: neighbours differ. It may end before the range does. */
+struct io_extents {
+    uint32_t max, count; /* of list; max is the submitter's */
+    struct io_extent {
+        uint32_t length; /* bytes */
+        uint32_t zero;   /* 0: data, or nobody knows without reading it */
+    } list[];
+};
 
 struct io_req {
     struct list link;
@@ -21,7 +34,7 @@ struct io_req {
     uint8_t *buf;            /* WRITE: data; READ: where to put it; valid until done(), but see own() */
     uint64_t offset, length; /* bytes, multiples of 512, within the volume */
     const void *tag;         /* of the submitter's choice: what io_cancel goes by */
-    uint8_t op;              /* enum glide_op */
+    uint8_t op;              /* enum glide_op, or IO_STATUS (length below 4 GiB) */
     uint8_t flags;           /* GLIDE_FUA, IO_LOCAL, IO_INTERNAL */
     void (*done)(struct io_req *req, int err); /* 0 or a positive errno; may free the request */
     /*
@@ -29,6 +42,12 @@ struct io_req {
      * buf. 0 or -errno (the request then fails). NULL: buf lives long enough as it is.
      */
     int (*own)(struct io_req *req);
+
+    /*
+     * READ, if not NULL: a bit for each sector that the range touches, clear at first. Where it is set at the end, what
+     * the request has of the sector is zeros, and buf was not written.
+     */
+    uint64_t *holes;
 
     /* ---- private to io.c, io_read.c and sync.c ---- */
     uint64_t start_ns;
@@ -72,6 +91,9 @@ void io_read(struct io_req *req);
 void io_piece_done(struct io_req *req, int err);
 /* Look a block up (again) for a request. */
 void io_read_piece(struct io_req *req, uint64_t block);
+
+/* io_status.c: carry out an IO_STATUS, from its beginning. */
+void io_status(struct io_req *req);
 
 /* io_unaligned.c. Carry out an unaligned ZERO as up to three aligned requests. -ENOMEM: not started. */
 int io_zero_split(struct io_req *req);

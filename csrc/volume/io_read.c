@@ -86,7 +86,7 @@ static int lost_in_cache(struct read_op *x, int err)
     struct volume *v = x->req->volume;
 
     cache_lost(&v->engine->cache, x->slot, x->generation, err);
-    block_map_drop(&v->base, x->block, 1);
+    block_map_drop_slot(&v->base, x->block);
     return ask_store(x);
 }
 
@@ -293,14 +293,29 @@ static int read_slot(const struct piece *p, uint32_t at, uint32_t end, const str
     return read_file(&x);
 }
 
+/* Bytes [at, end) of the block are zeros, or not, which a piece that is done again may find otherwise. */
+static void mark_hole(const struct piece *p, uint32_t at, uint32_t end, bool zero)
+{
+    uint64_t first = p->block * BLOCK_SECTORS - p->req->offset / SECTOR;
+
+    for (uint64_t s = first + at / SECTOR; s < first + div_up(end, SECTOR); s++) {
+        uint64_t mask = 1ull << s % 64, *word = &p->req->holes[s / 64];
+        *word = zero ? *word | mask : *word & ~mask;
+    }
+}
+
 static int read_run(const struct piece *p, uint32_t at, uint32_t end, uint64_t source, const struct base_view *base)
 {
     uint8_t *buf = p->buf + (at - p->from);
+    bool zero = (source & POS_ZERO) || (!source && base->kind == BASE_ZERO);
 
     if (p->req->filtered)
         note_sources(p, at, end, base);
-    if ((source & POS_ZERO) || (!source && base->kind == BASE_ZERO)) {
-        memset(buf, 0, end - at);
+    if (p->req->holes)
+        mark_hole(p, at, end, zero);
+    if (zero) {
+        if (!p->req->holes || p->req->filtered)
+            memset(buf, 0, end - at);
         return 0;
     }
     if (source)
@@ -320,8 +335,8 @@ static struct base_view pin_base(struct volume *v, uint64_t block)
     struct base_view base = block_map_find(&v->base, block);
     if (base.kind != BASE_SLOT || cache_pin(&v->engine->cache, base.slot, base.generation))
         return base;
-    block_map_drop(&v->base, block, 1);
-    return (struct base_view){BASE_UNKNOWN, 0, 0};
+    block_map_drop_slot(&v->base, block);
+    return block_map_find(&v->base, block);
 }
 
 static void count_sources(struct volume *v, bool from_base, const struct base_view *base)

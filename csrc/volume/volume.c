@@ -16,7 +16,7 @@ void volume_want_flush(struct volume *v) { worker_at_end(v->worker, ROUND_APPEND
 
 void volume_count_memory(struct volume *v)
 {
-    uint64_t now = log_map_table_bytes(&v->map) + v->base.entries.bytes + v->faults.bytes;
+    uint64_t now = log_map_table_bytes(&v->map) + block_map_bytes(&v->base) + v->faults.bytes;
 
     if (now != v->counted_bytes) {
         atomic_fetch_add(&v->engine->table_bytes, now - v->counted_bytes); /* wraps the right way */

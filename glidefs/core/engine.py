@@ -37,12 +37,17 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """``count`` absent blocks from ``block`` of the volume with this cookie; hand ``stamp`` back."""
+    """``count`` absent blocks from ``block`` of the volume with this cookie; hand ``stamp`` back.
+
+    With ``chunks`` it is no data that is asked for: which blocks of so many chunks, from that of ``block``
+    on, are zeros. The first is to be answered.
+    """
 
     volume: int
     block: int
     stamp: int
     count: int
+    chunks: int = 0
 
 
 class EventKind(enum.IntEnum):
@@ -167,7 +172,7 @@ class Engine(Handle):
         with self._use() as engine:
             if not check(lib.glide_faults_next(engine, max_blocks, timeout_ms, raw), "faults"):
                 return None
-        return Fault(raw.volume, raw.block, raw.stamp, raw.count)
+        return Fault(raw.volume, raw.block, raw.stamp, raw.count, raw.chunks)
 
     def events_next(self, timeout_ms: int) -> list[Event]:
         """Events in order, or an empty list after the timeout. Raises Closed."""

@@ -15,7 +15,7 @@ import msgspec
 from glidefs.core._core import ffi, lib
 from glidefs.core.check import CoreError, check
 from glidefs.core.engine import Engine
-from glidefs.core.volume import CoreVolume, Recovery
+from glidefs.core.volume import CoreVolume, NbdModes, Recovery
 
 _MANY = 1024
 
@@ -32,7 +32,8 @@ class Connection(msgspec.Struct, frozen=True):
     """An NBD connection of a frozen volume.
 
     ``received``: bytes that the new process receives before those of the socket, then it throws ``skip``
-    bytes away; ``unsent``: bytes that it sends first.
+    bytes away; ``unsent``: bytes that it sends first. ``structured`` and ``allocation`` as in
+    :class:`glidefs.core.volume.NbdModes`; a process that does not know them takes no such connection over.
     """
 
     conn_id: int
@@ -40,6 +41,13 @@ class Connection(msgspec.Struct, frozen=True):
     skip: int
     received: bytes
     unsent: bytes
+    structured: bool = False
+    allocation: bool = False
+
+    @property
+    def modes(self) -> NbdModes:
+        """What its handshake came to."""
+        return NbdModes(self.read_only, self.structured, self.allocation)
 
 
 def freeze(volume: CoreVolume) -> Position:
@@ -101,7 +109,13 @@ def _exported(pointer: Any, state: Any) -> tuple[int, Connection]:
             raise _Changed from error
         raise
     connection = Connection(
-        int(state.conn_id), bool(state.read_only), int(state.skip), bytes(received), bytes(unsent)
+        int(state.conn_id),
+        bool(state.modes & lib.GLIDE_NBD_READ_ONLY),
+        int(state.skip),
+        bytes(received),
+        bytes(unsent),
+        bool(state.modes & lib.GLIDE_NBD_STRUCTURED),
+        bool(state.modes & lib.GLIDE_NBD_ALLOCATION),
     )
     return int(state.fd), connection
 
@@ -110,7 +124,7 @@ def adopt(volume: CoreVolume, fd: int, connection: Connection) -> None:
     """Serve such a connection once the volume is unfrozen. C owns ``fd`` from here, also on error."""
     raw = ffi.new("struct glide_nbd_state *")
     raw.conn_id = connection.conn_id
-    raw.read_only = connection.read_only
+    raw.modes = connection.modes.to_c()
     raw.skip = connection.skip
     raw.in_bytes = len(connection.received)
     raw.out_bytes = len(connection.unsent)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from glidefs.core.engine import Engine
 
 BLOCK = int(lib.GLIDE_BLOCK)
+GROUP = int(lib.GLIDE_GROUP)
+"""Blocks of a chunk, and chunks of a manifest page: what :class:`Holes` is about."""
 
 
 class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +89,30 @@ def install_retry(block: int, count: int) -> Install:
     return Install(block, count, 0, 0, lib.GLIDE_INSTALL_RETRY, 0)
 
 
+class Holes(msgspec.Struct, frozen=True):
+    """What is zero of a whole page or chunk, made by the functions below; bit i of ``zeros`` is part i."""
+
+    kind: int
+    number: int
+    zeros: int
+    err: int = 0
+
+
+def page_holes(page: int, zeros: int) -> Holes:
+    """Chunk i of the page is all zeros in the base where bit i of ``zeros`` is set."""
+    return Holes(lib.GLIDE_HOLES_PAGE, page, zeros)
+
+
+def chunk_holes(chunk: int, zeros: int) -> Holes:
+    """Block i of the chunk is zero in the base where bit i of ``zeros`` is set; the others are not."""
+    return Holes(lib.GLIDE_HOLES_CHUNK, chunk, zeros)
+
+
+def holes_error(chunk: int, err: int) -> Holes:
+    """Who asks what is zero of the chunk gets the positive errno ``err``, or with 0 looks again."""
+    return Holes(lib.GLIDE_HOLES_ERROR, chunk, 0, err)
+
+
 class Fill(NamedTuple):
     """A block that was fetched: 128 KiB, its key in the cache and the hash of its content (16 bytes)."""
 
@@ -94,6 +120,31 @@ class Fill(NamedTuple):
     key: bytes
     hash: bytes
     data: bytes | bytearray | memoryview
+
+
+class NbdModes(msgspec.Struct, frozen=True):
+    """What the handshake of an NBD connection came to.
+
+    ``structured`` replies, and ``allocation``, which needs them: the context ``base:allocation``, under the
+    id :data:`ALLOCATION_ID`.
+    """
+
+    read_only: bool = False
+    structured: bool = False
+    allocation: bool = False
+
+    def to_c(self) -> int:
+        """The flags of ``enum glide_nbd_mode``."""
+        return (
+            self.read_only * int(lib.GLIDE_NBD_READ_ONLY)
+            | self.structured * int(lib.GLIDE_NBD_STRUCTURED)
+            | self.allocation * int(lib.GLIDE_NBD_ALLOCATION)
+        )
+
+
+READ_WRITE = NbdModes()
+ALLOCATION_ID = int(lib.GLIDE_NBD_CONTEXT)
+"""The id of the context ``base:allocation`` in replies."""
 
 
 class CoreVolume(Handle):
@@ -173,6 +224,23 @@ class CoreVolume(Handle):
         with self._use() as volume:
             check(lib.glide_volume_install(volume, stamp, raw, len(answers)), "install")
 
+    def install_holes(self, stamp: int, holes: Sequence[Holes]) -> None:
+        """Say what is zero of whole pages and chunks, without waiting for that. Raises CoreError (ENOMEM).
+
+        Of faults on data it answers those of what turns out to be zeros. With a stale stamp nothing lands;
+        who asks what is zero of the chunks then looks again.
+        """
+        if not holes:
+            return
+        raw = ffi.new("struct glide_holes[]", len(holes))
+        for to, one in zip(raw, holes, strict=True):
+            to.number = one.number
+            to.kind = one.kind
+            to.err = one.err
+            ffi.memmove(to.zeros, one.zeros.to_bytes(GROUP // 8, "little"), GROUP // 8)
+        with self._use() as volume:
+            check(lib.glide_volume_install_holes(volume, stamp, raw, len(holes)), "install holes")
+
     def fill(self, stamp: int, fills: Sequence[Fill], *, through: bool = False) -> int:
         """Put blocks into the block cache and answer their faults; how many, from the first on.
 
@@ -236,7 +304,7 @@ class CoreVolume(Handle):
         with self._use() as volume:
             check(lib.glide_volume_io(volume, op, flags, offset, length, buffer), OPS[op])
 
-    def attach_nbd(self, fd: int, conn_id: int, read_only: bool = False) -> None:
+    def attach_nbd(self, fd: int, conn_id: int, modes: NbdModes = READ_WRITE) -> None:
         """Serve NBD transmission on a connected socket; C owns ``fd`` from here, also on error.
 
         A CONN_CLOSED event tells its end.
@@ -247,7 +315,7 @@ class CoreVolume(Handle):
             os.close(fd)
             raise
         try:
-            check(lib.glide_nbd_attach(pointer, fd, conn_id, read_only), "attach NBD connection")
+            check(lib.glide_nbd_attach(pointer, fd, conn_id, modes.to_c()), "attach NBD connection")
         finally:
             self._release()
 

@@ -88,6 +88,7 @@ MAX_PACK_SIZE = (1 << 32) - 1
 _HEADER = struct.Struct("<4sHHII")
 _TRAILER = struct.Struct("<II16s16s16s4s")
 _ENTRY = struct.Struct("<QIIII16s")
+_MASKS = struct.Struct("<QII24x")
 _BLOCK_EVERY = ENTRY_SIZE // 8
 
 Buffer = bytes | bytearray | memoryview
@@ -170,6 +171,11 @@ class PackIndex:
                 return
             yield entry
             i += 1
+
+    def masks(self, first_block: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """(block, sector mask, zero mask) of the entries of a range of blocks, ascending."""
+        first, end = self._lower_bound(first_block), self._lower_bound(first_block + count)
+        return _MASKS.iter_unpack(memoryview(self._data)[first * ENTRY_SIZE : end * ENTRY_SIZE])
 
     def entries(self) -> Iterator[PackEntry]:
         """All entries, ascending by block."""

@@ -82,10 +82,11 @@ class HandoffCoordinator:
         self.set_all_logs_freeze(frozen=False)
         self._server.resume()
 
-    def snapshot(self) -> tuple[list[ExportCut], list[int]]:
+    def snapshot(self, *, structured: bool = True) -> tuple[list[ExportCut], list[int]]:
         """Where every export stands now that all are frozen, and the sockets of their connections, in order.
 
-        The descriptors are the caller's. Raises GlideError for an export that was fenced meanwhile.
+        The descriptors are the caller's. Raises GlideError for an export that was fenced meanwhile, and for a
+        connection with structured replies where the successor cannot make them (not ``structured``).
         """
         cuts: list[ExportCut] = []
         sockets: list[int] = []
@@ -98,6 +99,13 @@ class HandoffCoordinator:
                 about = self._server.table.about(state.conn_id)
                 if about is None:
                     continue  # it has ended, and the event is on its way
+                if state.structured and not structured:
+                    close_all(sockets)
+                    raise GlideError(
+                        f"the other program cannot go on with the NBD connection of {about.peer} to "
+                        f"{entry.name}, which has structured replies; end it, or stop this daemon and start "
+                        "the other one"
+                    )
                 sockets.append(os.dup(fd))
                 connections.append(ConnectionCut(state, about.peer, about.since))
             cuts.append(

@@ -130,6 +130,7 @@ class Predecessor:
         self._frozen_at = 0
         self._cuts: list[ExportCut] = []
         self._sockets: list[int] = []
+        self._common: frozenset[str] = frozenset()
         self._locks: list[int] = []
         self._listeners: list[tuple[ListenerInfo, int]] = []
         self._torn_down = False
@@ -209,7 +210,7 @@ class Predecessor:
         self, channel: Channel, entries: list[Entry], hello: Hello, version: int, pid: int, dry_run: bool
     ) -> Outcome:
         coordinator = self._daemon.coordinator(entries)
-        common = CAPABILITIES & set(hello.capabilities)
+        common = self._common = CAPABILITIES & set(hello.capabilities)
         if coordinator.has_devices() and "ublk" not in common:
             raise HandoffFailed(f"{hello.program} cannot take ublk devices over")
         with self._uploads_paused():
@@ -250,7 +251,7 @@ class Predecessor:
             coordinator.pause_listeners()
             self._frozen_at = time.monotonic_ns()
             coordinator.freeze_all()
-            self._cuts, self._sockets = coordinator.snapshot()
+            self._cuts, self._sockets = coordinator.snapshot(structured="nbd-structured" in self._common)
             channel.post(CutOver(tuple(self._cuts), self._frozen_at), self._sockets)
         except BaseException as error:
             coordinator.unfreeze_all()  # first of all: guests wait

@@ -17,14 +17,23 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from glidefs.core.cache import BlockCache, Slot
 from glidefs.core.check import CoreError
-from glidefs.core.volume import CoreVolume, Fill, Install, install_error, install_slot, install_zero
+from glidefs.core.volume import (
+    CoreVolume,
+    Fill,
+    Holes,
+    holes_error,
+    install_error,
+    install_retry,
+    install_slot,
+)
 from glidefs.errors import CorruptObject, GlideError, NotFound
-from glidefs.formats.manifest import PackRef
+from glidefs.formats.manifest import PAGE_CHUNKS, PackRef
 from glidefs.formats.pack import CHUNK_BLOCKS, PackIndex, payload_hash
 from glidefs.manifest.keys import scoped_key
 from glidefs.manifest.view import Manifest
 from glidefs.reading.fetch import Buffers, Payloads, fetch, plan_ranges
 from glidefs.reading.flights import Flights
+from glidefs.reading.holes import ChunkHoles, holes_of_page
 from glidefs.reading.plan import BlockPlan, assemble, plan_block
 from glidefs.store.base import ObjectStore
 from glidefs.volume.settings import HostSettings
@@ -51,6 +60,7 @@ class Reader:
         self._settings = settings
         self._helpers = helpers
         self._flights = Flights()
+        self._chunk_holes = ChunkHoles()
         self._buffers = Buffers(settings.fetch_bytes)
         self._last_loud: dict[str, float] = {}
 
@@ -109,6 +119,35 @@ class Reader:
         """
         self._resolve(volume, store, runs, stamp, -1, helpers)
 
+    def resolve_holes(self, volume: Volume, store: ObjectStore, chunk: int, count: int, stamp: int) -> None:
+        """Say which blocks of ``count`` chunks from ``chunk`` on are zeros, by their packs' indices alone.
+
+        What does not verify is fetched once more, for the first chunk alone, and EIO if it is damaged in
+        the store. Raises StoreError and Closed as :meth:`resolve`.
+        """
+        try:
+            self._resolve_holes(volume, store, range(chunk, chunk + count), stamp)
+        except (CorruptObject, NotFound):
+            try:
+                volume.manifest(store).forget(chunk)
+                self._resolve_holes(volume, store, range(chunk, chunk + 1), stamp)
+            except (CorruptObject, NotFound) as error:
+                log.error("volume %s: what chunk %d holds cannot be told: %s", volume.name, chunk, error)
+                volume.core.install_holes(stamp, [holes_error(chunk, errno.EIO)])
+
+    def _resolve_holes(self, volume: Volume, store: ObjectStore, chunks: range, stamp: int) -> None:
+        manifest = volume.manifest(store)
+        packs = {chunk: manifest.packs(chunk)[::-1] for chunk in chunks}
+        refs = list(dict.fromkeys(ref for found in packs.values() for ref in found))
+        indices = dict(zip(refs, load_indices(manifest, refs, self._helpers), strict=True))
+        pages = {chunk // PAGE_CHUNKS for chunk, found in packs.items() if not found}
+        holes = [holes_of_page(manifest, page) for page in sorted(pages)]
+        for chunk, found in packs.items():
+            if found:
+                holes.append(self._chunk_holes.of(chunk, [indices[ref] for ref in found]))
+        # Where the stamp is stale no page lands, and who asked must look again.
+        volume.core.install_holes(stamp, [*holes, holes_error(chunks.start, 0)])
+
     def _damaged(self, volume: Volume, store: ObjectStore, block: int, stamp: int, error: GlideError) -> None:
         now = time.monotonic()
         if now - self._last_loud.get(volume.name, -_LOG_EVERY) >= _LOG_EVERY:
@@ -126,12 +165,11 @@ class Reader:
         helpers: Executor | None,
     ) -> int:
         manifest = volume.manifest(store)
-        zeros: list[Install] = []
+        zeros = Zeros(self._chunk_holes)
         plans: list[BlockPlan] = []
         for first, count in runs:
             plan_run(manifest, first, count, helpers, zeros, plans)
-        if zeros:
-            volume.core.install(stamp, zeros)
+        zeros.install(volume.core, stamp)
         keys = {p.block: self._key(p, volume.prefix) for p in plans}
         run = _Run(volume.core, stamp, leave, keys, helpers)
         asked = 0
@@ -251,33 +289,56 @@ def _patiently(insert: Callable[[], T]) -> T:
         pause = min(pause * 2, 0.05)
 
 
+class Zeros:
+    """What of the planned blocks is zeros: ``runs`` of them; ``holes``, the pages and chunks around.
+
+    The core keeps zeros by page and chunk. So a hole is a fault once in each page of the manifest, and what
+    is zero of a chunk that has packs once in each chunk.
+    """
+
+    def __init__(self, chunks: ChunkHoles | None = None) -> None:
+        self.chunks = chunks or ChunkHoles()
+        self.runs: list[tuple[int, int]] = []
+        self.holes: dict[tuple[bool, int], Holes] = {}
+
+    def add(self, first: int, count: int) -> None:
+        """Blocks that are zeros, which an item of ``holes`` says too."""
+        if self.runs and sum(self.runs[-1]) == first:
+            first, count = self.runs[-1][0], self.runs.pop()[1] + count
+        self.runs.append((first, count))
+
+    def install(self, core: CoreVolume, stamp: int) -> None:
+        """Tell the core, and let who waits for the blocks look again. Raises Closed, CoreError."""
+        core.install_holes(stamp, list(self.holes.values()))
+        core.install(stamp, [install_retry(first, count) for first, count in self.runs])
+
+
 def plan_run(
     manifest: Manifest,
     first: int,
     count: int,
     helpers: Executor | None,
-    zeros: list[Install],
+    zeros: Zeros,
     plans: list[BlockPlan],
 ) -> None:
-    """Add what a run of blocks is made of: answers to ``zeros``, the other blocks to ``plans``.
-
-    The answer for a chunk that the manifest does not have covers the whole chunk.
-    """
+    """Add what a run of blocks is made of: those that are zeros to ``zeros``, the others to ``plans``."""
     for chunk, start, stop in split_chunks(first, count):
         refs = manifest.packs(chunk)
         if not refs:
-            base = chunk * CHUNK_BLOCKS
-            zeros.append(install_zero(base, max(manifest.blocks_of(chunk), stop - base)))
+            page = chunk // PAGE_CHUNKS
+            if (True, page) not in zeros.holes:
+                zeros.holes[True, page] = holes_of_page(manifest, page)
+            zeros.add(start, stop - start)
             continue
         indices = load_indices(manifest, refs[::-1], helpers)
         for block in range(start, stop):
             plan = plan_block(block, indices)
             if plan.mask:
                 plans.append(plan)
-            elif zeros and zeros[-1].block + zeros[-1].count == block:
-                zeros[-1] = install_zero(zeros[-1].block, zeros[-1].count + 1)
-            else:
-                zeros.append(install_zero(block, 1))
+                continue
+            if (False, chunk) not in zeros.holes:
+                zeros.holes[False, chunk] = zeros.chunks.of(chunk, indices)
+            zeros.add(block, 1)
 
 
 def block_key(manifest: Manifest, block: int) -> bytes | None:

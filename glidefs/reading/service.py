@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Fault
-from glidefs.core.volume import install_error, install_retry
+from glidefs.core.volume import holes_error, install_error, install_retry
 from glidefs.errors import GlideError, StoreError
-from glidefs.formats.pack import BLOCK
+from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS
 from glidefs.reading.ahead import ReadAhead, Window
 from glidefs.reading.reader import Reader, Runs
 from glidefs.store.resilient import ResilientStore
@@ -130,6 +130,10 @@ class FaultService:
         if volume is None:
             return  # closed meanwhile: the core has answered its requests
         try:
+            if fault.chunks:
+                chunk = fault.block // CHUNK_BLOCKS
+                self.reader.resolve_holes(volume, self._reads, chunk, fault.chunks, fault.stamp)
+                return
             self._read_ahead(volume, fault)
             if self.reader.resolve(volume, self._reads, fault.block, fault.count, fault.stamp):
                 with self._lock:
@@ -159,7 +163,11 @@ class FaultService:
             else install_error(fault.block, fault.count, errno.EIO)
         )
         with contextlib.suppress(Closed):
-            volume.core.install(fault.stamp, [answer])
+            if fault.chunks:
+                err = 0 if retry else errno.EIO
+                volume.core.install_holes(fault.stamp, [holes_error(fault.block // CHUNK_BLOCKS, err)])
+            else:
+                volume.core.install(fault.stamp, [answer])
 
     # -- read-ahead ------------------------------------------------------------------------------
 

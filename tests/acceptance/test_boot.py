@@ -16,7 +16,6 @@ from guest import Guest
 from node import BUCKET, EMULATED, MIB, Node, servers, wait_for
 from slow_store import SlowForwarder
 
-from glidefs.core.volume import Install
 from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import decode_root
 from glidefs.formats.pack import CHUNK_BLOCKS
@@ -24,7 +23,7 @@ from glidefs.manifest.cache import MetaCache
 from glidefs.manifest.view import Manifest
 from glidefs.names import base_manifest_key, hot_set_key
 from glidefs.reading.plan import BlockPlan
-from glidefs.reading.reader import plan_run
+from glidefs.reading.reader import Zeros, plan_run
 from glidefs.store import open_store
 
 pytest.importorskip("glidefs.core._core")
@@ -166,10 +165,10 @@ def _hot_bytes(node: Node, endpoint: str) -> tuple[int, int]:
         hot_set = decode_hot_set(key, store.get(key).data)
         key = base_manifest_key("default", BASE)
         manifest = Manifest(decode_root(key, store.get(key).data), "default", MetaCache(64 * MIB, 8), store)
-        zeros: list[Install] = []
+        zeros = Zeros()
         plans: list[BlockPlan] = []
         for run in hot_set.runs:
             plan_run(manifest, run.first, run.count, None, zeros, plans)
-        assert not zeros
+        assert not zeros.runs
         assert max(plan.block for plan in plans) >= CHUNK_BLOCKS  # not the first chunk alone
         return len(plans), sum(part.entry.stored for plan in plans for part in plan.payloads())

@@ -11,6 +11,7 @@ import pytest
 from core_rig import CoreRig, inject_nothing, trace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mutate.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "nbd"))  # nbd_client.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "model"))  # what reads a trace of the disk
 
 

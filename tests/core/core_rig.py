@@ -13,7 +13,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,19 @@ from glidefs.core.gather import Gather
 from glidefs.core.payloads import overlay
 from glidefs.core.shadow import ShadowFile
 from glidefs.core.volume import (
+    GROUP,
     CoreVolume,
     Fill,
+    Holes,
     Install,
     Recovery,
     VolumeConfig,
+    chunk_holes,
+    holes_error,
     install_error,
+    install_retry,
     install_slot,
-    install_zero,
+    page_holes,
 )
 
 SECTOR = 4096
@@ -170,9 +175,15 @@ class Vol:
         return seq
 
     def answers(self, fault: Fault) -> list[Install]:
-        """What the base has for a fault."""
+        """What the base has for a fault. Zeros are told by page and chunk at once."""
         found: list[Install] = []
         base = self.base
+        if fault.chunks:
+            chunk = fault.block // GROUP
+            told = [] if self.fault_errno else [hole_at(base, fault.block)]
+            self.core.install_holes(fault.stamp, [*told, holes_error(chunk, self.fault_errno)])
+            return []
+        holes: dict[tuple[int, int], Holes] = {}
         for block in range(fault.block, fault.block + fault.count):
             if self.fault_errno:
                 found.append(install_error(block, 1, self.fault_errno))
@@ -183,8 +194,33 @@ class Vol:
                     key = blake3(base[block]).digest(16)
                     self.core.fill(fault.stamp, [Fill(block, key, key, base[block])])
             else:
-                found.append(install_zero(block, 1))
+                hole = hole_at(base, block)
+                holes[hole.kind, hole.number] = hole
+                found.append(install_retry(block, 1))
+        self.core.install_holes(fault.stamp, list(holes.values()))
         return found
+
+
+def hole_at(base: dict[int, bytes], block: int) -> Holes:
+    """What a base says of the page of ``block``, or of its chunk if the base has that."""
+    chunk = block // GROUP
+    if any(at // GROUP == chunk for at in base):
+        return holes_of_chunk(base, chunk)
+    return holes_of_page(base, chunk // GROUP)
+
+
+def holes_of_chunk(base: dict[int, bytes], chunk: int) -> Holes:
+    """The blocks of a chunk that a base does not have."""
+    return chunk_holes(chunk, _all_but(at % GROUP for at in base if at // GROUP == chunk))
+
+
+def holes_of_page(base: dict[int, bytes], page: int) -> Holes:
+    """The chunks of a page that a base does not have."""
+    return page_holes(page, _all_but(at // GROUP % GROUP for at in base if at // GROUP // GROUP == page))
+
+
+def _all_but(bits: Iterable[int]) -> int:
+    return (1 << GROUP) - 1 - sum(1 << bit for bit in set(bits))
 
 
 def apply_gather(base: dict[int, bytes], gather: Gather) -> dict[int, bytes]:

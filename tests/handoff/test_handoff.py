@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from handoff_rig import Generations, is_running
+from nbd_client import Extent, RawClient
 from node import BUCKET, MIB, servers, wait_for
 
 from glidefs.api.client import CommandError
@@ -73,6 +74,19 @@ def test_a_connection_is_not_reset(daemon: Generations) -> None:
         daemon.run("drain", "vm")
         assert [c["connections"] for c in [daemon.json("show", "vm")["volume"]]] == [1]
     wait_for(lambda: daemon.json("show", "vm")["volume"]["connections"] == 0, "the connection ends")
+
+
+def test_a_structured_connection_goes_on(daemon: Generations) -> None:
+    """Structured replies and base:allocation, before and after, from the log and from the store."""
+    with RawClient(str(daemon.base / "nbd.sock")) as client:
+        client.sparse("vm")
+        client.pwrite(MIB, b"s" * 4096)
+        want = [Extent(MIB, 3), Extent(4096, 0), Extent(63 * MIB - 4096, 3)]
+        for _ in range(2):
+            assert client.allocation(64 * MIB) == want
+            daemon.handoff()
+        assert client.allocation(64 * MIB) == want
+        assert client.read_sparse(0, 2 * MIB)[1] == [Extent(MIB, 3), Extent(4096, 0), Extent(MIB - 4096, 3)]
 
 
 def test_a_rehearsal_changes_nothing(daemon: Generations) -> None:

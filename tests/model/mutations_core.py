@@ -25,6 +25,9 @@ BAD_DISK = "tests/core/test_core_bad_disk.py::"
 GATHER = "tests/core/test_core_gather.py::"
 CUT = "tests/model/test_power_cut.py::"
 MODEL = "tests/model/test_core_model.py"
+HOLES = "tests/model/test_hole_model.py"
+ALLOCATION = "tests/volume/test_volume_allocation.py"
+STRUCTURED = "tests/nbd/test_nbd_structured.py::"
 
 CORE = [
     # -- section 4: the order of a write
@@ -391,6 +394,70 @@ CORE = [
         "    block_map_drop(&((struct volume *)arg)->base, block, count);",
         "    (void)arg, (void)block, (void)count;",
         (CACHE + "test_retire_drops_what_the_map_knew_of_the_base",),
+    ),
+    Mutation(
+        "stale-holes-land",
+        "csrc/volume/install.c",
+        "    if (stamp != atomic_load(&v->stamp))\n        return;\n    if (h->kind == GLIDE_HOLES_PAGE)",
+        "    if (h->kind == GLIDE_HOLES_PAGE)",
+        (HOLES,),
+    ),
+    Mutation(
+        "retire-keeps-the-holes",
+        "csrc/cache/block_map.c",
+        "    zero_groups_clear(&m->blocks, block, r.end);\n"
+        "    zero_groups_clear(&m->chunks, block / CHUNK_BLOCKS, div_up(r.end, CHUNK_BLOCKS));\n",
+        "",
+        (HOLES,),
+    ),
+    Mutation(
+        "retire-keeps-the-chunk",
+        "csrc/cache/block_map.c",
+        "    zero_groups_clear(&m->chunks, block / CHUNK_BLOCKS, div_up(r.end, CHUNK_BLOCKS));\n",
+        "",
+        (HOLES,),
+    ),
+    Mutation(
+        "retire-keeps-the-block",
+        "csrc/cache/block_map.c",
+        "    zero_groups_clear(&m->blocks, block, r.end);\n",
+        "",
+        (HOLES,),
+    ),
+    Mutation(
+        "status-without-the-log",
+        "csrc/volume/io_status.c",
+        "    if (view.pos) {\n",
+        "    if (false && view.pos) {\n",
+        (ALLOCATION,),
+    ),
+    Mutation(
+        "status-skips-blocks-of-the-log",
+        "csrc/volume/io_status.c",
+        "    return (struct run){log_map_next_leaf(&v->map, block + 1, stop) * GLIDE_BLOCK, state};",
+        "    return (struct run){stop * GLIDE_BLOCK, state};",
+        (ALLOCATION,),
+    ),
+    Mutation(
+        "data-of-a-chunk-outlives-retire",
+        "csrc/cache/zero_groups.c",
+        "        *word &= ~mask;\n    }\n    b->known = false;",
+        "        *word &= ~mask;\n    }",
+        (ALLOCATION,),
+    ),
+    Mutation(
+        "hole-of-a-read-that-is-done-again",
+        "csrc/volume/io_read.c",
+        "        *word = zero ? *word | mask : *word & ~mask;",
+        "        *word = *word | mask;",
+        (STRUCTURED + "test_data_and_holes_in_one_read",),
+    ),
+    Mutation(
+        "flags-lost-in-a-handoff",
+        "csrc/transport/nbd/nbd_request.c",
+        "    uint16_t flags = type == NBD_FLUSH ? 0 : r->flags;",
+        "    uint16_t flags = type == NBD_FLUSH ? 0 : r->flags & NBD_FLAG_FUA;",
+        ("tests/core/test_core_sparse_handoff.py",),
     ),
     Mutation(
         "pin-without-looking-again",

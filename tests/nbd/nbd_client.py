@@ -19,6 +19,11 @@ FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = (1 << bit for bit in range(5))
 
 REQUEST = struct.Struct(">IHHQQI")
 SIMPLE_REPLY = struct.Struct(">IIQ")
+CHUNK = struct.Struct(">IHHQI")
+CHUNK_MAGIC = 0x668E33EF
+DONE = 1
+NONE, OFFSET_DATA, OFFSET_HOLE, STATUS = 0, 1, 2, 5
+ERROR, ERROR_OFFSET = 32769, 32770
 
 
 class OptionReply(NamedTuple):
@@ -36,6 +41,22 @@ class ExportInfo(NamedTuple):
     flags: int
 
 
+class Chunk(NamedTuple):
+    """One chunk of a structured reply."""
+
+    flags: int
+    kind: int
+    cookie: int
+    data: bytes
+
+
+class Extent(NamedTuple):
+    """What BLOCK_STATUS says of a range: bytes, and flags (1 hole, 2 zero)."""
+
+    length: int
+    flags: int
+
+
 class Refused(Exception):
     """The server answered an option with an error."""
 
@@ -48,9 +69,10 @@ class Refused(Exception):
 class RequestFailed(Exception):
     """The server answered a request with an error number."""
 
-    def __init__(self, errno: int) -> None:
-        super().__init__(f"NBD error {errno}")
+    def __init__(self, errno: int, message: str = "") -> None:
+        super().__init__(f"NBD error {errno} {message}")
         self.errno = errno
+        self.message = message
 
 
 def request(kind: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0) -> bytes:
@@ -62,6 +84,13 @@ def export_request(name: str, infos: tuple[int, ...] = ()) -> bytes:
     """Data of INFO and GO."""
     encoded = name.encode()
     return struct.pack(f">I{len(encoded)}sH{len(infos)}H", len(encoded), encoded, len(infos), *infos)
+
+
+def context_request(name: str, *queries: str) -> bytes:
+    """Data of LIST_META_CONTEXT and SET_META_CONTEXT."""
+    parts = [name.encode(), *(query.encode() for query in queries)]
+    words = [struct.pack(">I", len(part)) + part for part in parts]
+    return words[0] + struct.pack(">I", len(queries)) + b"".join(words[1:])
 
 
 class RawClient:
@@ -78,6 +107,8 @@ class RawClient:
             self.socket = socket.create_connection(where, timeout)
         self.socket.settimeout(timeout)
         self._cookie = 0
+        self._unheard = 0
+        self.context = 0
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +174,7 @@ class RawClient:
         """Send an option and hear its replies, the last of which is an ACK or an error."""
         self.option(option, data)
         replies = [self.option_reply()]
-        while replies[-1].kind in (Reply.SERVER, Reply.INFO):
+        while replies[-1].kind in (Reply.SERVER, Reply.INFO, Reply.META_CONTEXT):
             replies.append(self.option_reply())
         assert all(reply.option == option for reply in replies)
         return replies
@@ -159,6 +190,25 @@ class RawClient:
         """Start transmission."""
         told = self.infos(Option.GO, name)
         return ExportInfo(*struct.unpack(">QH", told[proto.Info.EXPORT]))
+
+    def structured(self) -> Self:
+        """Negotiate structured replies."""
+        assert self.ask(Option.STRUCTURED_REPLY)[-1].kind == Reply.ACK
+        return self
+
+    def contexts(self, name: str, *queries: str, option: int = Option.SET_META_CONTEXT) -> dict[str, int]:
+        """Ids of meta contexts by name. Raises Refused."""
+        *found, last = self.ask(option, context_request(name, *queries))
+        if last.kind != Reply.ACK:
+            raise Refused(last.kind, last.data.decode())
+        return {one.data[4:].decode(): struct.unpack_from(">I", one.data)[0] for one in found}
+
+    def sparse(self, name: str) -> Self:
+        """Everything up to transmission, with structured replies and base:allocation."""
+        self.greet().structured()
+        (self.context,) = self.contexts(name, "base:allocation").values()
+        self.go(name)
+        return self
 
     def export_name(self, name: str, zeroes: bool = False) -> ExportInfo:
         """Start transmission the old way."""
@@ -182,6 +232,75 @@ class RawClient:
         assert magic == REPLY_MAGIC, hex(magic)
         return cookie, error
 
+    def chunk(self) -> Chunk:
+        """Hear one chunk of a structured reply."""
+        magic, flags, kind, cookie, length = CHUNK.unpack(self.read(CHUNK.size))
+        assert magic == CHUNK_MAGIC, hex(magic)
+        return Chunk(flags, kind, cookie, self.read(length))
+
+    def chunks(self, cookie: int) -> list[Chunk]:
+        """Hear the structured reply of the only request under way. Raises RequestFailed."""
+        heard = [self.chunk()]
+        while not heard[-1].flags & DONE:
+            heard.append(self.chunk())
+        assert {chunk.cookie for chunk in heard} == {cookie}
+        for chunk in heard:
+            if chunk.kind & 1 << 15:
+                errno, length = struct.unpack_from(">IH", chunk.data)
+                raise RequestFailed(errno, chunk.data[6 : 6 + length].decode())
+        return heard
+
+    def ask_chunks(self, kind: int, offset: int, length: int, flags: int = 0) -> list[Chunk]:
+        """One request that has a structured reply."""
+        return self.chunks(self.submit(kind, offset, length, flags))
+
+    def read_sparse(self, offset: int, length: int, flags: int = 0) -> tuple[bytes, list[Extent]]:
+        """Read by structured replies: the data, and which parts came as data (0) and as holes (3)."""
+        data, parts = bytearray(b"?" * length), {}
+        for chunk in self.ask_chunks(READ, offset, length, flags):
+            if chunk.kind == NONE:
+                continue
+            (at,) = struct.unpack_from(">Q", chunk.data)
+            at -= offset
+            if chunk.kind == OFFSET_HOLE:
+                (size,) = struct.unpack_from(">I", chunk.data, 8)
+                content = bytes(size)
+            else:
+                assert chunk.kind == OFFSET_DATA
+                content = chunk.data[8:]
+            assert content
+            assert 0 <= at <= length - len(content)
+            assert at not in parts
+            parts[at] = Extent(len(content), 3 if chunk.kind == OFFSET_HOLE else 0)
+            data[at : at + len(content)] = content
+        assert sum(part.length for part in parts.values()) == length
+        return bytes(data), [parts[at] for at in sorted(parts)]
+
+    def block_status(self, offset: int, length: int, flags: int = 0) -> list[Extent]:
+        """The extents of base:allocation from ``offset`` on, at most ``length`` bytes of them."""
+        (chunk,) = self.ask_chunks(BLOCK_STATUS, offset, length, flags)
+        assert chunk.kind == STATUS
+        (context,) = struct.unpack_from(">I", chunk.data)
+        assert context == self.context
+        extents = [Extent(*pair) for pair in struct.iter_unpack(">II", chunk.data[4:])]
+        assert extents
+        assert all(extent.length for extent in extents)
+        assert sum(extent.length for extent in extents) <= length
+        return extents
+
+    def allocation(self, size: int, step: int = 1 << 31) -> list[Extent]:
+        """base:allocation of a whole export, neighbours of one kind together."""
+        found: list[Extent] = []
+        at = 0
+        while at < size:
+            for extent in self.block_status(at, min(step, size - at)):
+                if found and found[-1].flags == extent.flags:
+                    found[-1] = Extent(found[-1].length + extent.length, extent.flags)
+                else:
+                    found.append(extent)
+                at += extent.length
+        return found
+
     def call(self, kind: int, offset: int = 0, length: int = 0, **more: Any) -> bytes:
         """One request at a time: its data, if a read. Raises RequestFailed."""
         sent = self.submit(kind, offset, length, **more)
@@ -190,6 +309,24 @@ class RawClient:
         if error:
             raise RequestFailed(error)
         return self.read(length) if kind == READ else b""
+
+    def call_simple(self, kind: int, offset: int, length: int) -> None:
+        """A request without data either way."""
+        sent = self.submit(kind, offset, length)
+        assert self.reply() == (sent, 0)
+
+    def send_write(self, offset: int, data: bytes) -> None:
+        """A write whose reply :meth:`hear_all` hears."""
+        self.submit(WRITE, offset, len(data), data=data)
+        self._unheard += 1
+        if self._unheard == 512:
+            self.hear_all()
+
+    def hear_all(self) -> None:
+        """Hear the replies of those writes."""
+        while self._unheard:
+            assert self.reply()[1] == 0
+            self._unheard -= 1
 
     def pread(self, offset: int, length: int) -> bytes:
         """Read."""

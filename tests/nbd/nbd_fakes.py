@@ -12,6 +12,7 @@ from pathlib import Path
 from nbd_client import RawClient
 
 from glidefs.config import NbdSettings
+from glidefs.core.volume import NbdModes
 from glidefs.transport.nbd.negotiation import NbdExport
 from glidefs.transport.nbd.server import HandshakeLimits, NbdServer
 
@@ -23,13 +24,14 @@ class FakeCore:
 
     def __init__(self) -> None:
         self.attached: dict[int, tuple[socket.socket, bool]] = {}
+        self.modes: dict[int, NbdModes] = {}
         self.detached: list[int] = []
         self.fail: Exception | None = None
         self.gate: threading.Event | None = None
         self.entered = threading.Event()
         self._changed = threading.Condition()
 
-    def attach_nbd(self, fd: int, conn_id: int, read_only: bool) -> None:
+    def attach_nbd(self, fd: int, conn_id: int, modes: NbdModes) -> None:
         self.entered.set()
         if self.gate is not None:
             assert self.gate.wait(20)
@@ -37,7 +39,8 @@ class FakeCore:
             os.close(fd)
             raise self.fail
         with self._changed:
-            self.attached[conn_id] = (socket.socket(fileno=fd), read_only)
+            self.attached[conn_id] = (socket.socket(fileno=fd), modes.read_only)
+            self.modes[conn_id] = modes
             self._changed.notify_all()
 
     def detach_nbd(self, conn_id: int) -> None:

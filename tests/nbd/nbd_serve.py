@@ -14,7 +14,7 @@ from typing import Any, Self
 from glidefs.config import NbdSettings
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, EngineConfig, EventKind
-from glidefs.core.volume import CoreVolume, VolumeConfig, install_zero
+from glidefs.core.volume import GROUP, CoreVolume, VolumeConfig, holes_error, install_zero, page_holes
 from glidefs.transport.nbd.negotiation import NbdExport
 from glidefs.transport.nbd.server import NbdServer
 
@@ -105,7 +105,12 @@ class Served:
             return
         self.answering.wait()
         with contextlib.suppress(Closed):  # the volume: its requests were failed
-            self.volumes[fault.volume].install(fault.stamp, [install_zero(fault.block, fault.count)])
+            core = self.volumes[fault.volume]
+            if fault.chunks:
+                core.install_holes(fault.stamp, [page_holes(fault.block // GROUP // GROUP, (1 << GROUP) - 1)])
+                core.install_holes(fault.stamp, [holes_error(fault.block // GROUP, 0)])
+            else:
+                core.install(fault.stamp, [install_zero(fault.block, fault.count)])
 
     def _events(self) -> None:
         for event in self.engine.events_next(_POLL_MS):

@@ -29,7 +29,7 @@ LENGTHS = st.one_of(
     st.sampled_from([0, 1, 512, 131072, 32 * MIB, 32 * MIB + 1, 0xFFFFFFFF]),
 )
 KINDS = st.integers(0, 8) | st.integers(0, 0xFFFF)
-FLAGS = st.sampled_from([0, 0, 0, 1, 2, 4, 16]) | st.integers(0, 0xFFFF)
+FLAGS = st.sampled_from([0, 0, 0, 1, 2, 4, 8, 16]) | st.integers(0, 0xFFFF)
 PAYLOADS = st.binary(max_size=64) | st.integers(0, 40000).map(lambda n: b"\x5a" * n)
 
 
@@ -46,6 +46,15 @@ FRAMES = st.one_of(
     st.builds(_frame, MAGICS, FLAGS, KINDS, OFFSETS, LENGTHS, PAYLOADS),
     st.builds(_write, st.integers(0, 1000).map(lambda n: n * 512), st.integers(0, 40).map(lambda n: n * 512)),
     st.builds(_frame, MAGICS, st.just(0), st.just(0), OFFSETS, LENGTHS, st.just(b"")),
+    st.builds(
+        _frame,
+        MAGICS,
+        st.sampled_from([0, 4, 8]),
+        st.sampled_from([0, 5, 7]),
+        OFFSETS,
+        LENGTHS,
+        st.just(b""),
+    ),
     st.binary(max_size=100),
 )
 
@@ -58,14 +67,24 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield made
 
 
-@settings(max_examples=300, deadline=None)
-@given(frames=st.lists(FRAMES, max_size=12), cut=st.integers(0, 1 << 16), reads=st.booleans())
-def test_any_bytes(served: Served, frames: list[bytes], cut: int, reads: bool) -> None:
+@settings(max_examples=400, deadline=None)
+@given(
+    frames=st.lists(FRAMES, max_size=12),
+    cut=st.integers(0, 1 << 16),
+    reads=st.booleans(),
+    modes=st.sampled_from(["simple", "structured", "sparse", "sparse"]),
+)
+def test_any_bytes(served: Served, frames: list[bytes], cut: int, reads: bool, modes: str) -> None:
     stream = b"".join(frames)
     if cut < len(stream):
         stream = stream[:cut]
     with RawClient(served.path) as client:
-        client.greet().go("victim")
+        client.greet()
+        if modes != "simple":
+            client.structured()
+        if modes == "sparse":
+            client.contexts("victim", "base:allocation")
+        client.go("victim")
         client.socket.settimeout(20)
         with contextlib.suppress(ConnectionError):
             _converse(client.socket, stream, reads)

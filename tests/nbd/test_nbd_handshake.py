@@ -43,6 +43,7 @@ def test_go_starts_transmission(bench: Bench) -> None:
             | TransmissionFlag.SEND_TRIM
             | TransmissionFlag.SEND_WRITE_ZEROES
             | TransmissionFlag.CAN_MULTI_CONN
+            | TransmissionFlag.SEND_CACHE
             | TransmissionFlag.SEND_FAST_ZERO
         )
         (conn_id,) = bench.core.wait_attached()
@@ -169,9 +170,6 @@ def test_abort_is_acknowledged(bench: Bench) -> None:
     "option",
     [
         Option.STARTTLS,
-        Option.STRUCTURED_REPLY,
-        Option.LIST_META_CONTEXT,
-        Option.SET_META_CONTEXT,
         Option.EXTENDED_HEADERS,
         0,
         4,

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from nbd_client import (
     BLOCK_STATUS,
-    CACHE,
     DISC,
     FLUSH,
     FUA,
@@ -153,7 +152,7 @@ def test_requests_in_pieces(served: Served) -> None:
         assert client.pread(4 * MIB, MIB) == data
 
 
-@pytest.mark.parametrize("kind", [CACHE, BLOCK_STATUS, 8, 9, 99, 0xFFFF])
+@pytest.mark.parametrize("kind", [BLOCK_STATUS, 8, 9, 99, 0xFFFF])
 def test_unknown_commands_are_invalid_and_have_no_payload(served: Served, kind: int) -> None:
     with connect(served) as client:
         with pytest.raises(RequestFailed) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from volume_rig import SHADOW, Rig
 
 from glidefs.store.memory import MemoryStore
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "nbd"))  # nbd_client.py
 
 
 @pytest.fixture

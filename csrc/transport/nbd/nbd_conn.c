@@ -21,7 +21,7 @@ static void on_cancelled(struct ring_op *op, int res, uint32_t flags);
 
 /* ---- memory ------------------------------------------------------------------------------------ */
 
-struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_only)
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, uint32_t modes)
 {
     struct nbd_conn *c = calloc(1, sizeof(*c));
 
@@ -32,7 +32,7 @@ struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_o
     c->volume = v;
     c->fd = fd;
     c->id = id;
-    c->read_only = read_only;
+    c->modes = modes;
     c->cancel_op.complete = on_cancelled;
     struct list *lists[] = {&c->requests, &c->replies, &c->send_task.link, &c->detach_calls, &c->resume_task.link};
     for (size_t i = 0; i < ARRAY_LEN(lists); i++)
@@ -231,9 +231,9 @@ static int do_attach(struct worker *w, void *arg)
     return err;
 }
 
-int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, int read_only)
+int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, uint32_t modes)
 {
-    struct nbd_conn *c = nbd_conn_new(volume, fd, conn_id, read_only);
+    struct nbd_conn *c = nbd_conn_new(volume, fd, conn_id, modes);
     int err = c ? worker_call(volume->worker, do_attach, c) : -ENOMEM;
 
     if (!err)

@@ -1,10 +1,10 @@
 /*
  * The transmission phase of an NBD connection, on the worker of its volume.
  * The handshake is Python's (glidefs/transport/nbd/server.py); the protocol is the
- * "NBD protocol" document of the NetworkBlockDevice project, simple replies.
+ * "NBD protocol" document of the NetworkBlockDevice project.
  *
- * nbd_socket.c receives and sends, nbd_request.c knows the bytes of a request and of
- * a reply, nbd_memory.c how much of them there may be, nbd_conn.c begins and ends.
+ * nbd_socket.c receives and sends, nbd_request.c knows the bytes of a request, nbd_reply.c those of a
+ * reply, nbd_memory.c how much of them there may be, nbd_conn.c begins and ends.
  */
 #ifndef GLIDE_NBD_CONN_H
 #define GLIDE_NBD_CONN_H
@@ -15,8 +15,10 @@
 #include "loop/worker.h"
 
 #define NBD_REQUEST_BYTES 28u
-#define NBD_REPLY_BYTES 16u
+#define NBD_HEAD_BYTES 32u         /* of the longest head of a reply, or of one of its chunks */
 #define NBD_MAX_LENGTH (32u << 20) /* of a READ or WRITE */
+#define NBD_CACHE_BYTES (8u << 20) /* of a CACHE; what is behind them is not fetched */
+#define NBD_MAX_EXTENTS 2048u      /* of the answer to a BLOCK_STATUS */
 #define NBD_MAX_HELD 1024u         /* requests of a connection; then it is not read from */
 #define NBD_RECEIVE_BYTES (1u << 20)
 
@@ -27,7 +29,7 @@ struct nbd_conn {
     struct worker *worker;
     int fd;
     uint64_t id;
-    bool read_only;
+    uint32_t modes; /* enum glide_nbd_mode */
 
     /* receiving: a request that is not complete yet */
     uint8_t head[NBD_REQUEST_BYTES];
@@ -68,20 +70,46 @@ struct nbd_conn {
     struct list detach_calls;
 };
 
+enum nbd_command {
+    NBD_READ = 0,
+    NBD_WRITE = 1,
+    NBD_DISC = 2,
+    NBD_FLUSH = 3,
+    NBD_TRIM = 4,
+    NBD_CACHE = 5,
+    NBD_WRITE_ZEROES = 6,
+    NBD_BLOCK_STATUS = 7,
+};
+
+/* Of a reply: a header, and what is sent behind it. */
+struct nbd_part {
+    uint8_t head[NBD_HEAD_BYTES];
+    uint32_t head_length;
+    const uint8_t *data; /* the request's, or a constant */
+    uint64_t length;
+};
+
 struct nbd_req {
     struct io_req io;
     struct nbd_conn *conn;
     struct list all; /* conn->requests */
-    uint16_t type;
-    bool answered; /* in conn->replies */
-    bool raw;      /* bytes that an earlier process had to send: no reply of its own */
-    uint8_t reply[NBD_REPLY_BYTES];
+    uint16_t type, flags;
+    uint64_t cookie; /* as received */
+    bool answered;   /* in conn->replies */
     enum nbd_account account;
-    uint64_t charged;     /* to conn->memory[account] */
-    uint64_t data_length; /* of the reply: a READ that went well */
-    uint8_t *buf;         /* owned, of capacity `size`; NULL: io.buf is the receive buffer's */
+    uint64_t charged;       /* to conn->memory[account] */
+    struct nbd_part first;  /* of the reply, if it has one part; no head: bytes that an earlier process had to send */
+    struct nbd_part *parts; /* else all of them, owned */
+    uint32_t part_count;
+    uint64_t reply_bytes;
+    uint8_t *buf; /* owned, of capacity `size`; NULL: io.buf is the receive buffer's */
     uint64_t size;
 };
+
+static inline const struct nbd_part *nbd_part(const struct nbd_req *r, uint32_t i)
+{
+    return r->parts ? &r->parts[i] : &r->first;
+}
 
 /* ---- worker ---- */
 extern const struct transport_ops NBD_OPS;
@@ -104,6 +132,9 @@ int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length);
 /* The payload of conn->filling is complete. */
 void nbd_filled(struct nbd_conn *c);
 void nbd_req_free(struct nbd_req *r);
+/* ---- nbd_reply.c ---- */
+/* Make the reply of a request that came out as err, 0 or a positive errno. */
+void nbd_build_reply(struct nbd_req *r, int err);
 /* ---- nbd_socket.c ---- */
 /* A reply is ready: it will be sent and the request freed. */
 void nbd_reply(struct nbd_req *r);
@@ -120,16 +151,12 @@ void nbd_end(struct nbd_conn *c, int error, bool broken);
 /* What can be done now that something ended. May free the connection. */
 void nbd_advance(struct nbd_conn *c);
 /* A connection without a worker yet, which owns fd. NULL = no memory, and fd is closed. */
-struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, bool read_only);
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, uint32_t modes);
 /* Give one back that did not get to a worker. */
 void nbd_conn_discard(struct nbd_conn *c);
 /* On the worker: the connection belongs to its volume. -errno. */
 int nbd_enter(struct worker *w, struct nbd_conn *c);
 /* The 28 bytes of the request that would be answered as `r`. */
 void nbd_encode(const struct nbd_req *r, uint8_t *out);
-static inline uint64_t nbd_reply_bytes(const struct nbd_req *r)
-{
-    return r->data_length + (r->raw ? 0 : NBD_REPLY_BYTES);
-}
 
 #endif

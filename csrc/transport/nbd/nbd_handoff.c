@@ -46,7 +46,7 @@ static uint64_t out_bytes(const struct nbd_conn *c)
     uint64_t bytes = 0;
 
     list_each(at, &c->replies)
-        bytes += nbd_reply_bytes(container_of(container_of(at, struct io_req, link), struct nbd_req, io));
+        bytes += container_of(container_of(at, struct io_req, link), struct nbd_req, io)->reply_bytes;
     return bytes - c->sent;
 }
 
@@ -76,7 +76,7 @@ static int list_conns(struct worker *w, void *arg)
                                                     .out_bytes = out_bytes(c),
                                                     .skip = c->skip + c->skip_after_rest,
                                                     .fd = c->fd,
-                                                    .read_only = c->read_only};
+                                                    .modes = c->modes};
         n++;
     }
     return (int)n;
@@ -100,18 +100,25 @@ static void write_in(const struct nbd_conn *c, uint8_t *at)
     put(at, c->head, c->head_length);
 }
 
+/* What is left of `data` when *skip bytes in front of it and of what follows are left out. */
+static uint8_t *put_after(uint8_t *at, const uint8_t *data, uint64_t length, uint64_t *skip)
+{
+    uint64_t cut = min_u64(*skip, length);
+
+    *skip -= cut;
+    return cut < length ? put(at, data + cut, length - cut) : at;
+}
+
 static void write_out(const struct nbd_conn *c, uint8_t *at)
 {
     uint64_t skip = c->sent;
 
     list_each(e, &c->replies) {
         const struct nbd_req *r = container_of(container_of(e, struct io_req, link), struct nbd_req, io);
-        const void *parts[2] = {r->reply, r->buf};
-        uint64_t lengths[2] = {r->raw ? 0 : NBD_REPLY_BYTES, r->data_length};
-        for (int i = 0; i < 2; i++) {
-            uint64_t cut = min_u64(skip, lengths[i]);
-            skip -= cut;
-            at = put(at, (const uint8_t *)parts[i] + cut, lengths[i] - cut);
+        for (uint32_t i = 0; i < r->part_count; i++) {
+            const struct nbd_part *p = nbd_part(r, i);
+            at = put_after(at, p->head, p->head_length, &skip);
+            at = put_after(at, p->data, p->length, &skip);
         }
     }
 }
@@ -181,8 +188,10 @@ static struct nbd_req *raw_reply(struct nbd_conn *c, const void *data, uint64_t 
     }
     r->conn = c;
     r->io.volume = c->volume;
-    r->answered = r->raw = true;
-    r->data_length = r->size = r->charged = length;
+    r->answered = true;
+    r->part_count = 1;
+    r->first.data = r->buf;
+    r->first.length = r->reply_bytes = r->size = r->charged = length;
     list_init(&r->all);
     list_init(&r->io.link);
     return r;
@@ -190,7 +199,7 @@ static struct nbd_req *raw_reply(struct nbd_conn *c, const void *data, uint64_t 
 
 int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *state, const void *in, const void *out)
 {
-    struct nbd_conn *c = nbd_conn_new(volume, fd, state->conn_id, state->read_only);
+    struct nbd_conn *c = nbd_conn_new(volume, fd, state->conn_id, state->modes);
     struct adopt a = {.conn = c};
     int err = c ? 0 : -ENOMEM;
 

@@ -5,18 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum nbd_command {
-    NBD_READ = 0,
-    NBD_WRITE = 1,
-    NBD_DISC = 2,
-    NBD_FLUSH = 3,
-    NBD_TRIM = 4,
-    NBD_WRITE_ZEROES = 6,
-};
 #define NBD_REQUEST_MAGIC 0x25609513u
-#define NBD_SIMPLE_REPLY_MAGIC 0x67446698u
 #define NBD_FLAG_FUA 1u
 #define NBD_FLAG_NO_HOLE 2u
+#define NBD_FLAG_DF 4u
+#define NBD_FLAG_REQ_ONE 8u
 #define NBD_FLAG_FAST_ZERO 16u
 
 struct nbd_header {
@@ -25,29 +18,6 @@ struct nbd_header {
     uint64_t offset;
     uint32_t length;
 };
-
-static uint32_t error_code(int err, uint16_t type)
-{
-    switch (err) {
-    case 0:
-        return 0;
-    case ENOSPC: /* beyond the end: the specification has EINVAL for TRIM */
-        return type == NBD_TRIM ? 22 : 28;
-    case EPERM:
-    case EROFS:
-        return 1;
-    case ENOMEM:
-        return 12;
-    case EINVAL:
-        return 22;
-    case ENOTSUP:
-        return 95;
-    case ESHUTDOWN:
-        return 108;
-    default:
-        return 5; /* EIO */
-    }
-}
 
 /* ---- memory: a few sizes, kept by malloc's thread cache or reused here ------------------------ */
 
@@ -66,6 +36,7 @@ void nbd_req_free(struct nbd_req *r)
     r->conn->held--;
     nbd_memory_give(r->conn, r->account, r->charged);
     list_remove(&r->all);
+    free(r->parts);
     free(r->buf);
     free(r);
 }
@@ -75,11 +46,8 @@ void nbd_req_free(struct nbd_req *r)
 static void on_done(struct io_req *io, int err)
 {
     struct nbd_req *r = container_of(io, struct nbd_req, io);
-    uint32_t magic = htobe32(NBD_SIMPLE_REPLY_MAGIC), code = htobe32(error_code(err, r->type));
 
-    memcpy(r->reply, &magic, 4);
-    memcpy(r->reply + 4, &code, 4);
-    r->data_length = r->type == NBD_READ && !err ? io->length : 0;
+    nbd_build_reply(r, err);
     nbd_reply(r);
 }
 
@@ -96,17 +64,46 @@ static int own(struct io_req *io)
     return 0;
 }
 
-/* Bytes of its data, where there are to be any. */
-static uint64_t data_of(const struct nbd_header *h)
+static uint32_t extents_of(const struct nbd_header *h)
 {
-    return (h->type == NBD_READ || h->type == NBD_WRITE) && h->length <= NBD_MAX_LENGTH ? h->length : 0;
+    uint64_t most = h->length / 512 + 1;
+
+    return h->flags & NBD_FLAG_REQ_ONE ? 1 : (uint32_t)min_u64(most, NBD_MAX_EXTENTS);
+}
+
+/* Whether a READ is asked which sectors are holes; not one whose answer must be in one piece. */
+static bool wants_holes(const struct nbd_conn *c, const struct nbd_header *h)
+{
+    return h->type == NBD_READ && c->modes & GLIDE_NBD_STRUCTURED && !(h->flags & NBD_FLAG_DF);
+}
+
+/* Bits of io.holes, in words, for a READ wherever it begins. */
+static uint64_t hole_words(const struct nbd_header *h) { return (h->length / GLIDE_SECTOR + 2) / 64 + 1; }
+
+/* Bytes that a request takes, where there are to be any. */
+static uint64_t data_of(const struct nbd_conn *c, const struct nbd_header *h)
+{
+    switch (h->type) {
+    case NBD_READ:
+        if (h->length > NBD_MAX_LENGTH)
+            return 0;
+        return wants_holes(c, h) ? div_up(h->length, 8) * 8 + hole_words(h) * 8 : h->length;
+    case NBD_WRITE:
+        return h->length <= NBD_MAX_LENGTH ? h->length : 0;
+    case NBD_CACHE:
+        return min_u64(h->length, NBD_CACHE_BYTES);
+    case NBD_BLOCK_STATUS:
+        return sizeof(struct io_extents) + extents_of(h) * sizeof(struct io_extent);
+    default:
+        return 0;
+    }
 }
 
 /* NULL: there is no memory for it now (conn->wanted), or none even for an error reply. */
 static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *h)
 {
-    enum nbd_account account = h->type == NBD_READ ? NBD_REPLIES : NBD_PAYLOADS;
-    uint64_t bytes = data_of(h);
+    enum nbd_account account = h->type == NBD_WRITE ? NBD_PAYLOADS : NBD_REPLIES;
+    uint64_t bytes = data_of(c, h);
 
     if (bytes && !nbd_memory_take(c, account, bytes)) {
         c->wanted = bytes;
@@ -123,7 +120,8 @@ static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *
     r->charged = bytes + sizeof(*r);
     r->conn = c;
     r->type = h->type;
-    memcpy(r->reply + 8, &h->cookie, 8);
+    r->flags = h->flags;
+    r->cookie = h->cookie;
     r->io.volume = c->volume;
     r->io.offset = h->offset;
     r->io.length = h->length;
@@ -138,31 +136,60 @@ static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *
     return r;
 }
 
+static uint32_t flags_of(const struct nbd_conn *c, uint16_t type)
+{
+    switch (type) {
+    case NBD_READ:
+        return NBD_FLAG_FUA | (c->modes & GLIDE_NBD_STRUCTURED ? NBD_FLAG_DF : 0);
+    case NBD_WRITE_ZEROES:
+        return NBD_FLAG_FUA | NBD_FLAG_NO_HOLE | NBD_FLAG_FAST_ZERO;
+    case NBD_BLOCK_STATUS:
+        return NBD_FLAG_FUA | NBD_FLAG_REQ_ONE;
+    default:
+        return NBD_FLAG_FUA;
+    }
+}
+
+static bool writes(uint16_t type) { return type == NBD_WRITE || type == NBD_TRIM || type == NBD_WRITE_ZEROES; }
+
 static int check(const struct nbd_conn *c, const struct nbd_header *h)
 {
-    bool data = h->type == NBD_READ || h->type == NBD_WRITE;
-    uint32_t allowed = NBD_FLAG_FUA | (h->type == NBD_WRITE_ZEROES ? NBD_FLAG_NO_HOLE | NBD_FLAG_FAST_ZERO : 0);
+    bool data = h->type == NBD_READ || h->type == NBD_WRITE, status = h->type == NBD_BLOCK_STATUS;
+    uint64_t size = atomic_load_explicit(&c->volume->size, memory_order_relaxed);
 
-    if (h->type > NBD_WRITE_ZEROES || h->type == 5 || (h->flags & ~allowed))
+    if (h->type > NBD_BLOCK_STATUS || (h->flags & ~flags_of(c, h->type)))
         return EINVAL;
-    if (c->read_only && h->type != NBD_READ && h->type != NBD_FLUSH)
+    if (status && (!(c->modes & GLIDE_NBD_ALLOCATION) || !h->length))
+        return EINVAL;
+    if (h->type == NBD_CACHE && (h->offset > size || h->length > size - h->offset))
+        return EINVAL; /* beyond what is fetched of it, too */
+    if (c->modes & GLIDE_NBD_READ_ONLY && writes(h->type))
         return EPERM;
     return data && h->length > NBD_MAX_LENGTH ? EINVAL : 0;
 }
 
 static uint8_t op_of(uint16_t type)
 {
-    return type == NBD_READ    ? GLIDE_READ
-           : type == NBD_WRITE ? GLIDE_WRITE
-           : type == NBD_FLUSH ? GLIDE_FLUSH
-                               : GLIDE_ZERO;
+    switch (type) {
+    case NBD_READ:
+    case NBD_CACHE:
+        return GLIDE_READ;
+    case NBD_WRITE:
+        return GLIDE_WRITE;
+    case NBD_FLUSH:
+        return GLIDE_FLUSH;
+    case NBD_BLOCK_STATUS:
+        return IO_STATUS;
+    default:
+        return GLIDE_ZERO;
+    }
 }
 
 void nbd_encode(const struct nbd_req *r, uint8_t *out)
 {
     /* What is in the log must not be written again: a later write may have replaced it since. */
     uint16_t type = io_logged(&r->io) ? NBD_FLUSH : r->type;
-    uint16_t flags = type != NBD_FLUSH && r->io.flags & GLIDE_FUA ? NBD_FLAG_FUA : 0;
+    uint16_t flags = type == NBD_FLUSH ? 0 : r->flags;
     uint64_t offset = type == NBD_FLUSH ? 0 : r->io.offset;
     uint32_t magic = htobe32(NBD_REQUEST_MAGIC), length = type == NBD_FLUSH ? 0 : htobe32((uint32_t)r->io.length);
 
@@ -172,7 +199,7 @@ void nbd_encode(const struct nbd_req *r, uint8_t *out)
     memcpy(out, &magic, 4);
     memcpy(out + 4, &flags, 2);
     memcpy(out + 6, &type, 2);
-    memcpy(out + 8, r->reply + 8, 8);
+    memcpy(out + 8, &r->cookie, 8);
     memcpy(out + 16, &offset, 8);
     memcpy(out + 24, &length, 4);
 }
@@ -226,6 +253,30 @@ void nbd_filled(struct nbd_conn *c)
     io_submit(&r->io);
 }
 
+/* What a request needs besides its header and payload. False: there is no memory. */
+static bool prepare(struct nbd_conn *c, struct nbd_req *r, const struct nbd_header *h)
+{
+    uint64_t bytes = h->type == NBD_WRITE ? 0 : data_of(c, h);
+
+    if (bytes && !need_buf(r, bytes))
+        return false;
+    r->io.op = op_of(h->type);
+    r->io.buf = r->buf;
+    if (h->type == NBD_FLUSH)
+        r->io.offset = r->io.length = 0;
+    if (h->type == NBD_CACHE)
+        r->io.length = bytes;
+    if (h->type == NBD_BLOCK_STATUS) {
+        r->io.flags |= IO_INTERNAL;
+        *(struct io_extents *)(void *)r->buf = (struct io_extents){.max = extents_of(h)};
+    }
+    if (wants_holes(c, h)) {
+        r->io.holes = (uint64_t *)(void *)(r->buf + div_up(h->length, 8) * 8);
+        memset(r->io.holes, 0, hole_words(h) * 8);
+    }
+    return true;
+}
+
 /* One request whose header is complete. Returns bytes of payload used, -EPROTO; -EAGAIN: not now, see conn->wanted. */
 static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *payload, uint64_t have)
 {
@@ -244,7 +295,7 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
     if (!r)
         return c->wanted ? -EAGAIN : -EPROTO;
     int err = check(c, &h);
-    if (!err && h.type == NBD_READ && !need_buf(r, h.length ? h.length : 1))
+    if (!err && !prepare(c, r, &h))
         err = ENOMEM;
     if (err) {
         uint64_t throw = h.type == NBD_WRITE ? h.length : 0;
@@ -253,12 +304,8 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
         on_done(&r->io, err);
         return (int64_t)now;
     }
-    r->io.op = op_of(h.type);
-    r->io.buf = r->buf;
     if (h.type == NBD_WRITE)
         return start_write(c, r, payload, have);
-    if (h.type == NBD_FLUSH)
-        r->io.offset = r->io.length = 0;
     io_submit(&r->io);
     return 0;
 }

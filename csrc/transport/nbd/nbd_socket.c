@@ -188,6 +188,19 @@ static struct nbd_req *reply_at(struct list *e)
     return container_of(container_of(e, struct io_req, link), struct nbd_req, io);
 }
 
+/* What is left of `data` when *skip bytes in front of it and of what follows were sent. Returns the vectors it takes.
+ */
+static int add_vector(struct iovec *iov, const uint8_t *data, uint64_t length, uint64_t *skip)
+{
+    uint64_t cut = min_u64(*skip, length);
+
+    *skip -= cut;
+    if (cut == length)
+        return 0;
+    *iov = (struct iovec){(void *)(uintptr_t)(data + cut), length - cut};
+    return 1;
+}
+
 static int build(struct nbd_conn *c, struct iovec *iov)
 {
     uint64_t skip = c->sent;
@@ -195,15 +208,13 @@ static int build(struct nbd_conn *c, struct iovec *iov)
 
     list_each(at, &c->replies) {
         struct nbd_req *r = reply_at(at);
+        for (uint32_t i = 0; i < r->part_count && n + 2 <= SEND_VECTORS; i++) {
+            const struct nbd_part *p = nbd_part(r, i);
+            n += add_vector(&iov[n], p->head, p->head_length, &skip);
+            n += add_vector(&iov[n], p->data, p->length, &skip);
+        }
         if (n + 2 > SEND_VECTORS)
             break;
-        struct iovec parts[2] = {{r->reply, NBD_REPLY_BYTES}, {r->buf, r->data_length}};
-        for (int i = r->raw; i < 2; i++) {
-            uint64_t cut = min_u64(skip, parts[i].iov_len);
-            skip -= cut;
-            if (parts[i].iov_len > cut)
-                iov[n++] = (struct iovec){(char *)parts[i].iov_base + cut, parts[i].iov_len - cut};
-        }
     }
     return n;
 }
@@ -214,9 +225,9 @@ static void sent_bytes(struct nbd_conn *c, uint64_t n)
     c->send_ticks = 0;
     while (!list_empty(&c->replies)) {
         struct nbd_req *r = reply_at(c->replies.next);
-        if (c->sent < nbd_reply_bytes(r))
+        if (c->sent < r->reply_bytes)
             break;
-        c->sent -= nbd_reply_bytes(r);
+        c->sent -= r->reply_bytes;
         list_remove(&r->io.link);
         nbd_req_free(r);
     }

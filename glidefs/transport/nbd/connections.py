@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
-from glidefs.transport.nbd.negotiation import ExportLookup, NbdExport
+from glidefs.transport.nbd.negotiation import Chosen, ExportLookup, NbdExport
 
 if TYPE_CHECKING:
     from glidefs.core.volume import CoreVolume
@@ -57,8 +57,9 @@ class ConnectionTable:
         self._closing = False
         self._ids = itertools.count((secrets.randbits(30) << 32) + 1)
 
-    def attach(self, connection: socket.socket, chosen: NbdExport, peer: str) -> None:
+    def attach(self, connection: socket.socket, outcome: Chosen, peer: str) -> None:
         """Give a socket whose handshake is over to the core, or hang up. Closes this copy of it."""
+        chosen = outcome.export
         with connection:
             try:
                 record = self._register(chosen, peer)
@@ -72,7 +73,7 @@ class ConnectionTable:
             conn_id = record.about.conn_id
             try:
                 connection.setblocking(True)
-                chosen.core.attach_nbd(os.dup(connection.fileno()), conn_id, chosen.read_only)
+                chosen.core.attach_nbd(os.dup(connection.fileno()), conn_id, outcome.modes)
             except Exception as error:
                 log.info("export %s does not take the connection of %s: %s", chosen.name, peer, error)
                 _hang_up(connection)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from msgspec import Struct
 
+from glidefs.core.volume import ALLOCATION_ID, NbdModes
 from glidefs.transport.nbd import proto
 from glidefs.transport.nbd.proto import Option, Reply
 
@@ -40,6 +41,13 @@ class NbdExport(Struct, frozen=True):
         return "GlideFS volume, read-only" if self.read_only else "GlideFS volume"
 
 
+class Chosen(Struct, frozen=True):
+    """What a handshake came to: an export, and what the core must know of the connection."""
+
+    export: NbdExport
+    modes: NbdModes
+
+
 class ExportLookup(Protocol):
     """Names to exports, as of now. Called from the NBD server's own threads; may wait on a lock."""
 
@@ -60,8 +68,10 @@ class Negotiation:
         self._loop = asyncio.get_running_loop()
         self._budget = proto.MAX_HANDSHAKE
         self._zeroes = True
+        self._structured = False
+        self._allocation: str | None = None  # name of the export that the context was chosen for
 
-    async def run(self) -> NbdExport | None:
+    async def run(self) -> Chosen | None:
         """The export that the client now waits to use, told so; None when it aborted.
 
         Raises ProtocolViolation, EOFError or OSError when there is nothing more to say to it.
@@ -80,7 +90,8 @@ class Negotiation:
                 return None
             chosen = await self._answer(header.option, data)
             if chosen is not None:
-                return chosen
+                allocation = self._structured and self._allocation == chosen.name
+                return Chosen(chosen, NbdModes(chosen.read_only, self._structured, allocation))
             await asyncio.sleep(0)  # reads that never wait must not starve other clients
         raise proto.ProtocolViolation("too many options")
 
@@ -94,10 +105,16 @@ class Negotiation:
                 return chosen if option == Option.GO else None
             if option == Option.LIST:
                 await self._list(data)
+            elif option == Option.STRUCTURED_REPLY:
+                await self._structured_reply(data)
+            elif option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
+                await self._meta_context(option, data)
             else:
                 await self._error(option, Reply.ERR_UNSUP, "this option is not supported")
         except proto.BadOption as error:
             await self._error(option, Reply.ERR_INVALID, str(error))
+        except proto.TooBig as error:
+            await self._error(option, Reply.ERR_TOO_BIG, str(error))
         return None
 
     async def _export_name(self, data: bytes) -> NbdExport:
@@ -109,7 +126,7 @@ class Negotiation:
         export, why = await self._find(name)
         if export is None:
             raise proto.ProtocolViolation(why)
-        flags = proto.transmission_flags(export.read_only)
+        flags = proto.transmission_flags(export.read_only, self._structured)
         await self._send(proto.export_name_reply(export.size, flags, zeroes=self._zeroes))
         return export
 
@@ -125,10 +142,34 @@ class Negotiation:
                 name=export.name,
                 description=export.description,
                 size=export.size,
-                flags=proto.transmission_flags(export.read_only),
+                flags=proto.transmission_flags(export.read_only, self._structured),
             )
         )
         return export
+
+    async def _structured_reply(self, data: bytes) -> None:
+        if data:
+            raise proto.BadOption("a request for structured replies has no data")
+        self._structured = True
+        await self._send(proto.reply(Option.STRUCTURED_REPLY, Reply.ACK))
+
+    async def _meta_context(self, option: int, data: bytes) -> None:
+        """Contexts count for the export that they were set for, and the last SET alone, even if it fails."""
+        setting = option == Option.SET_META_CONTEXT
+        if setting:
+            self._allocation = None
+            if not self._structured:
+                raise proto.BadOption("ask for structured replies first")
+        request = proto.parse_context_request(data)
+        export, why = await self._find(request.name)
+        if export is None:
+            await self._error(option, Reply.ERR_UNKNOWN, why)
+            return
+        if proto.wants_allocation(option, request.queries):
+            if setting:
+                self._allocation = export.name
+            await self._send(proto.meta_context(option, ALLOCATION_ID if setting else 0))
+        await self._send(proto.reply(option, Reply.ACK))
 
     async def _list(self, data: bytes) -> None:
         if data:

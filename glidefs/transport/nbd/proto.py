@@ -20,7 +20,7 @@ zero bytes (left out when both sides said NO_ZEROES), or hangs up.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum, IntFlag
 
 from msgspec import Struct
@@ -33,6 +33,10 @@ MAX_STRING = 4096  # the protocol's limit of a name or description
 MAX_OPTION = 64 * 1024  # data of one option that is looked at; more is answered TOO_BIG
 MAX_HANDSHAKE = 1024 * 1024  # bytes of one handshake, the skipped ones included
 MAX_OPTIONS = 4096  # options of one handshake
+MAX_QUERIES = 256  # meta contexts that one option asks for
+
+ALLOCATION = "base:allocation"
+"""The one meta context there is: which parts of an export are zeros."""
 
 MINIMUM_BLOCK = 512
 PREFERRED_BLOCK = 4096
@@ -97,6 +101,7 @@ class Reply(IntEnum):
     ACK = 1
     SERVER = 2
     INFO = 3
+    META_CONTEXT = 4
     ERR_UNSUP = (1 << 31) + 1
     ERR_POLICY = (1 << 31) + 2
     ERR_INVALID = (1 << 31) + 3
@@ -120,6 +125,10 @@ class ProtocolViolation(Exception):
 
 class BadOption(Exception):
     """The option is well framed but its data is not valid: answer ERR_INVALID."""
+
+
+class TooBig(Exception):
+    """The option asks for more than is answered: answer ERR_TOO_BIG."""
 
 
 class OptionHeader(Struct, frozen=True):
@@ -183,8 +192,61 @@ def parse_export_request(data: bytes) -> ExportRequest:
     return ExportRequest(name, frozenset(struct.unpack_from(f">{count}H", data, infos_at)))
 
 
-def transmission_flags(read_only: bool) -> TransmissionFlag:
-    """What every export offers; a read-only one offers nothing that writes.
+class ContextRequest(Struct, frozen=True):
+    """Data of LIST_META_CONTEXT and SET_META_CONTEXT: of which export, and what is asked for."""
+
+    name: str
+    queries: tuple[str, ...]
+
+
+def parse_context_request(data: bytes) -> ContextRequest:
+    """u32 name length · name · u32 count · count x (u32 length · query). Raises BadOption, TooBig."""
+    name, at = _string(data, 0)
+    if len(data) - at < _U32.size:
+        raise BadOption("option data is too short")
+    (count,) = _U32.unpack_from(data, at)
+    if count > MAX_QUERIES:
+        raise TooBig(f"at most {MAX_QUERIES} meta contexts can be asked for")
+    at += _U32.size
+    queries = []
+    for _ in range(count):
+        query, at = _string(data, at)
+        queries.append(query)
+    if at != len(data):
+        raise BadOption("number of meta contexts does not match the option's length")
+    return ContextRequest(name, tuple(queries))
+
+
+def _string(data: bytes, at: int) -> tuple[str, int]:
+    """The string at ``at``, u32 length · UTF-8, and where it ends."""
+    if len(data) - at < _U32.size:
+        raise BadOption("option data is too short")
+    (length,) = _U32.unpack_from(data, at)
+    at += _U32.size
+    if length > MAX_STRING:
+        raise BadOption(f"a string has at most {MAX_STRING} bytes")
+    if length > len(data) - at:
+        raise BadOption("the length of a string exceeds the option's data")
+    try:
+        return data[at : at + length].decode("utf-8"), at + length
+    except UnicodeDecodeError:
+        raise BadOption("a string must be UTF-8") from None
+
+
+def wants_allocation(option: int, queries: Sequence[str]) -> bool:
+    """Whether the queries of LIST or SET name the context: LIST takes all for none, and a name space."""
+    if option == Option.LIST_META_CONTEXT and (not queries or "base:" in queries):
+        return True
+    return ALLOCATION in queries
+
+
+def meta_context(option: int, context: int) -> bytes:
+    """The context under its id: u32 id · name. In an answer to LIST the id means nothing."""
+    return reply(option, Reply.META_CONTEXT, _U32.pack(context) + ALLOCATION.encode())
+
+
+def transmission_flags(read_only: bool, structured: bool = False) -> TransmissionFlag:
+    """What every export offers; a read-only one offers nothing that writes, and DF needs structured replies.
 
     FAST_ZERO is always true here: a write of zeroes only touches metadata.
     """
@@ -193,7 +255,10 @@ def transmission_flags(read_only: bool) -> TransmissionFlag:
         | TransmissionFlag.SEND_FLUSH
         | TransmissionFlag.SEND_FUA
         | TransmissionFlag.CAN_MULTI_CONN
+        | TransmissionFlag.SEND_CACHE
     )
+    if structured:
+        flags |= TransmissionFlag.SEND_DF
     if read_only:
         return flags | TransmissionFlag.READ_ONLY
     return (

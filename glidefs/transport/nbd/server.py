@@ -26,7 +26,7 @@ from glidefs.config import NbdSettings, parse_listen
 from glidefs.transport.nbd import listen as nbd_listen
 from glidefs.transport.nbd.connections import ConnectionTable, NbdConnection
 from glidefs.transport.nbd.listen import ListenError
-from glidefs.transport.nbd.negotiation import ExportLookup, NbdExport, Negotiation
+from glidefs.transport.nbd.negotiation import Chosen, ExportLookup, Negotiation
 from glidefs.transport.nbd.proto import ProtocolViolation
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class NbdServer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
         self._accepting: list[asyncio.Task[None]] = []
-        self._negotiating: dict[asyncio.Task[NbdExport | None], None] = {}  # oldest first
+        self._negotiating: dict[asyncio.Task[Chosen | None], None] = {}  # oldest first
         self._warned = -_ACCEPT_WARNING_SECONDS
 
     def start(self) -> None:
@@ -280,7 +280,7 @@ class NbdServer:
             log.warning("cannot accept NBD connections: %s; raise LimitNOFILE", error.strerror)
         await asyncio.sleep(_ACCEPT_RETRY_SECONDS)
 
-    async def _negotiate(self, connection: socket.socket, peer: str) -> NbdExport | None:
+    async def _negotiate(self, connection: socket.socket, peer: str) -> Chosen | None:
         try:
             nbd_listen.tune_connection(connection)
             async with asyncio.timeout(self._limits.seconds):
@@ -293,7 +293,7 @@ class NbdServer:
             log.exception("NBD handshake with %s failed", peer)
         return None
 
-    def _negotiated(self, connection: socket.socket, peer: str, task: asyncio.Task[NbdExport | None]) -> None:
+    def _negotiated(self, connection: socket.socket, peer: str, task: asyncio.Task[Chosen | None]) -> None:
         """A callback, because a task cancelled before its first step never runs a `finally`."""
         del self._negotiating[task]
         chosen = None if task.cancelled() else task.result()

@@ -1,0 +1,50 @@
+"""What the predecessor describes for its successor, and what it keeps from one that would not understand."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from glidefs.core.handoff import Connection, Position
+from glidefs.errors import GlideError
+from glidefs.handoff import coordinator as module
+from glidefs.handoff.coordinator import HandoffCoordinator
+
+
+def coordinator(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> tuple[HandoffCoordinator, int]:
+    """One export with one connection, and the descriptor of that."""
+    fd = os.open("/dev/null", os.O_RDONLY)
+    volume = SimpleNamespace(core=None, fenced="", etag="e", root=SimpleNamespace(sequence=1))
+    entry = SimpleNamespace(name="vm", volume=volume, transport=SimpleNamespace(kind="nbd"))
+    about = SimpleNamespace(peer="pid=1", since=1.0)
+    server: Any = SimpleNamespace(table=SimpleNamespace(about=lambda conn_id: about))
+    nobody: Any = None
+    entries: Any = [entry]
+    made = HandoffCoordinator(nobody, nobody, nobody, server, entries)
+    made._positions = {"vm": Position(0, 0, 0)}
+    monkeypatch.setattr(module.handoff, "connections", lambda core: [(fd, connection)])
+    return made, fd
+
+
+@pytest.mark.parametrize("structured", [False, True])
+@pytest.mark.parametrize("understood", [False, True])
+def test_a_connection_that_the_successor_does_not_understand(
+    monkeypatch: pytest.MonkeyPatch, structured: bool, understood: bool
+) -> None:
+    """Structured replies go to who can make them, or the handoff does not take place."""
+    connection = Connection(7, False, 0, b"", b"", structured=structured)
+    made, fd = coordinator(connection, monkeypatch)
+    before = len(os.listdir("/proc/self/fd"))
+    if structured and not understood:
+        with pytest.raises(GlideError, match="pid=1 to vm, which has structured replies"):
+            made.snapshot(structured=understood)
+        assert len(os.listdir("/proc/self/fd")) == before
+    else:
+        cuts, sockets = made.snapshot(structured=understood)
+        assert cuts[0].connections[0].state == connection
+        for one in sockets:
+            os.close(one)
+    os.close(fd)

@@ -1,0 +1,8 @@
+"""Holes against the model: see hole_machine.py."""
+
+from __future__ import annotations
+
+from hole_machine import HoleMachine
+from model_length import sized
+
+TestHoleModel = sized(HoleMachine.TestCase, 40, quick=100, normal=600, long=20000)
