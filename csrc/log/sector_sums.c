@@ -59,15 +59,15 @@ int sums_copy(struct sector_sums *to, const struct sector_sums *from, uint32_t e
     return 0;
 }
 
-bool sums_vouch(const struct sector_sums *s, uint32_t index, uint32_t count, uint64_t hash)
+int sums_vouch(const struct sector_sums *s, uint32_t index, uint32_t count, uint64_t hash)
 {
     if (index >= s->capacity || count > s->capacity - index)
-        return false;
+        return 0;
     for (uint32_t i = index; i < index + count; i++) {
         if (s->kind[i] != SUM_SECTOR)
-            return false;
+            return 0;
     }
-    return sums_hash(s->sum + index, count) == hash;
+    return sums_hash(s->sum + index, count) == hash ? 1 : -EUCLEAN;
 }
 
 int sums_from_journal(struct sector_sums *s, const struct segment_journal *j)

@@ -26,8 +26,8 @@ int sums_reserve(struct sector_sums *s, uint32_t end);
 void sums_set(struct sector_sums *s, uint32_t index, const uint64_t *sums, uint32_t count);
 /* Copy what is known of the sectors below `end`. -ENOMEM. */
 int sums_copy(struct sector_sums *to, const struct sector_sums *from, uint32_t end);
-/* Whether each sector of a record is known by itself, and `hash` is the record's. */
-bool sums_vouch(const struct sector_sums *s, uint32_t index, uint32_t count, uint64_t hash);
+/* Whether a record's hash is `hash`: 1, or 0 = not all of its sectors are known by themselves, or -EUCLEAN. */
+int sums_vouch(const struct sector_sums *s, uint32_t index, uint32_t count, uint64_t hash);
 /* All that a journal says. -ENOMEM. */
 int sums_from_journal(struct sector_sums *s, const struct segment_journal *j);
 

@@ -111,9 +111,9 @@ static int replay_source(struct gather *g, struct source *s, const struct segmen
         const struct segment_record *r = &j.records[i];
         if (!r->op || r->op == RECORD_SYNC)
             continue;
-        bool known = r->op != RECORD_WRITE || sums_vouch(&s->sums, i, r->count, r->hash);
-        err = known ? 0 : segment_verify(&s->file, &j, i, buf, sums);
-        if (err == -EUCLEAN) { /* torn; the count tells whether that is allowed */
+        int known = r->op == RECORD_WRITE ? sums_vouch(&s->sums, i, r->count, r->hash) : 1;
+        err = known > 0 ? 0 : known ? known : segment_verify(&s->file, &j, i, buf, sums);
+        if (err == -EUCLEAN) { /* torn, or not what was written here; the count tells whether that is allowed */
             err = 0;
             continue;
         }

@@ -94,6 +94,17 @@ def test_a_record_that_was_not_acknowledged_is_refused(rig: CoreRig) -> None:
         vol.gather(seq)
 
 
+def test_a_record_of_other_data_than_in_memory_is_refused(rig: CoreRig) -> None:
+    """The file of a twin, say: all of it is well-formed, and it is not what was acknowledged here."""
+    vol, twin = rig.vol(), rig.vol()
+    for one, seed in ((vol, 1), (twin, 2)):
+        one.core.pwrite(0, pattern(seed, 3 * SECTOR))
+    seq = vol.core.seal()
+    vol.segments()[0].path.write_bytes(twin.segments()[0].path.read_bytes())
+    with pytest.raises(CorruptLog, match="1 of 1"):
+        vol.gather(seq)
+
+
 def test_what_recovery_dropped_is_not_missed(rig: CoreRig) -> None:
     vol = rig.vol(always_verify=True)
     vol.core.pwrite(0, pattern(1, SECTOR))
