@@ -294,8 +294,8 @@ struct glide_extent {
 /*
  * Replay segments first..last of a log directory, keep what is newest as of `last`. With `volume`, the records must be
  * exactly those the volume acknowledged (-EUCLEAN otherwise), and segments that do not exist are skipped; data that it
- * appended itself is verified by whatever reads it from the gather, all other now. NULL reads any log offline: what was synced and is
- * bad is in glide_gather_damage, which must be looked at, by the rules of a start (csrc/log/replay.c).
+ * appended itself is verified by whatever reads it from the gather, all other now. NULL reads any log offline: what was
+ * synced and is bad is in glide_gather_damage, which must be looked at, by the rules of a start (csrc/log/replay.c).
  * `committed`, offline: what the store has; UINT64_MAX = nobody knows, nothing before the first segment is missed.
  * Entries are sorted by block; a block is in at most one of extents and entries.
  */
