@@ -58,15 +58,6 @@ struct ask {
     struct gather *g;
 };
 
-/* For the volume's worker, whose the hashes are. */
-static int add_source(struct gather *g, const struct log_segment *s)
-{
-    struct source *source = &g->sources[g->source_count++];
-
-    *source = (struct source){.seq = s->seq, .end = s->end, .valid = s->valid, .file = {.fd = -1}};
-    return sums_copy(&source->sums, &s->sums, s->end);
-}
-
 static int ask_volume(struct worker *w, void *arg)
 {
     struct ask *a = arg;
@@ -76,13 +67,44 @@ static int ask_volume(struct worker *w, void *arg)
     a->g->sources = calloc(log->count ? log->count : 1, sizeof(*a->g->sources));
     if (!a->g->sources)
         return -ENOMEM;
-    int err = 0;
-    for (uint32_t i = 0; i < log->count && !err; i++) {
+    for (uint32_t i = 0; i < log->count; i++) {
         const struct log_segment *s = log->segments[i];
         if (s->seq >= a->first && s->seq <= a->last && s != log->active)
-            err = add_source(a->g, s);
+            a->g->sources[a->g->source_count++] = (struct source){
+                .seq = s->seq, .end = s->end, .valid = s->valid, .file = {.fd = -1}};
+    }
+    return 0;
+}
+
+/* Of a segment that is retired meanwhile nothing is known: it is verified. */
+static int ask_sums(struct worker *w, void *arg)
+{
+    struct ask *a = arg;
+    struct write_log *log = &a->v->log;
+    int err = 0;
+
+    (void)w;
+    for (uint32_t i = 0, k = 0; i < a->g->source_count && !err; i++) {
+        struct source *s = &a->g->sources[i];
+        while (k < log->count && log->segments[k]->seq < s->seq)
+            k++;
+        if (k < log->count && log->segments[k]->seq == s->seq)
+            err = sums_copy(&s->sums, &log->segments[k]->sums, s->end);
     }
     return err;
+}
+
+static int ask_both(struct ask *a)
+{
+    int err = worker_call(a->v->worker, ask_volume, a);
+
+    for (uint32_t i = 0; i < a->g->source_count && !err; i++) {
+        struct sector_sums *sums = &a->g->sources[i].sums;
+        err = sums_reserve(sums, a->g->sources[i].end);
+        if (!err && sums->capacity) /* so that the page faults are not the worker's, which has guests */
+            memset(sums->sum, 0, sums->capacity * sizeof(*sums->sum));
+    }
+    return err ? err : worker_call(a->v->worker, ask_sums, a);
 }
 
 /* ---- the segments of a volume --------------------------------------------------------------------- */
@@ -365,8 +387,7 @@ int glide_gather_open(glide_volume *volume, const char *log_dir, const uint8_t *
     memcpy(id.log_id, log_id, 16);
     leaf_pool_init(&g->pool);
     log_map_init(&g->map, &g->pool);
-    int err = volume ? worker_call(volume->worker, ask_volume, &ask)
-                     : replay_directory(g, log_dir, &id, first, last, committed);
+    int err = volume ? ask_both(&ask) : replay_directory(g, log_dir, &id, first, last, committed);
     if (!err && volume)
         err = replay_volume(g, log_dir, &id);
     if (!err)
