@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 
@@ -28,5 +29,13 @@ def bake_commit() -> None:
         target.write_text(text)
 
 
+class BuildCore(build_ext):
+    """The C compiler takes assembly, too; setuptools does not know."""
+
+    def build_extensions(self) -> None:
+        self.compiler.src_extensions = [*self.compiler.src_extensions, ".S"]
+        super().build_extensions()
+
+
 bake_commit()
-setup(cffi_modules=["glidefs/core/build.py:ffi"])
+setup(cffi_modules=["glidefs/core/build.py:ffi"], cmdclass={"build_ext": BuildCore})

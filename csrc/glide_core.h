@@ -14,12 +14,16 @@
 #define GLIDE_SECTOR 4096
 #define GLIDE_BLOCK 131072
 #define GLIDE_BLOCK_SECTORS 32
-#define GLIDE_GROUP 1024 /* blocks of a chunk, and chunks of a manifest page */
+#define GLIDE_GROUP 1024 /* things that are told of together: blocks of a chunk, chunks of a manifest page */
+#define GLIDE_CHUNK_BLOCKS 1024
+#define GLIDE_PACK_HEADER 16
+#define GLIDE_PACK_ENTRY 40
 #define GLIDE_HIST_BUCKETS 64
 
 typedef struct engine glide_engine;
 typedef struct volume glide_volume;
 typedef struct gather glide_gather;
+typedef struct upload_plan glide_plan;
 typedef struct ublk_device glide_ublk;
 
 const char *glide_error(void);
@@ -320,10 +324,10 @@ struct glide_extent {
     uint64_t block, count; /* whole blocks that are zero */
 };
 /*
- * Replay segments first..last of a log directory, verify every record's data, keep what is newest as of
- * `last`. With `volume`, the records must be exactly those the volume acknowledged (-EUCLEAN
- * otherwise), and segments that do not exist are skipped. NULL reads any log offline: what was synced and is
- * bad is in glide_gather_damage, which must be looked at, by the rules of a start (csrc/log/replay.c).
+ * Replay segments first..last of a log directory, keep what is newest as of `last`. With `volume`, the records must be
+ * exactly those the volume acknowledged (-EUCLEAN otherwise), and segments that do not exist are skipped; data that it
+ * appended itself is verified by whatever reads it from the gather, all other now. NULL reads any log offline: what was
+ * synced and is bad is in glide_gather_damage, which must be looked at, by the rules of a start (csrc/log/replay.c).
  * `committed`, offline: what the store has; UINT64_MAX = nobody knows, nothing before the first segment is missed.
  * Entries are sorted by block; a block is in at most one of extents and entries.
  */
@@ -353,7 +357,7 @@ uint64_t glide_gather_entries(glide_gather *gather, const struct glide_entry **o
 uint64_t glide_gather_extents(glide_gather *gather, const struct glide_extent **out);
 /* Bytes of sector data of entries [first, first + count). */
 uint64_t glide_gather_bytes(glide_gather *gather, uint64_t first, uint64_t count);
-/* Copy those sectors, entry after entry, each entry's sectors in ascending order, to buf. */
+/* Copy those sectors, entry after entry, each entry's sectors in ascending order, to buf. -EUCLEAN: damaged. */
 int glide_gather_fill(glide_gather *gather, uint64_t first, uint64_t count, void *buf, uint64_t length);
 void glide_gather_close(glide_gather *gather);
 
@@ -382,6 +386,56 @@ struct glide_record {
  * -EUCLEAN: *out is filled, its data does not have its hash. */
 int glide_log_record(const char *log_dir, const uint8_t *volume_id, const uint8_t *log_id, uint64_t seq, uint32_t index,
                      struct glide_record *out);
+
+/* ---- upload: what was gathered becomes packs ---------------------------------- */
+
+/*
+ * Python decides: which chunks keep what hides older packs, which blocks of zeros there are to say, and how large a
+ * pack is. C goes through the blocks. In this order: open, chunks, cut, then build from any number of threads.
+ * The gather must stay open until the plan is closed.
+ */
+struct glide_chunk {
+    uint64_t chunk;
+    uint32_t whole; /* blocks with every sector that lies within `size` */
+    uint32_t zeros; /* blocks with a zero mask */
+};
+/* `size`: bytes of the volume that `whole` looks at. */
+int glide_plan_open(glide_gather *gather, uint64_t size, glide_plan **out);
+/* The chunks that entries of the gather lie in, ascending; valid until close. */
+uint64_t glide_plan_chunks(glide_plan *plan, const struct glide_chunk **out);
+
+/* A pack: items [first, first + count), `plain` bytes of payloads before they are compressed. */
+struct glide_pack_job {
+    uint64_t first, count, plain;
+};
+/*
+ * Merge the entries with `zeros` (ascending, no block of them has an entry) and cut them into packs of at most
+ * `pack_bytes` plain bytes (one block may have more) and `max_items`. Entries of chunk i keep their zero mask if
+ * keep[i]. Once per plan.
+ */
+int glide_plan_cut(glide_plan *plan, const uint8_t *keep, const struct glide_extent *zeros, uint64_t zero_count,
+                   uint64_t pack_bytes, uint64_t max_items);
+uint64_t glide_plan_jobs(glide_plan *plan, const struct glide_pack_job **out); /* valid until close */
+uint64_t glide_plan_items(glide_plan *plan, const struct glide_entry **out);   /* valid until close */
+
+struct glide_pack_rules {
+    int32_t level;    /* of zstd */
+    uint32_t samples; /* a pack of more payloads is compressed if the beginnings of about so many of them shrink... */
+    uint32_t sample;  /* ...of so many bytes each, a multiple of 4096... */
+    uint32_t shrinks; /* ...to less than this part of a thousand */
+};
+struct glide_packed {
+    uint64_t end;    /* of the payloads, in the body */
+    uint64_t chunks; /* how many */
+};
+/*
+ * Build a pack: payloads, verified as they are read, behind the first GLIDE_PACK_HEADER bytes of `body`, which has room
+ * for those and job.plain; `records` the plain index, GLIDE_PACK_ENTRY bytes for each item; `chunks`, with room for as
+ * many as items, those that they lie in, ascending. -EUCLEAN: the log is damaged.
+ */
+int glide_plan_build(glide_plan *plan, uint64_t job, const struct glide_pack_rules *rules, void *body,
+                     uint64_t capacity, void *records, uint64_t *chunks, struct glide_packed *out);
+void glide_plan_close(glide_plan *plan);
 
 /* ---- pack payloads ---------------------------------------------------------- */
 

@@ -14,9 +14,14 @@ uint64_t data_hash(const void *data, size_t length)
     return XXH3_64bits(data, length);
 }
 
+uint64_t sums_hash(const uint64_t *sums, uint32_t sectors)
+{
+    return sectors == 1 ? sums[0] : data_hash(sums, sectors * sizeof(*sums));
+}
+
 uint64_t record_hash(const void *data, uint32_t sectors, uint64_t *sums)
 {
     for (uint32_t i = 0; i < sectors; i++)
         sums[i] = data_hash((const char *)data + (size_t)i * GLIDE_SECTOR, GLIDE_SECTOR);
-    return sectors == 1 ? sums[0] : data_hash(sums, sectors * sizeof(*sums));
+    return sums_hash(sums, sectors);
 }

@@ -12,6 +12,8 @@ uint64_t data_hash(const void *data, size_t length);
 /* The hash of a log record's data: of one sector its data_hash, of more the data_hash of theirs, which are put into
  * `sums`. So one pass gives what a read of any of its sectors is checked with. */
 uint64_t record_hash(const void *data, uint32_t sectors, uint64_t *sums);
+/* The same of hashes that are known. */
+uint64_t sums_hash(const uint64_t *sums, uint32_t sectors);
 
 #ifdef __x86_64__
 uint64_t data_hash_avx2(const void *data, size_t length); /* only where the CPU has it */

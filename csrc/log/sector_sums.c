@@ -47,6 +47,29 @@ void sums_set(struct sector_sums *s, uint32_t index, const uint64_t *sums, uint3
     memset(s->kind + index, SUM_SECTOR, count);
 }
 
+int sums_copy(struct sector_sums *to, const struct sector_sums *from, uint32_t end)
+{
+    uint32_t known = (uint32_t)min_u64(end, from->capacity);
+    int err = end ? sums_reserve(to, end) : 0;
+
+    if (err || !known)
+        return err;
+    memcpy(to->sum, from->sum, known * sizeof(*to->sum));
+    memcpy(to->kind, from->kind, known);
+    return 0;
+}
+
+int sums_vouch(const struct sector_sums *s, uint32_t index, uint32_t count, uint64_t hash)
+{
+    if (index >= s->capacity || count > s->capacity - index)
+        return 0;
+    for (uint32_t i = index; i < index + count; i++) {
+        if (s->kind[i] != SUM_SECTOR)
+            return 0;
+    }
+    return sums_hash(s->sum + index, count) == hash ? 1 : -EUCLEAN;
+}
+
 int sums_from_journal(struct sector_sums *s, const struct segment_journal *j)
 {
     int err = j->records ? sums_reserve(s, j->end) : 0;

@@ -15,6 +15,7 @@
 #include "glide_core_internal.h"
 #include "stress_nbd.h"
 #include "stress_shadow.h"
+#include "stress_upload.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -251,11 +252,9 @@ static void *event_thread(void *arg)
 /* Seal, gather into the base, commit, retire: the uploader. */
 static void upload(struct volume_state *s)
 {
-    const struct glide_entry *entries;
     const struct glide_extent *extents;
     glide_gather *g;
     uint64_t seq;
-    static __thread uint8_t data[GLIDE_BLOCK];
 
     MUST(glide_volume_seal(s->volume, &seq));
     if (seq <= s->committed)
@@ -266,11 +265,7 @@ static void upload(struct volume_state *s)
     uint64_t n = glide_gather_extents(g, &extents);
     for (uint64_t i = 0; i < n; i++)
         memset(s->base[extents[i].block], 0, extents[i].count * GLIDE_BLOCK);
-    n = glide_gather_entries(g, &entries);
-    for (uint64_t i = 0; i < n; i++) {
-        MUST(glide_gather_fill(g, i, 1, data, sizeof(data)));
-        glide_block_overlay(s->base[entries[i].block], entries[i].mask, entries[i].zero_mask, data);
-    }
+    upload_packs(s->base, sizeof(s->base), g);
     pthread_mutex_unlock(&s->base_lock);
     glide_gather_close(g);
     s->committed = seq;

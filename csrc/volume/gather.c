@@ -3,11 +3,14 @@
  * last of them. Works from the files alone, in the caller's thread: the live map
  * has newer writes, which must not leak into the commit of an older segment.
  *
- * For a volume, each segment must have the records that the volume knows. Offline, replay.c judges what is bad, as at
- * a start. A record that is lost is mapped like others, so that nothing older is taken for what it held, and left out
- * at the end.
+ * For a volume, each segment must have the records that the volume knows. Of those that this process appended the
+ * hashes of their sectors come from its memory, so their data is read once, by who asks for it, and verified then;
+ * of others it is verified here. What nobody asks for, because it was overwritten, is not read. Offline, replay.c
+ * judges what is bad, as at a start. A record that is lost is mapped like others, so that nothing older is taken for
+ * what it held, and left out at the end.
  */
-#include "glide_core_internal.h"
+#include "volume/gather.h"
+
 #include "log/log_map.h"
 #include "log/replay.h"
 #include "log/sector_sums.h"
@@ -24,7 +27,7 @@ struct source {
     uint32_t end, valid; /* what the volume knows */
     uint32_t sectors;
     struct disk_file file;
-    struct sector_sums sums; /* of what was verified: the disk may have lost it by the time it is read again */
+    struct sector_sums sums; /* what each sector must be when it is read: known of all before the open ends */
 };
 
 /* A record that is lost. */
@@ -73,6 +76,37 @@ static int ask_volume(struct worker *w, void *arg)
     return 0;
 }
 
+/* Of a segment that is retired meanwhile nothing is known: it is verified. */
+static int ask_sums(struct worker *w, void *arg)
+{
+    struct ask *a = arg;
+    struct write_log *log = &a->v->log;
+    int err = 0;
+
+    (void)w;
+    for (uint32_t i = 0, k = 0; i < a->g->source_count && !err; i++) {
+        struct source *s = &a->g->sources[i];
+        while (k < log->count && log->segments[k]->seq < s->seq)
+            k++;
+        if (k < log->count && log->segments[k]->seq == s->seq)
+            err = sums_copy(&s->sums, &log->segments[k]->sums, s->end);
+    }
+    return err;
+}
+
+static int ask_both(struct ask *a)
+{
+    int err = worker_call(a->v->worker, ask_volume, a);
+
+    for (uint32_t i = 0; i < a->g->source_count && !err; i++) {
+        struct sector_sums *sums = &a->g->sources[i].sums;
+        err = sums_reserve(sums, a->g->sources[i].end);
+        if (!err && sums->capacity) /* so that the page faults are not the worker's, which has guests */
+            memset(sums->sum, 0, sums->capacity * sizeof(*sums->sum));
+    }
+    return err ? err : worker_call(a->v->worker, ask_sums, a);
+}
+
 /* ---- the segments of a volume --------------------------------------------------------------------- */
 
 static int map_record(struct gather *g, struct source *s, const struct segment_record *r, uint32_t index,
@@ -99,13 +133,14 @@ static int replay_source(struct gather *g, struct source *s, const struct segmen
         const struct segment_record *r = &j.records[i];
         if (!r->op || r->op == RECORD_SYNC)
             continue;
-        err = r->op == RECORD_WRITE ? segment_verify(&s->file, &j, i, buf, sums) : 0;
-        if (err == -EUCLEAN) { /* torn; the count tells whether that is allowed */
+        int known = r->op == RECORD_WRITE ? sums_vouch(&s->sums, i, r->count, r->hash) : 1;
+        err = known > 0 ? 0 : known ? known : segment_verify(&s->file, &j, i, buf, sums);
+        if (err == -EUCLEAN) { /* torn, or not what was written here; the count tells whether that is allowed */
             err = 0;
             continue;
         }
         if (!err)
-            err = map_record(g, s, r, i, sums);
+            err = map_record(g, s, r, i, known ? NULL : sums);
         good += !err;
     }
     segment_free_journal(&j);
@@ -352,8 +387,7 @@ int glide_gather_open(glide_volume *volume, const char *log_dir, const uint8_t *
     memcpy(id.log_id, log_id, 16);
     leaf_pool_init(&g->pool);
     log_map_init(&g->map, &g->pool);
-    int err = volume ? worker_call(volume->worker, ask_volume, &ask)
-                     : replay_directory(g, log_dir, &id, first, last, committed);
+    int err = volume ? ask_both(&ask) : replay_directory(g, log_dir, &id, first, last, committed);
     if (!err && volume)
         err = replay_volume(g, log_dir, &id);
     if (!err)
@@ -386,7 +420,7 @@ uint64_t glide_gather_bytes(glide_gather *g, uint64_t first, uint64_t count)
     return sectors * SECTOR;
 }
 
-static struct source *find_source(struct gather *g, uint64_t seq)
+static struct source *find_source(const struct gather *g, uint64_t seq)
 {
     for (uint32_t i = 0; i < g->source_count; i++) {
         if (g->sources[i].seq == seq)
@@ -400,31 +434,31 @@ static int read_run(struct source *s, uint32_t index, uint8_t *buf, uint64_t len
     uint64_t got;
     int err = disk_read(&s->file, buf, length, segment_data_offset(s->sectors, index), &got);
 
-    if (err || got != length)
-        return fail(err ? err : -EIO, "cannot read %s", s->file.path);
-    if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))
+    if (err)
+        return fail(err, "cannot read %s", s->file.path);
+    if (got == length && sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))
         return 0;
-    return fail(-EUCLEAN, "%s: the disk lost data that it had a moment ago; nothing of the segment is used",
-                s->file.path);
+    return fail(-EUCLEAN, "%s: what was written at %u is damaged (bit rot, or the disk lost it); nothing was uploaded",
+                s->file.path, index);
 }
 
-static int fill_entry(struct gather *g, const struct glide_entry *e, uint8_t **buf)
+int gather_read(const struct gather *g, uint64_t block, uint32_t mask, uint8_t *out)
 {
-    const uint64_t *pos = log_map_view(&g->map, e->block).pos;
+    const uint64_t *pos = log_map_view(&g->map, block).pos;
 
     for (uint32_t i = 0; i < BLOCK_SECTORS;) {
-        if (!(e->mask >> i & 1)) {
+        if (!(mask >> i & 1)) {
             i++;
             continue;
         }
         uint32_t n = 1;
-        while (i + n < BLOCK_SECTORS && e->mask >> (i + n) & 1 && pos[i + n] == pos[i] + n)
+        while (i + n < BLOCK_SECTORS && mask >> (i + n) & 1 && pos[i + n] == pos[i] + n)
             n++;
         struct source *s = find_source(g, pos_seq(pos[i]));
-        int err = s ? read_run(s, pos_index(pos[i]), *buf, (uint64_t)n * SECTOR) : -EUCLEAN;
+        int err = s ? read_run(s, pos_index(pos[i]), out, (uint64_t)n * SECTOR) : -EUCLEAN;
         if (err)
             return err;
-        *buf += (uint64_t)n * SECTOR;
+        out += (uint64_t)n * SECTOR;
         i += n;
     }
     return 0;
@@ -437,9 +471,11 @@ int glide_gather_fill(glide_gather *g, uint64_t first, uint64_t count, void *buf
     if (first > g->entry_count || count > g->entry_count - first || glide_gather_bytes(g, first, count) > length)
         return fail(-EINVAL, "entries out of range");
     for (uint64_t i = first; i < first + count; i++) {
-        int err = fill_entry(g, &g->entries[i], &at);
+        const struct glide_entry *e = &g->entries[i];
+        int err = gather_read(g, e->block, e->mask, at);
         if (err)
             return err;
+        at += (uint64_t)__builtin_popcount(e->mask) * SECTOR;
     }
     return 0;
 }

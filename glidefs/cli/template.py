@@ -59,7 +59,7 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #pack_size = "32MiB"
 #compression_level = 1              # zstd
 #volumes = 8                        # volumes that upload at the same time
-#workers = 3                        # packs in the making; each holds up to twice pack_size
+#workers = 3                        # packs in the making; each holds up to pack_size
 #compaction = true                  # merge small packs in the background
 #compact_rate = "64MiB"             # bytes per second of it
 

@@ -7,6 +7,7 @@ its constants become ``#define NAME ...``, for the compiler to fill in, and the 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -25,9 +26,14 @@ def declarations(header: str) -> str:
 
 
 def sources() -> list[str]:
-    """The C files of the core, relative to the project, without the C tests below ``csrc/test``."""
-    found = sorted(path for path in _SOURCES.rglob("*.c") if path.parent.name != "test")
-    return [os.path.relpath(path, _ROOT) for path in found]
+    """The C and assembly files of the core, relative to the project, without the C tests in ``csrc/test``."""
+    machine = platform.machine()
+    found = [path for path in _SOURCES.rglob("*.c") if path.parent.name != "test"]
+    if machine not in ("aarch64", "arm64"):
+        found = [path for path in found if not path.name.endswith("_neon.c")]
+    if machine == "x86_64":
+        found += _SOURCES.rglob("*.S")
+    return [os.path.relpath(path, _ROOT) for path in sorted(found)]
 
 
 ffi = FFI()

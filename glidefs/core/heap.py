@@ -14,6 +14,7 @@ import ctypes
 import mmap
 import threading
 import time
+from collections.abc import Iterator
 
 LARGE = 2 << 20
 """Buffers from here on get mappings of their own, which end when they are freed."""
@@ -38,6 +39,35 @@ def buffer(size: int) -> memoryview:
     with contextlib.suppress(OSError):  # a kernel without them
         area.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(area)
+
+
+class Bodies:
+    """Buffers of ``size`` bytes that go from one pack in the making to the next.
+
+    There are as many as were ever in use at once, until :meth:`drop`: new memory is what costs.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._lock = threading.Lock()  # guards the list
+        self._free: list[memoryview] = []
+
+    @contextlib.contextmanager
+    def borrow(self) -> Iterator[memoryview]:
+        """One of them, with whatever is in it, for the length of the block."""
+        with self._lock:
+            body = self._free.pop() if self._free else None
+        body = buffer(self.size) if body is None else body
+        try:
+            yield body
+        finally:
+            with self._lock:
+                self._free.append(body)
+
+    def drop(self) -> None:
+        """Give those back that are not in use."""
+        with self._lock:
+            self._free.clear()
 
 
 def keep_large_buffers_apart() -> None:

@@ -231,8 +231,8 @@ def _entry_fault(entry: PackEntry, payload_end: int) -> str | None:
     return None
 
 
-def encode_index(entries: Iterable[PackEntry]) -> bytes:
-    """The index frame of ``entries``, which are sorted here. Raises ValueError for illegal ones."""
+def encode_records(entries: Iterable[PackEntry]) -> bytes:
+    """The plain index of ``entries``, which are sorted here. Raises ValueError for illegal ones."""
     ordered = sorted(entries)
     if len(ordered) > MAX_ENTRIES:
         raise ValueError(f"{len(ordered)} entries in one pack, at most {MAX_ENTRIES}")
@@ -246,7 +246,23 @@ def encode_index(entries: Iterable[PackEntry]) -> bytes:
         if fault:
             raise ValueError(f"block {entry.block}: {fault}")
         last = entry.block
-    return compression.compress(b"".join(_ENTRY.pack(*entry) for entry in ordered))
+    return b"".join(_ENTRY.pack(*entry) for entry in ordered)
+
+
+def encode_index(entries: Iterable[PackEntry]) -> bytes:
+    """The index frame of ``entries``. Raises ValueError for illegal ones."""
+    return encode_frame(encode_records(entries))
+
+
+def encode_frame(records: bytes) -> bytes:
+    """The index frame of plain records, decompressed again to see: the log that could say it goes.
+
+    Raises CorruptObject if it does not say what it should.
+    """
+    frame = compression.compress(records)
+    if compression.decompress(frame, len(records)) != records:
+        raise CorruptObject("a new pack", 0, "its index does not decompress to what it was")
+    return frame
 
 
 def encode_trailer(index: bytes, count: int, volume_id: bytes, nonce: bytes) -> bytes:

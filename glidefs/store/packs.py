@@ -10,20 +10,19 @@ import msgspec
 from glidefs.formats.manifest import PackRef
 from glidefs.formats.pack import (
     CHUNK_BLOCKS,
-    HEADER_SIZE,
+    ENTRY_SIZE,
     ID_SIZE,
-    TRAILER_SIZE,
     PackEntry,
     PackIndex,
-    decode_index,
+    encode_frame,
     encode_header,
-    encode_index,
+    encode_records,
     encode_trailer,
     pack_id,
     payload_hash,
 )
 from glidefs.names import pack_key
-from glidefs.store.base import Buffer
+from glidefs.store.base import Buffer, body_length
 
 
 class BuiltPack(msgspec.Struct, frozen=True):
@@ -50,14 +49,26 @@ def put_pack(
 
     ``level`` is the compaction tier. ``put`` stores an object, with whatever patience it has.
     """
-    index = encode_index(entries)
+    chunks = tuple(sorted({entry.block // CHUNK_BLOCKS for entry in entries}))
+    body: list[Buffer] = [encode_header(), area]
+    return put_body(put, prefix, volume_id, body, encode_records(entries), chunks, level)
+
+
+def put_body(
+    put: Callable[[str, list[Buffer]], object],
+    prefix: str,
+    volume_id: bytes,
+    body: list[Buffer],
+    records: bytes,
+    chunks: tuple[int, ...],
+    level: int,
+) -> BuiltPack:
+    """Put a pack: ``body`` is header and payloads, ``records`` its plain index, ``chunks`` those it has."""
+    index = encode_frame(records)
     nonce = secrets.token_bytes(ID_SIZE)
-    trailer = encode_trailer(index, len(entries), volume_id, nonce)
+    tail = index + encode_trailer(index, len(records) // ENTRY_SIZE, volume_id, nonce)
     new = pack_id(payload_hash(index), volume_id, nonce)
     key = pack_key(prefix, new.hex())
-    size = HEADER_SIZE + len(area) + len(index) + TRAILER_SIZE
-    put(key, [encode_header(), area, index, trailer])
-    tail = index + trailer
-    decoded = decode_index(key, tail, size, new)
-    chunks = tuple(sorted({entry.block // CHUNK_BLOCKS for entry in entries}))
-    return BuiltPack(PackRef(new, size, len(index) + TRAILER_SIZE, level), chunks, decoded, tail)
+    put(key, [*body, tail])
+    ref = PackRef(new, body_length(body) + len(tail), len(tail), level)
+    return BuiltPack(ref, chunks, PackIndex(key, records), tail)

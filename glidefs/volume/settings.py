@@ -22,8 +22,8 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     up to ``index_cache_bytes`` in memory and ``index_disk_bytes`` in the state directory.
     ``hot_volumes`` forks at a time get their hot set, up to ``hot_set_bytes``, with ``hot_threads``.
 
-    Uploading: ``uploaders`` volumes at once, ``put_threads`` packs in the making (each holds up to
-    twice ``pack_bytes``). ``batch_bytes`` of sealed log make a volume due before its age does;
+    Uploading: ``uploaders`` volumes at once, ``put_threads`` packs in the making (each holds
+    ``pack_bytes``). ``batch_bytes`` of sealed log make a volume due before its age does;
     ``batch_segments`` bounds one commit.
 
     ``retire_fraction`` of the log limit, or of the memory for maps, is where committed segments begin to go;

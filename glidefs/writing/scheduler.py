@@ -195,7 +195,8 @@ class Scheduler:
             finally:
                 self._done(job, delay)
             if delay is None:
-                heap.trim()  # all of it is uploaded
+                self._uploader.bodies.drop()  # all of it is uploaded
+                heap.trim()
 
     def _take(self) -> tuple[_Job, bool, bool] | None:
         with self._wake:

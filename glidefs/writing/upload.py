@@ -19,30 +19,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, NamedTuple
 
-import msgspec
-
 from glidefs import clock
 from glidefs.core import heap
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.gather import Gather, GatherExtent
-from glidefs.core.payloads import compress_payloads
+from glidefs.core.packs import GatherChunk, PackJob, PackRules, UploadPlan
 from glidefs.errors import Fenced, GlideError, StoreError
 from glidefs.formats.pack import (
     BLOCK,
     CHUNK_BLOCKS,
-    EMPTY_HASH,
-    FULL_MASK,
     HEADER_SIZE,
     MAX_ENTRIES,
     SECTOR,
-    PackEntry,
-    payload_hash,
+    encode_header,
 )
 from glidefs.manifest.cache import MetaCache
 from glidefs.manifest.commit import Append, Change, Superseded
 from glidefs.manifest.view import Manifest, block_count
 from glidefs.store.base import Buffer
-from glidefs.store.packs import BuiltPack, put_pack
+from glidefs.store.packs import BuiltPack, put_body
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.settings import HostSettings
 from glidefs.writing.pace import Burst
@@ -58,8 +53,9 @@ REPLANS = 8
 """How often an upload is planned again on a root that the store turned out to have."""
 
 SAMPLES = 32
-SHRINKS = 0.97
-"""A sample that keeps more than this part of its bytes says that a pack is not worth compressing."""
+SAMPLE = 4 * SECTOR
+SHRINKS = 970
+"""A sample that keeps more than this part of a thousand says that a pack is not worth compressing."""
 
 
 class Uploaded(NamedTuple):
@@ -71,23 +67,7 @@ class Uploaded(NamedTuple):
     chunks: frozenset[int] = frozenset()
 
 
-class Item(NamedTuple):
-    """What a pack will say of a block; its payload has the sectors of ``mask``."""
-
-    block: int
-    mask: int
-    zero_mask: int
-
-
-class PackJob(msgspec.Struct, frozen=True):
-    """One pack: gather entries ``first`` up to ``first + count`` hold its data, ``items`` its index."""
-
-    first: int
-    count: int
-    items: list[Item]
-
-
-class UploadPlan(NamedTuple):
+class Cut(NamedTuple):
     """``drops``: chunks whose older packs are covered whole; ``jobs``: packs, ascending by block."""
 
     drops: frozenset[int]
@@ -156,6 +136,8 @@ class Uploader:
         self._meta = meta
         self._settings = settings
         self._puts = puts
+        self._rules = PackRules(settings.compression_level, SAMPLES, SAMPLE, SHRINKS)
+        self.bodies = heap.Bodies(HEADER_SIZE + max(settings.pack_bytes, BLOCK))
         self.life = Life()
         self.counters = Counters()
 
@@ -194,11 +176,12 @@ class Uploader:
             with Gather(
                 volume.core, volume.log_dir, volume.id, volume.log_id, volume.done_segment + 1, last
             ) as gather:
-                plan = plan_upload(gather, committer.manifest(self._reads), self._settings.pack_bytes)
-                drops = plan.drops
-                if burst is not None:
-                    burst.step_back(clock.elapsed() - started)
-                built = self._put_all(volume, gather, plan.jobs, burst)
+                manifest = committer.manifest(self._reads)
+                with UploadPlan(gather, manifest.root.size) as plan:
+                    drops, jobs = plan_upload(plan, gather.extents(), manifest, self._settings.pack_bytes)
+                    if burst is not None:
+                        burst.step_back(clock.elapsed() - started)
+                    built = self._put_all(volume, plan, jobs, burst)
         if clock.elapsed() - started > self._settings.gc_grace / 2:
             # The collector may take packs that no manifest named in time: make them anew.
             raise StoreError("the upload took too long", key=volume.name, op="commit", temporary=True)
@@ -235,7 +218,7 @@ class Uploader:
         volume.committer.poll(self._reads, adopt=not volume.read_only)
 
     def _put_all(
-        self, volume: Volume, gather: Gather, jobs: list[PackJob], burst: Burst | None
+        self, volume: Volume, plan: UploadPlan, jobs: list[PackJob], burst: Burst | None
     ) -> list[BuiltPack]:
         """Build and put packs, a few at a time. All are finished or given up on return."""
         built: list[BuiltPack] = []
@@ -251,7 +234,7 @@ class Uploader:
                 job = next(todo, None)
                 if job is None:
                     break
-                waiting.append(self._puts.submit(self._put_one, volume, gather, job))
+                waiting.append(self._puts.submit(self._put_one, volume, plan, job))
             if not waiting:
                 break
             try:
@@ -278,19 +261,19 @@ class Uploader:
                 if (volume.closing or self.life.stopping) and future.cancel():
                     raise Closed(f"volume {volume.name} closes") from None
 
-    def _put_one(self, volume: Volume, gather: Gather, job: PackJob) -> BuiltPack:
-        plain = heap.buffer(gather.nbytes(job.first, job.count))
-        gather.fill(job.first, job.count, plain)
-        area, entries = compress_items(plain, job.items, self._settings.compression_level)
-        del plain
-        pack = put_pack(
-            lambda key, body: self.put(volume, key, body),
-            volume.prefix,
-            volume.id,
-            area,
-            entries,
-            0,
-        )
+    def _put_one(self, volume: Volume, plan: UploadPlan, job: PackJob) -> BuiltPack:
+        with self.bodies.borrow() as body:
+            parts = plan.build(job, self._rules, body)
+            body[:HEADER_SIZE] = encode_header()
+            pack = put_body(
+                lambda key, data: self.put(volume, key, data),
+                volume.prefix,
+                volume.id,
+                [body[: parts.end]],
+                parts.records,
+                parts.chunks,
+                0,
+            )
         with self.counters.lock:
             self.counters.packs += 1
             self.counters.pack_bytes += pack.ref.size
@@ -325,34 +308,32 @@ class Uploader:
             time.sleep(0.05)  # the store's own wrapper did the waiting
 
 
-def plan_upload(gather: Gather, manifest: Manifest, pack_bytes: int) -> UploadPlan:
-    """Plan the upload of all of ``gather`` over ``manifest``; packs of ``pack_bytes`` plain bytes."""
-    extents = gather.extents()
-    drops = covered_chunks(gather, extents, manifest)
-    present = _Present(manifest, drops)
-    zeros = _zero_items(extents, manifest, drops)
-    return UploadPlan(drops, list(_cut(gather, zeros, present, pack_bytes)))
+def plan_upload(plan: UploadPlan, zeros: Sequence[GatherExtent], manifest: Manifest, pack_bytes: int) -> Cut:
+    """Cut a gather over ``manifest`` into packs of ``pack_bytes`` plain bytes; ``zeros`` are its extents."""
+    chunks = plan.chunks()
+    drops = covered_chunks(chunks, zeros, manifest)
+    # Where nothing older is, zeros hide nothing.
+    keep = bytes(bool(c.zeros and c.chunk not in drops and manifest.packs(c.chunk)) for c in chunks)
+    runs = list(_zero_runs(zeros, manifest, drops))
+    return Cut(drops, plan.cut(keep, runs, pack_bytes, MAX_ENTRIES - 1))
 
 
-def covered_chunks(gather: Gather, extents: Sequence[GatherExtent], manifest: Manifest) -> frozenset[int]:
-    """The chunks of the manifest of which ``gather`` has every sector.
+def covered_chunks(
+    chunks: Sequence[GatherChunk], zeros: Sequence[GatherExtent], manifest: Manifest
+) -> frozenset[int]:
+    """The chunks of the manifest of which a gather has every sector.
 
     Counted is what lies within the manifest's size: blocks that a grow brought since are in no pack.
     """
-    size = manifest.root.size
-    blocks_end = block_count(size)
-    covered: Counter[int] = Counter()
-    for extent in extents:
+    blocks_end = block_count(manifest.root.size)
+    covered = Counter({c.chunk: c.whole for c in chunks if c.whole})
+    for extent in zeros:
         end = min(extent.block + extent.count, blocks_end)
         if extent.block >= end:
             continue
         for chunk in manifest.present(extent.block // CHUNK_BLOCKS, (end - 1) // CHUNK_BLOCKS):
             start, stop = chunk * CHUNK_BLOCKS, (chunk + 1) * CHUNK_BLOCKS
             covered[chunk] += min(stop, end) - max(start, extent.block)
-    for block, mask, zero_mask in gather.entries():
-        valid = _valid(block, size)
-        if block < blocks_end and (mask | zero_mask) & valid == valid:
-            covered[block // CHUNK_BLOCKS] += 1
     return frozenset(
         chunk
         for chunk, blocks in covered.items()
@@ -360,100 +341,15 @@ def covered_chunks(gather: Gather, extents: Sequence[GatherExtent], manifest: Ma
     )
 
 
-def _valid(block: int, size: int) -> int:
-    """The sectors of a block, not one behind the end, that are within the volume."""
-    sectors = -(-(size - block * BLOCK) // SECTOR)
-    return FULL_MASK if sectors >= 32 else (1 << max(sectors, 0)) - 1
-
-
-class _Present:
-    """Whether zeros in a chunk hide anything."""
-
-    def __init__(self, manifest: Manifest, drops: frozenset[int]) -> None:
-        self._manifest = manifest
-        self._drops = drops
-        self._known: dict[int, bool] = {}
-
-    def __call__(self, chunk: int) -> bool:
-        known = self._known.get(chunk)
-        if known is None:
-            known = chunk not in self._drops and bool(self._manifest.packs(chunk))
-            self._known[chunk] = known
-        return known
-
-
-def _zero_items(extents: Sequence[GatherExtent], manifest: Manifest, drops: frozenset[int]) -> Iterator[Item]:
-    """Zero-mask items for whole zero blocks in chunks that keep older packs, ascending."""
-    for extent in sorted(extents):
+def _zero_runs(
+    zeros: Sequence[GatherExtent], manifest: Manifest, drops: frozenset[int]
+) -> Iterator[GatherExtent]:
+    """The whole zero blocks in chunks that keep older packs, ascending."""
+    for extent in sorted(zeros):
         end = extent.block + extent.count
         for chunk in manifest.present(extent.block // CHUNK_BLOCKS, (end - 1) // CHUNK_BLOCKS):
             if chunk not in drops:
+                first = max(extent.block, chunk * CHUNK_BLOCKS)
                 stop = min(end, chunk * CHUNK_BLOCKS + manifest.blocks_of(chunk))
-                for block in range(max(extent.block, chunk * CHUNK_BLOCKS), stop):
-                    yield Item(block, 0, FULL_MASK)
-
-
-def _cut(gather: Gather, zeros: Iterator[Item], present: _Present, pack_bytes: int) -> Iterator[PackJob]:
-    """Merge data and zero items by block and cut them where a pack is full."""
-    items: list[Item] = []
-    first = count = size = 0
-    zero = next(zeros, None)
-    for i, (block, mask, zero_mask) in enumerate(gather.entries()):
-        while zero is not None and zero.block < block:
-            items.append(zero)
-            zero = next(zeros, None)
-        length = mask.bit_count() * SECTOR
-        if items and (size + length > pack_bytes or len(items) >= MAX_ENTRIES - 1):
-            yield PackJob(first, count, items)
-            items, first, count, size = [], i, 0, 0
-        count += 1
-        size += length
-        if zero_mask and not present(block // CHUNK_BLOCKS):
-            zero_mask = 0
-        if mask or zero_mask:
-            items.append(Item(block, mask, zero_mask))
-    while zero is not None:
-        if len(items) >= MAX_ENTRIES - 1:
-            yield PackJob(first, count, items)
-            items, first, count = [], first + count, 0
-        items.append(zero)
-        zero = next(zeros, None)
-    if items:
-        yield PackJob(first, count, items)
-
-
-def compress_items(plain: memoryview, items: Sequence[Item], level: int) -> tuple[Buffer, list[PackEntry]]:
-    """Payload area and entries for consecutive plain payloads of ``items`` (those with a mask)."""
-    lengths = [item.mask.bit_count() * SECTOR for item in items if item.mask]
-    stored: Sequence[int] = lengths
-    area: Buffer = plain
-    if lengths and worth_compressing(plain, lengths, level):
-        out = heap.buffer(len(plain))
-        stored = compress_payloads(plain, lengths, out, level)
-        area = out[: sum(stored)]
-    entries: list[PackEntry] = []
-    sizes = iter(stored)
-    at, offset = 0, HEADER_SIZE
-    for block, mask, zero_mask in items:
-        if not mask:
-            entries.append(PackEntry(block, 0, zero_mask, 0, 0, EMPTY_HASH))
-            continue
-        length, size = mask.bit_count() * SECTOR, next(sizes)
-        entries.append(PackEntry(block, mask, zero_mask, offset, size, payload_hash(plain[at : at + length])))
-        at += length
-        offset += size
-    return area, entries
-
-
-def worth_compressing(plain: memoryview, lengths: Sequence[int], level: int) -> bool:
-    """Whether a sample of the payloads shrinks; spares the CPU where data is random already."""
-    if len(lengths) <= SAMPLES:
-        return True
-    step = len(lengths) // SAMPLES
-    sample, sizes, at = bytearray(), [], 0
-    for i, length in enumerate(lengths):
-        if i % step == 0:
-            sample += plain[at : at + min(length, 4 * SECTOR)]
-            sizes.append(min(length, 4 * SECTOR))
-        at += length
-    return sum(compress_payloads(sample, sizes, bytearray(len(sample)), level)) < SHRINKS * len(sample)
+                if first < stop:
+                    yield GatherExtent(first, stop - first)

@@ -62,10 +62,47 @@ def test_a_damaged_record_uploads_nothing(rig: CoreRig, where: str) -> None:
     seq = vol.core.seal()
     segment = vol.segments()[0]
     segment.flip(segment.data_at(1) if where == "data" else segment.record_at(1))
-    with pytest.raises(CorruptLog) as caught:
-        vol.gather(seq).close()
+    with pytest.raises(CorruptLog) as caught, vol.gather(seq) as gather:
+        gather.fill(0, 1, bytearray(SECTOR))
     assert "0000000000000001.seg" in str(caught.value)
-    assert "1 of 2" in str(caught.value)
+    assert ("1 of 2" in str(caught.value)) == (where == "record")
+
+
+def test_damage_of_what_is_read_no_more_is_not_looked_for(rig: CoreRig) -> None:
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, 2 * SECTOR))
+    vol.core.pwrite(0, pattern(2, SECTOR))
+    seq = vol.core.seal()
+    segment = vol.segments()[0]
+    segment.flip(segment.data_at(0))
+    with vol.gather(seq) as gather:
+        data = bytearray(2 * SECTOR)
+        gather.fill(0, 1, data)
+    assert data == pattern(2, SECTOR) + pattern(1, 2 * SECTOR)[SECTOR:]
+
+
+def test_a_record_that_was_not_acknowledged_is_refused(rig: CoreRig) -> None:
+    """A file that went back in time: its records are good, but not all that there were."""
+    vol = rig.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    path = vol.segments()[0].path
+    before = path.read_bytes()
+    vol.core.pwrite(BLOCK, pattern(2, SECTOR))
+    seq = vol.core.seal()
+    path.write_bytes(before)
+    with pytest.raises(CorruptLog, match="1 of 2"):
+        vol.gather(seq)
+
+
+def test_a_record_of_other_data_than_in_memory_is_refused(rig: CoreRig) -> None:
+    """The file of a twin, say: all of it is well-formed, and it is not what was acknowledged here."""
+    vol, twin = rig.vol(), rig.vol()
+    for one, seed in ((vol, 1), (twin, 2)):
+        one.core.pwrite(0, pattern(seed, 3 * SECTOR))
+    seq = vol.core.seal()
+    vol.segments()[0].path.write_bytes(twin.segments()[0].path.read_bytes())
+    with pytest.raises(CorruptLog, match="1 of 1"):
+        vol.gather(seq)
 
 
 def test_what_recovery_dropped_is_not_missed(rig: CoreRig) -> None:

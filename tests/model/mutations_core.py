@@ -23,6 +23,7 @@ RECOVERY = "tests/core/test_core_recovery.py::"
 CACHE = "tests/core/test_core_cache.py::"
 BAD_DISK = "tests/core/test_core_bad_disk.py::"
 GATHER = "tests/core/test_core_gather.py::"
+PACKS = "tests/core/test_core_packs.py::"
 CUT = "tests/model/test_power_cut.py::"
 MODEL = "tests/model/test_core_model.py"
 HOLES = "tests/model/test_hole_model.py"
@@ -293,11 +294,11 @@ CORE = [
         (BAD_DISK + "test_lost_data_is_an_error_until_it_is_committed",),
     ),
     Mutation(
-        "an-upload-believes-its-second-read",
+        "an-upload-believes-what-it-reads",
         "csrc/volume/gather.c",
-        "    if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))",
-        "    if (sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf) || true)",
-        (BAD_DISK + "test_an_upload_checks_what_it_reads_again",),
+        "    if (got == length && sums_check(&s->sums, index, index + (uint32_t)(length / SECTOR), buf))",
+        "    if (got == length)",
+        (BAD_DISK + "test_an_upload_checks_what_it_reads",),
     ),
     Mutation(
         "retire-clears-newer-positions",
@@ -488,6 +489,34 @@ CORE = [
         (CACHE + "test_a_damaged_index_costs_hits_never_data[swapped]",),
     ),
     # -- section 6
+    Mutation(
+        "gather-believes-any-record-in-memory",
+        "csrc/log/sector_sums.c",
+        "    return sums_hash(s->sum + index, count) == hash ? 1 : -EUCLEAN;",
+        "    return 0;",
+        (GATHER + "test_a_record_of_other_data_than_in_memory_is_refused",),
+    ),
+    Mutation(
+        "pack-has-the-hash-of-what-is-stored",
+        "csrc/upload/pack.c",
+        "    payload_hash(b->plain, length, r->hash);",
+        "    payload_hash(at, length, r->hash);",
+        (PACKS + "test_the_object_is_the_same_byte_for_byte",),
+    ),
+    Mutation(
+        "zero-masks-of-chunks-that-are-dropped",
+        "csrc/upload/plan.c",
+        "        if (!keep[chunk - p->chunks])",
+        "        if (false && !keep[chunk - p->chunks])",
+        (PACKS + "test_plan_and_packs_are_those_of_python",),
+    ),
+    Mutation(
+        "packs-of-more-entries-than-there-may-be",
+        "csrc/upload/plan.c",
+        " || c->job.count >= c->max_items ? end_job(c) : 0;",
+        " ? end_job(c) : 0;",
+        (PACKS + "test_a_pack_of_as_many_entries_as_there_may_be",),
+    ),
     Mutation(
         "gather-takes-what-is-left",
         "csrc/volume/gather.c",

@@ -26,8 +26,8 @@ OFFLINE = [
     Mutation(
         "offline-run-goes-on-into-what-is-lost",
         "csrc/volume/gather.c",
-        "e->mask >> (i + n) & 1 && ",
-        "",
+        "BLOCK_SECTORS && mask >> (i + n) & 1 && ",
+        "BLOCK_SECTORS && ",
         (MUTATED + "test_one_fault_in_a_segment",),
     ),
     Mutation(

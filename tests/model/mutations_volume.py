@@ -130,9 +130,9 @@ VOLUME = [
     ),
     Mutation(
         "blocks-behind-the-end-count-as-the-old-chunk",
-        "glidefs/writing/upload.py",
-        "        if block < blocks_end and (mask | zero_mask) & valid == valid:",
-        "        if (mask | zero_mask) & valid == valid:",
+        "csrc/upload/plan.c",
+        "        c->whole += within && (within & ~(e->mask | e->zero_mask)) == 0;",
+        "        c->whole += (within & ~(e->mask | e->zero_mask)) == 0;",
         (UPLOAD + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[False]",),
     ),
     Mutation(

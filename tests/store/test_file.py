@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import multiprocessing
 import os
 import threading
@@ -146,6 +148,72 @@ def test_disk_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: in
         store.put("k", b"new")
     monkeypatch.undo()
     assert store.get("k").data == b"old"
+    assert list((tmp_path / ".tmp").iterdir()) == []
+
+
+PAGE = mmap.PAGESIZE
+
+
+def aligned(data: bytes, shift: int = 0) -> memoryview:
+    """These bytes at the beginning of a page, or ``shift`` behind it."""
+    area = mmap.mmap(-1, len(data) + PAGE)
+    area[shift : shift + len(data)] = data
+    return memoryview(area)[shift : shift + len(data)]
+
+
+@pytest.mark.parametrize("refused", ["never", "when it is asked for", "when it is used", "later"])
+@pytest.mark.parametrize(("extra", "shift"), [(0, 0), (1, 0), (PAGE - 1, 0), (100, 16)])
+def test_large_objects_pass_the_page_cache_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int, shift: int, refused: str
+) -> None:
+    """Whatever the file system thinks of that: the object has all of its bytes."""
+    store = FileStore(tmp_path, create=True)
+    direct: list[int] = []
+    write, control = os.write, fcntl.fcntl
+
+    def writing(fd: int, view: memoryview) -> int:
+        if not control(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            return write(fd, view)
+        if refused == "when it is used" or (refused == "later" and direct):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        direct.append(write(fd, view[: PAGE + 512] if refused == "later" else view))
+        return direct[-1]
+
+    def asking(fd: int, what: int, *flags: int) -> int:
+        if refused == "when it is asked for" and flags and flags[0] & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return control(fd, what, *flags)
+
+    monkeypatch.setattr(os, "write", writing)
+    monkeypatch.setattr(fcntl, "fcntl", asking)
+    data = os.urandom((1 << 20) + extra)
+    store.put("k", [aligned(data, shift), b"behind", bytes(2 << 20)])
+    monkeypatch.undo()
+    assert store.get("k").data == data + b"behind" + bytes(2 << 20)
+    if refused in ("never", "later") and not shift and takes_direct(tmp_path):
+        assert sum(direct) == (PAGE + 512 if refused == "later" else 1 << 20)
+
+
+def takes_direct(directory: Path) -> bool:
+    try:
+        os.close(os.open(directory / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        return False
+    return True
+
+
+def test_an_error_of_the_disk_is_not_taken_for_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path, create=True)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "write", fail)
+    with pytest.raises(StoreUnavailable):
+        store.put("k", aligned(bytes(1 << 20)))
+    monkeypatch.undo()
     assert list((tmp_path / ".tmp").iterdir()) == []
 
 

@@ -1,0 +1,14 @@
+/*
+ * BLAKE3-128: what packs and the block cache say of content. Only the official implementation, csrc/blake3.
+ */
+#ifndef GLIDE_PAYLOAD_HASH_H
+#define GLIDE_PAYLOAD_HASH_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define PAYLOAD_HASH 16
+
+void payload_hash(const void *data, size_t length, uint8_t out[PAYLOAD_HASH]);
+
+#endif
