@@ -78,7 +78,7 @@ def test_a_connection_is_not_reset(daemon: Generations) -> None:
 
 
 def test_a_structured_connection_goes_on(daemon: Generations) -> None:
-    """Structured replies and base:allocation, before and after: of a whole block, told alike by log and store."""
+    """Structured replies and base:allocation, of a whole block, which log and store tell alike."""
     with RawClient(str(daemon.base / "nbd.sock")) as client:
         client.sparse("vm")
         client.pwrite(MIB, b"s" * BLOCK)
