@@ -17,6 +17,7 @@ from glidefs.api.client import CommandError
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-utils is not installed")
 
 Make = Callable[..., Generations]
+BLOCK = 128 << 10
 
 
 @pytest.fixture
@@ -77,16 +78,16 @@ def test_a_connection_is_not_reset(daemon: Generations) -> None:
 
 
 def test_a_structured_connection_goes_on(daemon: Generations) -> None:
-    """Structured replies and base:allocation, before and after, from the log and from the store."""
+    """Structured replies and base:allocation, of a whole block, which log and store tell alike."""
     with RawClient(str(daemon.base / "nbd.sock")) as client:
         client.sparse("vm")
-        client.pwrite(MIB, b"s" * 4096)
-        want = [Extent(MIB, 3), Extent(4096, 0), Extent(63 * MIB - 4096, 3)]
+        client.pwrite(MIB, b"s" * BLOCK)
+        want = [Extent(MIB, 3), Extent(BLOCK, 0), Extent(63 * MIB - BLOCK, 3)]
         for _ in range(2):
             assert client.allocation(64 * MIB) == want
             daemon.handoff()
         assert client.allocation(64 * MIB) == want
-        assert client.read_sparse(0, 2 * MIB)[1] == [Extent(MIB, 3), Extent(4096, 0), Extent(MIB - 4096, 3)]
+        assert client.read_sparse(0, 2 * MIB)[1] == [Extent(MIB, 3), Extent(BLOCK, 0), Extent(MIB - BLOCK, 3)]
 
 
 def test_a_rehearsal_changes_nothing(daemon: Generations) -> None:
