@@ -300,8 +300,12 @@ class Host:
         Raises GlideError, and goes on as before, if they do not end within ``timeout`` seconds.
         """
         deadline = time.monotonic() + timeout
-        quiet = self.scheduler.pause(deadline)
-        if not (self.compactor.pause(deadline) and quiet):
+        quiet = [
+            self.scheduler.pause(deadline),
+            self.compactor.pause(deadline),
+            self._retirer.pause(deadline),
+        ]
+        if not all(quiet):
             self.resume()
             raise GlideError(f"uploads did not come to rest within {timeout:g} s")
 
@@ -309,6 +313,7 @@ class Host:
         """Undo a :meth:`pause`."""
         self.scheduler.resume()
         self.compactor.resume()
+        self._retirer.resume()
 
     def retire_committed(self) -> None:
         """Give back all log space of what the store has, of every volume."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ class Retirer:
         self._settings = settings
         self._lock = threading.Lock()
         self._running = threading.Lock()
+        self._pauses = 0  # guarded by `_lock`
         self._volumes: dict[int, Volume] = {}
 
     def watch(self, volume: Volume) -> None:
@@ -49,6 +51,23 @@ class Retirer:
         """Volumes that have, or had, a log."""
         with self._lock:
             return list(self._volumes.values())
+
+    def pause(self, deadline: float) -> bool:
+        """Retire nothing until :meth:`resume`. Waits for what is under way; false if it did not end.
+
+        ``deadline`` is a time of ``time.monotonic()``.
+        """
+        with self._lock:
+            self._pauses += 1
+        ended = self._running.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        if ended:
+            self._running.release()
+        return ended
+
+    def resume(self) -> None:
+        """Undo a :meth:`pause`."""
+        with self._lock:
+            self._pauses -= 1
 
     def squeeze(self, volume: Volume) -> None:
         """Writers of this volume wait: all that it may give back goes, then what all keep too much of."""
@@ -92,12 +111,15 @@ class Retirer:
             log.warning("volume %s: segments cannot be retired: %s", volume.name, error)
 
     def _give_back(self) -> None:
-        """Retire segment by segment, the oldest of all volumes first, while they keep too much."""
+        """Retire segment by segment, the oldest of all volumes first, while they keep too much.
+
+        The caller holds ``_running``.
+        """
         oldest: list[tuple[int, int, int, Volume]] = []
-        watched = self.watched() if self._too_much() else []
+        watched = self.watched() if self._too_much() and not self._pauses else []
         for volume, info in zip(watched, infos([volume.core for volume in watched]), strict=True):
             self._offer(oldest, volume, info)
-        while oldest and self._too_much():
+        while oldest and self._too_much() and not self._pauses:
             _, _, first, volume = heapq.heappop(oldest)
 
             def retire(first: int = first, volume: Volume = volume) -> None:

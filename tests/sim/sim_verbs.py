@@ -270,12 +270,15 @@ class Verbs(Steps):
         return seen.root.owner_host == node.owner.host and node.has_log(seen.root) and not outdone
 
     def use_stale(self) -> None:
-        """Who lost a volume goes on for a while, and harms nothing."""
+        """Who lost a volume goes on for a while, and harms nothing.
+
+        Not one whose name another volume has: it gets the name once that one is removed.
+        """
         found = [
             (node, life, volume)
             for node in self.nodes.values()
             for life, volume in self.entries(node)
-            if life.lost and not (life.may_adopt or life.unchecked or life.cut_at is not None)
+            if life.stale and not (life.may_adopt or life.unchecked or life.cut_at is not None)
             if node not in self.acting
         ]
         if not found:

@@ -1,0 +1,54 @@
+"""When committed segments go: as late as can be, and never while a handoff is under way."""
+
+from __future__ import annotations
+
+import time
+
+from volume_rig import Rig
+
+from glidefs.formats.pack import SECTOR
+from glidefs.volume.volume import Volume
+
+
+def segments(volume: Volume) -> int:
+    return len(list(volume.log_dir.glob("*.seg")))
+
+
+def commit(volume: Volume, sector: int) -> None:
+    volume.core.pwrite(sector * SECTOR, bytes([sector]) * SECTOR)
+    volume.drain(20)
+
+
+def test_committed_segments_stay_until_all_of_them_was_written_again(rig: Rig) -> None:
+    host = rig.host()
+    volume = rig.create(host)
+    for sector in range(20):
+        commit(volume, sector)
+    assert segments(volume) == 20
+    for sector in range(8):
+        commit(volume, sector)
+    commit(volume, 30)  # after a commit it is looked whether segments are kept for nothing
+    assert segments(volume) == 21
+    before = volume.core.stats().faults
+    assert volume.core.pread(19 * SECTOR, SECTOR) == bytes([19]) * SECTOR
+    assert volume.core.stats().faults == before
+
+
+def test_nothing_is_retired_while_the_host_pauses(rig: Rig) -> None:
+    """! A successor has read which segments there are."""
+    host = rig.host(retire_fraction=1e-9)
+    volume = rig.create(host)
+    commit(volume, 1)
+    host.pause(5)
+    volume.core.pwrite(2 * SECTOR, b"b" * SECTOR)
+    seq = volume.core.seal()
+    volume.committer.local_segment = seq  # as if it was committed, and all may go
+    volume.core.committed(seq)
+    count = segments(volume)
+    assert count
+    host._retirer.make_room()
+    time.sleep(0.3)  # the throttle looks, too
+    assert segments(volume) == count
+    host.resume()
+    host._retirer.make_room()
+    assert not segments(volume)
