@@ -135,12 +135,6 @@ uint32_t log_map_live(const struct log_map *m, uint64_t seq)
     return seq - m->live_first < m->live_count ? m->live[seq - m->live_first] : 0;
 }
 
-static void live_drop_leaf(struct log_map *m, const struct log_leaf *leaf)
-{
-    for (uint32_t i = 0; i < BLOCK_SECTORS; i++)
-        live_drop(m, leaf->pos[i]);
-}
-
 static bool drop_any(uint64_t block, uint64_t value, void *arg)
 {
     (void)block;
@@ -206,11 +200,19 @@ static struct log_leaf *need_leaf(struct log_map *m, uint64_t block)
     return (struct log_leaf *)(uintptr_t)*value;
 }
 
+/* A leaf leaves the table, with what is left in it. */
+static void leaf_gone(struct log_map *m, uint64_t block, struct log_leaf *leaf)
+{
+    for (uint32_t i = 0; leaf->used && i < BLOCK_SECTORS; i++)
+        live_drop(m, leaf->pos[i]);
+    group_remove(m, block);
+    leaf_free(m, leaf);
+}
+
 static void drop_leaf(struct log_map *m, uint64_t block, struct log_leaf *leaf)
 {
     table_remove(&m->leaves, block);
-    group_remove(m, block);
-    leaf_free(m, leaf);
+    leaf_gone(m, block, leaf);
 }
 
 static void leaf_set(struct log_map *m, struct log_leaf *leaf, uint32_t i, uint64_t pos)
@@ -264,9 +266,7 @@ static bool drop_in_range(uint64_t block, uint64_t value, void *arg)
 
     if (block < r->start || block >= r->end)
         return false;
-    live_drop_leaf(r->map, (struct log_leaf *)(uintptr_t)value);
-    group_remove(r->map, block);
-    leaf_free(r->map, (struct log_leaf *)(uintptr_t)value);
+    leaf_gone(r->map, block, (struct log_leaf *)(uintptr_t)value);
     return true;
 }
 
@@ -282,10 +282,8 @@ static void drop_leaves(struct log_map *m, uint64_t start, uint64_t end)
         uint64_t next = min_u64(end, (block / GROUP_BLOCKS + 1) * GROUP_BLOCKS);
         const uint64_t *bits = table_find(&m->groups, block / GROUP_BLOCKS);
         for (uint64_t left = bits ? *bits >> block % GROUP_BLOCKS : 0; left && block < next; left >>= 1, block++) {
-            if (left & 1) {
-                live_drop_leaf(m, find_leaf(m, block));
+            if (left & 1)
                 drop_leaf(m, block, find_leaf(m, block));
-            }
         }
         block = next;
     }
@@ -438,8 +436,7 @@ static bool forget_old(uint64_t block, uint64_t value, void *arg)
         f->forgot(block, 1, f->arg);
     if (leaf->used)
         return false;
-    group_remove(f->map, block);
-    leaf_free(f->map, leaf);
+    leaf_gone(f->map, block, leaf);
     return true;
 }
 

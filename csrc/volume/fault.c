@@ -11,9 +11,9 @@ struct fault {
     uint32_t chunks; /* see struct glide_fault */
 };
 
-#define HOLES_KEY                                                                                                      \
-    ((uint64_t)1 << 62) /* with a chunk: a key of volume->faults, of those that ask what of it is zero                 \
-                         */
+/* With a chunk: a key of volume->faults, of those that ask what of it is zero. */
+#define HOLES_KEY ((uint64_t)1 << 62)
+
 struct event {
     struct list link;
     struct glide_event event;

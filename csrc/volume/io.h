@@ -13,8 +13,8 @@ struct volume;
 struct rmw;
 
 #define IO_LOCAL 0x40 /* FLUSH: the local disk is enough, whatever the volume's flush option */
-#define IO_INTERNAL                                                                                                    \
-    0x80 /* made by the core itself, or no READ, WRITE, FLUSH or ZERO: not counted as a guest's request */
+/* Made by the core itself, or no READ, WRITE, FLUSH or ZERO: not counted as a guest's request. */
+#define IO_INTERNAL 0x80
 
 /* An op beside those of enum glide_op: buf is a struct io_extents, to be filled. */
 #define IO_STATUS GLIDE_OPS

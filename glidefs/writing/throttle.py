@@ -83,7 +83,7 @@ class Throttle:
         self._retirer = retirer
         self._writers = writers
         self._rate = DrainRate()
-        self._gone = 0  # bytes written by volumes that closed, or are clean
+        self._written = 0
         self._known: dict[int, int] = {}
         self._pace = 0
         self._stop = threading.Event()
@@ -131,14 +131,13 @@ class Throttle:
         return dirty > 0
 
     def _totals(self) -> tuple[int, int]:
-        """Bytes written so far, and dirty now, of all volumes that may have some."""
+        """Bytes written while it was looked, and dirty now, of all volumes that may have some."""
         volumes = self._writers()
         cores = [volume.core for volume in volumes]
         dirty = sum(info.dirty_bytes for info in infos(cores) if info is not None)
         counters = zip(volumes, stats(cores), strict=True)
         seen = {volume.cookie: found.bytes[_WRITE] for volume, found in counters if found is not None}
-        self._gone += sum(last for cookie, last in self._known.items() if cookie not in seen)
-        back = sum(last for cookie, last in seen.items() if cookie not in self._known)
-        self._gone -= back  # it counts from here on
+        # One that comes, or comes back, counts from here on.
+        self._written += sum(now - self._known.get(cookie, now) for cookie, now in seen.items())
         self._known = seen
-        return self._gone + sum(seen.values()), dirty
+        return self._written, dirty

@@ -103,17 +103,12 @@ def mixed(report: Report, settings: Settings, glide: GlideFS, targets: list[NbdT
     glide.configure({"daemon": {"on_stop": '"remove"'}, "upload": {"sync_interval": '"2s"'}})
     glide.restart()
     rounds(report, settings, targets, [MIXED, READ_BACK], region)
-    report.add(MIXED.name, glide.name, "reads from the store", faults(glide))
+    report.add(MIXED.name, glide.name, "reads from the store", glide.count("faults"))
     glide.drain()
     for _ in range(settings.rounds):
         glide.restart()
         measure(report, glide, AFTER_RESTART, region, settings.seconds)
-        report.add(AFTER_RESTART.name, glide.name, "reads from the store", faults(glide))
-
-
-def faults(glide: GlideFS) -> float:
-    """Guest faults since the daemon started."""
-    return sum(value for key, value in glide.metrics().items() if key.startswith("glidefs_faults_total{"))
+        report.add(AFTER_RESTART.name, glide.name, "reads from the store", glide.count("faults"))
 
 
 def unit_of(load: Load) -> str:
@@ -179,13 +174,8 @@ def value(load: Load, result: Any) -> float:
 
 def check_sources(report: Report, glide: GlideFS) -> None:
     """Say where the reads since the restart came from: the cache phase must not have read the log."""
-    metrics = glide.metrics()
-
-    def count(name: str) -> float:
-        return sum(v for key, v in metrics.items() if key.startswith(f"glidefs_{name}_total{{"))
-
-    log, cache = count("log_hits"), count("cache_reads")
+    log, cache = glide.count("log_hits"), glide.count("cache_reads")
     report.notes.append(
         f"reads since the restart: {cache:.0f} from the block cache, {log:.0f} from the log, "
-        f"{count('faults'):.0f} faults"
+        f"{glide.count('faults'):.0f} faults"
     )

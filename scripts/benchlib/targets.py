@@ -229,6 +229,10 @@ class GlideFS(NbdTarget):
         pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and line[0] != "#")
         return {name: float(value) for name, value in pairs}
 
+    def count(self, name: str) -> float:
+        """A counter of volumes since the daemon started, of all exports."""
+        return sum(v for key, v in self.metrics().items() if key.startswith(f"glidefs_{name}_total{{"))
+
     def _request(self, method: str, path: str, body: str | None = None) -> str:
         connection = _UnixConnection(self.base / "run" / "api.sock")
         connection.request(method, path, body)
