@@ -50,7 +50,7 @@ class Reader:
         self._cache = cache
         self._settings = settings
         self._helpers = helpers
-        self._flights = Flights()
+        self.flights = Flights()
         self._buffers = Buffers(settings.fetch_bytes)
         self._last_loud: dict[str, float] = {}
 
@@ -109,6 +109,12 @@ class Reader:
         """
         self._resolve(volume, store, runs, stamp, -1, helpers)
 
+    def prepare(self, volume: Volume, store: ObjectStore, first: int, count: int) -> None:
+        """Load all that a plan of these blocks is made from. Raises CorruptObject, NotFound, StoreError."""
+        manifest = volume.manifest(store)
+        for chunk, _, _ in split_chunks(first, count):
+            load_indices(manifest, manifest.packs(chunk)[::-1], self._helpers)
+
     def _damaged(self, volume: Volume, store: ObjectStore, block: int, stamp: int, error: GlideError) -> None:
         now = time.monotonic()
         if now - self._last_loud.get(volume.name, -_LOG_EVERY) >= _LOG_EVERY:
@@ -137,12 +143,12 @@ class Reader:
         asked = 0
         while plans:
             plans = self._answer_cached(run, plans)
-            mine, others = self._flights.claim(run.keys[plan.block] for plan in plans)
+            mine, others = self.flights.claim(run.keys[plan.block] for plan in plans)
             try:
                 asked += len(mine)
                 done = self._fetch(run, store, [plan for plan in plans if run.keys[plan.block] in mine])
             finally:
-                self._flights.land(mine)
+                self.flights.land(mine)
             # Blocks of equal key share the flight and find the slot in the next round.
             plans = [plan for plan in plans if plan.block not in done]
             for event in others:
