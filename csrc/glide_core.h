@@ -93,9 +93,30 @@ struct glide_fault {
     uint32_t count;  /* blocks */
     uint32_t chunks; /* not 0: what is asked is which blocks of so many chunks, from that of `block` on, are zeros. All
                         of the first is to be answered, with glide_volume_install_holes */
+    uint64_t order;  /* of a single fault: that of its posting in the engine */
 };
 /* 1 = *out filled; 0 = timeout; -ESHUTDOWN = engine closes. Any number of threads. */
 int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms, struct glide_fault *out);
+
+/* A glide_carry task that ended. */
+struct glide_carried {
+    uint64_t task; /* its number */
+    int32_t err;   /* 0: its blocks are in the cache and answered; else what was answered of them is not known */
+    uint32_t gets; /* requests that were answered as they should be */
+    uint64_t bytes;
+    uint64_t ns; /* from glide_carry to the last byte */
+    /* What was answered answers faults of lower order too: those had been posted before. Of a later one of the same
+     * block that cannot be said. */
+    uint64_t order;
+};
+/* Everything that is there: up to max[0] faults, one block each, and up to max[1] tasks that ended; how many of each
+ * is put into `max`. Returns their sum; 0 = timeout; -ESHUTDOWN = engine closes. Waits `linger_us` from the first on
+ * for more, which are cheaper together. */
+int glide_news_next(glide_engine *engine, int timeout_ms, uint32_t linger_us, struct glide_fault *faults,
+                    struct glide_carried *carried, uint32_t max[2]);
+
+/* The glide_news_next of now, or else the next one, returns at once. */
+void glide_news_poke(glide_engine *engine);
 
 enum glide_event_kind {
     GLIDE_EV_SEALED = 1,  /* a = sequence number of the segment just sealed by size */
@@ -451,6 +472,70 @@ void glide_block_overlay(void *block, uint32_t mask, uint32_t zero_mask, const v
 /* Gather the sectors of `mask` of a 128 KiB block to `out`, packed. */
 void glide_block_extract(const void *block, uint32_t mask, void *out);
 
+/* ---- cold reads: what a block is made of, and its way here, without a call of Python for each ------------- */
+
+struct glide_part { /* an entry of a pack that shows in a block */
+    uint8_t hash[16];
+    uint32_t mask, zero_mask, offset, stored; /* as in the index */
+    uint32_t pack;                            /* the place of its pack among those that were looked through */
+};
+enum glide_plan_state {
+    GLIDE_PLAN_ZERO = 1, /* nothing shows: zeros */
+    GLIDE_PLAN_ABSENT,   /* to be fetched */
+    GLIDE_PLAN_DONE,     /* answered */
+    GLIDE_PLAN_UNSURE,   /* the cache has it from before this process: to be checked */
+};
+struct glide_block_plan {
+    uint64_t block;
+    uint8_t key[16];       /* in the cache */
+    uint32_t first, count; /* its parts, newest first */
+    uint32_t state;
+    uint32_t task; /* glide_carry: counted from 0 */
+};
+struct glide_block_group { /* blocks that the same packs may have */
+    uint32_t packs, blocks;
+};
+/*
+ * What `blocks` are made of, by the entries of indices (40 bytes each, ascending by block), newest first: those of
+ * the first group, then those of the second, and so on, as the blocks. The keys are bound to `prefix` unless that is
+ * NULL. Room for a plan for each block, and for min(packs, 32) parts for each block of a group.
+ */
+void glide_plan_blocks(const void *const *entries, const uint32_t *lengths, const struct glide_block_group *groups,
+                       uint32_t group_count, const uint64_t *blocks, const char *prefix, struct glide_block_plan *plans,
+                       struct glide_part *parts);
+/* Answer what the cache has, which also changes the state; all but block `leave` is mapped. What is zero is left to
+ * glide_volume_install_holes. Returns how many are not DONE, and sets used[i] where one that is ABSENT has a part of pack i. -ENOMEM; a volume that is closed
+ * has nothing to answer. */
+int glide_plan_answer(glide_engine *engine, uint64_t volume, uint64_t stamp, uint64_t leave, struct glide_block_plan *plans,
+                      uint32_t count, const struct glide_part *parts, uint8_t *used);
+
+enum glide_source_kind { GLIDE_SOURCE_FILE = 1, GLIDE_SOURCE_HTTP };
+struct glide_source { /* where a pack is read */
+    uint32_t kind;
+    uint32_t timeout_ms; /* HTTP: for connecting, and for each part of an answer */
+    const char *target;  /* the path of a file; path and query of a URL */
+    const char *host;    /* HTTP: the header Host */
+    const void *address; /* HTTP: struct sockaddr */
+    uint32_t address_length;
+};
+struct glide_carry {
+    uint64_t volume, stamp;   /* whom to answer */
+    uint64_t leave;           /* a block that is put in the cache but not mapped; UINT64_MAX = none */
+    uint64_t first_task;      /* the number of the first task */
+    uint64_t gap, limit;      /* bytes: read over between two payloads; of the longest request for several */
+    struct glide_block_plan *plans; /* those that are ABSENT are carried; their `task` is filled in */
+    const struct glide_part *parts;
+    const struct glide_source *sources; /* by the number of the pack */
+    uint32_t plan_count;
+};
+/*
+ * Fetch the payloads of blocks in as few requests as pay, put the blocks together, verify them, put them in the cache
+ * and answer who waits for them: all on threads of its own. A task is the blocks that share requests; each is told
+ * of once, by glide_news_next. An answer that is not the range that was asked for, or bytes that do not verify, fail
+ * their task: whoever asked goes another way. Returns the number of tasks. -ENOMEM: nothing was begun. Any thread.
+ */
+int glide_carry(glide_engine *engine, const struct glide_carry *what);
+
 /* ---- block cache: content-addressed, one file per host ------------------------ */
 
 struct glide_slot {
@@ -575,5 +660,7 @@ int glide_disk_trace(const char *path);
 int glide_disk_inject(int kind, int err, uint32_t skip, uint32_t count);
 /* Lose what the log map says of a sector. -ENOENT: it says nothing. */
 int glide_volume_forget_sector(glide_volume *volume, uint64_t sector);
+/* BLAKE3-128, in key-derivation mode with a context that is not NULL. */
+void glide_payload_hash(const void *data, uint64_t length, const char *context, uint8_t *out);
 /* Where a key lands in the hash tables of this process. */
 uint64_t glide_hash(uint64_t key);

@@ -132,7 +132,7 @@ class UploadSettings(Struct, frozen=True, forbid_unknown_fields=True):
 class ReaderSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """[reader]: how blocks that are not here are fetched."""
 
-    read_ahead: Size = 8 * MIB
+    read_ahead: Size = 64 * MIB
     read_timeout: Duration = 0.0
     workers: Annotated[int, Meta(ge=1, le=256)] = 16
 

@@ -1,5 +1,6 @@
 #include "volume/engine.h"
 
+#include "carry/carrier.h"
 #include "volume/fault.h"
 #include "transport/nbd/nbd_conn.h"
 #include "volume/volume.h"
@@ -57,11 +58,16 @@ int glide_engine_open(const struct glide_engine_config *config, glide_engine **o
     outbox_init(&e->faults);
     outbox_init(&e->events);
     outbox_init(&e->shadows);
+    list_init(&e->carried);
+    pthread_mutex_init(&e->open_lock, NULL);
+    table_init(&e->open_volumes);
+    err = carrier_open(e, &e->carrier);
     unsigned workers = config->workers ? config->workers : cpu_count();
     workers = workers > 32 ? 32 : workers;
     uint64_t busy_poll_ns = cpu_count() > 1 ? 1000ull * config->busy_poll_us : 0; /* else the client could not run */
     e->workers = calloc(workers, sizeof(*e->workers));
-    for (err = e->workers ? 0 : -ENOMEM; !err && e->worker_count < workers;) {
+    err = e->workers ? err : -ENOMEM;
+    while (!err && e->worker_count < workers) {
         struct worker *w = &e->workers[e->worker_count];
         err = worker_start(w, e, e->worker_count, busy_poll_ns);
         e->worker_count += !err;
@@ -104,6 +110,8 @@ void glide_engine_end_workers(glide_engine *e)
 
 void glide_engine_close(glide_engine *e)
 {
+    cache_shutdown(&e->cache);
+    carrier_close(e->carrier);
     glide_engine_end_workers(e);
     for (unsigned i = 0; i < e->worker_count; i++)
         worker_destroy(&e->workers[i]);
@@ -111,6 +119,9 @@ void glide_engine_close(glide_engine *e)
     outbox_destroy(&e->faults);
     outbox_destroy(&e->events);
     outbox_destroy(&e->shadows);
+    carried_forget(e);
+    table_destroy(&e->open_volumes);
+    pthread_mutex_destroy(&e->open_lock);
     leaf_pool_destroy(&e->leaves);
     cache_close(&e->cache);
     free(e->nbd);

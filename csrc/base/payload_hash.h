@@ -10,5 +10,7 @@
 #define PAYLOAD_HASH 16
 
 void payload_hash(const void *data, size_t length, uint8_t out[PAYLOAD_HASH]);
+/* The same in key-derivation mode: of other data, or with another context, it is another hash. */
+void payload_derive(const char *context, const void *data, size_t length, uint8_t out[PAYLOAD_HASH]);
 
 #endif

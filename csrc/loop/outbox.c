@@ -43,7 +43,14 @@ void outbox_wake(struct outbox *o)
     pthread_mutex_unlock(&o->lock);
 }
 
-int outbox_wait(struct outbox *o, int timeout_ms)
+static bool has_item(const struct outbox *o, const struct list *also, const bool *flag)
+{
+    return !list_empty(&o->items) || !list_empty(also) || (flag && *flag);
+}
+
+int outbox_wait(struct outbox *o, int timeout_ms) { return outbox_wait_for(o, &o->items, NULL, timeout_ms); }
+
+int outbox_wait_for(struct outbox *o, const struct list *also, const bool *flag, int timeout_ms)
 {
     struct timespec until;
     uint64_t deadline = now_ns() + (uint64_t)(timeout_ms < 0 ? 0 : timeout_ms) * 1000000u;
@@ -51,12 +58,12 @@ int outbox_wait(struct outbox *o, int timeout_ms)
     until.tv_sec = (time_t)(deadline / 1000000000u);
     until.tv_nsec = (long)(deadline % 1000000000u);
     pthread_mutex_lock(&o->lock);
-    for (uint64_t wakes = o->wakes; list_empty(&o->items);) {
+    for (uint64_t wakes = o->wakes; !has_item(o, also, flag);) {
         if (o->closed)
             return -ESHUTDOWN;
         if (o->wakes != wakes)
             return 0;
-        if (pthread_cond_timedwait(&o->cond, &o->lock, &until) == ETIMEDOUT && list_empty(&o->items))
+        if (pthread_cond_timedwait(&o->cond, &o->lock, &until) == ETIMEDOUT && !has_item(o, also, flag))
             return o->closed ? -ESHUTDOWN : 0;
     }
     return 1;

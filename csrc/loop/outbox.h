@@ -25,5 +25,8 @@ void outbox_destroy(struct outbox *o);
 void outbox_put(struct outbox *o, struct list *item);
 /* Lock and wait for an item. 1 = there is one, 0 = timeout, -ESHUTDOWN; locked in any case. */
 int outbox_wait(struct outbox *o, int timeout_ms);
+/* The same, for an item of this list, too, or for a flag (or NULL): the lock guards them, the condition tells of them.
+ */
+int outbox_wait_for(struct outbox *o, const struct list *also, const bool *flag, int timeout_ms);
 
 #endif

@@ -54,3 +54,24 @@ static void tell_workers(struct engine *e, bool wanted)
 
 void engine_space_freed(struct engine *e) { tell_workers(e, false); }
 void engine_space_wanted(struct engine *e) { tell_workers(e, true); }
+
+/* ---- volumes by cookie ---- */
+
+int engine_enter(struct engine *e, struct volume *v)
+{
+    pthread_mutex_lock(&e->open_lock);
+    uint64_t *entry = table_insert(&e->open_volumes, v->cookie);
+    if (entry)
+        *entry = (uint64_t)(uintptr_t)v;
+    pthread_mutex_unlock(&e->open_lock);
+    return entry ? 0 : -ENOMEM;
+}
+
+void engine_leave(struct engine *e, struct volume *v)
+{
+    pthread_mutex_lock(&e->open_lock);
+    const uint64_t *entry = table_find(&e->open_volumes, v->cookie);
+    if (entry && *entry == (uint64_t)(uintptr_t)v)
+        table_remove(&e->open_volumes, v->cookie);
+    pthread_mutex_unlock(&e->open_lock);
+}

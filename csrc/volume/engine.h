@@ -5,6 +5,7 @@
 #ifndef GLIDE_ENGINE_H
 #define GLIDE_ENGINE_H
 
+#include "base/table.h"
 #include "cache/block_cache.h"
 #include "log/log_map.h"
 #include "log/write_log.h"
@@ -12,6 +13,8 @@
 #include "loop/worker.h"
 
 struct nbd_memory;
+struct carrier;
+struct volume;
 
 struct engine {
     struct glide_engine_config config;
@@ -21,6 +24,12 @@ struct engine {
     _Atomic uint64_t table_bytes; /* map memory besides leaves; each volume adds its changes */
     struct nbd_memory *nbd;       /* of all NBD connections */
     struct outbox faults;         /* of struct fault (fault.c) */
+    struct list carried;          /* of struct carried (news.c), under faults.lock */
+    _Atomic uint64_t fault_order; /* of the last fault that was posted */
+    bool poked;                   /* the thread in glide_news_next has something to do; under faults.lock */
+    struct carrier *carrier;      /* of carry/, which makes it */
+    pthread_mutex_t open_lock;    /* guards open_volumes; held while an answer is posted */
+    struct table open_volumes;    /* cookie -> struct volume: for answers from threads that do not keep it open */
     struct outbox events;         /* of struct event (fault.c) */
     struct outbox shadows;        /* of struct shadow_item (shadow.c) */
     unsigned worker_count;
@@ -34,5 +43,9 @@ uint64_t engine_map_bytes(struct engine *e);
 void engine_space_freed(struct engine *e);
 /* Somebody waits for log space: spares of all volumes go. Any thread. */
 void engine_space_wanted(struct engine *e);
+
+/* Answers to the volume of a cookie may be posted from now on, and until engine_leave returns. -ENOMEM. */
+int engine_enter(struct engine *e, struct volume *v);
+void engine_leave(struct engine *e, struct volume *v);
 
 #endif

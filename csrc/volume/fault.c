@@ -7,7 +7,7 @@
 
 struct fault {
     struct list link;
-    uint64_t cookie, block, stamp;
+    uint64_t cookie, block, stamp, order;
     uint32_t chunks; /* see struct glide_fault */
 };
 
@@ -91,6 +91,77 @@ int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms,
     return got;
 }
 
+/* ---- faults and what was carried, many at once ---- */
+
+struct carried {
+    struct list link; /* first: see outbox_destroy */
+    struct glide_carried carried;
+};
+
+int carried_post(struct engine *e, const struct glide_carried *carried)
+{
+    struct carried *item = malloc(sizeof(*item));
+
+    if (!item)
+        return -ENOMEM;
+    item->carried = *carried;
+    pthread_mutex_lock(&e->faults.lock);
+    list_append(&e->carried, &item->link);
+    pthread_cond_broadcast(&e->faults.cond); /* who waits for faults alone does not take it */
+    pthread_mutex_unlock(&e->faults.lock);
+    return 0;
+}
+
+void carried_forget(struct engine *e)
+{
+    for (struct list *l; (l = list_pop(&e->carried));)
+        free(container_of(l, struct carried, link));
+}
+
+int glide_news_next(glide_engine *engine, int timeout_ms, uint32_t linger_us, struct glide_fault *faults,
+                    struct glide_carried *carried, uint32_t max[2])
+{
+    struct outbox *o = &engine->faults;
+    int got = outbox_wait_for(o, &engine->carried, &engine->poked, timeout_ms);
+    uint32_t count[2] = {0, 0};
+
+    engine->poked = false;
+    if (got > 0 && linger_us) {
+        struct timespec pause = {.tv_nsec = 1000L * (long)min_u64(linger_us, 100000)};
+        pthread_mutex_unlock(&o->lock);
+        nanosleep(&pause, NULL);
+        pthread_mutex_lock(&o->lock);
+    }
+    for (; got > 0 && count[0] < max[0] && !list_empty(&o->items); count[0]++) {
+        struct fault *f = container_of(list_pop(&o->items), struct fault, link);
+        faults[count[0]] = (struct glide_fault){.volume = f->cookie,
+                                                .block = f->block,
+                                                .stamp = f->stamp,
+                                                .count = 1,
+                                                .chunks = f->chunks,
+                                                .order = f->order};
+        o->count--;
+        free(f);
+    }
+    for (; got > 0 && count[1] < max[1] && !list_empty(&engine->carried); count[1]++) {
+        struct carried *item = container_of(list_pop(&engine->carried), struct carried, link);
+        carried[count[1]] = item->carried;
+        free(item);
+    }
+    pthread_mutex_unlock(&o->lock);
+    max[0] = count[0];
+    max[1] = count[1];
+    return got < 0 ? got : (int)(count[0] + count[1]);
+}
+
+void glide_news_poke(glide_engine *engine)
+{
+    pthread_mutex_lock(&engine->faults.lock);
+    engine->poked = true;
+    pthread_cond_broadcast(&engine->faults.cond);
+    pthread_mutex_unlock(&engine->faults.lock);
+}
+
 void fault_forget(struct engine *e, uint64_t cookie)
 {
     struct outbox *o = &e->faults;
@@ -140,6 +211,7 @@ static int wait_for(struct volume *v, uint64_t key, struct io_req *req, struct f
         }
         *entry = (uint64_t)(uintptr_t)fresh;
         *f = ask;
+        f->order = atomic_fetch_add(&v->engine->fault_order, 1) + 1;
         outbox_put(&v->engine->faults, &f->link);
         stat_add(&v->stats.faults, 1);
     }

@@ -38,6 +38,10 @@ void fault_table_destroy(struct volume *v);
 
 /* ---- any thread ---- */
 void event_post(struct engine *e, uint64_t volume, uint32_t kind, uint64_t a, uint64_t b);
+/* A task of carry/ ended. -ENOMEM. */
+int carried_post(struct engine *e, const struct glide_carried *carried);
+/* At the end: nobody posts any more. */
+void carried_forget(struct engine *e);
 /* Forget queued faults of a volume that closes. */
 void fault_forget(struct engine *e, uint64_t cookie);
 

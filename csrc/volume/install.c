@@ -8,6 +8,8 @@
  * has it. An answer from before the last retire (its stamp tells) is not
  * mapped; its waiters look again.
  */
+#include "volume/install.h"
+
 #include "cache/block_cache.h"
 #include "volume/engine.h"
 #include "volume/fault.h"
@@ -138,6 +140,19 @@ int glide_volume_install_holes(glide_volume *volume, uint64_t stamp, const struc
     return fail(-ESHUTDOWN, "the volume was handed over");
 }
 
+int install_by_cookie(struct engine *e, uint64_t cookie, uint64_t stamp, const struct glide_install *list,
+                      uint32_t count)
+{
+    pthread_mutex_lock(&e->open_lock);
+    const uint64_t *entry = table_find(&e->open_volumes, cookie);
+    int err = entry ? glide_volume_install((struct volume *)(uintptr_t)*entry, stamp, list, count) : -ESHUTDOWN;
+    pthread_mutex_unlock(&e->open_lock);
+    for (uint32_t i = 0; err && i < count; i++)
+        if (list[i].kind == GLIDE_INSTALL_SLOT)
+            cache_unpin(&e->cache, list[i].slot);
+    return err;
+}
+
 struct lend_task {
     struct task task;
     struct volume *v;
@@ -176,6 +191,15 @@ static int lend(struct volume *v, uint64_t stamp, const struct glide_fill *fill)
         return 0;
     free(t);
     return fail(-ESHUTDOWN, "the volume was handed over");
+}
+
+int lend_by_cookie(struct engine *e, uint64_t cookie, uint64_t stamp, const struct glide_fill *fill)
+{
+    pthread_mutex_lock(&e->open_lock);
+    const uint64_t *entry = table_find(&e->open_volumes, cookie);
+    int err = entry ? lend((struct volume *)(uintptr_t)*entry, stamp, fill) : -ESHUTDOWN;
+    pthread_mutex_unlock(&e->open_lock);
+    return err;
 }
 
 /* Insert up to PINNED_AT_ONCE blocks and install them. How many were done; the error if none. */

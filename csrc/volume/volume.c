@@ -250,7 +250,14 @@ int volume_open(struct engine *engine, const struct glide_volume_config *config,
     v->enter_task.run = enter;
     v->flush_task.run = flush_at_end;
     v->member.ops = &MEMBER_OPS;
+    err = engine_enter(engine, v);
+    if (err) {
+        atomic_fetch_sub(&v->worker->volume_count, 1);
+        volume_free(v);
+        return err;
+    }
     if (!worker_post(v->worker, &v->enter_task)) { /* nobody waits: whatever comes later is behind it */
+        engine_leave(engine, v);
         atomic_fetch_sub(&v->worker->volume_count, 1);
         volume_free(v);
         return fail(-ESHUTDOWN, "the engine's workers have ended");
@@ -287,6 +294,7 @@ int glide_volume_close(glide_volume *v)
 
     if (err == -EBUSY)
         return err;
+    engine_leave(v->engine, v);
     /* Where the worker has ended these say that they cannot: the volume is out of it already. */
     call_run(v->worker, &call, start_close, v);
     worker_call(v->worker, leave_worker, v);

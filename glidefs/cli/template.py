@@ -64,9 +64,9 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #compact_rate = "64MiB"             # bytes per second of it
 
 [reader]
-#read_ahead = "8MiB"
+#read_ahead = "64MiB"               # of one sequential reader at most
 #read_timeout = "0s"                # reads wait this long for the store, then EIO; 0 = for ever
-#workers = 16                       # threads that answer reads of absent blocks
+#workers = 16                       # threads for reads that need more than bytes
 
 [daemon]
 #node = "host-1"                    # the owner named in the store; default: the host name

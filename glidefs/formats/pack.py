@@ -144,6 +144,11 @@ class PackIndex:
         return self._count
 
     @property
+    def records(self) -> bytes:
+        """The entries as they are in the index, ascending by block."""
+        return self._data
+
+    @property
     def nbytes(self) -> int:
         """Bytes of memory that the records take."""
         return len(self._data)

@@ -48,6 +48,25 @@ class Manifest:
         """The index of one of the packs, if no request is needed for it."""
         return self._meta.indices.peek(ref.id)
 
+    def ready(self, chunk: int) -> list[PackIndex] | None:
+        """The indices of a chunk's packs, newest first, if no request is needed for any of it."""
+        number = chunk // PAGE_CHUNKS
+        root = self.root
+        page: Page | None = EMPTY_PAGE
+        if root.inline_page is not None:
+            page = root.inline_page if number == 0 else EMPTY_PAGE
+        elif number < len(root.page_ids) and root.page_ids[number]:
+            page = self._meta.pages.peek(root.page_ids[number])
+        if page is None:
+            return None
+        found: list[PackIndex] = []
+        for i in reversed(page.chunks.get(chunk % PAGE_CHUNKS, ())):
+            index = self._meta.indices.peek(page.packs[i].id)
+            if index is None:
+                return None
+            found.append(index)
+        return found
+
     def forget(self, chunk: int) -> None:
         """Keep nothing here of what a chunk is read by: its page, the indices of its packs, signed URLs.
 

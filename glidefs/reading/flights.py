@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+from glidefs.core.carry import AbsentBlock
+
+
+class _Flight:
+    __slots__ = ("landed", "waiters")
+
+    def __init__(self) -> None:
+        self.landed: threading.Event | None = None  # made for the first who waits on a thread
+        self.waiters: list[AbsentBlock] = []
 
 
 class Flights:
-    """Keys of the block cache that are being fetched. ``_lock`` guards the table."""
+    """Keys of the block cache that are being fetched. ``_lock`` guards the table and what is in it.
 
-    def __init__(self) -> None:
+    ``tell(waiters)`` is called without the lock, on the thread that landed, for those who did not wait on a
+    thread.
+    """
+
+    def __init__(self, tell: Callable[[list[AbsentBlock]], None] | None = None) -> None:
+        self.tell = tell
         self._lock = threading.Lock()
-        self._table: dict[bytes, threading.Event] = {}
+        self._table: dict[bytes, _Flight] = {}
+
+    def __len__(self) -> int:
+        return len(self._table)
 
     def claim(self, keys: Iterable[bytes]) -> tuple[set[bytes], set[threading.Event]]:
         """Keys that are now the caller's to fetch, and events of the flights of the others.
@@ -20,19 +38,43 @@ class Flights:
         """
         mine: set[bytes] = set()
         others: set[threading.Event] = set()
-        landed = threading.Event()  # one for all: they land together
+        flight = _Flight()  # one for all: they land together
         with self._lock:
             for key in keys:
-                event = self._table.setdefault(key, landed)
-                if event is landed:
+                found = self._table.setdefault(key, flight)
+                if found is flight:
                     mine.add(key)
                 else:
-                    others.add(event)
+                    found.landed = found.landed or threading.Event()
+                    others.add(found.landed)
         return mine, others
 
-    def land(self, keys: Iterable[bytes]) -> None:
-        """The fetch of these keys ended, well or not."""
+    def board(self, keys: Sequence[bytes], waiters: Sequence[AbsentBlock | None]) -> list[bool]:
+        """For each key whether it is now the caller's to fetch, in a flight of its own.
+
+        Where it is not, its waiter, if there is one, is told of at the landing.
+        """
+        mine: list[bool] = []
         with self._lock:
-            events = {self._table.pop(key) for key in keys}
-        for event in events:
-            event.set()
+            for key, waiter in zip(keys, waiters, strict=True):
+                found = self._table.get(key)
+                mine.append(found is None)
+                if found is None:
+                    self._table[key] = _Flight()
+                elif waiter is not None:
+                    found.waiters.append(waiter)
+        return mine
+
+    def land(self, keys: Iterable[bytes], answered: Callable[[AbsentBlock], bool] | None = None) -> None:
+        """The fetch of these keys ended, well or not. Who was ``answered`` by it need not be told."""
+        with self._lock:
+            flights = {self._table.pop(key) for key in keys}
+        waiters: list[AbsentBlock] = []
+        for flight in flights:
+            if flight.landed is not None:
+                flight.landed.set()
+            waiters += flight.waiters
+        if answered is not None:
+            waiters = [waiter for waiter in waiters if not answered(waiter)]
+        if waiters and self.tell is not None:
+            self.tell(waiters)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from glidefs.core.volume import GROUP, Holes, chunk_holes, page_holes
+from glidefs.core.volume import GROUP, CoreVolume, Holes, chunk_holes, install_retry, page_holes
+from glidefs.formats.manifest import PAGE_CHUNKS
 from glidefs.formats.pack import CHUNK_BLOCKS, PackIndex
 from glidefs.manifest.cache import LoadingCache
 from glidefs.manifest.view import Manifest
@@ -55,6 +56,47 @@ class ChunkHoles:
         """What :func:`holes_of_chunk` says."""
         key = chunk, tuple(index.key for index in indices)
         return self._kept.get(key, lambda: holes_of_chunk(chunk, indices))
+
+
+class Zeros:
+    """Blocks that a plan found to be zeros, with the pages and chunks around them.
+
+    The core keeps zeros by page and chunk. So a hole is a fault once in each page of the manifest, and what
+    is zero of a chunk that has packs once in each chunk.
+    """
+
+    def __init__(self, chunks: ChunkHoles) -> None:
+        self._chunks = chunks
+        self._runs: list[tuple[int, int]] = []
+        self._holes: dict[tuple[bool, int], Holes] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    def add_absent(self, manifest: Manifest, first: int, count: int) -> None:
+        """Blocks of a chunk that no pack has. Raises as :meth:`Manifest.page`."""
+        page = first // CHUNK_BLOCKS // PAGE_CHUNKS
+        if (True, page) not in self._holes:
+            self._holes[True, page] = holes_of_page(manifest, page)
+        self._add_run(first, count)
+
+    def add(self, block: int, indices: Sequence[PackIndex]) -> None:
+        """A block of which the packs of its chunk have no data; ``indices`` are theirs, newest first."""
+        chunk = block // CHUNK_BLOCKS
+        if (False, chunk) not in self._holes:
+            self._holes[False, chunk] = self._chunks.of(chunk, indices)
+        self._add_run(block, 1)
+
+    def _add_run(self, first: int, count: int) -> None:
+        if self._runs and sum(self._runs[-1]) == first:
+            first, count = self._runs[-1][0], self._runs.pop()[1] + count
+        self._runs.append((first, count))
+
+    def install(self, core: CoreVolume, stamp: int) -> None:
+        """Tell the core, and let who waits for the blocks look again. Raises Closed, CoreError."""
+        if self:
+            core.install_holes(stamp, list(self._holes.values()))
+            core.install(stamp, [install_retry(first, count) for first, count in self._runs])
 
 
 def _bits(numbers: Iterable[int]) -> int:

@@ -20,10 +20,8 @@ from glidefs.core.check import CoreError
 from glidefs.core.volume import (
     CoreVolume,
     Fill,
-    Holes,
     holes_error,
     install_error,
-    install_retry,
     install_slot,
 )
 from glidefs.errors import CorruptObject, GlideError, NotFound
@@ -33,7 +31,7 @@ from glidefs.manifest.keys import scoped_key
 from glidefs.manifest.view import Manifest
 from glidefs.reading.fetch import Buffers, Payloads, fetch, plan_ranges
 from glidefs.reading.flights import Flights
-from glidefs.reading.holes import ChunkHoles, holes_of_page
+from glidefs.reading.holes import ChunkHoles, Zeros, holes_of_page
 from glidefs.reading.plan import BlockPlan, assemble, plan_block
 from glidefs.store.base import ObjectStore
 from glidefs.volume.settings import HostSettings
@@ -59,8 +57,8 @@ class Reader:
         self._cache = cache
         self._settings = settings
         self._helpers = helpers
-        self._flights = Flights()
-        self._chunk_holes = ChunkHoles()
+        self.flights = Flights()
+        self.chunk_holes = ChunkHoles()
         self._buffers = Buffers(settings.fetch_bytes)
         self._last_loud: dict[str, float] = {}
 
@@ -144,9 +142,15 @@ class Reader:
         holes = [holes_of_page(manifest, page) for page in sorted(pages)]
         for chunk, found in packs.items():
             if found:
-                holes.append(self._chunk_holes.of(chunk, [indices[ref] for ref in found]))
+                holes.append(self.chunk_holes.of(chunk, [indices[ref] for ref in found]))
         # Where the stamp is stale no page lands, and who asked must look again.
         volume.core.install_holes(stamp, [*holes, holes_error(chunks.start, 0)])
+
+    def prepare(self, volume: Volume, store: ObjectStore, first: int, count: int) -> None:
+        """Load all that a plan of these blocks is made from. Raises CorruptObject, NotFound, StoreError."""
+        manifest = volume.manifest(store)
+        for chunk, _, _ in split_chunks(first, count):
+            load_indices(manifest, manifest.packs(chunk)[::-1], self._helpers)
 
     def _damaged(self, volume: Volume, store: ObjectStore, block: int, stamp: int, error: GlideError) -> None:
         now = time.monotonic()
@@ -165,7 +169,7 @@ class Reader:
         helpers: Executor | None,
     ) -> int:
         manifest = volume.manifest(store)
-        zeros = Zeros(self._chunk_holes)
+        zeros = Zeros(self.chunk_holes)
         plans: list[BlockPlan] = []
         for first, count in runs:
             plan_run(manifest, first, count, helpers, zeros, plans)
@@ -175,12 +179,12 @@ class Reader:
         asked = 0
         while plans:
             plans = self._answer_cached(run, plans)
-            mine, others = self._flights.claim(run.keys[plan.block] for plan in plans)
+            mine, others = self.flights.claim(run.keys[plan.block] for plan in plans)
             try:
                 asked += len(mine)
                 done = self._fetch(run, store, [plan for plan in plans if run.keys[plan.block] in mine])
             finally:
-                self._flights.land(mine)
+                self.flights.land(mine)
             # Blocks of equal key share the flight and find the slot in the next round.
             plans = [plan for plan in plans if plan.block not in done]
             for event in others:
@@ -289,30 +293,6 @@ def _patiently(insert: Callable[[], T]) -> T:
         pause = min(pause * 2, 0.05)
 
 
-class Zeros:
-    """What of the planned blocks is zeros: ``runs`` of them; ``holes``, the pages and chunks around.
-
-    The core keeps zeros by page and chunk. So a hole is a fault once in each page of the manifest, and what
-    is zero of a chunk that has packs once in each chunk.
-    """
-
-    def __init__(self, chunks: ChunkHoles | None = None) -> None:
-        self.chunks = chunks or ChunkHoles()
-        self.runs: list[tuple[int, int]] = []
-        self.holes: dict[tuple[bool, int], Holes] = {}
-
-    def add(self, first: int, count: int) -> None:
-        """Blocks that are zeros, which an item of ``holes`` says too."""
-        if self.runs and sum(self.runs[-1]) == first:
-            first, count = self.runs[-1][0], self.runs.pop()[1] + count
-        self.runs.append((first, count))
-
-    def install(self, core: CoreVolume, stamp: int) -> None:
-        """Tell the core, and let who waits for the blocks look again. Raises Closed, CoreError."""
-        core.install_holes(stamp, list(self.holes.values()))
-        core.install(stamp, [install_retry(first, count) for first, count in self.runs])
-
-
 def plan_run(
     manifest: Manifest,
     first: int,
@@ -325,10 +305,7 @@ def plan_run(
     for chunk, start, stop in split_chunks(first, count):
         refs = manifest.packs(chunk)
         if not refs:
-            page = chunk // PAGE_CHUNKS
-            if (True, page) not in zeros.holes:
-                zeros.holes[True, page] = holes_of_page(manifest, page)
-            zeros.add(start, stop - start)
+            zeros.add_absent(manifest, start, stop - start)
             continue
         indices = load_indices(manifest, refs[::-1], helpers)
         for block in range(start, stop):
@@ -336,9 +313,7 @@ def plan_run(
             if plan.mask:
                 plans.append(plan)
                 continue
-            if (False, chunk) not in zeros.holes:
-                zeros.holes[False, chunk] = zeros.chunks.of(chunk, indices)
-            zeros.add(block, 1)
+            zeros.add(block, indices)
 
 
 def block_key(manifest: Manifest, block: int) -> bytes | None:

@@ -46,6 +46,20 @@ class ObjectInfo(msgspec.Struct, frozen=True):
     last_modified: float
 
 
+class Source(msgspec.Struct, frozen=True):
+    """Where the bytes of an object can be read without this store: a file, or ranges of a URL by plain HTTP.
+
+    ``target`` is a path, or path and query. HTTP only: ``host`` is the header of that name, ``address`` a
+    packed ``struct sockaddr``, ``timeout`` seconds for connecting and for each part of an answer. Who does
+    not get exactly the bytes that he wants from there asks the store, which knows what that means.
+    """
+
+    target: bytes
+    host: bytes = b""
+    address: bytes = b""
+    timeout: float = 0.0
+
+
 class ListPage(msgspec.Struct, frozen=True):
     """A piece of a listing, and the token that gets the next piece (empty: this was the last)."""
 
@@ -160,6 +174,14 @@ class ObjectStore(ABC):
         the last part. ``prefix`` is empty or ends with a slash. A provider that keeps directories
         (SeaweedFS) also lists those whose objects are all gone.
         """
+
+    def source(self, key: str) -> Source | None:
+        """Where ``key`` can be read directly, as far as is known without a request. None: ask the store."""
+        return None
+
+    def prepare(self, key: str) -> None:
+        """Find out what :meth:`source` needs. May ask others than the store (credentials, names of hosts)."""
+        return
 
     def forget(self, key: str) -> None:
         """Forget what is kept here of ``key`` (a signed URL), so that it is asked for anew."""

@@ -51,6 +51,7 @@ from glidefs.store.base import (
     Object,
     ObjectInfo,
     ObjectStore,
+    Source,
     body_length,
     buffers,
     check_condition,
@@ -225,6 +226,10 @@ class FileStore(ObjectStore):
             if offset + length > stat.st_size:
                 raise CorruptObject(key, stat.st_size, "the object ends before the range that was asked for")
             return self._read(fd, key, offset, length)
+
+    def source(self, key: str) -> Source | None:
+        check_key(key)
+        return Source(os.fsencode(f"{self._root}/{key}"))
 
     def get_suffix(self, key: str, length: int) -> tuple[bytes, int]:
         check_range(key, 0, length)

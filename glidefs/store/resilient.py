@@ -31,10 +31,21 @@ from typing import Final, Literal, TypeVar
 
 import tenacity
 
-from glidefs.errors import CorruptObject, NotFound, StoreError, StoreUnavailable, Throttled
+from glidefs.errors import CorruptObject, NotFound, StoreError, Throttled
 from glidefs.events import happened
-from glidefs.store.base import Body, Buffer, Keys, ListPage, Object, ObjectInfo, ObjectStore, body_length
+from glidefs.store.base import (
+    Body,
+    Buffer,
+    Keys,
+    ListPage,
+    Object,
+    ObjectInfo,
+    ObjectStore,
+    Source,
+    body_length,
+)
 from glidefs.store.breaker import Breaker
+from glidefs.store.call import Call, Kind
 from glidefs.store.counters import Counters, StoreMetrics
 from glidefs.store.state import StoreState, Waits, waiting
 from glidefs.store.which import WhichStore
@@ -42,7 +53,6 @@ from glidefs.store.which import WhichStore
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Kind = Literal["read", "upload", "background"]
 Outcome = Literal["ok", "retry", "error"]
 MetricsHook = Callable[[str, Outcome, float], None]
 
@@ -52,59 +62,9 @@ PROVEN: Final = ("get_range", "get_suffix")
 MAX_BACKOFF: Final = 1.0
 _FIRST_BACKOFF: Final = 0.05
 _SLICE: Final = 0.25
-_LOOK: Final = 1.0
-"""Seconds after which who waits looks at the clock."""
 NEWS_AFTER: Final = 2.0
 _ANSWER: Final = 2.0
 """Seconds that the store has to say whether it is there."""
-
-
-class _Call:
-    """One call of a lane: its deadline, and what became of its attempts."""
-
-    __slots__ = ("key", "kind", "last", "op", "sent", "until")
-
-    def __init__(self, kind: Kind, op: str, key: str, until: float | None, sent: int) -> None:
-        self.kind = kind
-        self.op = op
-        self.key = key
-        self.until = until
-        self.sent = sent
-        self.last: StoreError | None = None
-
-    def waits(self, waits: Waits, why: str) -> None:
-        """It has no answer so far, for its last error or else for ``why``."""
-        reason = self.last.why if self.last is not None else why
-        waits.failed(waiting(self.kind, self.op, self.key), reason)
-
-    def is_over(self) -> bool:
-        """Whether its deadline passed."""
-        return self.until is not None and time.monotonic() >= self.until
-
-    def look(self) -> float:
-        """When to look at the clock again, at its deadline at the latest."""
-        then = time.monotonic() + _LOOK
-        return then if self.until is None else min(then, self.until)
-
-    def failed(self, error: StoreError) -> None:
-        """Note a failed attempt. A put without an answer may be done; so what follows it is ambiguous."""
-        if self.op == "put" and (error.temporary or self.last is not None):
-            error.ambiguous = True
-        self.last = error
-
-    def error(self, why: str) -> StoreUnavailable:
-        """The error of a call that ended while it waited."""
-        if self.last is not None:
-            why = f"{why}; last error: {self.last.why}"
-        return StoreUnavailable(
-            why, key=self.key, op=self.op, ambiguous=self.last is not None and self.op == "put"
-        )
-
-    def gave_up(self, breaker: Breaker) -> StoreUnavailable:
-        """The error of a call whose deadline passed."""
-        if breaker.is_closed:
-            return self.error("the deadline passed")
-        return self.error(f"the deadline passed; the store has been down for {breaker.open_for:.0f} s")
 
 
 class StoreView(ObjectStore):
@@ -151,6 +111,34 @@ class StoreView(ObjectStore):
     def list_dirs(self, prefix: str) -> Keys:
         return self._run("list_dirs", prefix, lambda: self._inner.list_dirs(prefix))
 
+    def source(self, key: str) -> Source | None:
+        """None also while each answer is to be looked at: after trouble, or if it may be another store."""
+        owner = self._owner
+        if not owner.breaker_of("get_range").is_closed:
+            return None
+        if owner.identity is not None and not owner.identity.verified:
+            return None
+        return self._inner.source(key)
+
+    def prepare(self, key: str) -> None:
+        self._inner.prepare(key)
+
+    def carried(self, gets: int, got: int, seconds: float, *, failed: bool) -> None:
+        """What came of requests to a source that this view named: ``gets`` were answered, ``got`` bytes.
+
+        One that ``failed`` is asked of the store again, which then judges.
+        """
+        owner = self._owner
+        started = time.monotonic() - seconds
+        for i in range(gets):
+            owner.counters.count("get_range", failed=False, got=0 if i else got)
+            owner.report("get_range", "ok", started)
+        if failed:
+            owner.counters.count("get_range", failed=True, again=True)
+            owner.report("get_range", "retry", started)
+        elif gets:
+            owner.settle(owner.breaker_of("get_range"), False, True, "")
+
     def forget(self, key: str) -> None:
         self._inner.forget(key)
 
@@ -166,7 +154,7 @@ class StoreView(ObjectStore):
     ) -> T:
         owner = self._owner
         until = None if self._deadline is None else time.monotonic() + self._deadline
-        call = _Call(self._kind, op, key, until, sent)
+        call = Call(self._kind, op, key, until, sent)
         try:
             return self._attempt(call, request, size)
         except StoreError as error:
@@ -183,7 +171,7 @@ class StoreView(ObjectStore):
         result: T = retrying(self._attempt, call, request, size)
         return result
 
-    def _attempt(self, call: _Call, request: Callable[[], T], size: Callable[[T], int] | None) -> T:
+    def _attempt(self, call: Call, request: Callable[[], T], size: Callable[[T], int] | None) -> T:
         owner = self._owner
         breaker = owner.breaker_of(call.op)
         probe = self._enter(call, breaker)
@@ -240,7 +228,7 @@ class StoreView(ObjectStore):
             identity.check(self._inner)
         return result
 
-    def _enter(self, call: _Call, breaker: Breaker) -> bool:
+    def _enter(self, call: Call, breaker: Breaker) -> bool:
         """Get past the breaker and into the lane; true for a probe, which takes no place in the lane.
 
         (Requests that hang may fill the lane, and a probe is what finds out that the store is back.)
@@ -271,7 +259,7 @@ class StoreView(ObjectStore):
         finally:
             owner.counters.wait(-1)
 
-    def _passed(self, call: _Call, breaker: Breaker) -> bool:
+    def _passed(self, call: Call, breaker: Breaker) -> bool:
         """Wait for the breaker; true if the call is a probe. Raises TimeoutError, InterruptedError."""
         while True:
             try:
@@ -475,6 +463,12 @@ class ResilientStore(ObjectStore):
 
     def list_dirs(self, prefix: str) -> Keys:
         return self._reads.list_dirs(prefix)
+
+    def source(self, key: str) -> Source | None:
+        return self._reads.source(key)
+
+    def prepare(self, key: str) -> None:
+        self.inner.prepare(key)
 
     def forget(self, key: str) -> None:
         self.inner.forget(key)

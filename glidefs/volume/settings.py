@@ -15,8 +15,10 @@ MIB = 1 << 20
 class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes and seconds throughout.
 
-    Reading: ``reader_threads`` answer guest faults of at most ``fault_blocks`` blocks each,
-    ``fetch_threads`` help with the ranged GETs of one fault, ``prefetch_threads`` read ahead.
+    Reading: the core carries at most ``carried_blocks`` that guests wait for at a time. What it cannot,
+    ``reader_threads`` answer, runs of at most ``fault_blocks`` blocks each; ``fetch_threads`` help with the
+    ranged GETs of one, ``prefetch_threads`` read ahead. ``read_ahead_bytes`` is the largest window of a
+    volume, ``ahead_bytes`` what all volumes together have on its way of that.
     ``coalesce_gap``: bytes between two payloads that are read rather than ending the request;
     ``fetch_bytes``: largest ranged GET of a fault that several requests share. Pack indices are kept
     up to ``index_cache_bytes`` in memory and ``index_disk_bytes`` in the state directory.
@@ -45,7 +47,9 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     fault_blocks: int = 32
     poll_ms: int = 500
     cache_scope: Literal["host", "prefix"] = "host"
-    read_ahead_bytes: int = 8 * MIB
+    carried_blocks: int = 512
+    read_ahead_bytes: int = 64 * MIB
+    ahead_bytes: int = 128 * MIB
     coalesce_gap: int = 64 << 10
     fetch_bytes: int = 2 * MIB
     index_cache_bytes: int = 32 * MIB

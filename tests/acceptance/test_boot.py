@@ -22,8 +22,9 @@ from glidefs.formats.pack import CHUNK_BLOCKS
 from glidefs.manifest.cache import MetaCache
 from glidefs.manifest.view import Manifest
 from glidefs.names import base_manifest_key, hot_set_key
+from glidefs.reading.holes import ChunkHoles, Zeros
 from glidefs.reading.plan import BlockPlan
-from glidefs.reading.reader import Zeros, plan_run
+from glidefs.reading.reader import plan_run
 from glidefs.store import open_store
 
 pytest.importorskip("glidefs.core._core")
@@ -165,10 +166,10 @@ def _hot_bytes(node: Node, endpoint: str) -> tuple[int, int]:
         hot_set = decode_hot_set(key, store.get(key).data)
         key = base_manifest_key("default", BASE)
         manifest = Manifest(decode_root(key, store.get(key).data), "default", MetaCache(64 * MIB, 8), store)
-        zeros = Zeros()
+        zeros = Zeros(ChunkHoles())
         plans: list[BlockPlan] = []
         for run in hot_set.runs:
             plan_run(manifest, run.first, run.count, None, zeros, plans)
-        assert not zeros.runs
+        assert not zeros
         assert max(plan.block for plan in plans) >= CHUNK_BLOCKS  # not the first chunk alone
         return len(plans), sum(part.entry.stored for plan in plans for part in plan.payloads())

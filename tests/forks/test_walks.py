@@ -14,6 +14,8 @@ from types import FrameType
 import pytest
 from fork_rig import MIB, Node
 
+from glidefs.store.file import FileStore
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = f"{ROOT / 'glidefs'}/"
 LEFT_OUT = ("core/", "formats/", "store/", "names.py", "clock.py", "config.py")
@@ -84,14 +86,24 @@ def write_and_drain(node: Node) -> None:
 
 WALKS: dict[str, tuple[tuple[str, ...], Callable[[Node], object]]] = {
     "A cold read of 4 KiB": (("glide-fault",), lambda node: node.core("a").pread(0, 4096)),
+    "The same without the core": (("glide-fault",), lambda node: node.core("a").pread(0, 4096)),
     "A sealed segment becomes a commit": (("glide-upload", "glide-put"), write_and_drain),
     "`create --from base:x`": (("MainThread",), lambda node: node.fork("f", "base:deb")),
 }
 
 
+@pytest.fixture
+def file_node(tmp_path: Path) -> Iterator[Node]:
+    """On a store that the core can read."""
+    with FileStore(tmp_path / "store", create=True) as store:
+        node = Node(tmp_path / "n", store)  # type: ignore[arg-type]
+        yield node
+        node.close()
+
+
 @pytest.mark.parametrize("title", WALKS)
-def test_a_walk_is_as_it_is_told(tracer: Tracer, make_node: Callable[..., Node], title: str) -> None:
-    node = make_node()
+def test_a_walk_is_as_it_is_told(tracer: Tracer, request: pytest.FixtureRequest, title: str) -> None:
+    node: Node = request.getfixturevalue("file_node" if title.startswith("A cold read") else "node")
     node.router.start()
     assert node.router.wait_tried(20)
     node.create("a", 64 * MIB, wait=True)

@@ -29,10 +29,12 @@ import glidefs.host.host
 import glidefs.host.watch
 import glidefs.manifest.commit
 import glidefs.manifest.lease
+import glidefs.reading.carry
 import glidefs.reading.prefetch
 import glidefs.reading.reader
 import glidefs.reading.service
 import glidefs.store.breaker
+import glidefs.store.call
 import glidefs.store.resilient
 import glidefs.store.which
 import glidefs.volume.volume
@@ -45,12 +47,14 @@ TIMED: tuple[Any, ...] = (
     glidefs.exports.copies.pins,
     glidefs.bases.manifest_cache,
     glidefs.store.breaker,
+    glidefs.store.call,
     glidefs.store.resilient,
     glidefs.store.which,
     glidefs.manifest.commit,
     glidefs.compaction.compactor,
     glidefs.manifest.lease,
     glidefs.writing.pace,
+    glidefs.reading.carry,
     glidefs.reading.reader,
     glidefs.writing.scheduler,
     glidefs.reading.service,

@@ -11,6 +11,8 @@ import time
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
 
 from glidefs.core.check import CoreError
@@ -20,7 +22,7 @@ from glidefs.host.host import Host
 from glidefs.manifest import lease, local
 from glidefs.manifest.keys import merged_key, scoped_key
 from glidefs.names import pack_key
-from glidefs.reading.ahead import ReadAhead
+from glidefs.reading.ahead import Pace, ReadAhead
 from glidefs.reading.fetch import Wanted, plan_ranges
 from glidefs.store.base import Object
 from glidefs.volume.volume import DrainTimeout, Volume
@@ -320,22 +322,67 @@ def test_ranges_join_neighbours_within_bounds() -> None:
     assert plan_ranges([], 1, 1) == []
 
 
-def test_read_ahead_doubles_and_leaves_a_marker() -> None:
+def test_read_ahead_doubles_and_leaves_markers() -> None:
     ahead = ReadAhead()
-    assert ahead.on_fault(10, 1, 64, 1000) is None
-    first = ahead.on_fault(11, 1, 64, 1000)
-    assert first is not None
-    assert (first.first, first.count) == (12, 4)
-    assert ahead.on_fault(12, 1, 64, 1000) is None  # a block that was still on its way
-    second = ahead.on_fault(first.marker, 1, 64, 1000)
-    assert second is not None
-    assert (second.first, second.count) == (16, 8)
-    third = ahead.on_fault(second.marker, 1, 64, 1000)
-    assert third is not None
-    assert third.count == 16
-    assert ahead.on_fault(500, 1, 64, 1000) is None  # elsewhere
-    assert ahead.on_fault(400, 1, 64, 1000) is None
-    assert ReadAhead().on_fault(0, 1, 0, 1000) is None
+    assert ahead.on_fault(10, 1, 64, 1000) == []
+    (first,) = ahead.on_fault(11, 1, 64, 1000)
+    assert (first.first, first.count, first.marker) == (12, 4, 12)
+    second = ahead.on_fault(12, 1, 64, 1000)
+    assert [(w.first, w.count) for w in second] == [(16, 4)]
+    assert ahead.on_fault(13, 1, 64, 1000) == []  # a block that was still on its way
+    third = ahead.on_fault(16, 1, 64, 1000)
+    assert [(w.first, w.count, w.marker) for w in third] == [(20, 4, 20), (24, 4, 24), (28, 4, 28)]
+    assert ahead.on_fault(500, 1, 64, 1000) == []  # elsewhere
+    assert ahead.on_fault(400, 1, 64, 1000) == []
+    assert ReadAhead().on_fault(0, 1, 0, 1000) == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300), st.integers(1, 8)), max_size=60),
+    st.integers(0, 128),
+    st.integers(4, 16),
+    st.integers(0, 256),
+)
+def test_read_ahead_stays_within_its_bounds(
+    faults: list[tuple[int, int]], limit: int, piece: int, goal: int
+) -> None:
+    """Whatever comes: pieces are in the volume, and none is beyond the window."""
+    ahead, end = ReadAhead(), 300
+    for first, count in faults:
+        before = ahead.ahead
+        pieces = ahead.on_fault(first, count, limit, end, piece=piece, goal=goal)
+        for window in pieces:
+            assert window.marker == window.first >= before or first + count > before
+            assert 0 < window.count <= piece
+            assert window.first + window.count <= min(end, ahead.position + limit)
+        assert [w.first for w in pieces] == sorted({w.first for w in pieces})
+
+
+def test_a_sequential_reader_gets_the_whole_volume_ahead_of_it() -> None:
+    """Each block is covered once, by a piece or by a fault, and the window ends at its goal."""
+    ahead, covered = ReadAhead(), set[int]()
+    for block in range(2000):
+        if block in covered and block not in ahead.markers:
+            continue
+        for window in ahead.on_fault(block, 1, 512, 2000, goal=128):
+            mine = set(range(window.first, window.first + window.count))
+            assert not mine & covered
+            covered |= mine
+    assert covered | {0, 1} == set(range(2000))
+    assert ahead.window == 128
+
+
+def test_the_goal_is_bandwidth_times_delay() -> None:
+    now = 100.0
+    pace = Pace(lambda: now)
+    for _ in range(200):
+        now += 0.01
+        pace.landed(2 * MIB, 0.1)
+    assert pace.goal() == pytest.approx(2 * 200 * MIB * 0.1, rel=0.2)
+    for _ in range(200):
+        now += 0.01
+        pace.landed(2 * MIB, 0.001)
+    assert pace.goal() == 8 * MIB  # near: the least
 
 
 def test_a_host_closes_during_an_outage(rig: Rig) -> None:

@@ -16,18 +16,38 @@ server closed meanwhile is no error: the request is sent once more, on a new one
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import struct
+import time
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+ADDRESS_LIFETIME = 60.0
+"""Seconds that the address of a host is believed."""
 _MAX_LINE = 16384
 _MAX_HEAD = 16384
 _MAX_HEADERS = 100
 _MAX_ERROR_BODY = 65536
 _FIRST_READ = 4096
 _IDLE_ERRORS = (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)
+
+
+def pack_address(family: int, where: tuple[Any, ...]) -> bytes:
+    """``struct sockaddr_in`` or ``sockaddr_in6``; empty for other families."""
+    head = struct.pack("=H", family) + struct.pack("!H", where[1])
+    if family == socket.AF_INET:
+        return head + socket.inet_pton(family, where[0]) + bytes(8)
+    if family == socket.AF_INET6:
+        address = where[0].partition("%")[0]
+        return (
+            head
+            + struct.pack("!I", where[2])
+            + socket.inet_pton(family, address)
+            + struct.pack("=I", where[3])
+        )
+    return b""
 
 
 class HttpError(Exception):
@@ -71,6 +91,12 @@ class _Connection:
 
     def close(self) -> None:
         self._sock.close()
+
+    def peer(self) -> bytes:
+        """The packed address of the other side; empty if it is gone."""
+        with contextlib.suppress(OSError):
+            return pack_address(self._sock.family, self._sock.getpeername())
+        return b""
 
     def send(self, request: bytes) -> None:
         self._sock.sendall(request)
@@ -137,7 +163,8 @@ class RangeClient:
         self._read_timeout = read_timeout
         name = f"[{host}]" if ":" in host else host
         default = 443 if tls else 80
-        self._host_header = name if port == default else f"{name}:{port}"
+        self.host_header = name if port == default else f"{name}:{port}"
+        self._address = (0.0, b"")
 
     def get(self, target: str, byte_range: str, limit: int, into: memoryview | None = None) -> Response:
         """GET ``target`` (path and query) with ``Range: bytes={byte_range}``.
@@ -146,7 +173,7 @@ class RangeClient:
         HttpError or OSError.
         """
         request = (
-            f"GET {target} HTTP/1.1\r\nHost: {self._host_header}\r\nRange: bytes={byte_range}\r\n"
+            f"GET {target} HTTP/1.1\r\nHost: {self.host_header}\r\nRange: bytes={byte_range}\r\n"
             "Accept-Encoding: identity\r\nUser-Agent: glidefs\r\n\r\n"
         ).encode("latin-1")
         try:
@@ -204,6 +231,28 @@ class RangeClient:
                 raise _Stale
             raise HttpError("the server closed the connection without an answer")
         return head
+
+    def address(self) -> bytes:
+        """A packed ``struct sockaddr`` of the host, looked up at most once in ADDRESS_LIFETIME; empty: none.
+
+        Where it has several, that of a kept connection, which is one that answers.
+        """
+        until, found = self._address
+        if found and time.monotonic() < until:
+            return found
+        found = b""
+        with contextlib.suppress(IndexError):
+            connection = self._idle.pop()
+            found = connection.peer()
+            self._idle.append(connection)
+        if not found:
+            with contextlib.suppress(OSError):
+                for family, _, _, _, where in socket.getaddrinfo(
+                    self.host, self.port, type=socket.SOCK_STREAM
+                ):
+                    found = found or pack_address(family, where)
+        self._address = (time.monotonic() + ADDRESS_LIFETIME, found)
+        return found
 
     def drop_idle(self) -> None:
         """Close the kept connections (after a failure they are suspect)."""

@@ -23,9 +23,10 @@ from botocore.httpsession import get_cert_path
 from botocore.utils import get_environ_proxies
 
 from glidefs.errors import StoreUnavailable
+from glidefs.store.base import Source
 from glidefs.store.s3.client import Clients, S3Options
 from glidefs.store.s3.errors import code_in
-from glidefs.store.s3.range_http import HttpError, RangeClient, Response
+from glidefs.store.s3.range_http import ADDRESS_LIFETIME, HttpError, RangeClient, Response
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -59,6 +60,7 @@ class Ranges:
         # Guards the two maps below; never held during a request.
         self._lock = threading.Lock()
         self._urls: OrderedDict[str, tuple[float, str]] = OrderedDict()
+        self._sources: dict[str, tuple[float, Source]] = {}  # of keys that have a URL
         self._clients: dict[tuple[str, str], RangeClient | None] = {}
 
     def fetch(
@@ -85,16 +87,47 @@ class Ranges:
             return self._fetch_slowly(key, full, byte_range, op)
         return answer
 
+    def source(self, key: str) -> Source | None:
+        """Where a key can be read by plain HTTP, if its URL is signed and the address known."""
+        found = self._sources.get(key)
+        if found is None or time.monotonic() >= found[0]:
+            return None
+        return found[1]
+
+    def prepare(self, key: str, full: str) -> None:
+        """Sign the URL of a key, and look up the address of its host. Raises StoreError."""
+        if self.source(key) is not None:
+            return
+        parts = urlsplit(self._url(key, full, "get_range"))
+        client = self._client(parts.scheme, parts.netloc)
+        if client is None or parts.scheme != "http":
+            return  # a proxy, or TLS
+        address = client.address()
+        if not address:
+            return
+        source = Source(
+            f"{parts.path}?{parts.query}".encode("latin-1"),
+            client.host_header.encode("latin-1"),
+            address,
+            self._options.read_timeout,
+        )
+        with self._lock:
+            signed = self._urls.get(key)
+            if signed is not None:
+                self._sources[key] = min(signed[0], time.monotonic() + ADDRESS_LIFETIME), source
+
     def forget(self, key: str) -> None:
         """Sign the URL of a key anew, next time."""
         with self._lock:
             self._urls.pop(key, None)
+            self._sources.pop(key, None)
 
     def forget_all(self) -> bool:
         """Sign all URLs anew. False if there was none."""
         with self._lock:
             had = bool(self._urls)
             self._urls.clear()
+            self._sources.clear()
         return had
 
     def close(self) -> None:
@@ -103,6 +136,7 @@ class Ranges:
             clients = [client for client in self._clients.values() if client]
             self._clients.clear()
             self._urls.clear()
+            self._sources.clear()
         for client in clients:
             client.close()
 
@@ -138,7 +172,8 @@ class Ranges:
             self._urls[key] = (now + _URL_LIFETIME * _URL_REFRESH, url)
             self._urls.move_to_end(key)
             while len(self._urls) > _URL_CACHE:
-                self._urls.popitem(last=False)
+                gone, _ = self._urls.popitem(last=False)
+                self._sources.pop(gone, None)
         return url
 
     def _presign(self, full: str, key: str, op: str) -> str:

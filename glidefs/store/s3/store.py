@@ -46,6 +46,7 @@ from glidefs.store.base import (
     Object,
     ObjectInfo,
     ObjectStore,
+    Source,
     check_condition,
     check_key,
     check_list_prefix,
@@ -248,6 +249,12 @@ class S3Store(ObjectStore):
             if not page.get("IsTruncated"):
                 return sorted(found)
             more["ContinuationToken"] = page["NextContinuationToken"]
+
+    def source(self, key: str) -> Source | None:
+        return self._ranges.source(key)
+
+    def prepare(self, key: str) -> None:
+        self._ranges.prepare(key, self._full(key, "get_range"))
 
     def forget(self, key: str) -> None:
         self._ranges.forget(key)

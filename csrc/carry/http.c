@@ -1,0 +1,303 @@
+/*
+ * The one exchange that a range needs: GET, 206 with exactly the range that was asked for, Content-Length, keep-alive.
+ * Whatever else comes fails the get, and the connection goes: store/s3 asks again, and knows what it means. So nothing
+ * here interprets an error, a redirect or a page of a proxy.
+ *
+ * A connection belongs to one thread. It is `active` while its operation is in the ring, and `idle` while it is kept,
+ * with no operation at all: that the server closed it meanwhile shows at its next use, and then the request is sent
+ * once more over a new one. An answer is received in two operations: what there is first, head and perhaps more, and
+ * the rest at once (MSG_WAITALL), straight to where it stays.
+ */
+#include "carry/carrier.h"
+
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#define MAX_HEAD 8192u
+#define IDLE_NS 15000000000u      /* a server keeps a connection for longer than that, mostly */
+#define PACE_NS_PER_KIB 10000000u /* what may take longer than the timeout: 100 KiB in a second */
+
+struct conn {
+    struct ring_op op;
+    struct list link; /* of active or idle */
+    struct carrier_thread *thread;
+    struct get *get; /* or NULL while idle */
+    int fd;
+    bool used, connecting, cancelled;
+    uint32_t have, need; /* bytes of head and body; need is 0 until the head is here */
+    uint64_t until_ns;   /* active: when to give up; idle: when to close */
+    struct sockaddr_storage address;
+    uint32_t address_length;
+};
+
+static void on_event(struct ring_op *op, int res, uint32_t flags);
+
+static void conn_free(struct conn *c)
+{
+    list_remove(&c->link);
+    close(c->fd);
+    free(c);
+}
+
+static void conn_fail(struct conn *c, int err)
+{
+    struct get *get = c->get;
+
+    conn_free(c);
+    get_done(get, err);
+}
+
+/* ---- the head of an answer ------------------------------------------------------------------------- */
+
+/* The value of a header, without its white space; NULL: it is not there. */
+static const char *header(const char *head, const char *end, const char *name, size_t *length)
+{
+    size_t n = strlen(name);
+
+    for (const char *at = head; (at = memchr(at, '\n', (size_t)(end - at)));) {
+        at++;
+        if ((size_t)(end - at) <= n || strncasecmp(at, name, n) || at[n] != ':')
+            continue;
+        const char *stop = memchr(at, '\r', (size_t)(end - at));
+        for (at += n + 1; at < stop && (*at == ' ' || *at == '\t'); at++)
+            ;
+        while (stop > at && (stop[-1] == ' ' || stop[-1] == '\t'))
+            stop--;
+        *length = (size_t)(stop - at);
+        return at;
+    }
+    return NULL;
+}
+
+static bool is_value(const char *head, const char *end, const char *name, const char *wanted)
+{
+    size_t length;
+    const char *value = header(head, end, name, &length);
+
+    return value && length == strlen(wanted) && !strncasecmp(value, wanted, length);
+}
+
+/* Whether a head, up to its empty line, is that of the answer to `get`, and the connection may be used again. */
+static bool is_good(const struct get *get, const char *head, const char *end, bool *keep)
+{
+    char length[24], range[64];
+    size_t n;
+
+    if (end - head < 16 || strncmp(head, "HTTP/1.", 7) || strncmp(head + 8, " 206", 4))
+        return false;
+    int wanted = snprintf(range, sizeof(range), "bytes %llu-%llu/", (unsigned long long)get->offset,
+                          (unsigned long long)(get->offset + get->length - 1));
+    const char *value = header(head, end, "content-range", &n);
+    if (!value || n <= (size_t)wanted || strncasecmp(value, range, (size_t)wanted))
+        return false;
+    snprintf(length, sizeof(length), "%u", get->length);
+    *keep = head[7] == '1' && !is_value(head, end, "connection", "close");
+    return is_value(head, end, "content-length", length) && !header(head, end, "transfer-encoding", &n) &&
+           !header(head, end, "content-encoding", &n);
+}
+
+/* ---- an exchange ------------------------------------------------------------------------------------ */
+
+static void wait_more(struct conn *c, uint32_t bytes)
+{
+    uint64_t limit = (uint64_t)c->get->timeout_ms * 1000000u + (uint64_t)(bytes >> 10) * PACE_NS_PER_KIB;
+
+    c->until_ns = now_ns() + limit;
+    worker_want_tick(&c->thread->worker);
+}
+
+static void receive(struct conn *c)
+{
+    struct io_uring_sqe *sqe = worker_sqe(&c->thread->worker, &c->op);
+    uint32_t left = (c->need ? c->need : c->get->room) - c->have;
+
+    io_uring_prep_recv(sqe, c->fd, c->get->buffer + c->have, left, c->need ? MSG_WAITALL : 0);
+    io_uring_sqe_set_data(sqe, &c->op);
+    wait_more(c, left);
+}
+
+static int send_request(struct conn *c)
+{
+    size_t length = strlen(c->get->text);
+    ssize_t n = send(c->fd, c->get->text, length, MSG_NOSIGNAL | MSG_DONTWAIT);
+
+    c->have = c->need = 0;
+    return n == (ssize_t)length ? 0 : n < 0 ? -errno : -EIO;
+}
+
+static void conn_begin(struct carrier_thread *t, struct get *get)
+{
+    struct conn *c = calloc(1, sizeof(*c));
+    int one = 1;
+
+    if (!c) {
+        get_done(get, -ENOMEM);
+        return;
+    }
+    list_init(&c->link);
+    c->op.complete = on_event;
+    c->thread = t;
+    c->get = get;
+    c->address = get->address;
+    c->address_length = get->address_length;
+    c->fd = socket(get->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (c->fd < 0) {
+        free(c);
+        get_done(get, -EMFILE);
+        return;
+    }
+    setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+    list_append(&t->active, &c->link);
+    c->connecting = true;
+    struct io_uring_sqe *sqe = worker_sqe(&t->worker, &c->op);
+    io_uring_prep_connect(sqe, c->fd, (struct sockaddr *)&c->address, c->address_length);
+    io_uring_sqe_set_data(sqe, &c->op);
+    wait_more(c, 0);
+}
+
+/* What was sent over a kept connection found it closed: once more, over a new one. The others are as dead. */
+static void begin_anew(struct conn *c)
+{
+    struct carrier_thread *t = c->thread;
+    struct get *get = c->get;
+
+    conn_free(c);
+    http_close_idle(t);
+    conn_begin(t, get);
+}
+
+/* Whether nothing came over a kept connection: neither its end nor bytes that nobody asked for. */
+static bool is_quiet(const struct conn *c)
+{
+    char byte;
+
+    return recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+}
+
+void http_start(struct carrier_thread *t, struct get *get)
+{
+    struct list *next;
+
+    for (struct list *at = t->idle.next; at != &t->idle; at = next) {
+        struct conn *c = container_of(at, struct conn, link);
+        next = at->next;
+        if (!is_quiet(c)) {
+            conn_free(c);
+            continue;
+        }
+        if (c->address_length != get->address_length || memcmp(&c->address, &get->address, get->address_length))
+            continue;
+        list_remove(&c->link);
+        list_append(&t->active, &c->link);
+        c->get = get;
+        if (send_request(c))
+            begin_anew(c);
+        else
+            receive(c);
+        return;
+    }
+    conn_begin(t, get);
+}
+
+static void finish(struct conn *c, bool keep)
+{
+    struct get *get = c->get;
+
+    get->data = get->buffer + (c->need - get->length);
+    if (keep) {
+        c->get = NULL;
+        c->used = true;
+        c->until_ns = now_ns() + IDLE_NS;
+        list_remove(&c->link);
+        list_prepend(&c->thread->idle, &c->link);
+        worker_want_tick(&c->thread->worker);
+    } else {
+        conn_free(c);
+    }
+    get_done(get, 0);
+}
+
+/* More of the answer came. */
+static void received(struct conn *c)
+{
+    const char *head = (const char *)c->get->buffer;
+    bool keep = true;
+
+    if (!c->need) {
+        const char *end = memmem(head, c->have < MAX_HEAD ? c->have : MAX_HEAD, "\r\n\r\n", 4);
+        if (!end && c->have < MAX_HEAD) {
+            receive(c);
+            return;
+        }
+        if (!end || !is_good(c->get, head, end + 2, &keep)) {
+            conn_fail(c, -EPROTO);
+            return;
+        }
+        c->need = (uint32_t)(end + 4 - head) + c->get->length;
+        c->used = keep;
+    }
+    if (c->have < c->need)
+        receive(c);
+    else
+        finish(c, c->used && c->have == c->need);
+}
+
+static void on_event(struct ring_op *op, int res, uint32_t flags)
+{
+    struct conn *c = container_of(op, struct conn, op);
+    bool was_used = c->used && !c->have && !c->connecting;
+
+    (void)flags;
+    if (c->cancelled)
+        res = -ETIMEDOUT;
+    if (c->connecting && !res) {
+        c->connecting = false;
+        res = send_request(c);
+        if (!res) {
+            receive(c);
+            return;
+        }
+    } else if (!c->connecting && res > 0) {
+        c->have += (uint32_t)res;
+        received(c);
+        return;
+    }
+    if (was_used && !c->cancelled && (!res || res == -ECONNRESET || res == -EPIPE))
+        begin_anew(c);
+    else
+        conn_fail(c, res ? res : -ECONNRESET);
+}
+
+/* ---- time ------------------------------------------------------------------------------------------- */
+
+void http_look(struct carrier_thread *t, uint64_t now)
+{
+    struct list *next;
+
+    list_each(at, &t->active) {
+        struct conn *c = container_of(at, struct conn, link);
+        if (c->cancelled || now < c->until_ns)
+            continue;
+        c->cancelled = true;
+        struct io_uring_sqe *sqe = worker_sqe(&t->worker, NULL);
+        io_uring_prep_cancel(sqe, &c->op, 0);
+        io_uring_sqe_set_data(sqe, NULL);
+    }
+    for (struct list *at = t->idle.next; at != &t->idle; at = next) {
+        struct conn *c = container_of(at, struct conn, link);
+        next = at->next;
+        if (now >= c->until_ns)
+            conn_free(c);
+    }
+}
+
+void http_close_idle(struct carrier_thread *t)
+{
+    while (!list_empty(&t->idle))
+        conn_free(container_of(t->idle.next, struct conn, link));
+}
