@@ -504,10 +504,10 @@ void glide_plan_blocks(const void *const *entries, const uint32_t *lengths, cons
                        uint32_t group_count, const uint64_t *blocks, const char *prefix, struct glide_block_plan *plans,
                        struct glide_part *parts);
 /* Answer what the cache has, which also changes the state; all but block `leave` is mapped. What is zero is left to
- * glide_volume_install_holes. Returns how many are not DONE, and sets used[i] where one that is ABSENT has a part of pack i. -ENOMEM; a volume that is closed
- * has nothing to answer. */
-int glide_plan_answer(glide_engine *engine, uint64_t volume, uint64_t stamp, uint64_t leave, struct glide_block_plan *plans,
-                      uint32_t count, const struct glide_part *parts, uint8_t *used);
+ * glide_volume_install_holes. Returns how many are not DONE, and sets used[i] where one that is ABSENT has a part of
+ * pack i. -ENOMEM; a volume that is closed has nothing to answer. */
+int glide_plan_answer(glide_engine *engine, uint64_t volume, uint64_t stamp, uint64_t leave,
+                      struct glide_block_plan *plans, uint32_t count, const struct glide_part *parts, uint8_t *used);
 
 enum glide_source_kind { GLIDE_SOURCE_FILE = 1, GLIDE_SOURCE_HTTP };
 struct glide_source { /* where a pack is read */
@@ -519,10 +519,10 @@ struct glide_source { /* where a pack is read */
     uint32_t address_length;
 };
 struct glide_carry {
-    uint64_t volume, stamp;   /* whom to answer */
-    uint64_t leave;           /* a block that is put in the cache but not mapped; UINT64_MAX = none */
-    uint64_t first_task;      /* the number of the first task */
-    uint64_t gap, limit;      /* bytes: read over between two payloads; of the longest request for several */
+    uint64_t volume, stamp;         /* whom to answer */
+    uint64_t leave;                 /* a block that is put in the cache but not mapped; UINT64_MAX = none */
+    uint64_t first_task;            /* the number of the first task */
+    uint64_t gap, limit;            /* bytes: read over between two payloads; of the longest request for several */
     struct glide_block_plan *plans; /* those that are ABSENT are carried; their `task` is filled in */
     const struct glide_part *parts;
     const struct glide_source *sources; /* by the number of the pack */
@@ -535,6 +535,15 @@ struct glide_carry {
  * their task: whoever asked goes another way. Returns the number of tasks. -ENOMEM: nothing was begun. Any thread.
  */
 int glide_carry(glide_engine *engine, const struct glide_carry *what);
+
+/*
+ * Put blocks in the cache of which `segment`, the oldest of the log and about to be retired, has the newest of some
+ * sectors: those with a plan that is ABSENT, all of whose data is in the log or the cache, and is not newer than
+ * segment `committed`, the last that the plans know. Those that are put become DONE. Returns how many, or -errno of the
+ * cache; -ESHUTDOWN, of a volume that closes. Not the worker's thread.
+ */
+int glide_volume_demote(glide_volume *volume, uint64_t segment, uint64_t committed, struct glide_block_plan *plans,
+                        uint32_t count, const struct glide_part *parts);
 
 /* ---- block cache: content-addressed, one file per host ------------------------ */
 

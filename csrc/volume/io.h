@@ -12,6 +12,7 @@
 struct volume;
 struct rmw;
 
+#define IO_HERE 0x20  /* READ: ENODATA, not a fault, for what is neither in the log nor in the cache */
 #define IO_LOCAL 0x40 /* FLUSH: the local disk is enough, whatever the volume's flush option */
 /* Made by the core itself, or no READ, WRITE, FLUSH or ZERO: not counted as a guest's request. */
 #define IO_INTERNAL 0x80
@@ -35,7 +36,7 @@ struct io_req {
     uint64_t offset, length; /* bytes, multiples of 512, within the volume */
     const void *tag;         /* of the submitter's choice: what io_cancel goes by */
     uint8_t op;              /* enum glide_op, or IO_STATUS (length below 4 GiB) */
-    uint8_t flags;           /* GLIDE_FUA, IO_LOCAL, IO_INTERNAL */
+    uint8_t flags;           /* GLIDE_FUA and the flags above */
     void (*done)(struct io_req *req, int err); /* 0 or a positive errno; may free the request */
     /*
      * A WRITE that must wait calls this once: move the data to memory that lives until done() and update

@@ -57,6 +57,8 @@ static int ask_store(struct read_op *x)
 
     if (v->failed || v->closing)
         return v->failed ? v->failed : ESHUTDOWN;
+    if (req->flags & IO_HERE)
+        return ENODATA;
     req->pending++;
     int err = fault_wait(v, x->block, req);
     if (!err)
@@ -377,11 +379,13 @@ void io_read_piece(struct io_req *req, uint64_t block)
         at = run;
     }
     err = err == WAITS ? 0 : err;
-    if (base.kind == BASE_UNKNOWN) {
+    if (base.kind == BASE_UNKNOWN && req->flags & IO_HERE) {
+        err = ENODATA;
+    } else if (base.kind == BASE_UNKNOWN) {
         err = -fault_wait(v, block, req);
         if (!err)
             return; /* its part of req->pending goes with the waiter */
-    } else {
+    } else if (!(req->flags & IO_HERE)) {
         count_sources(v, from_base, &base);
     }
     if (base.kind == BASE_SLOT)

@@ -9,12 +9,15 @@ import contextlib
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from glidefs.core._core import ffi, lib
 from glidefs.core.check import Closed, check
 from glidefs.core.engine import Engine, Fault
 from glidefs.store.base import Source
+
+if TYPE_CHECKING:
+    from glidefs.core.volume import CoreVolume
 
 NO_BLOCK = (1 << 64) - 1
 """As ``leave``: none."""
@@ -166,6 +169,18 @@ class BlockPlans:
                 "answer",
             )
         return left, [i for i, is_used in enumerate(used) if is_used]
+
+    def demote(self, volume: CoreVolume, segment: int, committed: int) -> int:
+        """Put in the cache what ``segment``, the oldest, has some of and is wholly here; how many blocks.
+
+        ``committed``: the last segment that the manifest of the plans includes.
+        Raises CoreError, with errno EAGAIN while every slot of the cache is pinned, and Closed.
+        """
+        with volume._use() as pointer:
+            return check(
+                lib.glide_volume_demote(pointer, segment, committed, self._plans, self._count, self._parts),
+                "demote",
+            )
 
     def rows(self) -> list[Row]:
         """All blocks, in the order in which they were given."""

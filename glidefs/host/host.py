@@ -34,6 +34,7 @@ from glidefs.store.resilient import ResilientStore
 from glidefs.volume import logs
 from glidefs.volume.settings import MIB, HostSettings
 from glidefs.volume.volume import Volume
+from glidefs.writing.demote import Demoter
 from glidefs.writing.retire import Retirer
 from glidefs.writing.scheduler import EventHandler, Scheduler, lower_priority
 from glidefs.writing.throttle import Throttle
@@ -65,7 +66,8 @@ class Host:
         self._puts = ThreadPoolExecutor(
             settings.put_threads, "glide-put", initializer=partial(lower_priority, settings.nice)
         )
-        self._retirer = Retirer(engine, settings)
+        self.demoter = Demoter(settings, store)
+        self._retirer = Retirer(engine, settings, self.demoter)
         self.uploader = Uploader(store, self.meta, settings, self._puts)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
         self._throttle = Throttle(engine, self._retirer, self.scheduler.writers)

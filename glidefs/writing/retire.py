@@ -1,7 +1,8 @@
 """Decides when committed segments free their disk space: late, because they are a read cache at no cost.
 
 A segment goes when all that it held was written again since, or when the logs of the host near their limit,
-or the maps that say what is in them; then the oldest of all volumes goes first, one at a time. Only what
+or the maps that say what is in them; then the oldest of all volumes goes first, one at a time, and leaves
+what it can in the block cache (:mod:`glidefs.writing.demote`) unless writers are about to wait. Only what
 the durable local manifest includes may go (:meth:`Volume.retirable`), in order.
 """
 
@@ -19,6 +20,7 @@ from glidefs.core.engine import Engine
 from glidefs.core.figures import VolumeInfo, infos
 from glidefs.errors import GlideError
 from glidefs.volume.settings import HostSettings
+from glidefs.writing.demote import Demoter
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
@@ -29,8 +31,9 @@ log = logging.getLogger(__name__)
 class Retirer:
     """Keeps the logs of a host below their mark. ``_lock`` guards the set of volumes that have a log."""
 
-    def __init__(self, engine: Engine, settings: HostSettings) -> None:
+    def __init__(self, engine: Engine, settings: HostSettings, demoter: Demoter) -> None:
         self._engine = engine
+        self._demoter = demoter
         self._settings = settings
         self._lock = threading.Lock()
         self._running = threading.Lock()
@@ -95,10 +98,12 @@ class Retirer:
             finally:
                 self._running.release()
 
-    def _too_much(self) -> bool:
+    def _too_much(self, fraction: float | None = None) -> bool:
+        """Whether logs or maps are beyond a part of their limits; None: where segments begin to go."""
         stats = self._engine.stats()
         logs, maps = stats.log_bytes - stats.log_spare_bytes, stats.map_bytes
-        fraction = self._settings.retire_fraction
+        if fraction is None:
+            fraction = self._settings.retire_fraction
         return logs > stats.log_limit * fraction or maps > stats.map_budget * fraction
 
     @staticmethod
@@ -123,6 +128,8 @@ class Retirer:
             _, _, first, volume = heapq.heappop(oldest)
 
             def retire(first: int = first, volume: Volume = volume) -> None:
+                if not self._too_much((1 + self._settings.retire_fraction) / 2):
+                    self._demoter.demote(volume, first)
                 volume.core.retire(first)
                 info = volume.core.info()
                 if info.first_seq > first:

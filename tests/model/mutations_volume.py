@@ -8,8 +8,24 @@ ROOTS = "tests/volume/test_roots.py::"
 OWNERSHIP = "tests/volume/test_volume_ownership.py::"
 UPLOAD = "tests/volume/test_volume_upload.py::"
 COMPACTION = "tests/volume/test_volume_compaction.py::"
+DEMOTE = "tests/volume/test_volume_demote.py::"
 
 VOLUME = [
+    # -- section 4, retire: what a segment leaves in the block cache
+    Mutation(
+        "demoted-though-written-since",
+        "csrc/carry/demote.c",
+        "        if (pos_seq(pos) > d->committed)",
+        "        if (false && pos_seq(pos) > d->committed)",
+        (DEMOTE + "test_what_was_written_since_is_not_put_there",),
+    ),
+    Mutation(
+        "demoted-from-a-base-that-is-newer",
+        "csrc/carry/demote.c",
+        "    return here;",
+        "    return true;",
+        (DEMOTE + "test_a_base_that_is_newer_than_the_plan",),
+    ),
     # -- section 4, identity and fencing: the volume layer
     Mutation(
         "attach-keeps-the-log-id",

@@ -29,6 +29,7 @@ from power_cut import KEEPS, cut_power, read_trace
 from volume_rig import PREFIX, Rig, record_of
 
 from glidefs.core.check import CoreError
+from glidefs.core.gather import log_segments
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import Fenced
 from glidefs.formats.manifest import Root
@@ -272,8 +273,12 @@ class VolumeMachine(RuleBasedStateMachine):
     def compact(self, settle: bool) -> None:
         self.host.compactor.compact(self.volume, settle=settle)
 
-    @rule()
-    def retire(self) -> None:
+    @rule(demoted=st.booleans())
+    def retire(self, demoted: bool) -> None:
+        for segment in log_segments(self.volume.log_dir) if demoted else []:
+            if segment <= min(self.volume.retirable(), self.volume.core.info().committed_seq):
+                self.host.demoter.demote(self.volume, segment)
+                self.volume.core.retire(segment)
         self.volume.retire_committed()
 
     @rule()
