@@ -354,7 +354,8 @@ kinds = st.sampled_from(["zero", "text", "noise", "almost zero"])
 @settings(max_examples=60, deadline=None)
 @given(
     blocks=st.lists(kinds, max_size=40),
-    tail=st.just(b"") | st.binary(max_size=1500).map(lambda more: b"t" + more),  # as no format that is refused
+    # No format that is refused begins so.
+    tail=st.just(b"") | st.binary(max_size=1500).map(lambda more: b"t" + more),
     pack_bytes=st.integers(1, 5 * BLOCK),
     piped=st.booleans(),
     workers=st.integers(1, 3),
