@@ -14,8 +14,6 @@
 #include "base/table.h"
 #include "cache/zero_groups.h"
 
-#define CHUNK_BLOCKS GLIDE_CHUNK_BLOCKS
-
 enum base_kind { BASE_UNKNOWN, BASE_ZERO, BASE_SLOT, BASE_LENT /* volume->lent, not in the map */ };
 struct base_view {
     enum base_kind kind;

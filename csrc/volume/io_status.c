@@ -12,7 +12,7 @@
 #include "volume/io.h"
 #include "volume/volume.h"
 
-#define CHUNK_BYTES ((uint64_t)CHUNK_BLOCKS * GLIDE_BLOCK)
+#define CHUNK_BYTES ((uint64_t)GLIDE_GROUP * GLIDE_BLOCK)
 #define LEAVES 4096
 #define CHUNKS_AHEAD 8 /* that Python is asked of at once */
 

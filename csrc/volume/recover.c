@@ -30,18 +30,6 @@ struct recovery {
     struct replay replay;
 };
 
-static void unlink_segment(struct volume *v, uint64_t seq)
-{
-    char *path = segment_path(v->log.path, seq, ".seg"), *mark = segment_path(v->log.path, seq, ".syncfail");
-
-    if (path && mark) {
-        disk_unlink(path);
-        disk_unlink(mark);
-    }
-    free(path);
-    free(mark);
-}
-
 static int apply(void *arg, struct replay_segment *f, uint32_t index, const uint64_t *sums)
 {
     struct recovery *r = arg;
@@ -84,11 +72,11 @@ static void drop(void *arg, struct replay_segment *f)
     log_map_destroy(&v->map);
     log_map_init(&v->map, &v->engine->leaves);
     while (log->count) {
-        unlink_segment(v, log->segments[0]->seq);
+        segment_unlink(log->path, log->segments[0]->seq);
         log_forget(log, log->segments[0]);
     }
     if (f)
-        unlink_segment(v, f->seq);
+        segment_unlink(log->path, f->seq);
 }
 
 static const struct replay_calls CALLS = {.record = apply, .end = adopt, .drop = drop};

@@ -189,14 +189,14 @@ CORE = [
         "retire-keeps-the-holes",
         "csrc/cache/block_map.c",
         "    zero_groups_clear(&m->blocks, block, r.end);\n"
-        "    zero_groups_clear(&m->chunks, block / CHUNK_BLOCKS, div_up(r.end, CHUNK_BLOCKS));\n",
+        "    zero_groups_clear(&m->chunks, block / GLIDE_GROUP, div_up(r.end, GLIDE_GROUP));\n",
         "",
         (HOLES,),
     ),
     Mutation(
         "retire-keeps-the-chunk",
         "csrc/cache/block_map.c",
-        "    zero_groups_clear(&m->chunks, block / CHUNK_BLOCKS, div_up(r.end, CHUNK_BLOCKS));\n",
+        "    zero_groups_clear(&m->chunks, block / GLIDE_GROUP, div_up(r.end, GLIDE_GROUP));\n",
         "",
         (HOLES,),
     ),
