@@ -43,7 +43,7 @@ struct disk_file {
 
 /* O_CREAT | O_EXCL. 0 or -errno; on success close with disk_close. */
 int disk_create(struct disk_file *f, const char *path);
-/* For reading and writing; *made = it was not there. Injected errors are for others. */
+/* For reading and writing; *made = it was not there. Tests inject no errors here. */
 int disk_open_or_create(struct disk_file *f, const char *path, bool *made);
 int disk_open(struct disk_file *f, const char *path, int flags);
 void disk_close(struct disk_file *f);
@@ -61,7 +61,7 @@ int disk_rename(struct disk_file *f, const char *path);
 
 /* Whether an error says that there is no room, rather than that the disk fails. */
 bool disk_full(int err);
-/* For operations that do not pass here: 0 or what a test wants instead. */
+/* For operations that do not go through this file: 0, or the error that a test injects. */
 int disk_injected(enum disk_kind kind);
 
 /* A sync that the caller issues itself: call begin, sync, then end with the result, which it returns

@@ -1,4 +1,4 @@
-/* Compression of a payload: what of a block is in a pack. */
+/* Compression of a payload, which is the part of a block that a pack holds. */
 #ifndef GLIDE_PAYLOAD_ZSTD_H
 #define GLIDE_PAYLOAD_ZSTD_H
 

@@ -83,7 +83,7 @@ int segment_write_header(struct disk_file *f, const struct segment_id *id, uint3
 /* Whichever copy is good. -EUCLEAN: neither is a header of this segment; -ESTALE: one of another log; -ENOTSUP: of
  * another format; -errno of the read. fail() text set. */
 int segment_read_header(struct disk_file *f, const struct segment_id *id, struct segment_header *out);
-/* Write a copy that is not `h` again. True: one was not. */
+/* Write each copy that differs from `h` again. True: one did. */
 bool segment_repair_header(struct disk_file *f, const struct segment_header *h);
 
 /* A journal in memory. */
