@@ -49,7 +49,7 @@ class Manifest:
         return self._meta.indices.peek(ref.id)
 
     def forget(self, chunk: int) -> None:
-        """Keep nothing here of what a chunk is read by: its page, the indices of its packs, signed URLs.
+        """Drop everything here that a chunk is read with: its page, the indices of its packs, signed URLs.
 
         Raises as :meth:`packs`.
         """

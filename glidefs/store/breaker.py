@@ -25,7 +25,7 @@ HALF_OPEN = "half-open"
 
 _FIRST_PROBE = 0.1
 _QUIET = 3.0
-"""Seconds without a failure after which nobody asks any more. Who waits is probed for each second."""
+"""Seconds without a failure after which nobody asks any more. Waiting calls get a probe each second."""
 _SLICE = 0.25
 """Longest uninterrupted wait in seconds, so that a cancellation is seen in time."""
 

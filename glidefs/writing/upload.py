@@ -1,8 +1,8 @@
 """Uploads: sealed segments of one volume become packs, and one commit makes them part of it.
 
 An upload is planned first: the sealed log is compared with the manifest and cut into packs. Zeros are cheap
-in both directions: a chunk that an upload covers whole loses its older packs, in the others zeroed sectors
-become mask bits, and over nothing they are nothing.
+in both directions: a chunk that an upload covers whole loses its older packs, in other chunks zeroed sectors
+become mask bits, and where nothing older is they need no entry.
 
 The order that a crash at any point survives: seal, fsync the segments, gather (verified), put packs,
 put pages, put the root, fsync a local copy of it; only then may the segments go.
@@ -248,7 +248,7 @@ class Uploader:
         return built
 
     def _result(self, volume: Volume, future: Future[BuiltPack]) -> BuiltPack:
-        """What comes of a pack. When the volume closes, one that is queued is given up.
+        """The result of a pack. When the volume closes, one that is queued is given up.
 
         It may be behind those of other volumes, which wait for the store.
         """
@@ -323,7 +323,7 @@ def covered_chunks(
 ) -> frozenset[int]:
     """The chunks of the manifest of which a gather has every sector.
 
-    Counted is what lies within the manifest's size: blocks that a grow brought since are in no pack.
+    Only blocks within the manifest's size count: those that a grow added since are in no pack.
     """
     blocks_end = block_count(manifest.root.size)
     covered = Counter({c.chunk: c.whole for c in chunks if c.whole})

@@ -26,7 +26,7 @@ MAX_FILE = 4096
 class DeviceNames:
     """The files in ``directory``. Where they cannot be written, devices just have no names.
 
-    Only who has a device, from ADD_DEV to DEL_DEV, calls anything for its number.
+    Only the owner of a device, from ADD_DEV to DEL_DEV, calls anything for its number.
     """
 
     def __init__(self, directory: Path = DIRECTORY) -> None:
