@@ -310,9 +310,9 @@ class Daemon:
         """
         steps: tuple[tuple[str, Callable[[], None]], ...] = (
             *(("the lock file names another process", lock.sign) for lock in self._locks),
-            ("volumes are not all looked after", self.host.settle),
-            ("local copies of roots are not all saved", self.host.save_roots),
-            ("uploads do not go on", self.host.resume),
+            ("some volumes are not looked after", self.host.settle),
+            ("some local copies of roots are not saved", self.host.save_roots),
+            ("uploads do not resume", self.host.resume),
             ("exports that were not handed over are not opened", self.router.end_standby),
             ("NBD does not listen", self.core.server.start),
             (

@@ -205,7 +205,7 @@ class ExportRouter:
         check_name("export", name)
         source = parse_source(wanted.source) if wanted.source is not None else None
         if source is None and wanted.size is None:
-            raise ConfigError("how large? name a --size, or with --from what to fork")
+            raise ConfigError("a new volume needs a size; give --size, or --from with what to fork")
         size = None if wanted.size is None else normal_size(wanted.size)
         prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
         choose_transport(wanted.transport, self._transports)

@@ -147,4 +147,4 @@ def _guarded(look: Callable[[], str]) -> str:
     try:
         return look()
     except (GlideError, OSError) as error:
-        return f"more cannot be found out: {error}"
+        return f"nothing more is known: {error}"
