@@ -65,7 +65,7 @@ int log_map_write(struct log_map *m, uint64_t sector, uint64_t count, uint64_t p
 /* count sectors from `sector` are zero since pos. -ENOMEM. */
 int log_map_zero(struct log_map *m, uint64_t sector, uint64_t count, uint64_t pos);
 
-/* What the map says of a block. */
+/* What the map says about a block. */
 struct log_view {
     const uint64_t *pos; /* 32 positions, or NULL */
     bool zero;           /* sectors without a position are zero */

@@ -58,7 +58,7 @@ struct replay_calls {
 struct replay {
     /* Given: */
     const char *dir;
-    struct segment_id id;   /* seq is not looked at */
+    struct segment_id id;   /* seq is ignored */
     uint64_t committed_seq; /* segments up to this one may be absent */
     bool always_verify;
     bool repair; /* write a damaged copy of a header again */

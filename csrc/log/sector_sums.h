@@ -24,7 +24,7 @@ void sums_free(struct sector_sums *s);
 int sums_reserve(struct sector_sums *s, uint32_t end);
 /* The sectors of a record at `index`, with their hashes. There is room. */
 void sums_set(struct sector_sums *s, uint32_t index, const uint64_t *sums, uint32_t count);
-/* Copy what is known of the sectors below `end`. -ENOMEM. */
+/* Copy what is known about the sectors below `end`. -ENOMEM. */
 int sums_copy(struct sector_sums *to, const struct sector_sums *from, uint32_t end);
 /* Whether a record's hash is `hash`: 1, or 0 = not all of its sectors are known by themselves, or -EUCLEAN. */
 int sums_vouch(const struct sector_sums *s, uint32_t index, uint32_t count, uint64_t hash);

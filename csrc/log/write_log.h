@@ -64,7 +64,7 @@ struct write_log {
     struct log_segment **segments; /* live, ascending by seq */
     uint32_t count, capacity;
     struct log_segment *active; /* the last of them, or NULL */
-    uint64_t previous_end_seq;  /* what the next header says of its predecessor */
+    uint64_t previous_end_seq;  /* what the next header says about its predecessor */
     uint32_t previous_end;
     uint64_t vouch_from; /* log position: below it recovery found damage, no SYNC vouches for it */
     uint32_t vouch_slot; /* of a segment, the next to be written */

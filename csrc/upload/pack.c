@@ -108,7 +108,7 @@ static int worth_compressing(const struct builder *b)
     return stored * 1000 < plain * rules->shrinks;
 }
 
-/* The payload of an item, and what its record says of it. */
+/* Add the payload of an item, and fill in its record. */
 static int add_payload(struct builder *b, const struct glide_entry *e, struct record *r)
 {
     uint64_t length = plain_bytes(e->mask);

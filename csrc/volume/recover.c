@@ -2,7 +2,7 @@
  * Opening a log that may have been written to before: by this host's last
  * process, or by the last boot.
  *
- * replay.c says what of it counts, and ends at what was synced and is bad. Here that becomes the volume's maps and
+ * replay.c says which records count, and ends at damage to synced data. Here they become the volume's maps and
  * segments.
  *
  * What was dropped once must be dropped by every later replay too, although the

@@ -22,7 +22,7 @@ class Shared:
         if task is None or fresh:
             task = self._task = asyncio.create_task(self._made())
             asyncio.get_running_loop().call_later(KEPT, self._forget, task)
-        return await asyncio.shield(task)  # who hangs up does not end it for the others
+        return await asyncio.shield(task)  # a client that leaves does not end it for others
 
     async def _made(self) -> bytes:
         try:

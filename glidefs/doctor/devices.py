@@ -33,9 +33,9 @@ _STATES: dict[int, State] = {ublk.LIVE: "served", ublk.QUIESCED: "paused", ublk.
 class Device(Struct, frozen=True, kw_only=True):
     """A device of this host.
 
-    ``state``: served by process ``server``; paused or failing (its server is gone, and who reads waits or
-    gets errors); stopped (it shows no disk). ``export``: for an orphan, the one that it was made for, if that
-    is still known. ``size`` in bytes. ``keep`` says why it may not be removed, or is empty.
+    ``state``: served by process ``server``; paused or failing (its server is gone, and readers wait or get
+    errors); stopped (it shows no disk). ``export``: for an orphan, the one that it was made for, if that is
+    still known. ``size`` in bytes. ``keep`` says why it may not be removed, or is empty.
     """
 
     id: int

@@ -185,7 +185,7 @@ class ExportRouter:
         return [seen.status for seen in self.survey()]
 
     def survey(self) -> list[Seen]:
-        """The same with what the core says of their volumes."""
+        """The same with what the core says about their volumes."""
         return survey(self.table, self._store.state, self._host.settings.max_dirty_age)
 
     def show(self, name: str) -> ExportStatus:

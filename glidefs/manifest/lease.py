@@ -51,7 +51,7 @@ CONFLICT_PAUSE = 0.05
 DOOMED_PATIENCE = 2.0
 """Seconds to wait for a tombstone that somebody is about to delete."""
 DOOMED_FOR = 900.0
-"""Seconds after which somebody who was about to delete a tombstone has died before that. Far above the
+"""Seconds after which whoever was about to delete a tombstone must have died. Far above the
 deadline of a request and what the clocks of two hosts differ by."""
 
 

@@ -1,4 +1,4 @@
-"""Blocks of a manifest, read with formats and store only: no engine, and no cache but that of pack indices.
+"""Blocks of a manifest, read with formats and store only: no engine, no cache except that of pack indices.
 
 Every payload is verified. Export reads whole images with it; shadow verify (host/shadow.py) compares
 what the engine reads with it, so it shares no code with the engine's reader above the formats.

@@ -8,8 +8,8 @@ is down sees about one request a second, however many are waiting.
 A probe may hang where packets vanish. So it holds the probe's place for a second only; then the
 next one may start beside it.
 
-pybreaker was looked at: its ``call`` holds one lock for as long as the guarded function runs, which
-would serialise all requests to the store, and its open state raises where ours must wait.
+pybreaker was considered: its ``call`` holds one lock for as long as the guarded function runs, which would
+serialise all requests to the store, and its open state raises where ours must wait.
 """
 
 from __future__ import annotations

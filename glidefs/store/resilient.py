@@ -15,8 +15,8 @@ for long (:mod:`glidefs.store.state`). An absence is believed only from the stor
 ``identity`` is set, it is asked which one it is: before the first request, again after each trouble, and
 before an absence is believed (:mod:`glidefs.store.which`).
 
-A put may be applied and its answer lost. Its retry then meets its own work, as PreconditionFailed: that
-error leaves here with ``ambiguous`` set, and who commits must read the key to find out.
+A put may be applied and its answer lost. Its retry then meets its own work, as PreconditionFailed: that error
+leaves here with ``ambiguous`` set, and the committer must read the key to find out.
 """
 
 from __future__ import annotations

@@ -89,7 +89,7 @@ class Counters:
 
 
 class Life:
-    """Whether uploads go on. The scheduler sets it under its lock; who is at work looks, without."""
+    """Whether uploads go on. The scheduler sets it under its lock; uploads under way read it without."""
 
     __slots__ = ("give_up_at", "pauses", "stopping")
 
@@ -321,7 +321,7 @@ def plan_upload(plan: UploadPlan, zeros: Sequence[GatherExtent], manifest: Manif
 def covered_chunks(
     chunks: Sequence[GatherChunk], zeros: Sequence[GatherExtent], manifest: Manifest
 ) -> frozenset[int]:
-    """The chunks of the manifest of which a gather has every sector.
+    """The chunks of the manifest that a gather covers whole.
 
     Only blocks within the manifest's size count: those that a grow added since are in no pack.
     """

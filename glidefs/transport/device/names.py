@@ -1,10 +1,10 @@
 """Names for udev: `/run/glidefs/ublk/N` says which export `/dev/ublkbN` is.
 
-The file is there before the kernel shows the device, so that the rule (`packaging/60-glidefs.rules`) needs
-no program and no daemon to name it `/dev/glidefs/EXPORT`. N is a symbolic link to a file `N.KEY` with two
-lines, `GLIDEFS_NAME` and `GLIDEFS_KEY`; the key is of this one device. udev remembers it, and when the
-device goes, by whosever hand, its rule deletes `N.KEY`: the next device of that number gets no name that
-was meant for another, and one that we made meanwhile keeps its own, because the link leads to another file.
+The file is there before the kernel shows the device, so that the rule (`packaging/60-glidefs.rules`) needs no
+program and no daemon to name it `/dev/glidefs/EXPORT`. N is a symbolic link to a file `N.KEY` with two lines,
+`GLIDEFS_NAME` and `GLIDEFS_KEY`; the key is of this one device. udev remembers it, and when the device goes,
+whoever removed it, its rule deletes `N.KEY`: the next device of that number gets no name that was meant for
+another, and one that we made meanwhile keeps its own, because the link leads to another file.
 """
 
 from __future__ import annotations
