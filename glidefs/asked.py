@@ -1,6 +1,6 @@
 """Who asked for the work that a thread does: for the log, and to end waits whose client is gone.
 
-It goes with the thread (a context variable), so that what waits deep below a verb need not be told.
+It goes with the thread (a context variable), so calls deep below a verb need no argument for it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def asker() -> Asker:
 
 @contextmanager
 def asked_by(who: Asker) -> Iterator[None]:
-    """What is done inside is done for ``who``."""
+    """The block's work is done for ``who``."""
     token = _asker.set(who)
     try:
         yield

@@ -155,7 +155,7 @@ class DaemonSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DebugSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """[debug]: to find faults with; nothing of it belongs into normal use."""
+    """[debug]: for finding faults; not for normal use."""
 
     shadow_dir: PathText | None = None
 

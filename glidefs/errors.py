@@ -43,7 +43,7 @@ class CorruptObject(GlideError):
 
 
 class WrongObject(CorruptObject):
-    """An object is whole and valid, but another one than belongs there: swapped, copied or restored amiss."""
+    """An object is whole and valid, but the wrong one for its place: swapped, copied or restored amiss."""
 
     def __init__(self, key: str, why: str) -> None:
         super().__init__(key, 0, why)
@@ -103,7 +103,7 @@ class StoreError(GlideError):
 
     default_temporary: ClassVar[bool] = False
     waits: ClassVar[bool] = False
-    """Whether a daemon that serves waits for the end of it, though somebody must do something about it."""
+    """Whether a serving daemon waits until it is over, although somebody must act first."""
 
     def __init__(
         self,
@@ -227,7 +227,7 @@ class UnknownExport(GlideError):
 
 
 class OwnedElsewhere(GlideError):
-    """Another host serves the volume. ``note`` says what else is known of that one."""
+    """Another host serves the volume. ``note`` says what else is known about that host."""
 
     def __init__(self, volume: str, node: str, note: str = "") -> None:
         self.volume = volume
@@ -271,7 +271,7 @@ class Refused(GlideError):
 
 
 class Abandoned(GlideError):
-    """A wait was ended because who asked for it has gone; nothing of it was done."""
+    """A wait was ended because its client has gone; nothing was done."""
 
 
 class CacheBusy(GlideError):

@@ -59,7 +59,7 @@ def happened(
     level: int = logging.WARNING,
     by: Asker | None = None,
 ) -> None:
-    """What nobody asked for and is over already, in words of its own; ``seconds``: how long it lasted."""
+    """An event that nobody asked for and that is over, in its own words; ``seconds``: how long it lasted."""
     _say(Event(verb, export, volume_id, by or asker()), level, "happened", seconds, detail)
 
 

@@ -1,7 +1,7 @@
 """Names and the store keys made of them.
 
-A name reaches a path or a key only through this module, which refuses what could escape from its
-place. Keys are relative to the store's root url (see the layout in ``docs``/DESIGN section 7).
+A name reaches a path or a key only through this module, which refuses what could escape from its place. Keys
+are relative to the store's root url (``docs/formats.md``).
 """
 
 from __future__ import annotations

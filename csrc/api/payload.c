@@ -3,10 +3,10 @@
  * call for many so that Python pays per pack and not per block.
  */
 #include "glide_core_internal.h"
+#include "base/payload_zstd.h"
 #include "base/util.h"
 
 #include <string.h>
-#include <zstd.h>
 
 int64_t glide_payloads_compress(const void *plain, const uint32_t *lengths, uint32_t count, int level, void *out,
                                 uint64_t capacity, uint32_t *stored)
@@ -20,10 +20,8 @@ int64_t glide_payloads_compress(const void *plain, const uint32_t *lengths, uint
         return fail(-ENOMEM, "no memory to compress");
     for (uint32_t i = 0; i < count; i++) {
         uint64_t left = capacity - used;
-        /* A payload that does not shrink is stored raw, so more room than its length minus one is of no use. */
-        size_t room = (size_t)min_u64(left, lengths[i] ? lengths[i] - 1 : 0);
-        size_t n = ZSTD_compressCCtx(context, to + used, room, in, lengths[i], level);
-        if (ZSTD_isError(n)) {
+        uint64_t n = payload_zstd(context, level, to + used, left, in, lengths[i]);
+        if (!n) {
             if (left < lengths[i]) {
                 ZSTD_freeCCtx(context);
                 return fail(-ENOBUFS, "the output buffer is too small");

@@ -9,10 +9,10 @@
 #include <stdint.h>
 
 uint64_t data_hash(const void *data, size_t length);
-/* The hash of a log record's data: of one sector its data_hash, of more the data_hash of theirs, which are put into
- * `sums`. So one pass gives what a read of any of its sectors is checked with. */
+/* The hash of a log record's data: for one sector its data_hash, for more the data_hash of the sectors' hashes. Those
+ * are put into `sums`, so one pass gives what a read of any sector is checked with. */
 uint64_t record_hash(const void *data, uint32_t sectors, uint64_t *sums);
-/* The same of hashes that are known. */
+/* The same from hashes that are known. */
 uint64_t sums_hash(const uint64_t *sums, uint32_t sectors);
 
 #ifdef __x86_64__

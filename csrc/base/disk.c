@@ -183,24 +183,34 @@ int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t off
     return 0;
 }
 
-int disk_read(const struct disk_file *f, void *buf, uint64_t length, uint64_t offset, uint64_t *got)
+int disk_pread(int fd, void *buf, uint64_t length, uint64_t offset, uint64_t *got)
 {
-    uint32_t tries = 1;
-
     for (*got = 0; *got < length;) {
-        int err = disk_injected(DISK_READ);
-        ssize_t n = err ? err : pread(f->fd, (char *)buf + *got, length - *got, (off_t)(offset + *got));
-        if (!err && n < 0)
-            err = -errno;
-        if (err == -EIO && tries++ < DISK_TRIES)
+        ssize_t n = pread(fd, (char *)buf + *got, length - *got, (off_t)(offset + *got));
+        if (n < 0 && errno == EINTR)
             continue;
-        if (err && err != -EINTR)
-            return err;
-        if (n == 0)
-            break;
-        *got += n > 0 ? (uint64_t)n : 0;
+        if (n <= 0)
+            return n ? -errno : 0;
+        *got += (uint64_t)n;
     }
     return 0;
+}
+
+int disk_read(const struct disk_file *f, void *buf, uint64_t length, uint64_t offset, uint64_t *got)
+{
+    int err = 0;
+
+    *got = 0;
+    for (uint32_t tries = 0; tries < DISK_TRIES; tries++) {
+        uint64_t more = 0;
+        err = disk_injected(DISK_READ);
+        if (!err)
+            err = disk_pread(f->fd, (char *)buf + *got, length - *got, offset + *got, &more);
+        *got += more;
+        if (err != -EIO)
+            break;
+    }
+    return err;
 }
 
 int disk_unlink(const char *path)

@@ -43,14 +43,17 @@ struct disk_file {
 
 /* O_CREAT | O_EXCL. 0 or -errno; on success close with disk_close. */
 int disk_create(struct disk_file *f, const char *path);
-/* For reading and writing; *made = it was not there. Injected errors are for others. */
+/* For reading and writing; *made = it was not there. Tests inject no errors here. */
 int disk_open_or_create(struct disk_file *f, const char *path, bool *made);
 int disk_open(struct disk_file *f, const char *path, int flags);
 void disk_close(struct disk_file *f);
 /* Write all of iov (which it may change) at offset. 0 or -errno: how much was written is then unknown. */
 int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t offset);
-/* Read up to `length` bytes at offset; *got is fewer at the end of the file. An error of the disk is tried again, up to
- * DISK_TRIES times in all: one that passes must not cost data that is nowhere else. 0 or -errno. */
+/* Read up to `length` bytes at offset of any file. *got is fewer at the end of the file or after an error. 0 or
+ * -errno. */
+int disk_pread(int fd, void *buf, uint64_t length, uint64_t offset, uint64_t *got);
+/* The same for a file of a log, which tests can make fail. An error of the disk is tried again, up to DISK_TRIES times
+ * in all: one that passes must not cost data that is nowhere else. */
 int disk_read(const struct disk_file *f, void *buf, uint64_t length, uint64_t offset, uint64_t *got);
 int disk_unlink(const char *path);
 /* Rename an open file; on success f->path is the new path. */
@@ -58,7 +61,7 @@ int disk_rename(struct disk_file *f, const char *path);
 
 /* Whether an error says that there is no room, rather than that the disk fails. */
 bool disk_full(int err);
-/* For operations that do not pass here: 0 or what a test wants instead. */
+/* For operations that do not go through this file: 0, or the error that a test injects. */
 int disk_injected(enum disk_kind kind);
 
 /* A sync that the caller issues itself: call begin, sync, then end with the result, which it returns

@@ -1,7 +1,7 @@
 /*
- * A rate that several threads keep together, as a virtual clock (GCRA, the algorithm of ATM traffic shaping): what was
- * admitted is paid for at `due_ns`, and nothing is admitted while that lies in the future. Who was idle has saved up
- * PACE_BURST_NS of it.
+ * A rate that several threads share, as a virtual clock (GCRA, the algorithm of ATM traffic shaping): what was
+ * admitted is paid for at `due_ns`, and nothing is admitted while that is in the future. After idle time up to
+ * PACE_BURST_NS are saved.
  */
 #ifndef GLIDE_PACE_H
 #define GLIDE_PACE_H

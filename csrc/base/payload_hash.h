@@ -1,5 +1,5 @@
 /*
- * BLAKE3-128: what packs and the block cache say of content. Only the official implementation, csrc/blake3.
+ * BLAKE3-128, the hash of content in packs and in the block cache. Only the official implementation, csrc/blake3.
  */
 #ifndef GLIDE_PAYLOAD_HASH_H
 #define GLIDE_PAYLOAD_HASH_H

@@ -26,8 +26,8 @@ static inline uint64_t clock_ns(clockid_t clock)
 static inline uint64_t now_ns(void) { return clock_ns(CLOCK_MONOTONIC); }
 static inline int64_t now_ms(void) { return (int64_t)(now_ns() / 1000000u); }
 
-/* From `since` to `now`, 0 if that is later: `now` may have been taken before what `since` tells of, and shortly after
- * boot the clock is smaller than most limits, so nothing is subtracted from it. */
+/* From `since` to `now`, 0 if that is later: `now` may have been taken before `since`, and shortly after boot the
+ * clock is smaller than most limits, so nothing is subtracted from it. */
 static inline uint64_t elapsed_ns(uint64_t now, uint64_t since) { return now > since ? now - since : 0; }
 
 /* In a loop that waits for another CPU. */

@@ -125,7 +125,7 @@ void cache_forget(struct block_cache *c, struct cache_slot *s)
 
 /* ---- open, close --------------------------------------------------------------------------- */
 
-/* What the index says of a slot that this process has not used itself. */
+/* What the index says about a slot that this process has not used itself. */
 static void index_apply(struct block_cache *c, uint32_t slot, const struct index_entry *e, uint64_t data_bytes)
 {
     struct cache_slot *s = &c->slots[slot];

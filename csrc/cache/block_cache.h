@@ -27,12 +27,12 @@ struct fresh {
     struct fresh *next; /* in block_cache.fresh, or among those of the sync under way */
     uint32_t sums[GLIDE_BLOCK / GLIDE_SECTOR];
     uint32_t slot, generation;
-    bool listed;   /* it is not */
+    bool listed;   /* it is not known to be */
     bool detached; /* the slot has other content by now: only the list has it */
 };
 
 struct block_cache {
-    pthread_mutex_t lock; /* guards everything below but the slots' atomics */
+    pthread_mutex_t lock; /* guards everything below except the slots' atomics */
     int fd, index_fd;
     struct cache_slot *slots;
     uint32_t capacity;
@@ -60,7 +60,7 @@ void cache_close(struct block_cache *c);
 /* False: the slot holds something else by now. Any thread, no lock. */
 bool cache_pin(struct block_cache *c, uint32_t slot, uint32_t generation);
 void cache_unpin(struct block_cache *c, uint32_t slot);
-/* One more pin for who holds one: cannot fail, even if the slot was dropped meanwhile. */
+/* One more pin for a holder of one: cannot fail, even if the slot was dropped meanwhile. */
 void cache_pin_again(struct block_cache *c, uint32_t slot);
 /* What a slot is for. False: it holds something else by now. Any thread. */
 bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash);
@@ -83,9 +83,9 @@ void cache_shutdown(struct block_cache *c);
 /* Whether sectors [first, end) that were read from a pinned slot, which was filled or verified by this process, are
  * what it must hold. Any thread. */
 bool cache_check(const struct block_cache *c, uint32_t slot, uint32_t first, uint32_t end, const uint8_t *data);
-/* A read failed (err), or its data was wrong (0): the slot goes, and with it all that was not synced. */
+/* A read failed (err), or its data was wrong (0): the slot is dropped, with all slots that were not synced. */
 void cache_lost(struct block_cache *c, uint32_t slot, uint32_t generation, int err);
-/* What `data` must be in a slot. NULL = no memory. */
+/* The hashes that `data` must have in a slot. NULL = no memory. */
 struct fresh *cache_fresh(const void *data);
 /* Under lock. Its content is what was given to cache_fresh, and the caller has it pinned. */
 void cache_set_fresh(struct block_cache *c, struct cache_slot *s, struct fresh *f);

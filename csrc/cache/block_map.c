@@ -30,7 +30,7 @@ struct base_view block_map_find(const struct block_map *m, uint64_t block)
 
     if (slot)
         return (struct base_view){BASE_SLOT, (uint32_t)(*slot >> 32), (uint32_t)*slot};
-    bool zero = zero_groups_find(&m->blocks, block) || zero_groups_find(&m->chunks, block / CHUNK_BLOCKS);
+    bool zero = zero_groups_find(&m->blocks, block) || zero_groups_find(&m->chunks, block / GLIDE_GROUP);
     return (struct base_view){zero ? BASE_ZERO : BASE_UNKNOWN, 0, 0};
 }
 
@@ -38,9 +38,9 @@ enum zero_state block_map_run(const struct block_map *m, uint64_t block, uint64_
 {
     uint64_t chunks;
 
-    if (zero_groups_run(&m->chunks, block / CHUNK_BLOCKS, div_up(limit, CHUNK_BLOCKS), &chunks) != ZERO_IS)
+    if (zero_groups_run(&m->chunks, block / GLIDE_GROUP, div_up(limit, GLIDE_GROUP), &chunks) != ZERO_IS)
         return zero_groups_run(&m->blocks, block, limit, end);
-    *end = min_u64(limit, chunks * CHUNK_BLOCKS);
+    *end = min_u64(limit, chunks * GLIDE_GROUP);
     return ZERO_IS;
 }
 
@@ -68,8 +68,8 @@ int block_map_set_zero(struct block_map *m, uint64_t block, uint64_t count)
 
     make_room(m);
     while (block < end && !err) {
-        uint64_t chunk = block / CHUNK_BLOCKS, stop = min_u64(end, (chunk + 1) * CHUNK_BLOCKS);
-        if (stop - block == CHUNK_BLOCKS)
+        uint64_t chunk = block / GLIDE_GROUP, stop = min_u64(end, (chunk + 1) * GLIDE_GROUP);
+        if (stop - block == GLIDE_GROUP)
             err = zero_groups_set(&m->chunks, chunk, chunk + 1);
         else
             err = zero_groups_set(&m->blocks, block, stop);
@@ -112,7 +112,7 @@ void block_map_drop(struct block_map *m, uint64_t block, uint64_t count)
         for (uint64_t b = r.start; b < r.end; b++)
             table_remove(&m->slots, b);
     zero_groups_clear(&m->blocks, block, r.end);
-    zero_groups_clear(&m->chunks, block / CHUNK_BLOCKS, div_up(r.end, CHUNK_BLOCKS));
+    zero_groups_clear(&m->chunks, block / GLIDE_GROUP, div_up(r.end, GLIDE_GROUP));
 }
 
 void block_map_drop_slot(struct block_map *m, uint64_t block) { table_remove(&m->slots, block); }

@@ -202,15 +202,12 @@ int cache_sync(struct block_cache *c)
 
 int cache_read(struct block_cache *c, const struct glide_slot *slot, void *buf)
 {
-    for (uint64_t done = 0; done < GLIDE_BLOCK;) {
-        ssize_t n = pread(c->fd, (char *)buf + done, GLIDE_BLOCK - done, (off_t)(cache_offset(slot->slot) + done));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return fail(n ? -errno : -EIO, "cannot read the block cache");
-        done += (uint64_t)n;
-    }
-    return 0;
+    uint64_t got;
+    int err = disk_pread(c->fd, buf, GLIDE_BLOCK, cache_offset(slot->slot), &got);
+
+    if (!err && got < GLIDE_BLOCK)
+        err = -EIO;
+    return err ? fail(err, "cannot read the block cache") : 0;
 }
 
 int cache_mark_verified(struct block_cache *c, const struct glide_slot *slot, const void *data)

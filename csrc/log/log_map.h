@@ -65,7 +65,7 @@ int log_map_write(struct log_map *m, uint64_t sector, uint64_t count, uint64_t p
 /* count sectors from `sector` are zero since pos. -ENOMEM. */
 int log_map_zero(struct log_map *m, uint64_t sector, uint64_t count, uint64_t pos);
 
-/* What the map says of a block. */
+/* What the map says about a block. */
 struct log_view {
     const uint64_t *pos; /* 32 positions, or NULL */
     bool zero;           /* sectors without a position are zero */
@@ -88,7 +88,7 @@ int log_map_forget_write(struct log_map *m, uint64_t sector, uint64_t count, uin
                          void *arg);
 int log_map_forget_zero(struct log_map *m, uint64_t sector, uint64_t count, uint64_t pos, log_map_forgot forgot,
                         void *arg);
-/* Forget what a block has of segments up to `seq`. -ENOMEM. */
+/* Forget a block's positions in segments up to `seq`. -ENOMEM. */
 int log_map_forget_block(struct log_map *m, uint64_t block, uint64_t seq);
 /* Forget all positions in segments up to `seq`, by a walk over the whole map: milliseconds per ten thousand blocks. */
 int log_map_forget_upto(struct log_map *m, uint64_t seq, log_map_forgot forgot, void *arg);

@@ -55,7 +55,7 @@ static bool store_has(const struct replay *r, const struct replay_segment *f)
     return r->calls->drop && f->seq <= r->committed_seq;
 }
 
-/* A file of which nothing can be had, for a reason that ends a replay that may lose nothing: `err`, text set. */
+/* Nothing can be read of a file: the reason `err`, with its text, ends a replay that may lose nothing. */
 static int broken(struct replay *r, struct replay_segment *f, int err)
 {
     if ((!r->calls->lost && !store_has(r, f)) || err == -ENOMEM)

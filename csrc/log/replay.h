@@ -1,6 +1,6 @@
 /*
- * Reading a log from its files, and judging what is bad in it: for the volume that goes on with it (recover.c) and for
- * whoever reads a log offline (gather.c).
+ * Reads a log from its files and judges damage: for the volume that goes on with it (recover.c) and for offline
+ * readers (gather.c).
  *
  * Two passes. The first reads headers and journals and collects what witnesses call
  * durable: SYNC records, vouches of segments, the witness file (witness.h). The second goes through the records in
@@ -8,12 +8,12 @@
  * missing record below the durable position is bit rot, a *loss*; above it, it is a write that was never acknowledged
  * as durable, and what it meant to replace stays visible. Replay never stops at a bad record.
  *
- * Segments that the store has (up to `committed_seq`) are a read cache. Of them only those are replayed behind which
- * all is whole: a sector whose newest record is lost would show an older one. Their data is not read here: whoever
- * reads it compares it with its hash, and the store has what is bad.
+ * Segments that the store has (up to `committed_seq`) are a read cache. One is replayed only if everything after it
+ * is whole: a sector whose newest record is lost would show an older one. Their data is not read here: every read
+ * compares it with its hash, and the store has what is damaged.
  *
- * The files are only read here, but for a copy of a header that is damaged where `repair` is set. They may be those of
- * a log that its volume appends to.
+ * The files are only read, except that `repair` writes a damaged copy of a header again. A volume may append to them
+ * meanwhile.
  */
 #ifndef GLIDE_REPLAY_H
 #define GLIDE_REPLAY_H
@@ -58,10 +58,10 @@ struct replay_calls {
 struct replay {
     /* Given: */
     const char *dir;
-    struct segment_id id;   /* seq is not looked at */
+    struct segment_id id;   /* seq is ignored */
     uint64_t committed_seq; /* segments up to this one may be absent */
     bool always_verify;
-    bool repair; /* write a copy of a header that is damaged again */
+    bool repair; /* write a damaged copy of a header again */
     bool adopt;  /* the files are opened for writing, for a caller that goes on with them */
     const struct replay_calls *calls;
     void *arg;
@@ -80,8 +80,8 @@ struct replay {
 
 /* Replay `count` segments, ascending. -errno: the first thing that ended it, fail() text set. */
 int replay_run(struct replay *r, const uint64_t *seqs, int64_t count);
-/* Whether the last segment that was synced is there: no header behind it names it, the witness file does. w: which
- * slot of it is the next, or NULL. A loss, if not. */
+/* Check that the last segment that was synced is there: no later header names it, only the witness file. It is a loss
+ * if it is missing. w: gets the slot to be written next, or NULL. */
 int replay_check_end(struct replay *r, struct witness_file *w);
 
 #endif

@@ -4,9 +4,9 @@
  * pages (a thin volume that is full, a dying SSD) does not tell readers; and the
  * journal, which has the hashes too, may be lost with the data.
  *
- * Of records that this process appended every sector's hash is known. Of those
- * that a replay found only the record's: the first read of one reads all of it and
- * learns the sectors'. Owned by the volume's worker; a gather has a copy.
+ * For records that this process appended, every sector's hash is known. For those that a replay found, only the
+ * record's: the first read of one reads all of it and learns its sectors' hashes. Owned by the volume's worker; a
+ * gather has a copy.
  */
 #ifndef GLIDE_SECTOR_SUMS_H
 #define GLIDE_SECTOR_SUMS_H
@@ -24,7 +24,7 @@ void sums_free(struct sector_sums *s);
 int sums_reserve(struct sector_sums *s, uint32_t end);
 /* The sectors of a record at `index`, with their hashes. There is room. */
 void sums_set(struct sector_sums *s, uint32_t index, const uint64_t *sums, uint32_t count);
-/* Copy what is known of the sectors below `end`. -ENOMEM. */
+/* Copy what is known about the sectors below `end`. -ENOMEM. */
 int sums_copy(struct sector_sums *to, const struct sector_sums *from, uint32_t end);
 /* Whether a record's hash is `hash`: 1, or 0 = not all of its sectors are known by themselves, or -EUCLEAN. */
 int sums_vouch(const struct sector_sums *s, uint32_t index, uint32_t count, uint64_t hash);
@@ -33,7 +33,7 @@ int sums_from_journal(struct sector_sums *s, const struct segment_journal *j);
 
 /* Extend the range of sectors [*index, *end) to whole records where only those have a hash. */
 void sums_extend(const struct sector_sums *s, uint32_t *index, uint32_t *end);
-/* Whether the data of such a range is what it must be; learns what was not known. */
+/* Whether the data of such a range has its hashes; learns those that were not known. */
 bool sums_check(struct sector_sums *s, uint32_t index, uint32_t end, const uint8_t *data);
 
 #endif

@@ -225,6 +225,25 @@ char *segment_path(const char *dir, uint64_t seq, const char *suffix)
     return asprintf(&path, "%s/%016llx%s", dir, (unsigned long long)seq, suffix) < 0 ? NULL : path;
 }
 
+static int unlink_with(const char *dir, uint64_t seq, const char *suffix)
+{
+    char *path = segment_path(dir, seq, suffix);
+    int err = path ? disk_unlink(path) : -ENOMEM;
+
+    free(path);
+    return err;
+}
+
+void segment_unlink_mark(const char *dir, uint64_t seq) { unlink_with(dir, seq, ".syncfail"); }
+
+int segment_unlink(const char *dir, uint64_t seq)
+{
+    int err = unlink_with(dir, seq, ".seg");
+
+    segment_unlink_mark(dir, seq);
+    return err;
+}
+
 static bool parse_name(const char *name, const char *suffix, uint64_t *seq)
 {
     *seq = 0;

@@ -83,7 +83,7 @@ int segment_write_header(struct disk_file *f, const struct segment_id *id, uint3
 /* Whichever copy is good. -EUCLEAN: neither is a header of this segment; -ESTALE: one of another log; -ENOTSUP: of
  * another format; -errno of the read. fail() text set. */
 int segment_read_header(struct disk_file *f, const struct segment_id *id, struct segment_header *out);
-/* Write a copy that is not `h` again. True: one was not. */
+/* Write each copy that differs from `h` again. True: one did. */
 bool segment_repair_header(struct disk_file *f, const struct segment_header *h);
 
 /* A journal in memory. */
@@ -106,6 +106,10 @@ int segment_verify(struct disk_file *f, const struct segment_journal *j, uint32_
 char *segment_path(const char *dir, uint64_t seq, const char *suffix);
 /* Sequence numbers in a directory, ascending, malloc'ed; count or -errno. A directory that is absent has none. */
 int64_t segment_list(const char *dir, uint64_t **out);
+/* Unlink the mark of a sync that failed, if there is one. */
+void segment_unlink_mark(const char *dir, uint64_t seq);
+/* Unlink the file of a segment and that mark. -errno: the file may still be there. */
+int segment_unlink(const char *dir, uint64_t seq);
 /* Unlink the spares that an earlier process left. */
 void segment_unlink_spares(const char *dir);
 

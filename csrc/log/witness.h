@@ -43,7 +43,7 @@ uint32_t witness_read(const char *dir, const struct segment_id *id, struct vouch
 /* Make the file if it is not there; its entry is durable with the next sync of the directory that holds `dir`.
  * True: it was made. Best effort. */
 bool witness_make(struct witness_file *w, const char *dir);
-/* Write a vouch whose end is in a segment that none was written for yet; others are left to the segment. */
+/* Write a vouch that ends in a segment for which none was written yet; later ones go only into the segment. */
 void witness_note(struct witness_file *w, const char *dir, const struct segment_id *id, const struct vouch *vouch);
 
 #endif

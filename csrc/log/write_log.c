@@ -3,67 +3,14 @@
 #include "base/data_hash.h"
 #include "base/space.h"
 #include "base/util.h"
+#include "log/log_dir.h"
 
-#include <fcntl.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 static const uint8_t zero_sector[SECTOR];
 
 /* ---- open, close ---------------------------------------------------------------------- */
-
-/* Make the entry of a new directory durable. */
-static int sync_parent(char *path)
-{
-    char *slash = strrchr(path, '/');
-    struct disk_file dir;
-
-    if (slash && slash != path)
-        *slash = 0;
-    int err = disk_open(&dir, !slash ? "." : slash == path ? "/" : path, O_RDONLY | O_DIRECTORY);
-    if (slash)
-        *slash = '/';
-    if (err)
-        return err;
-    err = disk_sync(&dir, DISK_DIR_BEGIN);
-    disk_close(&dir);
-    return err;
-}
-
-static int make_dirs(const char *path)
-{
-    char *copy = strdup(path);
-    int err = copy ? 0 : -ENOMEM;
-
-    for (char *at = copy; at && !err;) {
-        at = strchr(at + 1, '/');
-        if (at)
-            *at = 0;
-        if (!mkdir(copy, 0700))
-            err = sync_parent(copy);
-        else if (errno != EEXIST)
-            err = -errno;
-        if (at)
-            *at = '/';
-    }
-    free(copy);
-    return err;
-}
-
-static int make_parents(char *path)
-{
-    char *slash = strrchr(path, '/');
-
-    if (!slash || slash == path)
-        return 0;
-    *slash = 0;
-    int err = make_dirs(path);
-    *slash = '/';
-    return err;
-}
 
 int log_open(struct write_log *log, struct log_budget *budget, const char *path, const uint8_t *volume_id,
              const uint8_t *log_id)
@@ -80,16 +27,7 @@ int log_open(struct write_log *log, struct log_budget *budget, const char *path,
 
 static int need_dir(struct write_log *log)
 {
-    if (log->dir.fd >= 0)
-        return 0;
-    int err = make_parents(log->path);
-    if (!err) { /* before the directory, whose first entry makes it durable too */
-        bool made = witness_make(&log->witness, log->path), there = !access(log->path, F_OK);
-        err = made && there ? sync_parent(log->path) : make_dirs(log->path);
-    }
-    if (!err)
-        err = disk_open(&log->dir, log->path, O_RDONLY | O_DIRECTORY);
-    return err ? fail(err, "cannot create the log directory %s: %s", log->path, strerror(-err)) : 0;
+    return log->dir.fd >= 0 ? 0 : log_dir_open(&log->dir, log->path, &log->witness);
 }
 
 static void charge(struct write_log *log, struct log_segment *s, uint64_t bytes)

@@ -11,9 +11,9 @@
  *   is never used twice.
  *
  * Retired files of full segments come back as the log's next segments ("spares", as PostgreSQL recycles WAL files):
- * their blocks and pages are there already, so an append allocates nothing and a sync has no metadata to write. Nothing
- * of the old life is believed: every record is salted with the segment's number, and data counts only with its record's
- * hash.
+ * their blocks and pages are there already, so an append allocates nothing and a sync has no metadata to write.
+ * Nothing of a file's old life is believed: every record is salted with the segment's number, and data counts only
+ * with its record's hash.
  */
 #ifndef GLIDE_WRITE_LOG_H
 #define GLIDE_WRITE_LOG_H
@@ -47,9 +47,9 @@ struct log_segment {
     uint64_t bytes;    /* charged to the log limit: the same, or what the file held before if that is more */
     uint64_t first_ns; /* CLOCK_REALTIME of the first record */
     bool unsynced;     /* written since the last sync began */
-    bool noted;        /* only a SYNC record was: no reason to sync while more will follow */
+    bool noted;        /* only a SYNC record was written: no reason to sync, as more will follow */
     bool sync_failed;  /* sticky until the segment is committed */
-    bool unmapped;     /* it was committed, and the map has forgotten it for that */
+    bool unmapped;     /* a sync of it failed, it was committed, and the map has forgotten it */
     bool counted;      /* `valid` is every record that its journal ever had: a replay dropped none */
 };
 
@@ -64,7 +64,7 @@ struct write_log {
     struct log_segment **segments; /* live, ascending by seq */
     uint32_t count, capacity;
     struct log_segment *active; /* the last of them, or NULL */
-    uint64_t previous_end_seq;  /* what the next header says of its predecessor */
+    uint64_t previous_end_seq;  /* what the next header says about its predecessor */
     uint32_t previous_end;
     uint64_t vouch_from; /* log position: below it recovery found damage, no SYNC vouches for it */
     uint32_t vouch_slot; /* of a segment, the next to be written */
@@ -96,7 +96,7 @@ struct append_scratch {
 
 int log_open(struct write_log *log, struct log_budget *budget, const char *path, const uint8_t *volume_id,
              const uint8_t *log_id);
-/* Closes files; the log stays on disk. Spares go, unless the log is another process's by now. */
+/* Closes files; the log stays on disk. Spares are unlinked, unless the log belongs to another process by now. */
 void log_close(struct write_log *log, bool ours);
 
 /* Index space that the active segment has left; 0 = there is none. */
@@ -104,7 +104,7 @@ static inline uint32_t log_room(const struct write_log *log)
 {
     return log->active ? log->active->sectors - log->active->end : 0;
 }
-/* Make an active segment with room. -errno: nothing changed; -ENOSPC: as a full log, it waits. */
+/* Make an active segment with room. -errno: nothing changed; -ENOSPC: the writer waits, as for a full log. */
 int log_need_room(struct write_log *log);
 /* May this log take `sectors` more now, by the limit and by the room on the disk? Charges nothing. */
 bool log_may_grow(struct write_log *log, uint32_t sectors);

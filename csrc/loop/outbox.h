@@ -13,7 +13,7 @@ struct outbox {
     pthread_cond_t cond;
     struct list items;
     uint64_t count;
-    uint64_t wakes; /* outbox_wake was called so often */
+    uint64_t wakes; /* how often outbox_wake was called */
     bool closed;
 };
 

@@ -1,8 +1,7 @@
 /*
- * A worker: one thread, one io_uring, many members, which are volumes (this layer
- * knows no more of them than member_ops). Everything that belongs to a volume, its
- * connection or its queue is touched by its worker only; other threads send
- * tasks. A worker never waits for anything but its ring.
+ * A worker: one thread, one io_uring, many members, which are volumes (this layer knows only member_ops). Everything
+ * that belongs to a volume, its connection or its queue is touched by its worker only; other threads send tasks. A
+ * worker never waits for anything but its ring.
  */
 #ifndef GLIDE_WORKER_H
 #define GLIDE_WORKER_H
@@ -30,7 +29,7 @@ struct task {
     void (*run)(struct task *task, struct worker *w);
 };
 
-/* How what a worker serves takes part in its life. All on its thread. */
+/* What a worker calls on its members, all on its thread. */
 struct member;
 struct member_ops {
     /* 10 times a second while something waits. True: again. */
@@ -96,7 +95,7 @@ struct worker {
 int worker_start(struct worker *w, struct engine *engine, unsigned index, uint64_t busy_poll_ns);
 /* Tell the thread to end. Members that are left are let go: see glide_engine_end_workers. */
 void worker_stop(struct worker *w);
-/* Wait until it has, and free what it had, leftovers too. Posting goes on to be refused. */
+/* Wait until the thread has ended, and free what it had, leftovers too. Posts are still refused. */
 void worker_join(struct worker *w);
 /* Nobody posts any more. */
 void worker_destroy(struct worker *w);
@@ -132,7 +131,7 @@ struct io_uring_sqe *worker_sqe(struct worker *w, struct ring_op *op);
 void worker_defer(struct worker *w, struct task *task);
 /* Run the task at the end of this round; it may be there already. */
 void worker_at_end(struct worker *w, enum round_phase phase, struct task *task);
-/* Something of a member has ended: is it the last that a worker which is to stop waits for? */
+/* Something of a member has ended: let a worker that is to stop see whether that was all. */
 void worker_stop_check(struct worker *w);
 /* Let every member tick in about 100 ms, once. */
 void worker_want_tick(struct worker *w);

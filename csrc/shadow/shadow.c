@@ -18,94 +18,17 @@
  */
 #include "shadow/shadow.h"
 
-#include "volume/fault.h"
+#include "shadow/shadow_compare.h"
+#include "shadow/shadow_state.h"
 #include "volume/io.h"
-#include "shadow/shadow_file.h"
-#include "volume/volume.h"
 
 #include <stdlib.h>
 #include <string.h>
 
 #define PATIENCE_NS 30000000000u /* of a READ that waits for Python, which answers sooner if it can */
-#define TOLD_MAX 32              /* differences of a volume that are described; all are counted */
 #define FILL_BLOCKS 32           /* asked for at once */
 
-struct shadow {
-    struct filter filter;
-    struct shadow_file file;
-    struct glide_sectors *beyond; /* what it knows beyond the end */
-    uint64_t beyond_count;
-    struct list reads;  /* struct shadow_read */
-    struct table asked; /* blocks that Python was asked for */
-    uint32_t parked;
-    uint32_t told;
-    bool broken;
-    uint8_t scratch[GLIDE_BLOCK];
-};
-
-struct shadow_source {
-    uint64_t pos; /* log position, or slot << 32 | generation */
-    uint8_t kind; /* enum glide_shadow_source */
-    bool changed; /* written since the READ began */
-};
-
-/* A READ under way. */
-struct shadow_read {
-    struct list link;
-    struct io_req *req;
-    uint64_t first, count; /* sectors */
-    uint64_t parked_ns;    /* waits for Python since, 0 = does not */
-    bool go;               /* needs to wait no more */
-    struct shadow_source sources[];
-};
-
-struct shadow_item {
-    struct list link;
-    struct glide_shadow_item item;
-};
-
-static struct shadow *shadow_of(const struct volume *v) { return container_of(v->filter, struct shadow, filter); }
-
 static struct shadow_read *shadow_read_of(const struct io_req *req) { return req->filtered; }
-
-/* ---- to Python ------------------------------------------------------------------------------- */
-
-static bool tell(struct volume *v, struct glide_shadow_item item)
-{
-    struct shadow_item *x = malloc(sizeof(*x));
-
-    if (!x)
-        return false;
-    x->item = item;
-    x->item.volume = v->cookie;
-    outbox_put(&v->engine->shadows, &x->link);
-    return true;
-}
-
-int glide_shadow_next(glide_engine *engine, int timeout_ms, struct glide_shadow_item *out)
-{
-    struct outbox *o = &engine->shadows;
-    int got = outbox_wait(o, timeout_ms);
-
-    if (got > 0) {
-        struct shadow_item *x = container_of(list_pop(&o->items), struct shadow_item, link);
-        *out = x->item;
-        o->count--;
-        free(x);
-    }
-    pthread_mutex_unlock(&o->lock);
-    return got;
-}
-
-/* Nothing is compared any more. READs that wait are let go at the next tick: callers may be in the middle of one. */
-static void give_up(struct volume *v, int err)
-{
-    if (shadow_of(v)->broken)
-        return;
-    shadow_of(v)->broken = true;
-    tell(v, (struct glide_shadow_item){.kind = GLIDE_SHADOW_ENDED, .err = -err});
-    worker_want_tick(v->worker);
-}
 
 static const struct filter_ops SHADOW_OPS;
 
@@ -193,7 +116,7 @@ static void shadow_applied(struct volume *v, const struct io_req *req, const str
     int err = p->op == RECORD_ZERO ? shadow_file_punch(&s->file, from, to - from)
                                    : shadow_file_put(&s->file, p->data + (from - begin), from, to - from);
     if (err)
-        give_up(v, err);
+        shadow_give_up(v, err);
     else
         shadow_file_learn(&s->file, p->sector, p->count);
 }
@@ -204,104 +127,9 @@ static void shadow_grown(struct volume *v, uint64_t size)
     int err = s->broken ? 0 : shadow_file_grow(&s->file, size / SECTOR);
 
     if (err)
-        give_up(v, err);
+        shadow_give_up(v, err);
     for (uint64_t i = 0; i < s->beyond_count; i++)
         shadow_file_learn(&s->file, s->beyond[i].sector, s->beyond[i].count);
-}
-
-/* ---- comparison ----------------------------------------------------------------------------------- */
-
-static bool same_source(const struct shadow_source *a, const struct shadow_source *b)
-{
-    bool log = a->kind == GLIDE_FROM_LOG;
-
-    return a->kind == b->kind && (log ? pos_seq(a->pos) == pos_seq(b->pos) : a->pos == b->pos);
-}
-
-static void describe(struct volume *v, const struct shadow_source *x, struct glide_shadow_item *out)
-{
-    out->source = x->kind;
-    if (x->kind == GLIDE_FROM_LOG || x->kind == GLIDE_FROM_LOG_ZERO) {
-        out->segment = pos_seq(x->pos);
-        out->index = pos_index(x->pos);
-    } else if (x->kind == GLIDE_FROM_CACHE) {
-        out->slot = (uint32_t)(x->pos >> 32);
-        out->generation = (uint32_t)x->pos;
-        out->has_key = cache_identify(&v->engine->cache, out->slot, out->generation, out->key, out->hash);
-    }
-}
-
-/* `length` bytes at `offset`, of whole or partial sectors that were compared: count those that differ and tell of each
- * run of them. */
-static void report(struct volume *v, const struct shadow_read *r, uint64_t offset, const uint8_t *got,
-                   const uint8_t *want, uint64_t length)
-{
-    struct glide_shadow_item item = {.count = 0};
-    const struct shadow_source *last = NULL;
-
-    for (uint64_t at = 0, end; at < length; at = end) {
-        uint64_t sector = (offset + at) / SECTOR, byte = at;
-        const struct shadow_source *x = &r->sources[sector - r->first];
-        end = min_u64((sector + 1) * SECTOR - offset, length);
-        while (byte < end && got[byte] == want[byte])
-            byte++;
-        if (byte == end)
-            continue;
-        stat_add(&v->stats.shadow_differences, 1);
-        if (item.count && item.sector + item.count == sector && same_source(last, x)) {
-            item.count++;
-            last = x;
-            continue;
-        }
-        if (item.count && shadow_of(v)->told++ < TOLD_MAX)
-            tell(v, item);
-        item = (struct glide_shadow_item){.kind = GLIDE_SHADOW_DIFFERENCE,
-                                          .block = sector / BLOCK_SECTORS,
-                                          .count = 1,
-                                          .sector = sector,
-                                          .offset = offset + byte,
-                                          .bytes = (uint32_t)min_u64(sizeof(item.got), end - byte)};
-        memcpy(item.got, got + byte, item.bytes);
-        memcpy(item.want, want + byte, item.bytes);
-        describe(v, x, &item);
-        last = x;
-    }
-    if (item.count && shadow_of(v)->told++ < TOLD_MAX)
-        tell(v, item);
-}
-
-static bool comparable(const struct shadow *s, const struct shadow_read *r, uint64_t sector)
-{
-    return !r->sources[sector - r->first].changed && shadow_file_knows(&s->file, sector);
-}
-
-static void compare(struct volume *v, const struct shadow_read *r)
-{
-    struct shadow *s = shadow_of(v);
-    const struct io_req *req = r->req;
-    uint64_t stop = r->first + r->count, n;
-
-    for (uint64_t sector = r->first; sector < stop && !s->broken; sector += n) {
-        for (n = 0; sector + n < stop && n < BLOCK_SECTORS && comparable(s, r, sector + n); n++)
-            ;
-        if (!n) {
-            bool changed = r->sources[sector - r->first].changed;
-            stat_add(changed ? &v->stats.shadow_changed : &v->stats.shadow_absent, 1);
-            n = 1;
-            continue;
-        }
-        uint64_t from = max_u64(sector * SECTOR, req->offset);
-        uint64_t to = min_u64((sector + n) * SECTOR, req->offset + req->length);
-        const uint8_t *got = req->buf + (from - req->offset);
-        int err = shadow_file_get(&s->file, s->scratch, from, to - from);
-        if (err) {
-            give_up(v, err);
-            return;
-        }
-        stat_add(&v->stats.shadow_compared, n);
-        if (memcmp(got, s->scratch, to - from))
-            report(v, r, from, got, s->scratch, to - from);
-    }
 }
 
 /* ---- a READ ----------------------------------------------------------------------------------------- */
@@ -381,14 +209,14 @@ static bool ask(struct volume *v, const struct shadow_read *r)
         if (table_find(&s->asked, block) || !lacks_block(s, r, block))
             continue;
         if (item.count && (item.block + item.count != block || item.count == FILL_BLOCKS)) {
-            ok = tell(v, item);
+            ok = shadow_tell(v, item);
             item.count = 0;
         }
         item.block = item.count ? item.block : block;
         item.count++;
         ok = ok && table_insert(&s->asked, block) != NULL;
     }
-    return (!item.count || tell(v, item)) && ok;
+    return (!item.count || shadow_tell(v, item)) && ok;
 }
 
 static bool shadow_holds(struct io_req *req, int err)
@@ -403,7 +231,7 @@ static bool shadow_holds(struct io_req *req, int err)
             worker_want_tick(v->worker);
             return true;
         }
-        compare(v, r);
+        shadow_compare(v, r);
     }
     drop(v, r);
     return false;
@@ -425,7 +253,7 @@ static void release(struct volume *v)
         if (!r->parked_ns || !r->go)
             continue;
         if (!s->broken && !v->failed)
-            compare(v, r);
+            shadow_compare(v, r);
         drop(v, r);
         list_append(&done, &req->link);
     }
@@ -481,7 +309,7 @@ static void fill_block(struct volume *v, uint64_t block, const uint8_t *data)
             continue;
         int err = shadow_file_put(f, data + i * SECTOR, sector * SECTOR, SECTOR);
         if (err) {
-            give_up(v, err);
+            shadow_give_up(v, err);
             return;
         }
         shadow_file_learn(f, sector, 1);

@@ -1,7 +1,8 @@
 #include "shadow/shadow_file.h"
 
-#include "log/segment.h"
+#include "base/disk.h"
 #include "base/util.h"
+#include "log/segment.h"
 
 #include <fcntl.h>
 #include <string.h>
@@ -86,19 +87,10 @@ int shadow_file_punch(struct shadow_file *f, uint64_t offset, uint64_t length)
 
 int shadow_file_get(const struct shadow_file *f, uint8_t *buf, uint64_t offset, uint64_t length)
 {
-    while (length) {
-        ssize_t n = pread(f->fd, buf, length, (off_t)offset);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return -errno;
-        if (n == 0) {
-            memset(buf, 0, length);
-            return 0;
-        }
-        buf += n;
-        offset += (uint64_t)n;
-        length -= (uint64_t)n;
-    }
-    return 0;
+    uint64_t got;
+    int err = disk_pread(f->fd, buf, length, offset, &got);
+
+    if (!err)
+        memset(buf + got, 0, length - got);
+    return err;
 }

@@ -13,6 +13,7 @@
 #include "base/data_hash.h"
 #include "base/disk.h"
 #include "glide_core_internal.h"
+#include "stress_common.h"
 #include "stress_nbd.h"
 #include "stress_shadow.h"
 #include "stress_upload.h"
@@ -35,14 +36,6 @@
 #define BLOCKS 24
 #define SECTORS (BLOCKS * GLIDE_BLOCK_SECTORS)
 #define END_SECONDS 100 /* for all to end once the time is over */
-#define MUST(x)                                                                                                        \
-    do {                                                                                                               \
-        int64_t must_result = (x);                                                                                     \
-        if (must_result < 0) {                                                                                         \
-            fprintf(stderr, "%s:%d: %s = %lld: %s\n", __FILE__, __LINE__, #x, (long long)must_result, glide_error());  \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 struct volume_state {
     glide_volume *volume;
@@ -65,40 +58,6 @@ static atomic_ullong compared; /* by shadow verify, in sectors */
 static atomic_bool stop;
 static atomic_int clients_left; /* the uploaders go on until it is 0 */
 static atomic_ullong operations;
-
-static uint32_t next_random(uint64_t *seed)
-{
-    *seed ^= *seed << 13;
-    *seed ^= *seed >> 7;
-    *seed ^= *seed << 17;
-    return (uint32_t)(*seed >> 16);
-}
-
-/* A sector's content is its number and generation, repeated; generation 0 is zeros. */
-static void fill_sector(uint8_t *buf, uint64_t sector, uint64_t generation)
-{
-    uint64_t *words = (uint64_t *)(void *)buf;
-
-    for (int i = 0; i < GLIDE_SECTOR / 16; i++) {
-        words[2 * i] = generation ? sector : 0;
-        words[2 * i + 1] = generation;
-    }
-}
-
-static void check_sector(const uint8_t *buf, uint64_t sector, uint64_t generation)
-{
-    uint8_t want[GLIDE_SECTOR];
-
-    fill_sector(want, sector, generation);
-    if (memcmp(buf, want, GLIDE_SECTOR)) {
-        uint64_t got[2];
-        memcpy(got, buf, sizeof(got));
-        fprintf(stderr, "sector %llu: want generation %llu, got sector %llu generation %llu\n",
-                (unsigned long long)sector, (unsigned long long)generation, (unsigned long long)got[0],
-                (unsigned long long)got[1]);
-        abort();
-    }
-}
 
 static void open_volume(struct volume_state *s)
 {
@@ -233,7 +192,7 @@ static void *shadow_thread(void *arg)
         struct volume_state *s = &states[item.volume % VOLUMES];
         pthread_rwlock_rdlock(&s->open);
         if (s->cookie == item.volume)
-            MUST(stress_shadow_answer(&s->shadow, s->volume, &item, next_random(&seed) % 16 == 0));
+            MUST(stress_shadow_answer(&s->shadow, s->volume, &item, stress_draw(&seed) % 16 == 0));
         pthread_rwlock_unlock(&s->open);
     }
     return NULL;
@@ -328,23 +287,23 @@ static void *upload_thread(void *arg)
     struct glide_engine_stats all;
 
     while (atomic_load(&clients_left)) {
-        usleep(next_random(&seed) % 20000);
+        usleep(stress_draw(&seed) % 20000);
         pthread_rwlock_rdlock(&s->open);
         upload(s);
-        if (next_random(&seed) % 8 == 0)
+        if (stress_draw(&seed) % 8 == 0)
             stand_still(s);
         MUST(glide_volumes_info_get(&s->volume, 1, &info) - 1);
         glide_volumes_stats_get(&s->volume, 1, &stats);
         glide_engine_stats_get(engine, &all);
         pthread_rwlock_unlock(&s->open);
-        if (next_random(&seed) % 16 == 0)
+        if (stress_draw(&seed) % 16 == 0)
             glide_cache_evict_all(engine);
-        if (s == &states[0] && next_random(&seed) % 4 == 0) { /* one thread; now and then the cache's disk fails */
-            if (next_random(&seed) % 16 == 0)
+        if (s == &states[0] && stress_draw(&seed) % 4 == 0) { /* one thread; now and then the cache's disk fails */
+            if (stress_draw(&seed) % 16 == 0)
                 MUST(glide_disk_inject(DISK_CACHE_SYNC, EIO, 0, 1));
             glide_cache_sync(engine);
         }
-        if (next_random(&seed) % 32 == 0)
+        if (stress_draw(&seed) % 32 == 0)
             reopen(s);
     }
     return NULL;
@@ -364,13 +323,13 @@ static void write_some(struct client *c, uint64_t sector, uint32_t count)
     struct volume_state *s = c->s;
 
     for (uint32_t i = 0; i < count; i++)
-        fill_sector(c->buf + i * GLIDE_SECTOR, sector + i, s->written[sector + i] + 1);
-    if (next_random(&c->seed) % 4 == 0) { /* in halves of sectors: read-modify-write */
+        stress_fill(c->buf + i * GLIDE_SECTOR, sector + i, s->written[sector + i] + 1);
+    if (stress_draw(&c->seed) % 4 == 0) { /* in halves of sectors: read-modify-write */
         uint64_t half = GLIDE_SECTOR / 2, at = sector * GLIDE_SECTOR, length = (uint64_t)count * GLIDE_SECTOR;
         MUST(glide_volume_io(s->volume, GLIDE_WRITE, 0, at, half, c->buf));
         MUST(glide_volume_io(s->volume, GLIDE_WRITE, 0, at + half, length - half, c->buf + half));
     } else {
-        int flags = next_random(&c->seed) % 8 ? 0 : GLIDE_FUA;
+        int flags = stress_draw(&c->seed) % 8 ? 0 : GLIDE_FUA;
         MUST(glide_volume_io(s->volume, GLIDE_WRITE, flags, sector * GLIDE_SECTOR, (uint64_t)count * GLIDE_SECTOR,
                              c->buf));
     }
@@ -382,7 +341,7 @@ static void read_some(struct client *c, uint64_t sector, uint32_t count)
 {
     MUST(glide_volume_io(c->s->volume, GLIDE_READ, 0, sector * GLIDE_SECTOR, (uint64_t)count * GLIDE_SECTOR, c->buf));
     for (uint32_t i = 0; i < count; i++)
-        check_sector(c->buf + i * GLIDE_SECTOR, sector + i, c->s->written[sector + i]);
+        stress_check(c->buf + i * GLIDE_SECTOR, sector + i, c->s->written[sector + i]);
 }
 
 static void zero_some(struct client *c, uint64_t sector, uint32_t count)
@@ -391,7 +350,7 @@ static void zero_some(struct client *c, uint64_t sector, uint32_t count)
     for (uint32_t i = 0; i < count; i++) {
         uint8_t zeros[GLIDE_SECTOR] = {0};
         c->s->written[sector + i] = 0;
-        check_sector(zeros, sector + i, 0);
+        stress_check(zeros, sector + i, 0);
     }
 }
 
@@ -402,8 +361,8 @@ static void *client_thread(void *arg)
 
     while (!atomic_load(&stop)) {
         uint64_t groups = SECTORS / 8 / CLIENTS;
-        uint64_t sector = ((next_random(&c->seed) % groups) * CLIENTS + c->index) * 8 + next_random(&c->seed) % 4;
-        uint32_t count = 1 + next_random(&c->seed) % 4, what = next_random(&c->seed) % 16;
+        uint64_t sector = ((stress_draw(&c->seed) % groups) * CLIENTS + c->index) * 8 + stress_draw(&c->seed) % 4;
+        uint32_t count = 1 + stress_draw(&c->seed) % 4, what = stress_draw(&c->seed) % 16;
         enter(c->s);
         if (what < 7)
             write_some(c, sector, count);

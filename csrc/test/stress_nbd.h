@@ -5,7 +5,7 @@
 #ifndef STRESS_NBD_H
 #define STRESS_NBD_H
 
-#include "../glide_core_internal.h"
+#include "stress_common.h"
 
 #include <endian.h>
 #include <stdbool.h>
@@ -22,14 +22,6 @@ struct stress_request {
     uint64_t cookie, offset;
     uint32_t length;
 } __attribute__((packed));
-
-static uint64_t stress_draw(uint64_t *seed)
-{
-    *seed ^= *seed << 13; /* xorshift64 (Marsaglia 2003) */
-    *seed ^= *seed >> 7;
-    *seed ^= *seed << 17;
-    return *seed >> 16;
-}
 
 static void stress_ask(int fd, uint16_t type, uint16_t flags, uint32_t cookie, uint64_t offset, uint32_t length)
 {

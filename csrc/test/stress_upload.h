@@ -2,20 +2,10 @@
 #ifndef GLIDE_STRESS_UPLOAD_H
 #define GLIDE_STRESS_UPLOAD_H
 
-#include "glide_core_internal.h"
+#include "stress_common.h"
 
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define DONE(call)                                                                                                     \
-    do {                                                                                                               \
-        int done = (call);                                                                                             \
-        if (done < 0) {                                                                                                \
-            fprintf(stderr, "%s = %d: %s\n", #call, done, glide_error());                                              \
-            abort();                                                                                                   \
-        }                                                                                                              \
-    } while (0)
 
 /* Build a pack and read it into the base. */
 static void upload_pack(uint8_t (*base)[GLIDE_BLOCK], glide_plan *plan, uint64_t number,
@@ -28,7 +18,7 @@ static void upload_pack(uint8_t (*base)[GLIDE_BLOCK], glide_plan *plan, uint64_t
     struct glide_packed packed;
     static __thread uint8_t data[GLIDE_BLOCK];
 
-    DONE(glide_plan_build(plan, number, &rules, body, capacity, records, chunks, &packed));
+    MUST(glide_plan_build(plan, number, &rules, body, capacity, records, chunks, &packed));
     for (uint64_t i = 0; i < job->count; i++) {
         uint64_t block;
         uint32_t field[4]; /* mask, zero mask, offset, stored */
@@ -36,7 +26,7 @@ static void upload_pack(uint8_t (*base)[GLIDE_BLOCK], glide_plan *plan, uint64_t
         memcpy(field, records + i * GLIDE_PACK_ENTRY + sizeof(block), sizeof(field));
         uint32_t plain = (uint32_t)__builtin_popcount(field[0]) * GLIDE_SECTOR;
         if (plain)
-            DONE(glide_payload_decompress(body + field[2], field[3], data, plain));
+            MUST(glide_payload_decompress(body + field[2], field[3], data, plain));
         glide_block_overlay(base[block], field[0], field[1], data);
     }
     free(body);
@@ -51,11 +41,11 @@ static void upload_packs(uint8_t (*base)[GLIDE_BLOCK], uint64_t size, glide_gath
     const struct glide_pack_job *jobs;
     glide_plan *plan;
 
-    DONE(glide_plan_open(g, size, &plan));
+    MUST(glide_plan_open(g, size, &plan));
     uint64_t count = glide_plan_chunks(plan, &chunks);
     uint8_t *keep = malloc(count + 1);
     memset(keep, 1, count + 1);
-    DONE(glide_plan_cut(plan, keep, NULL, 0, 4 * GLIDE_BLOCK, 1000));
+    MUST(glide_plan_cut(plan, keep, NULL, 0, 4 * GLIDE_BLOCK, 1000));
     free(keep);
     count = glide_plan_jobs(plan, &jobs);
     for (uint64_t i = 0; i < count; i++)

@@ -8,12 +8,12 @@
 #include "upload/plan.h"
 
 #include "base/payload_hash.h"
+#include "base/payload_zstd.h"
 #include "base/util.h"
 #include "volume/gather.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <zstd.h>
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
@@ -63,12 +63,11 @@ static void copy_out(uint8_t *to, const uint8_t *from, uint64_t length)
 /* Stored bytes of `length` plain ones at `to`, which has room for as many; what does not shrink is stored raw. */
 static uint64_t compress(const struct builder *b, uint8_t *to, const uint8_t *plain, uint64_t length)
 {
-    size_t n = ZSTD_compressCCtx(b->context, to, length - 1, plain, length, b->rules->level);
+    uint64_t n = payload_zstd(b->context, b->rules->level, to, length, plain, length);
 
-    if (!ZSTD_isError(n))
-        return n;
-    copy_out(to, plain, length);
-    return length;
+    if (!n)
+        copy_out(to, plain, length);
+    return n ? n : length;
 }
 
 /* The lowest sectors of a mask, `bytes` of them at most. */
@@ -109,7 +108,7 @@ static int worth_compressing(const struct builder *b)
     return stored * 1000 < plain * rules->shrinks;
 }
 
-/* The payload of an item, and what its record says of it. */
+/* Add the payload of an item, and fill in its record. */
 static int add_payload(struct builder *b, const struct glide_entry *e, struct record *r)
 {
     uint64_t length = plain_bytes(e->mask);
@@ -151,7 +150,7 @@ static uint64_t list_chunks(const struct builder *b, uint64_t *chunks)
     uint64_t count = 0;
 
     for (uint64_t i = 0; i < b->count; i++) {
-        uint64_t chunk = b->items[i].block / GLIDE_CHUNK_BLOCKS;
+        uint64_t chunk = b->items[i].block / GLIDE_GROUP;
         if (!count || chunks[count - 1] != chunk)
             chunks[count++] = chunk;
     }

@@ -24,13 +24,13 @@ static int count_chunks(struct upload_plan *p, uint64_t size)
     uint64_t count = 0;
 
     for (uint64_t i = 0; i < p->entry_count; i++)
-        count += !i || p->entries[i].block / GLIDE_CHUNK_BLOCKS != p->entries[i - 1].block / GLIDE_CHUNK_BLOCKS;
+        count += !i || p->entries[i].block / GLIDE_GROUP != p->entries[i - 1].block / GLIDE_GROUP;
     p->chunks = calloc(count + 1, sizeof(*p->chunks));
     if (!p->chunks)
         return fail(-ENOMEM, "no memory to plan an upload of %llu blocks", (unsigned long long)p->entry_count);
     for (uint64_t i = 0; i < p->entry_count; i++) {
         const struct glide_entry *e = &p->entries[i];
-        uint64_t chunk = e->block / GLIDE_CHUNK_BLOCKS;
+        uint64_t chunk = e->block / GLIDE_GROUP;
         uint32_t within = sectors_within(e->block, size);
         if (!p->chunk_count || p->chunks[p->chunk_count - 1].chunk != chunk)
             p->chunks[p->chunk_count++].chunk = chunk;
@@ -125,7 +125,7 @@ static int cut(struct cutter *c, const uint8_t *keep, const struct glide_extent 
         struct glide_entry item = p->entries[i];
         while (zero->count && at < item.block && !err)
             err = add_zeros(c, &zero, &at, item.block);
-        while (chunk->chunk != item.block / GLIDE_CHUNK_BLOCKS)
+        while (chunk->chunk != item.block / GLIDE_GROUP)
             chunk++;
         if (!keep[chunk - p->chunks])
             item.zero_mask = 0;

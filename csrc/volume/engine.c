@@ -44,7 +44,7 @@ static void tell_workers(struct engine *e, bool wanted)
     for (unsigned i = 0; i < e->worker_count; i++) {
         struct space_task *t = malloc(sizeof(*t));
         if (!t)
-            return; /* who waits looks again at the next tick */
+            return; /* waiting requests look again at the next tick */
         t->task.run = look_around;
         t->wanted = wanted;
         if (!worker_post(&e->workers[i], &t->task))

@@ -1,6 +1,5 @@
 /*
- * The engine: what the volumes of a host share. Lock order: none nests, each
- * lock guards one thing.
+ * The engine: what the volumes of a host share. Locks do not nest, and each guards one thing.
  */
 #ifndef GLIDE_ENGINE_H
 #define GLIDE_ENGINE_H

@@ -234,7 +234,7 @@ int fault_wait_holes(struct volume *v, uint64_t chunk, uint32_t chunks, struct i
     return wait_for(
         v, HOLES_KEY | chunk, req,
         (struct fault){
-            .cookie = v->cookie, .block = chunk * CHUNK_BLOCKS, .stamp = atomic_load(&v->stamp), .chunks = chunks});
+            .cookie = v->cookie, .block = chunk * GLIDE_GROUP, .stamp = atomic_load(&v->stamp), .chunks = chunks});
 }
 
 void fault_resolve(struct volume *v, uint64_t block, int err)
@@ -319,7 +319,7 @@ static bool select_block(uint64_t block, uint64_t value, void *arg)
     uint64_t key = block;
 
     if (s->zeros && block & HOLES_KEY) /* of a chunk that is zero all of its blocks are */
-        block = (block & ~HOLES_KEY) * CHUNK_BLOCKS;
+        block = (block & ~HOLES_KEY) * GLIDE_GROUP;
     if (block < s->first || block >= s->end || (s->zeros && block_map_find(s->zeros, block).kind != BASE_ZERO))
         return false;
     for (struct waiter *w = ((struct waiting *)(uintptr_t)value)->first; w && !chosen; w = w->next)

@@ -1,7 +1,7 @@
 /*
  * A filter sees the requests of a volume pass, and may hold back the replies of READs. Shadow verify is one; request
- * code and volume know no more of it than this. All of it runs on the volume's worker. Without one volume->filter is
- * NULL and nothing here is called.
+ * code and volume know no more about it than this. All of it runs on the volume's worker. Without one volume->filter
+ * is NULL and nothing here is called.
  */
 #ifndef GLIDE_FILTER_H
 #define GLIDE_FILTER_H
@@ -22,7 +22,7 @@ struct filter_ops {
     void (*note)(struct io_req *req, uint64_t sector, uint64_t pos, const struct base_view *base);
     /* Its data is complete (err 0), or never will be. True: it is held, and io_finish is called again later. */
     bool (*holds)(struct io_req *req, int err);
-    /* Let go those with this tag that are held; NULL = all. */
+    /* Let go of held READs with this tag; NULL = all. */
     void (*let_go)(struct volume *v, const void *tag);
     /* 10 times a second while something waits. True: again. */
     bool (*tick)(struct volume *v, uint64_t now);

@@ -53,7 +53,7 @@ static void start_freeze(struct call *call, struct worker *w)
     if (v->filter) /* unaligned WRITEs that wait for it may be appended */
         v->filter->ops->let_go(v, NULL);
     io_flush(v);
-    if (v->filter) /* those of which the flush began the reads, too */
+    if (v->filter) /* those whose reads the flush began, too */
         v->filter->ops->let_go(v, NULL);
     log_seal(&v->log);
     transports_each(t, v)

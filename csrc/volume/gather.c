@@ -3,11 +3,11 @@
  * last of them. Works from the files alone, in the caller's thread: the live map
  * has newer writes, which must not leak into the commit of an older segment.
  *
- * For a volume, each segment must have the records that the volume knows. Of those that this process appended the
- * hashes of their sectors come from its memory, so their data is read once, by who asks for it, and verified then;
- * of others it is verified here. What nobody asks for, because it was overwritten, is not read. Offline, replay.c
- * judges what is bad, as at a start. A record that is lost is mapped like others, so that nothing older is taken for
- * what it held, and left out at the end.
+ * For a volume, each segment must have the records that the volume knows. For those that this process appended, the
+ * hashes of their sectors come from its memory, so their data is read once, by whoever asks for it, and verified
+ * then; the data of others is verified here. What nobody asks for, because it was overwritten, is not read. Offline,
+ * replay.c judges what is bad, as at a start. A record that is lost is mapped like others, so that nothing older is
+ * taken for what it held, and left out at the end.
  */
 #include "volume/gather.h"
 
@@ -333,7 +333,7 @@ static void add_extents(struct gather *g)
     }
 }
 
-/* The sectors of a block, all blocks ascending, of which the newest is lost. */
+/* The sectors of a block whose newest data is lost; all blocks ascending. */
 static int add_lost(struct gather *g, uint64_t block)
 {
     const uint64_t *pos = log_map_view(&g->map, block).pos;

@@ -93,7 +93,7 @@ struct holes_task {
 /* Each item is compared anew: what looks again may read the log, and find that it has to bump the stamp. */
 static void put_holes(struct volume *v, const struct glide_holes *h, uint64_t stamp)
 {
-    uint64_t blocks = h->kind == GLIDE_HOLES_PAGE ? (uint64_t)GLIDE_GROUP * CHUNK_BLOCKS : CHUNK_BLOCKS;
+    uint64_t blocks = h->kind == GLIDE_HOLES_PAGE ? (uint64_t)GLIDE_GROUP * GLIDE_GROUP : GLIDE_GROUP;
 
     if (stamp != atomic_load(&v->stamp))
         return;

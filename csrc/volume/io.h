@@ -14,18 +14,18 @@ struct rmw;
 
 #define IO_HERE 0x20  /* READ: ENODATA, not a fault, for what is neither in the log nor in the cache */
 #define IO_LOCAL 0x40 /* FLUSH: the local disk is enough, whatever the volume's flush option */
-/* Made by the core itself, or no READ, WRITE, FLUSH or ZERO: not counted as a guest's request. */
+/* Made by the core itself, or neither READ, WRITE, FLUSH nor ZERO: not counted as a guest's request. */
 #define IO_INTERNAL 0x80
 
 /* An op beside those of enum glide_op: buf is a struct io_extents, to be filled. */
 #define IO_STATUS GLIDE_OPS
 
-/* What of a range, from its beginning on, is zeros: neighbours differ. It may end before the range does. */
+/* Which parts of a range are zeros, from its beginning on; neighbours differ. It may end before the range does. */
 struct io_extents {
     uint32_t max, count; /* of list; max is the submitter's */
     struct io_extent {
         uint32_t length; /* bytes */
-        uint32_t zero;   /* 0: data, or nobody knows without reading it */
+        uint32_t zero;   /* 0: data, or unknown until it is read */
     } list[];
 };
 
@@ -34,7 +34,7 @@ struct io_req {
     struct volume *volume;
     uint8_t *buf;            /* WRITE: data; READ: where to put it; valid until done(), but see own() */
     uint64_t offset, length; /* bytes, multiples of 512, within the volume */
-    const void *tag;         /* of the submitter's choice: what io_cancel goes by */
+    const void *tag;         /* chosen by the submitter, for io_cancel */
     uint8_t op;              /* enum glide_op, or IO_STATUS (length below 4 GiB) */
     uint8_t flags;           /* GLIDE_FUA and the flags above */
     void (*done)(struct io_req *req, int err); /* 0 or a positive errno; may free the request */
@@ -45,8 +45,8 @@ struct io_req {
     int (*own)(struct io_req *req);
 
     /*
-     * READ, if not NULL: a bit for each sector that the range touches, clear at first. Where it is set at the end, what
-     * the request has of the sector is zeros, and buf was not written.
+     * READ, if not NULL: a bit for each sector that the range touches, clear at first. Where it is set at the end,
+     * the request's part of the sector is zeros, and buf was not written.
      */
     uint64_t *holes;
 
@@ -98,8 +98,8 @@ void io_status(struct io_req *req);
 
 /* io_unaligned.c. Carry out an unaligned ZERO as up to three aligned requests. -ENOMEM: not started. */
 int io_zero_split(struct io_req *req);
-/* An unaligned WRITE at the head of the batch: true = its merged sectors may be appended now, as one step with
- * this call; false = it was taken out of the batch, to read. */
+/* An unaligned WRITE at the head of the batch. True: its merged sectors may be appended now, in one step with this
+ * call. False: it was taken out of the batch to read. */
 bool io_merge(struct io_req *req);
 /* The merged sectors of such a WRITE. */
 const uint8_t *io_merged(const struct io_req *req);

@@ -1,18 +1,18 @@
 /*
- * What of a range is zeros, told without reading any of it.
+ * Which parts of a range are zeros, answered without reading any of it.
  *
  * The newest of a sector is in the log, else in the base (io_read.c), and so is the answer: by sectors where the log
- * has some of a block, by blocks elsewhere. Of a base that is not known Python is asked, and the request waits as a
- * READ does. But once an answer has come to the end of a chunk it goes out, for fewer bytes than were asked for.
+ * has some of a block, by blocks elsewhere. Where the base is not known, Python is asked, and the request waits as a
+ * READ does. But once an answer has reached the end of a chunk it goes out, for fewer bytes than were asked for.
  *
- * The work is that of what is found: runs of the base, extents of zeros, and runs within blocks that the log has some
- * of, of which one request finds no more than LEAVES. Where nothing is found there is a look for each 64 blocks.
+ * The work grows with what is found: runs of the base, extents of zeros, and runs within at most LEAVES blocks that
+ * the log has parts of. Where nothing is found there is one look for each 64 blocks.
  */
 #include "volume/fault.h"
 #include "volume/io.h"
 #include "volume/volume.h"
 
-#define CHUNK_BYTES ((uint64_t)CHUNK_BLOCKS * GLIDE_BLOCK)
+#define CHUNK_BYTES ((uint64_t)GLIDE_GROUP * GLIDE_BLOCK)
 #define LEAVES 4096
 #define CHUNKS_AHEAD 8 /* that Python is asked of at once */
 

@@ -2,7 +2,7 @@
  * Opening a log that may have been written to before: by this host's last
  * process, or by the last boot.
  *
- * replay.c says what of it counts, and ends at what was synced and is bad. Here that becomes the volume's maps and
+ * replay.c says which records count, and ends at damage to synced data. Here they become the volume's maps and
  * segments.
  *
  * What was dropped once must be dropped by every later replay too, although the
@@ -29,18 +29,6 @@ struct recovery {
     struct glide_recovery *out;
     struct replay replay;
 };
-
-static void unlink_segment(struct volume *v, uint64_t seq)
-{
-    char *path = segment_path(v->log.path, seq, ".seg"), *mark = segment_path(v->log.path, seq, ".syncfail");
-
-    if (path && mark) {
-        disk_unlink(path);
-        disk_unlink(mark);
-    }
-    free(path);
-    free(mark);
-}
 
 static int apply(void *arg, struct replay_segment *f, uint32_t index, const uint64_t *sums)
 {
@@ -84,11 +72,11 @@ static void drop(void *arg, struct replay_segment *f)
     log_map_destroy(&v->map);
     log_map_init(&v->map, &v->engine->leaves);
     while (log->count) {
-        unlink_segment(v, log->segments[0]->seq);
+        segment_unlink(log->path, log->segments[0]->seq);
         log_forget(log, log->segments[0]);
     }
     if (f)
-        unlink_segment(v, f->seq);
+        segment_unlink(log->path, f->seq);
 }
 
 static const struct replay_calls CALLS = {.record = apply, .end = adopt, .drop = drop};

@@ -148,13 +148,10 @@ static int retire_one(struct retire *r)
     segment_free_journal(&r->journal);
     if (err)
         return err;
-    char *mark = segment_path(r->v->log.path, r->seq, ".syncfail");
     if (!r->spare)
-        err = disk_unlink(r->file.path);
-    if (mark)
-        disk_unlink(mark);
-    free(mark);
-    return err;
+        return segment_unlink(r->v->log.path, r->seq);
+    segment_unlink_mark(r->v->log.path, r->seq);
+    return 0;
 }
 
 int glide_volume_retire(glide_volume *volume, uint64_t seq)

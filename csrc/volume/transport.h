@@ -1,6 +1,6 @@
 /*
- * How guests reach a volume: a connection, a device. A volume knows no more of them than this; each kind is below
- * transport/. All calls are on the volume's worker.
+ * How guests reach a volume: a connection, a device. A volume knows no more about them than this; each kind has a
+ * folder in transport/. All calls are on the volume's worker.
  */
 #ifndef GLIDE_TRANSPORT_H
 #define GLIDE_TRANSPORT_H
@@ -13,17 +13,18 @@ struct volume;
 struct transport_ops {
     /* 10 times a second while something waits. True: again. NULL: nothing to do. */
     bool (*tick)(struct transport *t);
-    /* Handoff: the volume is about to stand still. What can be answered is; nothing begins until unfreeze. Or NULL. */
+    /* Handoff: the volume is about to stand still. Answer what can be answered; nothing begins until unfreeze. Or
+     * NULL. */
     void (*freeze)(struct transport *t);
     void (*unfreeze)(struct transport *t);
     /* The volume closes: end, and leave it (transport_leave) when no request is under way. NULL: it stays, and the
      * volume is not closed before it has left. */
     void (*close)(struct transport *t);
-    /* The worker is to stop: what has no answer yet is the next process's. Before close. Or NULL. */
+    /* The worker is to stop: what has no answer yet is left to the next process. Before close. Or NULL. */
     void (*let_go)(struct transport *t);
-    /* Nothing of it is under way. Of one with `close`: false, as long as it is there. */
+    /* Nothing of it is under way. One with `close` returns false as long as it is there. */
     bool (*idle)(const struct transport *t);
-    /* The worker has ended, and it is still there: transport_leave. NULL: that cannot be. */
+    /* The worker has ended, and this is still there: transport_leave. NULL: cannot happen. */
     void (*left_behind)(struct transport *t);
 };
 

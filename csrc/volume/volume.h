@@ -54,7 +54,7 @@ struct volume {
     struct list batch;         /* WRITEs and ZEROs to append, in order; those that wait for space stay here */
     bool blocked;              /* the head of `batch` waits for space */
     bool paced;                /* it waits for its turn, as the logs fill too fast */
-    uint64_t blocked_event_ns; /* when Python was last told */
+    uint64_t blocked_event_ns; /* when Python last heard of it */
     bool event_dirty;          /* GLIDE_EV_FIRST_DIRTY was sent */
     struct sync_state sync;
     struct table faults; /* block -> struct waiting (fault.c) */
@@ -62,7 +62,7 @@ struct volume {
     bool answers_missed; /* some came while the volume was frozen: all waiters look again */
 
     struct list transports;
-    uint32_t client_count;       /* of those that a close ends, and waits for */
+    uint32_t client_count;       /* transports that a close ends, and waits for */
     uint64_t inflight;           /* requests submitted and not done */
     struct list idle_calls;      /* struct call: wait until inflight is 0 */
     uint64_t reading;            /* reads of files in flight */
@@ -82,18 +82,19 @@ void volume_want_flush(struct volume *v);
 void volume_count_memory(struct volume *v);
 /* Let a close that waits go on when nothing is in flight. */
 void volume_idle_check(struct volume *v);
-/* A request ended; wakes who waits for none in flight. */
+/* A request ended; wakes whoever waits until none is in flight. */
 void volume_request_done(struct volume *v);
 
-/* A read of a file ended; wakes who waits for none in flight. */
+/* A read of a file ended; wakes whoever waits until none is in flight. */
 void volume_read_done(struct volume *v);
 
-/* retire.c: reads of what was committed of segments whose sync failed go to the store from now on. */
+/* retire.c: reads of committed segments whose sync failed go to the store from now on. */
 void retire_failed(struct volume *v);
 
-/* recover.c: replay the log directory. In standby nothing of it is changed, and what the store has is replayed too. */
+/* recover.c: replay the log directory. In standby nothing in it is changed, and segments that the store has are
+ * replayed too. */
 int volume_recover(struct volume *v, uint64_t committed_seq, bool always_verify, struct glide_recovery *out);
-/* Replay what the log got since then. */
+/* Replay what was appended since then. */
 int volume_recover_tail(struct volume *v, struct glide_recovery *out);
 
 #endif

@@ -371,7 +371,7 @@ def build_app(control: Control) -> FastAPI:
 
 
 def _changing(handler: Handler, scrape: Shared) -> Handler:
-    """Who was answered finds what the verb did in the next scrape, also if it failed half-way."""
+    """The next scrape shows what a verb did, even if it failed half-way."""
 
     async def changing(request: Request) -> Response:
         try:

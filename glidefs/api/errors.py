@@ -44,7 +44,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 
 
 def describe(error: Exception) -> tuple[int, ErrorAnswer]:
-    """Status and body for `error`. What is not ours is logged with its trace and says only its kind."""
+    """Status and body for `error`. One that is not ours is logged in full; the answer names its kind."""
     for kind, status in _STATUS:
         if isinstance(error, kind):
             return status, split_hint(str(error))

@@ -17,7 +17,7 @@ ALWAYS = frozenset(
     "delete-log",
     "remove",
 }
-"""Verbs that leave the record of their export as it is and do something all the same."""
+"""Verbs that do something without a change of their export's record."""
 
 
 class Lives:
@@ -27,7 +27,7 @@ class Lives:
         self._table = table
 
     def verb(self, verb: str, name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """A call that does ``verb`` to ``name``, as one that logs it. Found done already, it is no event."""
+        """A call that does ``verb`` to ``name``, as one that logs it. Done before, it is no event."""
         return partial(self._run, verb, name, partial(function, *args, **options))
 
     def _run(self, verb: str, name: str, call: Callable[[], Any]) -> Any:

@@ -20,7 +20,7 @@ class Pool:
         self._refuse = refuse
         self._limiter = anyio.CapacityLimiter(places)
         self.busy = 0
-        """Calls under way, and those that wait for a place. Of the event loop's thread alone."""
+        """Calls under way, and those that wait for a place. For the event loop's thread only."""
 
     async def run(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Run a call on a thread. Raises Refused where all places are taken."""

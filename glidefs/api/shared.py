@@ -10,7 +10,7 @@ KEPT = 1.0
 
 
 class Shared:
-    """What ``make`` returns, for whoever asks within :data:`KEPT`. Of the event loop's thread alone."""
+    """What ``make`` returns, for whoever asks within :data:`KEPT`. For the event loop's thread only."""
 
     def __init__(self, make: Callable[[], Awaitable[bytes]]) -> None:
         self._make = make
@@ -22,7 +22,7 @@ class Shared:
         if task is None or fresh:
             task = self._task = asyncio.create_task(self._made())
             asyncio.get_running_loop().call_later(KEPT, self._forget, task)
-        return await asyncio.shield(task)  # who hangs up does not end it for the others
+        return await asyncio.shield(task)  # a client that leaves does not end it for others
 
     async def _made(self) -> bytes:
         try:
@@ -32,7 +32,7 @@ class Shared:
             raise
 
     def changed(self) -> None:
-        """What was made, or is being made, is not to be given to whoever asks from now on."""
+        """From now on, give nobody what was made or is being made."""
         self._task = None
 
     def _forget(self, task: asyncio.Task[bytes]) -> None:

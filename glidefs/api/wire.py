@@ -1,4 +1,4 @@
-"""One HTTP request over a Unix socket: what a command needs of HTTP, without the modules for the rest of it.
+"""One HTTP request over a Unix socket: the part of HTTP that a command needs, and no module for the rest.
 
 ``http.client`` brings the parser of mail headers and TLS along, whose import takes longer than the answer
 to most commands. A request of HTTP/1.0 has its answer in one piece, up to the end of the connection.
@@ -17,7 +17,7 @@ _AT_ONCE = 1 << 20
 
 
 class BadAnswer(Exception):
-    """What came is no answer."""
+    """What came is not an answer of HTTP."""
 
 
 def request(

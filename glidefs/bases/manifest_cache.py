@@ -280,7 +280,7 @@ class BaseLibrary:
         return ""
 
     def check_all(self) -> None:
-        """Ask for every base that was not looked at for an eighth of the grace period."""
+        """Ask for every base that was not checked for an eighth of the grace period."""
         errors: list[str] = []
         for prefix, base in self.manifests.names():
             known = self.manifests.peek(prefix, base)

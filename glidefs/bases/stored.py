@@ -74,8 +74,8 @@ def read_base(store: ObjectStore, prefix: str, base: str) -> StoredBase:
 def base_root(root: Root, name: str, *, created_at: int | None = None) -> Root:
     """A base's root with the content of any other root: nobody owns it, nobody writes to it.
 
-    It depends on nothing else, so that publishing it again is seen to be the same. The id is a new
-    one: a host may have local state under that of the volume. What was blessed is not known of it.
+    It depends on nothing else, so that publishing it again is seen to be the same. The id is a new one: a
+    host may have local state under that of the volume. It says nothing about what was blessed.
     """
     derived = blake3(b"base\0" + root.volume_id + name.encode()).digest(length=ID_SIZE)
     return msgspec.structs.replace(
@@ -100,9 +100,9 @@ def base_root(root: Root, name: str, *, created_at: int | None = None) -> Root:
 def publish_base(store: ObjectStore, prefix: str, root: Root) -> str:
     """Write a base's manifest, once. Returns its ETag.
 
-    A manifest that is there already with these very bytes is our own, whose answer was lost, or
-    equal to it. Raises ExportExists where the name has another one, StoreError (after a temporary
-    one the same call finds out what became of the first).
+    A manifest that is there already with these very bytes is our own, whose answer was lost, or equal to it.
+    Raises ExportExists where the name has another one, StoreError (after a temporary one, the same call finds
+    out whether the first one worked).
     """
     key = names.base_manifest_key(prefix, root.name)
     data = encode_root(root, key)

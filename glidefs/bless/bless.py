@@ -1,9 +1,9 @@
 """Bless: a raw image becomes a base, which never changes.
 
 One pass over the image: zeros are skipped, the rest is hashed and compressed on all cores and goes into
-packs; then come the pages of the manifest, the hot set if there is one, and last the manifest,
-write-once. Whatever happens before that, the store has no base, and what it has of one is used again by
-the next bless of the name, or collected. Memory is bounded by a fixed number of buffers.
+packs; then come the pages of the manifest, the hot set if there is one, and last the manifest, write-once.
+Whatever happens before that, the store has no base, and the parts of one are used again by the next bless of
+the name, or collected. Memory is bounded by a fixed number of buffers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ LEVEL = 1
 
 
 class BlessResult(NamedTuple):
-    """What became of it. ``created`` is false where the base was there already with this content.
+    """The result. ``created`` is false where the base was there already with this content.
 
     Of the image: its ``size``, and the ``data_bytes`` of it that are not blocks of zeros. Of the base:
     ``packs`` and their ``stored_bytes``, of which ``reused_packs`` come from an earlier, interrupted bless.
@@ -105,9 +105,9 @@ def bless(
     """Make the base ``base`` of a raw image: a file, a block device, or an open descriptor of any of
     them or of a pipe.
 
-    ``pack_bytes``: stored bytes of a pack, at most :data:`PACK_TARGET`. ``level`` is zstd's, ``workers``
-    the threads that compress (default: one per CPU). ``hot_set``: blocks that a boot reads, in order.
-    With ``resume``, an interrupted bless of this name is gone on with; ``max_age`` is half of gc's grace.
+    ``pack_bytes``: stored bytes of a pack, at most :data:`PACK_TARGET`. ``level`` is zstd's, ``workers`` the
+    threads that compress (default: one per CPU). ``hot_set``: blocks that a boot reads, in order. With
+    ``resume``, an interrupted bless of this name is continued; ``max_age`` is half of gc's grace.
 
     Raises ExportExists where the name has other content or is that of a removed base, ConfigError for
     an image that cannot be read, InvalidName, CorruptObject, StoreError.

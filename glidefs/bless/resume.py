@@ -4,8 +4,9 @@ A later bless reads the image anew. As long as the blocks are those of the check
 order, they are only hashed; from the first difference on new packs are made. So it does not matter
 whether the image is the same one: what is published is always what was read.
 
-gc keeps what a checkpoint names until it removes that. Who goes on puts it anew under its ETag first,
-gc replaces it under its ETag before it deletes it: so only one of them has it (see :mod:`glidefs.gc.run`).
+gc keeps what a checkpoint names until it removes that. A bless that goes on first puts it anew under its
+ETag, and gc replaces it under its ETag before it deletes it: so only one of them has it (see
+:mod:`glidefs.gc.run`).
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ class DonePack(NamedTuple):
 def load(store: ObjectStore, prefix: str, base: str, now: int, max_age: float) -> list[PutPack]:
     """The packs of the checkpoint, up to the first that is older than ``max_age`` seconds.
 
-    Their ages are those by the store's clock: since the checkpoint was put, and before that by the
-    clock of who put it. The result says when they were put by the clock here, which shows ``now``
-    (unix seconds). The checkpoint is put anew with just these packs. One that cannot be read, or that
-    somebody else takes at the same time, is as good as none. Raises StoreError.
+    Ages count by the store's clock since the checkpoint was put, and before that by the clock of whoever put
+    it. The result says when they were put by the clock here, which shows ``now`` (unix seconds). The
+    checkpoint is put anew with just these packs. One that cannot be read, or that somebody else takes at the
+    same time, is as good as none. Raises StoreError.
     """
     key = names.blessing_key(prefix, base)
     try:

@@ -37,7 +37,7 @@ _NOT_RAW = (
 class Image(ABC):
     """An image that is read once, from its beginning, by one thread.
 
-    ``length`` is what it says of its size in bytes, None for a pipe; ``position`` how far it was read.
+    ``length`` is its stated size in bytes, None for a pipe; ``position`` how far it was read.
     """
 
     def __init__(self, fd: int, name: str, length: int | None) -> None:

@@ -28,7 +28,7 @@ def list_stored(client: Client, prefix: str | None, as_json: bool) -> None:
 
 
 def _note_of(volume: dict[str, Any]) -> str:
-    """What there is to say of a volume in the store, and the verb that deals with it."""
+    """What there is to say about a volume in the store, and the verb that deals with it."""
     if volume["damaged"]:
         return str(volume["damaged"])
     if volume["removed_at"]:

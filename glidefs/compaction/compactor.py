@@ -40,7 +40,7 @@ _RETRY = 30.0
 
 
 class CompactState:
-    """What is known of a volume that was written to. Guarded by the compactor's condition."""
+    """What is known about a volume that was written to. Guarded by the compactor's condition."""
 
     __slots__ = ("due", "last_commit", "touched", "unsettled")
 

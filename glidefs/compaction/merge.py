@@ -121,7 +121,7 @@ class Merger:
     def _fetch_again(
         self, run: ChunkRun, merged: MergedBlock, entries: Sequence[dict[int, PackEntry]]
     ) -> Payloads:
-        """The payloads of one block, with nothing kept of where they are."""
+        """The payloads of one block, fetched without anything kept about where they are."""
         wanted = [
             Wanted(run.indices[part.source].key, entries[part.source][merged.block]) for part in merged.parts
         ]

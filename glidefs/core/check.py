@@ -26,7 +26,7 @@ class Closed(GlideError):
 
 
 def error_text() -> str:
-    """What the C core says about the last failure of this thread; may be empty."""
+    """The C core's text about this thread's last failure; may be empty."""
     text = lib.glide_error()
     return "" if text == ffi.NULL else ffi.string(text).decode(errors="replace")
 

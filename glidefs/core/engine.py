@@ -39,8 +39,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 class Fault(msgspec.Struct, frozen=True):
     """``count`` absent blocks from ``block`` of the volume with this cookie; hand ``stamp`` back.
 
-    With ``chunks`` it is no data that is asked for: which blocks of so many chunks, from that of ``block``
-    on, are zeros. The first is to be answered.
+    With ``chunks`` the question is not for data but which blocks of so many chunks, from that of ``block``
+    on, are zeros. The first chunk must be answered.
     """
 
     volume: int
@@ -182,7 +182,7 @@ class Engine(Handle):
         return [Event(raw[i].volume, raw[i].kind, raw[i].a, raw[i].b) for i in range(count)]
 
     def shadow_next(self, timeout_ms: int) -> ShadowItem | None:
-        """What shadow verify asks or tells next, or None after the timeout. Any number of threads may wait.
+        """The next question or finding of shadow verify; None after the timeout. Many threads may wait.
 
         Raises Closed.
         """
@@ -193,7 +193,7 @@ class Engine(Handle):
         return from_c(raw)
 
     def pace(self, bytes_per_second: int) -> None:
-        """Let writers of all volumes together append so much at most; 0 = as they come."""
+        """Limit what the writers of all volumes together may append; 0: no limit."""
         with self._use() as engine:
             lib.glide_engine_pace(engine, bytes_per_second)
 

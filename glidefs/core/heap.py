@@ -65,7 +65,7 @@ class Bodies:
                 self._free.append(body)
 
     def drop(self) -> None:
-        """Give those back that are not in use."""
+        """Free those that are not in use."""
         with self._lock:
             self._free.clear()
 

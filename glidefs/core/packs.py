@@ -99,7 +99,7 @@ class UploadPlan(Handle):
             return [PackJob(i, job.first, job.count, job.plain) for i, job in enumerate(jobs)]
 
     def items(self, job: PackJob) -> list[GatherEntry]:
-        """What a pack will say of blocks, for tests."""
+        """What packs will say about blocks, for tests."""
         out = ffi.new("const struct glide_entry **")
         with self._use() as plan:
             if job.first + job.items > lib.glide_plan_items(plan, out):

@@ -40,6 +40,6 @@ def disk_inject(kind: DiskKind, err: int, *, skip: int = 0, count: int = 1) -> N
 
 
 def forget_sector(volume: CoreVolume, sector: int) -> None:
-    """Lose what the log map says of a sector. Raises CoreError (ENOENT) if it says nothing."""
+    """Lose what the log map says about a sector. Raises CoreError (ENOENT) if it says nothing."""
     with volume._use() as pointer:
         check(lib.glide_volume_forget_sector(pointer, sector), "forget a sector")

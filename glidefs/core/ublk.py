@@ -34,7 +34,7 @@ class UblkConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UblkInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel says of a device. ``dev_sectors`` are of 512 bytes."""
+    """What the kernel says about a device. ``dev_sectors`` are of 512 bytes."""
 
     dev_id: int
     queues: int

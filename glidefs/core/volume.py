@@ -90,7 +90,7 @@ def install_retry(block: int, count: int) -> Install:
 
 
 class Holes(msgspec.Struct, frozen=True):
-    """What is zero of a whole page or chunk, made by the functions below; bit i of ``zeros`` is part i."""
+    """Which parts of a page or chunk are zero, made by the functions below; bit i of ``zeros`` is part i."""
 
     kind: int
     number: int
@@ -109,7 +109,7 @@ def chunk_holes(chunk: int, zeros: int) -> Holes:
 
 
 def holes_error(chunk: int, err: int) -> Holes:
-    """Who asks what is zero of the chunk gets the positive errno ``err``, or with 0 looks again."""
+    """Requests that ask for the chunk's zeros get the positive errno ``err``, or with 0 look again."""
     return Holes(lib.GLIDE_HOLES_ERROR, chunk, 0, err)
 
 
@@ -123,7 +123,7 @@ class Fill(NamedTuple):
 
 
 class NbdModes(msgspec.Struct, frozen=True):
-    """What the handshake of an NBD connection came to.
+    """The result of the handshake of an NBD connection.
 
     ``structured`` replies, and ``allocation``, which needs them: the context ``base:allocation``, under the
     id :data:`ALLOCATION_ID`.
@@ -227,8 +227,8 @@ class CoreVolume(Handle):
     def install_holes(self, stamp: int, holes: Sequence[Holes]) -> None:
         """Say what is zero of whole pages and chunks, without waiting for that. Raises CoreError (ENOMEM).
 
-        Of faults on data it answers those of what turns out to be zeros. With a stale stamp nothing lands;
-        who asks what is zero of the chunks then looks again.
+        It answers faults on blocks that turn out to be zeros. With a stale stamp nothing lands; requests that
+        ask for zeros of the chunks then look again.
         """
         if not holes:
             return
@@ -244,7 +244,7 @@ class CoreVolume(Handle):
     def fill(self, stamp: int, fills: Sequence[Fill], *, through: bool = False) -> int:
         """Put blocks into the block cache and answer their faults; how many, from the first on.
 
-        Blocks that the cache's disk does not take, and all with ``through``, are only given to who waits.
+        Blocks that the cache's disk does not take, and all with ``through``, go only to requests that wait.
         Raises CoreError if that is none, with errno EAGAIN (temporary) while every slot is pinned.
         """
         raw = ffi.new("struct glide_fill[]", len(fills))
@@ -307,7 +307,7 @@ class CoreVolume(Handle):
     def attach_nbd(self, fd: int, conn_id: int, modes: NbdModes = READ_WRITE) -> None:
         """Serve NBD transmission on a connected socket; C owns ``fd`` from here, also on error.
 
-        A CONN_CLOSED event tells its end.
+        A CONN_CLOSED event reports its end.
         """
         try:
             pointer = self._acquire()

@@ -306,13 +306,13 @@ class Daemon:
     def take_over(self, listeners: Listeners) -> None:
         """The exports are served: listen, and look after everything from now on.
 
-        There is nobody to go back to: what fails here is said, and the rest is done.
+        There is nobody to go back to: a failure here is logged, and the rest is done.
         """
         steps: tuple[tuple[str, Callable[[], None]], ...] = (
             *(("the lock file names another process", lock.sign) for lock in self._locks),
-            ("volumes are not all looked after", self.host.settle),
-            ("local copies of roots are not all saved", self.host.save_roots),
-            ("uploads do not go on", self.host.resume),
+            ("some volumes are not looked after", self.host.settle),
+            ("some local copies of roots are not saved", self.host.save_roots),
+            ("uploads do not resume", self.host.resume),
             ("exports that were not handed over are not opened", self.router.end_standby),
             ("NBD does not listen", self.core.server.start),
             (
@@ -327,7 +327,7 @@ class Daemon:
                 log.exception("after the handoff: %s: %s", failure, error)
 
     def discard_listeners(self) -> None:
-        """This process does not take over: what it would have listened on goes, what it inherited stays."""
+        """This process does not take over: close what it would have listened on, keep what it inherited."""
         if self._api is not None:
             self._api.close(handed_over=True)
         if self._core is not None:
@@ -415,7 +415,7 @@ class Daemon:
         if router is not None:
             router.refuse_changes()
         if router is not None and store is not None and deadline > 0:
-            # Asked now: what was known of the store may be from before it came back.
+            # Asked now: what was known about the store may be from before it came back.
             if not store.answers():
                 log.warning("what is not uploaded stays safe in the log")
             else:

@@ -33,7 +33,7 @@ class CacheIdentity:
     """Who this host is, and which of its directories are its own. Settled once at the start.
 
     ``directories`` are those beside the cache directory that belong to it, by the key of the configuration.
-    ``keeps_logs`` says that exports are recorded that have a log: then an unmarked log directory is not ours.
+    ``keeps_logs``: there are records of exports with a log, so an unmarked log directory is not ours.
     """
 
     def __init__(self, cache_dir: Path, directories: Mapping[str, Path], *, keeps_logs: bool) -> None:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def end(code: int) -> NoReturn:
-    """End the process, in which all is closed, at once: Python would take its memory apart first."""
+    """End the process at once, when all is closed: Python would free its memory piece by piece first."""
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

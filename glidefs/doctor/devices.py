@@ -1,10 +1,9 @@
 """The ublk devices of this host: who owns them, and the removal of those that no export needs.
 
-Works with and without a daemon. A device is told by its tag: that of an export which has a record here; an
-orphan, made in this cache directory for an export that has none; or somebody else's, which nothing here ever
-touches. The record of an export is on the disk before its device exists, and goes after it; so
-whoever looks at the devices first and at the records then never takes one that is just being made
-for an orphan.
+Works with and without a daemon. A device is known by its tag: that of an export with a record here; an
+orphan, made in this cache directory for an export without one; or somebody else's, which nothing here ever
+touches. The record of an export is on the disk before its device exists, and goes after it; so whoever looks
+at the devices first and at the records then never takes one that is just being made for an orphan.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ _STATES: dict[int, State] = {ublk.LIVE: "served", ublk.QUIESCED: "paused", ublk.
 class Device(Struct, frozen=True, kw_only=True):
     """A device of this host.
 
-    ``state``: served by process ``server``; paused or failing (its server is gone, and who reads waits or
-    gets errors); stopped (it shows no disk). ``export``: of an orphan what it was when it was made, if
-    that is still known. ``size`` in bytes. ``keep`` says why it may not be removed, or is empty.
+    ``state``: served by process ``server``; paused or failing (its server is gone, and readers wait or get
+    errors); stopped (it shows no disk). ``export``: for an orphan, the one that it was made for, if that is
+    still known. ``size`` in bytes. ``keep`` says why it may not be removed, or is empty.
     """
 
     id: int
@@ -120,7 +119,7 @@ def _server_text(pid: int) -> str:
 def remove(config: Config, dev_id: int, names: DeviceNames | None = None) -> Device:
     """Delete a device of this cache directory that no export needs. Returns what it was.
 
-    Who has it open gets errors; it goes when they let go. Raises NotSupported for any other device,
+    Whoever has it open gets errors; it is gone when they let go. Raises NotSupported for any other device,
     DeviceError where there is none or the kernel refuses; CorruptObject, OSError.
     """
     names = names or DeviceNames()

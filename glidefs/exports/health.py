@@ -11,9 +11,9 @@ from glidefs.exports.requests import ExportStatus
 from glidefs.store.state import StoreState
 
 LONG = 10.0
-"""Seconds that a request may wait before somebody is told."""
+"""Seconds that a request may wait before it is reported."""
 LISTED = 8
-"""Exports that are named; of the others the number is said."""
+"""How many exports are named; the others are only counted."""
 UNDER_WAY = ("serving", "creating", "starting")
 
 

@@ -31,9 +31,9 @@ from glidefs.store.resilient import ResilientStore
 class Leaving:
     """Detach, remove, undelete. Locks are those of the router's verbs. ``grace`` is gc's, in seconds.
 
-    What nobody may lose by accident stops a verb, and ``force`` overrides that: a guest that uses the
-    export, bytes that the store does not have, a record that cannot be read. A fenced export is let go
-    whoever has it open: its I/O fails, and its log is kept.
+    What must not be lost by accident stops a verb unless ``force`` is given: a guest that uses the export,
+    bytes that the store does not have, a record that cannot be read. A fenced export is let go even while
+    somebody has it open: its I/O fails, and its log is kept.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Leaving:
         return f"{use}, and was cut off"
 
     def _unsent(self, record: ExportRecord) -> str:
-        """What the log of an export that is closed holds and the store does not, for people, or nothing."""
+        """What the store lacks of the log of a closed export, for people; empty if nothing."""
         try:
             unsent = self._opener.logs.unsent_bytes(record)
         except (GlideError, OSError) as error:
@@ -86,8 +86,8 @@ class Leaving:
     def detach(self, name: str, timeout: float | None = None, *, force: bool = False) -> dict[str, Any]:
         """Stop serving, upload everything, give the volume up. If that fails it is served again.
 
-        Where the answer of the store was lost it is served again, or not, once the store says which it is.
-        With ``force`` what cannot be uploaded stays in the log, which is set aside. Raises InUse.
+        If the store's answer was lost, it is served again or not once the store says what happened. With
+        ``force`` what cannot be uploaded stays in the log, which is set aside. Raises InUse.
         """
         entry = self._table.get(name)
         if force and timeout is None:
@@ -122,8 +122,8 @@ class Leaving:
     def _give_up(self, entry: Entry, record: ExportRecord, *, force: bool) -> str:
         """Let guests go, drain what they wrote last, and commit a root that names no owner.
 
-        Returns why the log must be kept: another host turns out to have the volume, or something of it
-        could not be uploaded, which is forced. Empty if it need not.
+        Returns why the log must be kept: another host has the volume, or, if forced, something could not be
+        uploaded. Empty if it need not be kept.
         """
         self._opener.stop_transport(entry, remove_device=True)
         try:
@@ -157,7 +157,7 @@ class Leaving:
         return ""
 
     def _lost(self, entry: Entry, record: ExportRecord, why: str) -> str:
-        """The verb found out that this host has the volume no more: a crash may not serve it again."""
+        """This host turned out not to have the volume any more: it must not be served again after a crash."""
         entry.fence(self._records, record.log_id, why)
         return _set_aside(record)
 

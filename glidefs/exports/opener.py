@@ -138,7 +138,7 @@ class Opener:
                 self.reopen(entry)
 
     def _stay_fenced(self, entry: Entry) -> None:
-        """Found fenced at a start: guests of a device that is left of it get errors, and wait no more."""
+        """Found fenced at a start: guests of a device that is left get errors instead of waiting."""
         assert entry.record is not None
         entry.failed(Fenced(entry.name, entry.fence_reason()))
         self._discard_device(entry.record)
@@ -273,7 +273,7 @@ class Opener:
         volume.on_published = lambda volume: entry.published(self._records)
 
     def _fenced(self, entry: Entry, log_id: bytes, why: str) -> None:
-        """Noted in the record, and beside the log: who finds that without the record does not replay it."""
+        """Noted in the record, and beside the log, so that a log without its record is not replayed."""
         entry.fence(self._records, log_id, why)
         if entry.record is not None and entry.record.log_id == log_id:
             self.logs.set_aside(entry.record)
@@ -422,7 +422,7 @@ class Opener:
         return volume.root, volume.etag
 
     def close_entry(self, entry: Entry, *, remove_device: bool) -> None:
-        """Stop the transport and close the volume, whatever of it is there."""
+        """Stop the transport and close the volume, as far as they are there."""
         self.stop_transport(entry, remove_device=remove_device)
         if entry.volume is not None:
             try:

@@ -48,15 +48,15 @@ class ResizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../drain. No `timeout` waits as long as it takes."""
+    """Body of POST .../drain. Without `timeout` it waits as long as it takes."""
 
     timeout: Seconds | None = None
 
 
 class DetachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../detach. No `timeout` waits as long as it takes, but with `force`.
+    """Body of POST .../detach. Without `timeout` it waits as long as it takes, except with `force`.
 
-    `force`: also while guests use the export, or where something of it cannot be uploaded.
+    `force`: even while guests use the export, or when something cannot be uploaded.
     """
 
     timeout: Seconds | None = None
@@ -116,7 +116,7 @@ class ProfileRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class AttachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Body of POST .../attach.
 
-    ``take_over`` fences the host that has the volume. ``accept_older`` takes the store's state where that
+    ``take_over`` fences the host that has the volume. ``accept_older`` takes the store's state if the store
     went back in time: what this host has beyond it stays in its log, set aside.
     """
 
@@ -129,11 +129,10 @@ class AttachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 class ExportStatus(Struct, frozen=True, kw_only=True):
     """An export as `show` and `list` print it. `device` is the block device or the NBD URI.
 
-    `state` is "serving", "failed", "fenced" (this host may not serve the volume any more: another one has
-    it, or it was removed; since `fenced_at`, unix seconds), "starting", "stopped" or "creating". `reason`
-    says why where it is not served, or why this transport was chosen. `volume` holds the figures of a
-    served volume.
-    `trouble`: what is wrong, also with one that is served (requests or uploads that wait).
+    `state` is "serving", "failed", "fenced" (this host may not serve the volume any more: another one has it,
+    or it was removed; since `fenced_at`, unix seconds), "starting", "stopped" or "creating". `reason` says
+    why it is not served, or why this transport was chosen. `volume` holds the figures of a served volume.
+    `trouble`: what is wrong, even while it is served (requests or uploads that wait).
     """
 
     name: str

@@ -1,7 +1,7 @@
 """The root of an export's record: which one to open with, and what the store says about it.
 
-A start goes by local files. What is damaged here, or may have lost what was uploaded, is taken from the
-store, if that has it for this volume and this log.
+A start uses local files. What is damaged here, or may lack what was uploaded, is taken from the store, if the
+store has it for this volume and this log.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ class Roots:
         return found, etag
 
     def _newest(self, record: ExportRecord, root: Root, etag: str | None) -> tuple[Root, str | None]:
-        """The root to open with: of a log that may have lost what was uploaded, the store's own.
+        """The root to open with: the store's own if the log may have lost what was uploaded.
 
         What a sync failed to write is uploaded from the page cache. If the power fails before the local root
-        says so, the log does not have it: guests would see the volume go back, and forth once the
-        store's root is found. Raises Fenced, StoreError.
+        includes it, the log lacks it: guests would see the volume go back, and forward again once the store's
+        root is found. Raises Fenced, StoreError.
         """
         log_dir = logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
         if not logs.lost_syncs(log_dir):
@@ -88,8 +88,8 @@ class Roots:
         except UnknownExport:
             return root, etag  # not put yet, or the first commit finds out
         if found.volume_id == record.volume_id and found.log_id == record.log_id:
-            # An older one has less than what is here, one that was not tried here is a copy's: who compares
-            # it before guests come says which.
+            # An older one has less than what is here, and one that was not tried here is a copy's: the
+            # comparison before guests come says which.
             tried = local.load_tried(self._places.state_dir, record.volume_id)
             newer = found.sequence > root.sequence and found.nonce in tried
             return (found, found_etag) if newer else (root, etag)
@@ -120,7 +120,7 @@ class Roots:
     def offer(self) -> bool:
         """Name the volumes that the store says another host of this name had. True when complete.
 
-        They are not taken: a name is no evidence, for another host may bear it.
+        They are not taken: a name is no evidence, as another host may have it.
         """
         view = self._store.view("background", STORE_PATIENCE)
         owner = self._places.owner

@@ -185,7 +185,7 @@ class ExportRouter:
         return [seen.status for seen in self.survey()]
 
     def survey(self) -> list[Seen]:
-        """The same with what the core says of their volumes."""
+        """The same with what the core says about their volumes."""
         return survey(self.table, self._store.state, self._host.settings.max_dirty_age)
 
     def show(self, name: str) -> ExportStatus:
@@ -205,7 +205,7 @@ class ExportRouter:
         check_name("export", name)
         source = parse_source(wanted.source) if wanted.source is not None else None
         if source is None and wanted.size is None:
-            raise ConfigError("how large? name a --size, or with --from what to fork")
+            raise ConfigError("a new volume needs a size; give --size, or --from with what to fork")
         size = None if wanted.size is None else normal_size(wanted.size)
         prefix = check_prefix(wanted.prefix or self._settings.prefixes[0])
         choose_transport(wanted.transport, self._transports)
@@ -251,10 +251,10 @@ class ExportRouter:
         return replace(root, read_only=wanted.read_only), size
 
     def _create(self, entry: Entry, root: Root, wait: bool) -> None:
-        """Root, record, volume. Nobody else can know a fork of a base yet: it is served first, and put later.
+        """Root, record, volume. Nobody else can know a fork of a base yet: it is served first and put later.
 
-        The source of another fork is pinned until the fork is in the store, and only for so long. So there is
-        no record before, with which a crash would leave a fork that is put later. A view is never put.
+        The source of any other fork is pinned only until the fork is in the store. So its record is written
+        after the put: a crash cannot leave such a fork to be put later. A view is never put.
         """
         assert entry.record is not None
         prefix, view = entry.record.prefix, entry.record.is_view
@@ -276,8 +276,8 @@ class ExportRouter:
     def _publish(self, entry: Entry, prefix: str, root: Root, *, must: bool) -> str | None:
         """Put the first root; None if the store does not take it now. Raises ExportExists, StoreError.
 
-        A request may hang for longer than a create has patience. So it has a thread of its own: if its root
-        comes to the store later, the uploader finds it there and goes on from it.
+        A request may hang for longer than a create waits, so it has its own thread: if the root reaches the
+        store later, the uploader finds it there and goes on from it.
         """
         if must:
             return put_first_root(self._store.view("upload", VERB_PATIENCE), prefix, root)
@@ -423,9 +423,9 @@ class ExportRouter:
         return check_prefix(wanted or self._settings.prefixes[0])
 
     def _attach_fenced(self, entry: Entry, record: ExportRecord, wanted: AttachRequest) -> None:
-        """Take the volume anew, with another log: that of the fenced life is set aside.
+        """Take the volume again with a new log; the fenced one is set aside.
 
-        Where the store does not give it, the export stays as it is.
+        If the store refuses, the export stays as it is.
         """
         root, etag = self._lease(record.prefix, entry.name, wanted)
         self._opener.close_entry(entry, remove_device=True)

@@ -19,8 +19,8 @@ READERS = 8
 class StoredVolume(msgspec.Struct, frozen=True, kw_only=True):
     """A volume of the store. ``owner_host`` is hex, empty if nobody has it.
 
-    ``removed_at`` is 0 unless it was removed. ``damaged`` says why its root cannot be read; then nothing
-    else is known of it but the name.
+    ``removed_at`` is 0 unless it was removed. ``damaged`` says why its root cannot be read; then only its
+    name is known.
     """
 
     name: str

@@ -17,7 +17,7 @@ from glidefs.store.state import StoreState
 
 
 class Seen(NamedTuple):
-    """An export: its status, and of one with a transport its volume in the core and what that told."""
+    """An export: its status, and if it has a transport, its volume in the core and the core's answer."""
 
     status: ExportStatus
     core: CoreVolume | None = None

@@ -37,17 +37,17 @@ NOTHING_TOLD: Mapping[int, VolumeInfo] = {}
 SUFFIX = ".json"
 INTENT = ".intent"
 SCANNED = ".scanned"
-"""Marker: the store was searched for exports of this node since the directory is there."""
+"""Marker: the store was searched for exports of this node since the directory exists."""
 
 
 class RecordDirectory:
-    """The record files. Callers see to it that one name is written by one thread at a time."""
+    """The record files. Callers make sure that one name is written by one thread at a time."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def sync(self) -> None:
-        """Make durable what is there: who saved or deleted it may have died on the way. Raises OSError."""
+        """Make durable what is there: its writer may have died on the way. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             fsync_dir(self.path)
 
@@ -261,7 +261,7 @@ class Entry:
         return self.record
 
     def served_status(self) -> ExportStatus:
-        """The status at the end of a verb that is to have it served. Raises NotServed if it is not."""
+        """The status at the end of a verb after which it should be served. Raises NotServed if it is not."""
         if self.state in ("failed", "fenced"):
             raise NotServed(self.name, self.reason, retried=self.retry)
         return self.status()
@@ -285,7 +285,7 @@ class Entry:
     ) -> ExportStatus:
         """What `show` prints, without the volume's figures if they are not asked for. Blocks on nothing.
 
-        ``told``: what the core has just said of volumes, by cookie; of another one it is asked.
+        ``told``: what the core has just said about volumes, by cookie; it is asked about any other.
         """
         record, volume, endpoint = self.record, self.volume if figures else None, self.endpoint
         numbers: dict[str, Any] | None = None
@@ -393,7 +393,7 @@ class ExportTable:
         return entry
 
     def is_fenced_log(self, log_id: bytes) -> bool:
-        """Whether a fenced export has this log: a root that names it is then of a copy of this host."""
+        """Whether a fenced export has this log: a root that names it then belongs to a copy of this host."""
         records = [entry.record for entry in self.all()]
         return any(record is not None and record.fenced and record.log_id == log_id for record in records)
 

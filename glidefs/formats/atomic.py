@@ -76,8 +76,8 @@ def _write(target: Path, data: bytes, mode: int) -> None:
 def write_in_place(path: str | os.PathLike[str], data: bytes, mode: int = 0o600) -> None:
     """Write ``data`` over the beginning of ``path``, which costs one sync and no space if the file is there.
 
-    Durable on return. What a crash leaves of it is the reader's to notice. Raises OSError; without room on
-    the disk it is tried once more with what is reserved for that.
+    Durable on return. The reader must notice what a crash leaves half-written. Raises OSError; without room
+    on the disk it is tried once more with what is reserved for that.
     """
     with_reserve(lambda: _write_over(Path(path), data, mode), Path(path))
 

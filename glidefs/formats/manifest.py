@@ -36,7 +36,7 @@ FORMAT = 2
 MINOR = 0
 KNOWN_FLAGS = 0
 NO_ID = bytes(ID_SIZE)
-"""The log id of what no log belongs to: bases, snapshots of them, volumes never attached."""
+"""The log id of roots without a log: bases, snapshots of them, volumes never attached."""
 
 CONTENT_HASH_SIZE = 32
 
@@ -83,16 +83,15 @@ EMPTY_PAGE = Page()
 class Root(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
     """The manifest root: the only mutable object of a volume.
 
-    ``volume_id`` 16 bytes, ``size`` in bytes (a multiple of 512), ``sequence`` counts commits.
-    ``page_ids`` has one id per page of the size, ``b""`` for a page that is all zeros; a volume of
-    one page may carry it as ``inline_page`` instead, and its only page id is then ``b""``.
-    ``log_id`` is the fencing token; ``last_segment`` of that log is the last one included (0: none).
-    ``nonce`` is drawn for each put: whoever reads a root knows whether it is the one that it tried to put.
-    ``owner_host`` is the id of the host that has it, ``owner_node`` and ``epoch`` are labels for people.
-    ``source`` says what it was forked from.
-    ``removed_at`` (unix seconds) makes it a tombstone, and ``doomed`` says that who put that is about to
-    delete it: nobody takes its name meanwhile. ``content_hash`` (32 bytes, or
-    none) says what a blessed image holds, whatever packs it is in: see :class:`ContentHash`.
+    ``volume_id`` 16 bytes, ``size`` in bytes (a multiple of 512), ``sequence`` counts commits. ``page_ids``
+    has one id per page of the size, ``b""`` for a page that is all zeros; a volume of one page may carry it
+    as ``inline_page`` instead, and its only page id is then ``b""``. ``log_id`` is the fencing token;
+    ``last_segment`` of that log is the last one included (0: none). ``nonce`` is drawn for each put: whoever
+    reads a root knows whether it is the one that it tried to put. ``owner_host`` is the id of the host that
+    has it, ``owner_node`` and ``epoch`` are labels for people. ``source`` says what it was forked from.
+    ``removed_at`` (unix seconds) makes it a tombstone, and ``doomed`` says that it is about to be deleted:
+    nobody takes its name meanwhile. ``content_hash`` (32 bytes, or none) says what a blessed image holds,
+    whatever packs it is in: see :class:`ContentHash`.
     """
 
     volume_id: Id
@@ -251,7 +250,7 @@ def decode_root(key: str, data: bytes, where: str = "") -> Root:
 
 
 def decode_any_root(where: str, data: bytes) -> Root:
-    """A root of which it is not known as what it was put. Raises CorruptObject."""
+    """A root whose key is not known. Raises CorruptObject."""
     raw = envelope.unseal(where, data, ROOT_MAGIC, FORMAT, KNOWN_FLAGS, MAX_DOCUMENT, None)
     return _read(_parse_root, raw, where, "root")
 

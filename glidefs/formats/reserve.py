@@ -23,7 +23,7 @@ SHARE = 64
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 FILES_LEFT = 32
-"""Who writes hints leaves so many inodes: twice what the core leaves for others (``csrc/base/space.c``)."""
+"""Writers of hints leave so many inodes: twice what the core leaves for others (``csrc/base/space.c``)."""
 
 _lock = threading.Lock()
 _reserves: dict[Path, Reserve] = {}

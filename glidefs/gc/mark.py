@@ -60,7 +60,7 @@ class Candidates:
         self.seen = seen
         """What earlier runs saw without a root, and since when."""
         self.sizes: dict[bytes, int] = {}
-        """Bytes by id, of those that no root was found to name."""
+        """Bytes by id, of those that no root names so far."""
         self.young: set[bytes] = set()
         """Those younger than the grace: not to be deleted."""
         self.newborn: set[bytes] = set()
@@ -266,7 +266,7 @@ class Marker:
 
 
 def _is_checkpoint(key: str) -> bool:
-    """Of a key that names packs: is it that of a checkpoint? (A volume or tag may bear that name.)"""
+    """Is a key that names packs that of a checkpoint? (A volume or tag may bear that name.)"""
     return key.split("/")[1] == "bases" and key.endswith("/blessing")
 
 

@@ -4,26 +4,26 @@ It works on the store alone, while hosts write to it. Why nothing that is needed
 
 - *The order.* Packs and pages are listed first and roots read after that. Whatever is named by a root
   that was committed before the listing is seen there; what is put later is not a candidate.
-- *Grace.* A host names only packs that it put less than half the grace before, or that it took from
-  a root it read less than half the grace before (a quarter, and a quarter for a cached base). So an
-  object goes only if it is older than the grace, and if an earlier run, at least a grace ago, saw it
-  without a root, too. An object that a root names again starts anew. One that an upload may still
-  be about to commit, younger than half the grace, does not count as seen: it could be named and
-  dropped again until the next run, with a fork under way that holds it.
+- *Grace.* A host names only packs that it put less than half the grace before, or that it took from a root it
+  read less than half the grace before (a quarter, and a quarter for a cached base). So an object goes only if
+  it is older than the grace, and if an earlier run, at least a grace ago, saw it without a root, too. An
+  object that a root names again starts anew. One that an upload may still commit, younger than half the
+  grace, does not count as seen: it could be named and dropped again until the next run, with a fork under way
+  that holds it.
 - *Clocks.* Ages count by the store's clock: the time of an object that the run has just put. They end
   at the start of the run, and a sighting begins at the end of its marking: a run may take long.
 - *Looking again.* A listing takes time. A root that is put where the listing has been already, made from
   one that is removed before the listing gets there, escapes it. So roots are listed again until
   a listing shows nothing new (twice at least), and once more before each batch of deletes.
-- *Checkpoints.* What the checkpoint of an interrupted bless names is kept until the checkpoint goes: when
-  its base is there, or when it is older than the grace and an earlier run, at least a grace ago, saw
-  this version of it. What it named then begins to wait. A bless that goes on puts it anew, under its ETag,
-  before it uses a pack; a run replaces it under its ETag before it deletes it: one of them is
-  too late, and knows. The bless takes packs younger than half the grace by the store's clock only, and
-  what gets older than that before it is published is copied. So what a bless names was put less than half the
-  grace before, as with an upload; the checkpoint holds what a *later* bless may take, and one that it
-  could take something of is not removed. The delete may hit a checkpoint that was put after the
-  replacement: the bless that put it goes on all the same.
+- *Checkpoints.* What the checkpoint of an interrupted bless names is kept until the checkpoint goes: when its
+  base is there, or when it is older than the grace and an earlier run, at least a grace ago, saw this version
+  of it. What it named then begins to wait. A bless that goes on puts it anew, under its ETag, before it uses
+  a pack; a run replaces it under its ETag before it deletes it: one of them is too late, and knows. The bless
+  takes packs younger than half the grace by the store's clock only, and what gets older than that before it
+  is published is copied. So what a bless names was put less than half the grace before, as with an upload;
+  the checkpoint holds what a *later* bless may take, and one from which it could take something is not
+  removed. The delete may hit a checkpoint that was put after the replacement: the bless that put it goes on
+  all the same.
 - *Failing closed.* A root or page that cannot be read, or an object whose kind is not known here,
   ends the run with nothing deleted.
 - *One at a time.* The state is put under its ETag before the first delete: of two runs that overlap,

@@ -1,10 +1,10 @@
-"""The socket between predecessor and successor: packets, deadlines, and what is believed of the other side.
+"""The socket between predecessor and successor: packets, deadlines, and what is believed about the peer.
 
 A packet is one message in MessagePack with up to 250 descriptors. One that is too long for a packet
 travels in a memfd; descriptors that are too many come in packets of their own before it.
 
 No call waits longer than it is told to: the socket never blocks, and each wait is a poll with a deadline.
-What is believed of the other process, and why:
+What is believed about the other process, and why:
 
 - it is *dead* (:class:`PeerGone`) when a pidfd shows it gone and what it had sent was read;
 - it has *called the handoff off* (:class:`CalledOff`) when it said so, or has hung up and lives on. A broken

@@ -15,7 +15,7 @@ from msgspec import Struct
 SECONDS_VARIABLE = "GLIDEFS_TEST_HANDOFF_SECONDS"
 """For tests: shorter deadlines, as JSON: {"hello": 3, "alive": 1.5}."""
 SLICE = 0.2
-"""Seconds of one poll: so soon a wait notices that it is called off, or that this process was stopped."""
+"""Seconds of one poll, within which a wait notices a call-off, or that this process was stopped."""
 
 
 class Deadlines(Struct, frozen=True, forbid_unknown_fields=True):

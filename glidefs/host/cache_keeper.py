@@ -18,7 +18,7 @@ from glidefs.formats.reserve import Reserve
 log = logging.getLogger(__name__)
 
 EVERY = 3.0
-"""Seconds between two syncs: so long every read of a new block is compared with hashes in memory."""
+"""Seconds between two syncs."""
 
 
 class CacheKeeper:

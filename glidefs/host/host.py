@@ -217,7 +217,7 @@ class Host:
     def confirm(self, volume: Volume) -> None:
         """Compare the root, a local copy, with the store's in the background.
 
-        A volume with nothing to upload would go on with an old one, and gc deletes what only that names.
+        A volume with nothing to upload would keep an old one, and gc deletes what only that one names.
         """
         if volume.committer.published or not volume.read_only:
             volume.committer.doubt()
@@ -318,7 +318,7 @@ class Host:
         self._retirer.resume()
 
     def retire_committed(self) -> None:
-        """Give back all log space of what the store has, of every volume."""
+        """Give back all log space whose data the store has, of every volume."""
         for volume in self.volumes():
             try:
                 volume.retire_committed()

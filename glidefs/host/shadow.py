@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 THREADS = 4
 AWAY = 10.0
-"""Seconds after a request that the store did not answer in which none is made: reads go on uncompared."""
+"""Seconds without a request after one that the store did not answer: reads go on uncompared."""
 
 
 class ShadowVerifier:
@@ -84,7 +84,7 @@ class ShadowVerifier:
 
     @contextlib.contextmanager
     def source(self, volume: Volume, root: Root, config: VolumeConfig) -> Iterator[ShadowFile | None]:
-        """The second source of a volume that is about to be opened; None, and it is not compared."""
+        """The second source of a volume that is about to be opened; None: it is not compared."""
         with contextlib.ExitStack() as stack:
             shadow = self._begin(stack, volume.name, config)
             if shadow is not None:

@@ -1,8 +1,8 @@
 """Describes a difference that shadow verify found: which bytes, and where the wrong ones came from.
 
-The core names the source of the read: a position in the log, a slot of the block cache, or zeros. Here
-each is looked at: is the record intact, is the slot's content that of its hash, what do the packs hold,
-has the log newer data that the maps do not know of?
+The core names the source of the read: a position in the log, a slot of the block cache, or zeros. Here each
+is looked at: is the record intact, does the slot's content match its hash, what do the packs hold, does the
+log have newer data that the maps do not know?
 """
 
 from __future__ import annotations
@@ -147,4 +147,4 @@ def _guarded(look: Callable[[], str]) -> str:
     try:
         return look()
     except (GlideError, OSError) as error:
-        return f"more cannot be found out: {error}"
+        return f"nothing more is known: {error}"

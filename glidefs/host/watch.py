@@ -1,7 +1,7 @@
 """Idle volumes learn that they were taken over or removed: their roots are compared with the store's.
 
-A volume with dirty data polls its own root (see ``scheduler.py``). One with none asks nothing, so one thread
-of the host asks for all of them, twice per ``sync_interval``. Where many volumes of a prefix are served here
+A volume with dirty data polls its own root (see ``scheduler.py``). One without asks nothing, so one thread of
+the host asks for all of those, twice per ``sync_interval``. Where many volumes of a prefix are served here
 one listing answers for up to a thousand of them; where a listing would be mostly of others' objects, each
 root is asked for by itself, spread over the time and never faster than ``HEADS_PER_SECOND``. What is seen
 here is a hint: a root that looks different is then read by the volume's own job, which decides.

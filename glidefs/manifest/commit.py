@@ -77,7 +77,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Edited(NamedTuple):
-    """The new root, still without ids of ``pages``, and the pages by number that are new."""
+    """The new root, still without ids of ``pages``, and the new pages by number."""
 
     root: Root
     pages: dict[int, Page]
@@ -233,9 +233,9 @@ class Committer:
     def _try(self, root: Root) -> bytes:
         """Make it durable that ``root`` is about to be put; returns the nonce to put it with.
 
-        Where the disk does not take it, what the log holds is the evidence: a restart must know the root, and
-        what is written must get into the store above all where the disk fails. The nonce of the root in use
-        is kept, too, for a start that finds no local root.
+        If the disk fails, the log itself is the evidence instead: a restart must know the root, and data must
+        get into the store above all when the disk fails. The nonce of the root in use is kept, too, for a
+        start that finds no local root.
         """
         nonce = root.nonce
         tried = (*self._tried, nonce)[-local.MAX_TRIED + 1 :]
@@ -262,7 +262,7 @@ class Committer:
             return None
 
     def _or_ours(self, store: ObjectStore, ask: Callable[[], T]) -> T:
-        """``ask``; once more if what it takes for another's root is made of our log. Raises what it does."""
+        """Call ``ask``; again if the root that it rejects was made from our log. Raises what it raises."""
         try:
             return ask()
         except Fenced:

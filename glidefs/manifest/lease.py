@@ -1,22 +1,21 @@
 """Ownership of a volume: the manifest root names the host and the log id that may commit to it.
 
 The log id is the fencing token; host id and node say whose it is, the epoch is a label for people. A log id
-is drawn when a host takes a volume and committed before the first write, so a log that the root does not
-name was set aside by that fact.
+is drawn when a host takes a volume and committed before the first write, so a log that the root does not name
+counts as set aside.
 
-A root that is not the one we expected is believed by evidence alone (:func:`judge`): its nonce says
-whether we tried to put it, its sequence whether the store went back in time, its volume id whether it is
-this volume at all. Two hosts with one log id are copies of one cache directory: neither knows the
-nonces of the other.
+A root that is not the one we expected is judged by evidence alone (:func:`judge`): its nonce says whether we
+tried to put it, its sequence whether the store went back in time, its volume id whether it is this volume at
+all. Two hosts with one log id are copies of one cache directory: neither knows the nonces of the other.
 
-A store has no conditional delete. So a root that is removed is first replaced, under its ETag, by a
-tombstone that names no owner: whoever lost the volume meanwhile is refused there. One that is about to be
-deleted says so (``doomed``), and for some time nobody takes the name, because the delete would hit the new
-volume; a crash before the delete leaves a name that a create takes over later, again under the ETag. A
-tombstone keeps all that the root had, and gc treats it as a root: :func:`undelete_root` can put the volume
-back until gc deletes it, a grace period after it was put. Only what was asked for is deleted at once, and
-never the tombstone of a volume that has had more than one owner: the node that made it may not know that
-the store ever had it, because no put was answered, and must not put it again.
+A store has no conditional delete. So a root that is removed is first replaced, under its ETag, by a tombstone
+that names no owner: whoever lost the volume meanwhile is refused there. One that is about to be deleted says
+so (``doomed``), and for some time nobody takes the name, because the delete would hit the new volume; a crash
+before the delete leaves a name that a create takes over later, again under the ETag. A tombstone keeps all
+that the root had, and gc treats it as a root: :func:`undelete_root` can put the volume back until gc deletes
+it, a grace period after it was put. A tombstone is deleted at once only on request, and never that of a
+volume that has had more than one owner: the node that made it may not know that the store ever had it,
+because no put was answered, and must not put it again.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ CONFLICT_PAUSE = 0.05
 DOOMED_PATIENCE = 2.0
 """Seconds to wait for a tombstone that somebody is about to delete."""
 DOOMED_FOR = 900.0
-"""Seconds after which somebody who was about to delete a tombstone has died before that. Far above the
+"""Seconds after which whoever was about to delete a tombstone must have died. Far above the
 deadline of a request and what the clocks of two hosts differ by."""
 
 
@@ -305,8 +304,8 @@ def attach(
 ) -> tuple[Root, str]:
     """Make ``owner`` that of the volume, with a new log id. Returns the root and its ETag.
 
-    Without ``take_over``, which fences who has it, only a volume that nobody has is taken, or one of
-    this host whose log is here (``has_log``): a copy of this host has the same id, and not that log.
+    Without ``take_over``, which fences the present owner, a volume is taken only if it has no owner, or is
+    this host's and its log is here (``has_log``): a copy of this host has the same id, but not that log.
     Raises OwnedElsewhere, UnknownExport where there is none, or only a tombstone.
     """
     while True:

@@ -1,9 +1,9 @@
 """A digest of a log: evidence that a root was made from this log and no other.
 
-The nonce of a commit is drawn and kept on the disk before the root is put. Where the disk does not take
-it, a restart would not know it, and one that was kept before proves nothing: a copy of the cache
-directory has it, too. So the nonce is then a hash of the segments that the root includes. Whoever has the
-same segments may go on from that root, for what it holds is what they hold.
+The nonce of a commit is drawn and kept on the disk before the root is put. If the disk fails, a restart would
+not know the nonce, and one that was kept before proves nothing: a copy of the cache directory has it too. So
+the nonce is then a hash of the segments that the root includes. Whoever has the same segments may go on from
+that root, which holds what they hold.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Manifest:
         return found
 
     def forget(self, chunk: int) -> None:
-        """Keep nothing here of what a chunk is read by: its page, the indices of its packs, signed URLs.
+        """Drop everything here that a chunk is read with: its page, the indices of its packs, signed URLs.
 
         Raises as :meth:`packs`.
         """

@@ -1,4 +1,4 @@
-"""Blocks of a manifest, read with formats and store only: no engine, and no cache but that of pack indices.
+"""Blocks of a manifest, read with formats and store only: no engine, no cache except that of pack indices.
 
 Every payload is verified. Export reads whole images with it; shadow verify (host/shadow.py) compares
 what the engine reads with it, so it shares no code with the engine's reader above the formats.
@@ -38,7 +38,7 @@ MAX_READ = 16 << 20
 
 
 class Piece(NamedTuple):
-    """What one pack has of a block."""
+    """The part of a block that one pack has."""
 
     ref: PackRef
     entry: PackEntry
@@ -96,7 +96,7 @@ class BlockReader:
         return out
 
     def pieces(self, block: int) -> list[Piece]:
-        """What the packs have of a block, newest first, hidden parts too. Raises as :meth:`read`."""
+        """The parts of a block in all packs, newest first, hidden ones too. Raises as :meth:`read`."""
         found: list[Piece] = []
         for ref in reversed(self.packs(block // CHUNK_BLOCKS)):
             found += [Piece(ref, entry) for entry in self._index(ref).range(block, 1)]

@@ -1,4 +1,4 @@
-"""The interface of an object store: exactly what GlideFS needs of one.
+"""The interface of an object store: exactly what GlideFS needs.
 
 Keys are relative to the store's root url, ``/``-separated, without empty, ``.`` or ``..`` parts.
 All methods may be called from any thread. All raise :class:`glidefs.errors.StoreError` subclasses

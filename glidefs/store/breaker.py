@@ -8,8 +8,8 @@ is down sees about one request a second, however many are waiting.
 A probe may hang where packets vanish. So it holds the probe's place for a second only; then the
 next one may start beside it.
 
-pybreaker was looked at: its ``call`` holds one lock for as long as the guarded function runs, which
-would serialise all requests to the store, and its open state raises where ours must wait.
+pybreaker was considered: its ``call`` holds one lock for as long as the guarded function runs, which would
+serialise all requests to the store, and its open state raises where ours must wait.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HALF_OPEN = "half-open"
 
 _FIRST_PROBE = 0.1
 _QUIET = 3.0
-"""Seconds without a failure after which nobody asks any more. Who waits is probed for each second."""
+"""Seconds without a failure after which nobody asks any more. Waiting calls get a probe each second."""
 _SLICE = 0.25
 """Longest uninterrupted wait in seconds, so that a cancellation is seen in time."""
 

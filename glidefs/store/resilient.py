@@ -1,23 +1,22 @@
 """The wrapper that makes a store patient: retries, a breaker, and lanes that do not block each other.
 
-A temporary error (the error says whether it is) is retried with exponential backoff and full jitter
-(as in Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog) until the deadline of the
-call. When the store is down the breaker parks calls; see :mod:`glidefs.store.breaker`. Reads and
-writes have a breaker each, because a full disk or a missing permission stops writes alone, and
-guest reads must not wait for those.
+A temporary error (the error says whether it is) is retried with exponential backoff and full jitter (as in
+Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog) until the deadline of the call. When the
+store is down the breaker parks calls; see :mod:`glidefs.store.breaker`. Reads and writes have a breaker each,
+because a full disk or a missing permission stops only writes, and guest reads must not wait for those.
 
 Each class of traffic has a *lane* with its own limit of concurrent requests, so guest reads never
 queue behind uploads or prefetch. A request holds its place only while it runs, not while it
 waits for a retry.
 
-What the store says of itself is judged in one place, for all lanes: the first request that works tells that
-it is back, whichever it is; that it went away and came back is a line in the log each, and so is what
-waits for long (:mod:`glidefs.store.state`). An absence is believed only of the store that is meant:
-where ``identity`` is set, it is asked which one it is: before the first request, again after each trouble,
-and before an absence is believed (:mod:`glidefs.store.which`).
+Whether the store is there is judged in one place for all lanes: the first request that works, whichever it
+is, shows that it is back. The log has a line when it goes away, one when it is back, and one for what waits
+for long (:mod:`glidefs.store.state`). An absence is believed only from the store that is meant: where
+``identity`` is set, it is asked which one it is: before the first request, again after each trouble, and
+before an absence is believed (:mod:`glidefs.store.which`).
 
-A put may be applied and its answer lost. Its retry then meets its own work, as PreconditionFailed: that
-error leaves here with ``ambiguous`` set, and who commits must read the key to find out.
+A put may be applied and its answer lost. Its retry then meets its own work, as PreconditionFailed: that error
+leaves here with ``ambiguous`` set, and the committer must read the key to find out.
 """
 
 from __future__ import annotations
@@ -361,7 +360,7 @@ class ResilientStore(ObjectStore):
         return StoreState(True, since, reason, wait, why)
 
     def answers(self, patience: float = _ANSWER) -> bool:
-        """Ask the store now, whatever is known of it, whether it answers. For who is about to give it up.
+        """Ask the store now whether it answers, whatever is known. For a caller that is about to give it up.
 
         If so, whoever waits for it goes on.
         """

@@ -1,4 +1,4 @@
-"""Which store this is: an id in the store, compared before anything is believed of it or put into it.
+"""Which store this is: an id in the store, compared before the store is believed or written to.
 
 ``store.json`` at the root is written once, when a store is first used. A host keeps the id of the store that
 it works with. Where the object is absent or has another id, this is not that store now: a disk is not
@@ -46,7 +46,7 @@ class WhichStore:
     def __init__(self, expected: str | None, bind: Callable[[str], None]) -> None:
         self.expected = expected
         self.verified = False
-        """Whether the store that answers now was seen to be the one that is meant."""
+        """Whether the store that answers now was verified to be the one that is meant."""
         self._bind = bind
         self._lock = threading.Lock()
         self._begun = 0
@@ -65,8 +65,8 @@ class WhichStore:
     def ensure(self, store: ObjectStore, *, writes: bool, proven: bool = False) -> None:
         """Raise StoreUnavailable unless this is the store that is meant; the first write gives it an id.
 
-        After trouble it is asked again, at most once in BETWEEN seconds: who comes earlier waits. Not so what
-        is ``proven`` by a hash, whichever store it comes from: it is had meanwhile.
+        After trouble it is asked again, at most once in BETWEEN seconds; calls that come earlier wait. What
+        is ``proven`` by a hash need not wait: it is right whichever store it comes from.
         """
         while not self.verified:
             with self._lock:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Attachment(Struct, frozen=True):
-    """What a transport needs to know of an export. `size` in bytes; `volume_id` 16 bytes."""
+    """What a transport needs to know about an export. `size` in bytes; `volume_id` 16 bytes."""
 
     name: str
     volume_id: bytes

@@ -23,7 +23,7 @@ _MAX_FILE = 64 << 10
 class Aside(msgspec.Struct, frozen=True, kw_only=True):
     """``name`` and ``prefix`` of the export; ``at``: unix seconds; ``sent``: last segment in the store.
 
-    ``sent`` is UNKNOWN where nothing told.
+    ``sent`` is UNKNOWN if nothing says it.
     """
 
     name: str

@@ -23,7 +23,7 @@ def check(damage: LogDamage, directory: Path, remedy: str = EXPORT_REMEDY) -> No
 
 
 def note(damage: LogDamage, directory: Path) -> str:
-    """A line for who takes what is whole; empty if that is all of it."""
+    """A line for whoever takes the whole parts; empty if nothing is damaged."""
     parts = [f"{_files(damage, directory)}: {lost_text(damage)}"] if damage.losses else []
     if damage.torn:
         parts.append(f"{damage.torn} torn records, which were never synced, are left out")

@@ -1,7 +1,7 @@
 """Write logs on this host, those set aside too: list, export, delete.
 
-A log is ``{log_root}/{volume id}/{log id}/``. One that no root or record names was set aside when its
-volume was taken over: it is never replayed and never deleted but by an operator's word.
+A log is ``{log_root}/{volume id}/{log id}/``. One that no root or record names was set aside when its volume
+was taken over: it is never replayed, and deleted only by an operator.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _witness(path: Path) -> Path:
 
 
 def has_witness(path: Path) -> bool:
-    """Whether the file beside a log that says what of it was synced is there: something was written to it."""
+    """Whether the witness file beside a log is there: then something was written to the log."""
     return _witness(path).exists()
 
 
@@ -145,9 +145,9 @@ def export_log(
 def copy_log(
     directory: Path, volume_id: bytes, log_id: bytes, out: IO[bytes], *, after: int = 0
 ) -> list[LogExtent]:
-    """Write what segments beyond ``after``, which the store has, hold of data to its place in ``out``.
+    """Write the data of segments beyond ``after``, which the store has, to its place in ``out``.
 
-    Returns all that they hold, ascending; the extents of zeros are the caller's to write. Raises CorruptLog.
+    Returns all that they hold, ascending; the caller writes the extents of zeros. Raises CorruptLog.
     """
     with Gather(None, directory, volume_id, log_id, after + 1, sent=after) as gather:
         log_damage.check(gather.damage, directory)

@@ -34,7 +34,7 @@ _making_conditions = threading.Lock()
 
 
 class DrainTimeout(GlideError):
-    """A drain did not end before its deadline; what it covers stays in the local log and goes on."""
+    """A drain did not end before its deadline; its data stays in the local log, and the upload goes on."""
 
     temporary = True
 
@@ -178,7 +178,7 @@ class Volume:
 
     @property
     def profiling(self) -> bool:
-        """Whether its faults are being recorded: then nothing may make blocks resident but they."""
+        """Whether its faults are being recorded: then only they may make blocks resident."""
         return self.on_fault is not None
 
     @property
@@ -250,7 +250,7 @@ class Volume:
             self._upload(self)
 
     def retire_committed(self) -> None:
-        """Give back all local log space of what the store has; later reads come from there."""
+        """Give back the log space of all that the store has; later reads come from the store."""
         # A commit makes its local copy durable first, and tells the core then.
         segment = min(self.retirable(), self.core.info().committed_seq)
         if segment:

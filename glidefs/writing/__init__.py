@@ -1,7 +1,7 @@
-"""From a sealed segment to a commit: which volume is next, what of it goes into packs, and when the log
-shrinks.
+"""From a sealed segment to a commit: which volume is next, which of its data goes into packs, and when the
+log shrinks.
 
-``scheduler`` has the thread, ``upload`` does one round, ``plan`` and ``packing`` make its packs,
-``retire`` and ``pace`` keep the log small. Used by ``host`` and ``compaction``. Knows no export and no
+``scheduler`` has the threads, ``upload`` does one round, ``retire`` and ``throttle`` keep the log small, and
+``pace`` keeps background work from guests. Used by ``host`` and ``compaction``. Knows no export and no
 transport.
 """

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 GUEST_QUIET = 0.05
 """Seconds without a guest fault after which background work goes on."""
 GUEST_PATIENCE = 1.0
-"""Seconds that guests can hold one piece of background work up, so that it ends some day."""
+"""Longest time in seconds that guests can hold up one piece of background work."""
 
 
 class Pace:

@@ -8,11 +8,12 @@ the durable local manifest includes may go (:meth:`Volume.retirable`), in order.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from glidefs.core.check import Closed
@@ -26,6 +27,17 @@ if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _logged(volume: Volume) -> Iterator[None]:
+    """Log why segments of this volume cannot be retired. A volume that was closed has none to retire."""
+    try:
+        yield
+    except Closed:
+        pass
+    except GlideError as error:
+        log.warning("volume %s: segments cannot be retired: %s", volume.name, error)
 
 
 class Retirer:
@@ -74,7 +86,8 @@ class Retirer:
 
     def squeeze(self, volume: Volume) -> None:
         """Writers of this volume wait: all that it may give back goes, then what all keep too much of."""
-        self._guarded(volume, lambda: volume.retire_committed())
+        with _logged(volume):
+            volume.retire_committed()
         with self._running:
             self._give_back()
 
@@ -106,15 +119,6 @@ class Retirer:
             fraction = self._settings.retire_fraction
         return logs > stats.log_limit * fraction or maps > stats.map_budget * fraction
 
-    @staticmethod
-    def _guarded(volume: Volume, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Closed:
-            pass
-        except GlideError as error:
-            log.warning("volume %s: segments cannot be retired: %s", volume.name, error)
-
     def _give_back(self) -> None:
         """Retire segment by segment, the oldest of all volumes first, while they keep too much.
 
@@ -126,16 +130,13 @@ class Retirer:
             self._offer(oldest, volume, info)
         while oldest and self._too_much() and not self._pauses:
             _, _, first, volume = heapq.heappop(oldest)
-
-            def retire(first: int = first, volume: Volume = volume) -> None:
+            with _logged(volume):
                 if not self._too_much((1 + self._settings.retire_fraction) / 2):
                     self._demoter.demote(volume, first)
                 volume.core.retire(first)
                 info = volume.core.info()
                 if info.first_seq > first:
                     self._offer(oldest, volume, info)
-
-            self._guarded(volume, retire)
 
     @staticmethod
     def _offer(oldest: list[tuple[int, int, int, Volume]], volume: Volume, info: VolumeInfo | None) -> None:

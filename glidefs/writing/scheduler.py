@@ -277,7 +277,7 @@ class Scheduler:
 
     def _upload(self, volume: Volume, seal: bool, urgent: bool) -> None:
         size = volume.size
-        # Who asks for a seal waits for the upload; what comes by its age must go.
+        # A caller that asks for a seal waits for the upload; an upload by age must be done.
         burst = (
             None
             if seal or urgent

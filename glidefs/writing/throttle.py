@@ -2,7 +2,7 @@
 
 Below ``SOFT`` of the log limit writers go as fast as they can. From there on they may append at a multiple
 of the rate at which uploads make log space free, which falls as the logs fill: it is that rate itself at
-``EVEN``, so that logs which are written faster than they are uploaded come to rest there. LSM trees do the
+``EVEN``, so logs that are written faster than they are uploaded settle there. LSM trees do the
 same with their compaction debt (RocksDB, "Write Stalls").
 
 While nothing is uploaded, in an outage of the store, the log is there to be filled: writers keep their

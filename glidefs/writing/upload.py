@@ -1,8 +1,8 @@
 """Uploads: sealed segments of one volume become packs, and one commit makes them part of it.
 
 An upload is planned first: the sealed log is compared with the manifest and cut into packs. Zeros are cheap
-in both directions: a chunk that an upload covers whole loses its older packs, in the others zeroed sectors
-become mask bits, and over nothing they are nothing.
+in both directions: a chunk that an upload covers whole loses its older packs, in other chunks zeroed sectors
+become mask bits, and where nothing older is they need no entry.
 
 The order that a crash at any point survives: seal, fsync the segments, gather (verified), put packs,
 put pages, put the root, fsync a local copy of it; only then may the segments go.
@@ -89,7 +89,7 @@ class Counters:
 
 
 class Life:
-    """Whether uploads go on. The scheduler sets it under its lock; who is at work looks, without."""
+    """Whether uploads go on. The scheduler sets it under its lock; uploads under way read it without."""
 
     __slots__ = ("give_up_at", "pauses", "stopping")
 
@@ -248,7 +248,7 @@ class Uploader:
         return built
 
     def _result(self, volume: Volume, future: Future[BuiltPack]) -> BuiltPack:
-        """What comes of a pack. When the volume closes, one that is queued is given up.
+        """The result of a pack. When the volume closes, one that is queued is given up.
 
         It may be behind those of other volumes, which wait for the store.
         """
@@ -321,9 +321,9 @@ def plan_upload(plan: UploadPlan, zeros: Sequence[GatherExtent], manifest: Manif
 def covered_chunks(
     chunks: Sequence[GatherChunk], zeros: Sequence[GatherExtent], manifest: Manifest
 ) -> frozenset[int]:
-    """The chunks of the manifest of which a gather has every sector.
+    """The chunks of the manifest that a gather covers whole.
 
-    Counted is what lies within the manifest's size: blocks that a grow brought since are in no pack.
+    Only blocks within the manifest's size count: those that a grow added since are in no pack.
     """
     blocks_end = block_count(manifest.root.size)
     covered = Counter({c.chunk: c.whole for c in chunks if c.whole})

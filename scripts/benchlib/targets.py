@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchlib.common import PATIENCE, BenchError, Child, Run, accepts, cpu_seconds, fio, random_file, say
+from glidefs.api import wire
 
 WEED_ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -103,17 +102,6 @@ class QemuNbd(NbdTarget):
         command = ["qemu-nbd", "--persistent", "--shared=0", "--format=raw", "--cache=writeback"]
         self.child = Child([*command, f"--socket={path}", image], work / "qemu-nbd.log")
         self.child.wait_until(path.exists, "listening")
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=PATIENCE)
-        self._path = str(path)
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
 
 
 class GlideFS(NbdTarget):
@@ -234,14 +222,11 @@ class GlideFS(NbdTarget):
         return sum(v for key, v in self.metrics().items() if key.startswith(f"glidefs_{name}_total{{"))
 
     def _request(self, method: str, path: str, body: str | None = None) -> str:
-        connection = _UnixConnection(self.base / "run" / "api.sock")
-        connection.request(method, path, body)
-        answer = connection.getresponse()
-        text = answer.read().decode()
-        connection.close()
-        if answer.status != 200:
-            raise BenchError(f"{method} {path}: {text}")
-        return text
+        socket = str(self.base / "run" / "api.sock")
+        status, answer = wire.request(socket, method, path, body.encode() if body else None, timeout=PATIENCE)
+        if status != 200:
+            raise BenchError(f"{method} {path}: {answer.decode()}")
+        return answer.decode()
 
     def sent(self) -> float:
         """Payload bytes written to the store so far."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from core_rig import CoreRig, inject_nothing, trace
+from handoff_rig import Pair
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mutate.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "nbd"))  # nbd_client.py
@@ -34,3 +35,8 @@ def make_rig(tmp_path: Path) -> Iterator[Callable[..., CoreRig]]:
 @pytest.fixture
 def rig(make_rig: Callable[..., CoreRig]) -> CoreRig:
     return make_rig()
+
+
+@pytest.fixture
+def pair(make_rig: Callable[..., CoreRig]) -> Pair:
+    return Pair(make_rig)

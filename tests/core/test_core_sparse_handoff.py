@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 
 import pytest
-from core_rig import BLOCK, MIB, SECTOR, CoreRig, Vol, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, Vol, pattern, wait_for
+from handoff_rig import Pair
 from nbd_client import BLOCK_STATUS, DF, OFFSET_DATA, READ, REQ_ONE, Extent, RawClient, RequestFailed
-from test_core_handoff import Pair
 
 from glidefs.core import handoff
 from glidefs.core.volume import NbdModes
 
 SPARSE = NbdModes(structured=True, allocation=True)
 CHUNK = 1024 * BLOCK
-
-
-@pytest.fixture
-def pair(make_rig: Callable[..., CoreRig]) -> Pair:
-    return Pair(make_rig)
 
 
 def connect(vol: Vol, modes: NbdModes = SPARSE) -> RawClient:

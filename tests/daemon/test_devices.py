@@ -1,191 +1,27 @@
-"""Whose a ublk device is, what may be removed, and what udev is told: over a driver that is a dictionary."""
+"""Tags and names of ublk devices, their start and recovery: over a driver that is a dictionary."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("glidefs.core._core")
 
-from glidefs.config import CacheSettings, Config, UblkSettings
-from glidefs.core.ublk import ANY_DEVICE, UblkConfig, UblkInfo
-from glidefs.doctor import devices
-from glidefs.doctor.doctor import run_checks
-from glidefs.errors import CorruptObject, DeviceError, NotSupported
-from glidefs.formats import export_record
-from glidefs.formats.export_record import ExportRecord
-from glidefs.transport.base import Attachment
+from device_rig import Driver, Host, install_driver
+
+from glidefs.core.ublk import UblkConfig
+from glidefs.errors import CorruptObject, DeviceError
 from glidefs.transport.device.names import DeviceNames
 from glidefs.transport.device.tag import OWNER_FILE, DeviceTags, load_tags, make_tags
-from glidefs.transport.ublk import device as ublk
-from glidefs.transport.ublk.device import DEAD, F_USER_RECOVERY, FAIL_IO, LIVE, QUIESCED, UblkTransport
-
-NOBODY = 4_000_000
-"""No process has this id."""
-
-
-class Driver:
-    """What the kernel would know. ``events`` are the calls that changed something."""
-
-    def __init__(self) -> None:
-        self.devices: dict[int, UblkInfo] = {}
-        self.events: list[str] = []
-        self.held = False
-        """Whether somebody has every device open."""
-        self.draining: set[int] = set()
-        """Deleted, but open: the number is theirs."""
-
-    def put(self, dev_id: int, tag: int, state: int, pid: int = 0) -> None:
-        self.devices[dev_id] = UblkInfo(
-            dev_id=dev_id,
-            queues=1,
-            depth=64,
-            state=state,
-            max_io_bytes=1 << 19,
-            server_pid=pid,
-            flags=F_USER_RECOVERY,
-            tag=tag,
-            dev_sectors=2048,
-        )
-
-    def query(self, dev_id: int) -> UblkInfo:
-        if dev_id not in self.devices:
-            raise DeviceError("query: no such device", errno=errno.ENODEV)
-        return self.devices[dev_id]
-
-    def end(self, dev_id: int) -> bool:
-        """Whether the number is free at once."""
-        if self.held:
-            self.put(dev_id, self.devices[dev_id].tag, DEAD)
-            self.draining.add(dev_id)
-        else:
-            del self.devices[dev_id]
-        return not self.held
-
-    def let_go(self) -> None:
-        """Nobody has a device open any more."""
-        self.held = False
-        for dev_id in self.draining:
-            del self.devices[dev_id]
-        self.draining.clear()
-
-    def delete(self, dev_id: int, expected_tag: int) -> None:
-        if self.query(dev_id).tag != expected_tag:
-            raise DeviceError("delete: somebody else's", errno=errno.EPERM)
-        self.events.append(f"delete {dev_id}")
-        if self.held:
-            self.end(dev_id)
-            raise DeviceError("delete: timed out", errno=errno.ETIMEDOUT)
-        del self.devices[dev_id]
-
-
-class Core:
-    """A volume's core, as far as devices go."""
-
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
-        self.on_start: Callable[[int], None] = lambda dev_id: None
-
-    def add_ublk(self, config: UblkConfig) -> int:
-        dev_id = config.dev_id
-        if dev_id == ANY_DEVICE:
-            dev_id = min(set(range(100)) - set(self.driver.devices))
-        if dev_id in self.driver.devices:
-            raise DeviceError("add: taken", errno=errno.EEXIST)
-        self.driver.put(dev_id, config.tag, DEAD)
-        self.driver.events.append(f"add {dev_id}")
-        return dev_id
-
-    def start_ublk(self, config: UblkConfig) -> FakeDevice:
-        found = self.driver.query(config.dev_id)
-        assert found.tag == config.tag
-        assert config.added or (config.recover and found.state in (QUIESCED, FAIL_IO))
-        self.on_start(config.dev_id)
-        self.driver.events.append(f"{'recover' if config.recover else 'start'} {config.dev_id}")
-        self.driver.put(config.dev_id, config.tag, LIVE, os.getpid())
-        return FakeDevice(self.driver, config.dev_id)
-
-
-class FakeDevice:
-    def __init__(self, driver: Driver, dev_id: int) -> None:
-        self.driver, self.dev_id, self.path = driver, dev_id, f"/dev/ublkb{dev_id}"
-        self.lingers = False
-
-    def close(self) -> None:
-        self.lingers = not self.driver.end(self.dev_id)
-
-    def release(self) -> None:
-        found = self.driver.devices[self.dev_id]
-        self.driver.put(self.dev_id, found.tag, QUIESCED)
-
-
-class Host:
-    """A cache directory, with records, on a host with that driver."""
-
-    def __init__(self, home: Path, driver: Driver) -> None:
-        self.driver = driver
-        self.config = Config(cache=CacheSettings(dir=str(home / "cache")))
-        self.state = self.config.cache.state
-        self.state.mkdir(parents=True)
-        self.records = home / "cache" / "exports"
-        self.records.mkdir()
-        self.names = DeviceNames(home / "run" / "ublk")
-        self.core = Core(driver)
-
-    def record(self, name: str, dev_id: int | None = None) -> ExportRecord:
-        record = ExportRecord(
-            name=name,
-            volume_id=name.encode().ljust(16, b"v"),
-            log_id=bytes(16),
-            prefix="p",
-            manifest_hash=bytes(32),
-            size=1 << 20,
-            device_id=dev_id,
-        )
-        export_record.save(self.records / f"{name}.json", record)
-        return record
-
-    def transport(self) -> UblkTransport:
-        return UblkTransport(UblkSettings(), self.state, self.names)
-
-    def attachment(self, record: ExportRecord) -> Attachment:
-        return Attachment(
-            name=record.name,
-            volume_id=record.volume_id,
-            size=record.size,
-            read_only=False,
-            core=self.core,  # type: ignore[arg-type]
-            device_id=record.device_id,
-        )
-
-    def serve(self, name: str, transport: UblkTransport | None = None) -> int:
-        """An export with a record and a device."""
-        record = self.record(name)
-        endpoint = (transport or self.transport()).start(self.attachment(record))
-        assert endpoint.device_id is not None
-        self.record(name, endpoint.device_id)
-        return endpoint.device_id
-
-    def survey(self) -> dict[int, devices.Device]:
-        return {device.id: device for device in devices.survey(self.config, self.names)}
-
-    def remove(self, dev_id: int) -> devices.Device:
-        return devices.remove(self.config, dev_id, self.names)
+from glidefs.transport.ublk.device import DEAD, LIVE, QUIESCED
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    made = Driver()
-    monkeypatch.setattr("glidefs.core.ublk.query", made.query)
-    monkeypatch.setattr("glidefs.core.ublk.delete", made.delete)
-    monkeypatch.setattr(ublk, "devices", lambda: iter(sorted(set(made.devices) - made.draining)))
-    monkeypatch.setattr(ublk, "is_draining", lambda found: found.dev_id in made.draining)
-    monkeypatch.setattr(ublk, "ublk_missing", lambda allow_kernel: None)
-    return made
+    return install_driver(monkeypatch)
 
 
 @pytest.fixture
@@ -325,7 +161,7 @@ def test_a_number_is_used_again_when_nobody_has_its_device_open(
     first = host.serve("a", transport)
     host.driver.held = True
     transport.stop("a")
-    assert "open still" in caplog.text
+    assert "somebody still has" in caplog.text
     caplog.clear()
     transport.discard("a", host.record("a").volume_id, first)  # nothing is left to do
     assert caplog.text == ""
@@ -351,7 +187,7 @@ def test_a_dead_device_that_somebody_has_open_is_not_replaced_in_place(
     endpoint = host.transport().start(host.attachment(record))
     assert endpoint.device_id == 0
     assert host.driver.events == ["delete 3", "add 0", "start 0"]
-    assert "open still" in caplog.text
+    assert "somebody still has" in caplog.text
     caplog.clear()
 
 
@@ -399,144 +235,3 @@ def test_names_of_devices_that_went_unseen_are_swept(host: Host, tmp_path: Path)
     host.serve("a")
     assert host.names.read(7) == ("", "")
     assert host.names.read(8)[0] == "other"
-
-
-# -- whose it is -----------------------------------------------------------------------------------
-
-
-def test_every_kind_of_device(host: Host, tmp_path: Path) -> None:
-    served = host.serve("a")
-    tags = load_tags(host.state)
-    paused = host.record("b", 5)
-    host.driver.put(5, tags.tag("b", paused.volume_id), QUIESCED)
-    host.driver.put(6, tags.tag("gone", bytes(16)), QUIESCED)
-    host.names.announce(6, "gone")
-    host.driver.put(7, 12345, QUIESCED)
-    host.names.announce(7, "theirs")
-    other = Host(tmp_path / "other", host.driver)
-    theirs = other.serve("a")
-    found = host.survey()
-    assert {d.id: (d.owner, d.state, d.export) for d in found.values()} == {
-        served: ("export", "served", "a"),
-        5: ("export", "paused", "b"),
-        6: ("orphan", "paused", "gone"),
-        7: ("other", "paused", ""),
-        theirs: ("other", "served", ""),
-    }
-    assert found[served].server == os.getpid()
-    assert found[6].size == 1 << 20
-    assert [d.id for d in found.values() if not d.keep] == [6]
-
-
-def test_an_orphan_is_removed_and_nothing_else(host: Host) -> None:
-    transport = host.transport()
-    served = host.serve("a", transport)
-    tags = load_tags(host.state)
-    host.driver.put(6, tags.tag("gone", bytes(16)), QUIESCED)
-    host.driver.put(7, 12345, QUIESCED)
-    host.names.announce(6, "gone")
-    host.driver.events.clear()
-    assert host.remove(6).export == "gone"
-    assert host.names.read(6) == ("", "")
-    for dev_id, why in ((served, "serves it"), (7, "somebody else"), (99, "no ublk device 99")):
-        with pytest.raises((NotSupported, DeviceError), match=why):
-            host.remove(dev_id)
-    transport.release("a")
-    with pytest.raises(NotSupported, match="export a: the daemon recovers it"):
-        host.remove(served)
-    assert host.driver.events == ["delete 6"]
-
-
-@pytest.mark.parametrize(
-    ("state", "recorded", "goes"),
-    [
-        (QUIESCED, 9, True),  # the record names another: it is served there, or will be
-        (DEAD, 9, False),  # it may be one that is just being made
-        (QUIESCED, None, False),
-        (QUIESCED, 6, False),
-        (LIVE, 9, False),
-    ],
-)
-def test_a_second_device_of_an_export(host: Host, state: int, recorded: int | None, goes: bool) -> None:
-    make_tags(host.state)
-    record = host.record("a", recorded)
-    host.driver.put(6, load_tags(host.state).tag("a", record.volume_id), state, NOBODY)
-    if goes:
-        host.remove(6)
-        return
-    with pytest.raises(NotSupported):
-        host.remove(6)
-    assert 6 in host.driver.devices
-
-
-def test_an_orphan_that_a_damaged_record_may_need(host: Host) -> None:
-    make_tags(host.state)
-    tags = load_tags(host.state)
-    host.driver.put(6, tags.tag("hurt", bytes(16)), QUIESCED)
-    host.driver.put(7, tags.tag("gone", bytes(16)), QUIESCED)
-    (host.records / "hurt.json").write_text("{")
-    host.names.announce(7, "gone")
-    with pytest.raises(NotSupported, match="damaged"):
-        host.remove(6)
-    host.names.announce(6, "hurt")
-    with pytest.raises(NotSupported, match="hurt"):
-        host.remove(6)
-    host.remove(7)
-
-
-@pytest.mark.parametrize(
-    ("pid", "why"),
-    [(-1, "not visible here"), (NOBODY, "not noticed yet"), (os.getpid(), "serves it")],
-    ids=["not visible", "nobody", "this process"],
-)
-def test_an_orphan_that_is_served_stays(host: Host, pid: int, why: str) -> None:
-    make_tags(host.state)
-    host.driver.put(6, load_tags(host.state).tag("gone", bytes(16)), LIVE, pid)
-    with pytest.raises(NotSupported, match=why):
-        host.remove(6)
-    assert host.driver.events == []
-
-
-def test_an_orphan_that_somebody_has_open(host: Host) -> None:
-    make_tags(host.state)
-    host.driver.put(6, load_tags(host.state).tag("gone", bytes(16)), QUIESCED)
-    host.driver.held = True
-    assert "when they close it" in host.remove(6).keep
-
-
-def test_without_a_cache_directory_everything_is_somebody_elses(tmp_path: Path, driver: Driver) -> None:
-    config = Config(cache=CacheSettings(dir=str(tmp_path / "none")))
-    driver.put(1, 5, QUIESCED)
-    assert [d.owner for d in devices.survey(config, DeviceNames(tmp_path / "run"))] == ["other"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_record_that_appears_while_one_looks(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices are looked at first: one that is there has its record on the disk already."""
-    make_tags(host.state)
-    real = host.driver.query
-
-    def query(dev_id: int) -> UblkInfo:
-        host.record("new", 6)
-        return real(dev_id)
-
-    host.driver.put(6, load_tags(host.state).tag("new", b"new".ljust(16, b"v")), DEAD)
-    monkeypatch.setattr("glidefs.core.ublk.query", query)
-    assert host.survey()[6].owner == "export"
-
-
-def test_doctor_lists_them(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glidefs.transport.device.names.DeviceNames.read", lambda self, dev_id: ("", ""))
-    host.serve("a")
-    tags = load_tags(host.state)
-    host.driver.put(6, tags.tag("gone", bytes(16)), QUIESCED)
-    host.driver.put(7, 12345, QUIESCED)
-    config = tmp_path / "g.toml"
-    (tmp_path / "store").mkdir()
-    config.write_text(f'[cache]\ndir = "{host.config.cache.dir}"\n[store]\nurl = "file://{tmp_path}/store"\n')
-    check = next(check for check in run_checks(str(config)) if check.name == "ublk devices")
-    assert check.state == "warn"
-    assert check.detail == (
-        "1 served, without a server: /dev/ublkb6 (orphan: no export), /dev/ublkb7 (somebody else's)"
-    )
-    assert "glidefs devices remove" in check.remedy

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
-import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -13,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from daemon_harness import Daemon, wait_for
+
+from glidefs.api import wire
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")
@@ -105,13 +105,7 @@ def test_a_profile_over_the_api(daemon: Daemon, image: Path) -> None:
 
 def test_whether_a_base_is_warm(daemon: Daemon, image: Path) -> None:
     def head(name: str) -> int:
-        connection = http.client.HTTPConnection("localhost", timeout=10)
-        connection.sock = socket.socket(socket.AF_UNIX)
-        connection.sock.connect(daemon.client.path)
-        connection.request("HEAD", f"/api/manifests/default/{name}")
-        status = connection.getresponse().status
-        connection.close()
-        return status
+        return wire.request(daemon.client.path, "HEAD", f"/api/manifests/default/{name}", timeout=10)[0]
 
     daemon.json("bless", str(image), "--name", "deb")
     assert head("deb") == 404

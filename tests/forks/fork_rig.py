@@ -16,7 +16,7 @@ from stored_roots import owner_of
 from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.core.engine import Engine, EngineConfig
 from glidefs.core.volume import CoreVolume
-from glidefs.exports.requests import CreateRequest, ExportStatus, PromoteRequest
+from glidefs.exports.requests import AttachRequest, CreateRequest, ExportStatus, PromoteRequest
 from glidefs.exports.router import ExportRouter
 from glidefs.exports.settings import RouterSettings
 from glidefs.host.host import Host
@@ -198,3 +198,7 @@ def wait_for(condition: Callable[[], object], what: str, deadline: float = 20.0)
     while not condition():
         assert time.monotonic() < until, f"{what}: not within {deadline} s"
         time.sleep(0.005)
+
+
+def attach(node: Node, name: str = "v", *, take_over: bool = False) -> None:
+    node.router.attach(name, AttachRequest(transport="nbd", take_over=take_over))

@@ -6,20 +6,17 @@ fresh directory in memory. An uploader in a few lines commits what the core gath
 
 from __future__ import annotations
 
-import atexit
 import errno
 import itertools
-import os
 import random
 import shutil
-import tempfile
 import threading
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from core_rig import CoreRig, Vol, apply_gather, inject, inject_nothing, trace
+from core_rig import Vol, apply_gather, inject, inject_nothing, trace
+from core_world import AREAS, BLOCK, LOG_LIMIT, SECTORS, SEGMENT_SECTORS, SIZE, areas, shared_rig, show
 from history import SECTOR, UNIT, UNITS, ZERO, History, Span, tag_bytes
 from hypothesis import note
 from hypothesis import strategies as st
@@ -28,39 +25,7 @@ from power_cut import KEEPS, SYNC, Record, cut_power, read_trace
 
 from glidefs.core.check import CoreError
 
-BLOCK = 131072
-CHUNK = 1024 * BLOCK
-SECTORS = 32
-AREAS = [
-    (0, 3 * SECTORS),
-    (1023 * SECTORS, 2 * SECTORS),
-    (2047 * SECTORS + 16, 48),
-    (3070 * SECTORS, 2 * SECTORS),
-]
-"""Hot sectors: in three chunks, over a border of chunks, off a border of blocks, at the end."""
-SIZE = 3072 * BLOCK
-SEGMENT_SECTORS = 12
-LOG_LIMIT = 28 * SEGMENT_SECTORS * (SECTOR + 32)
-
-_rig: CoreRig | None = None
 _numbers = itertools.count(1)
-
-
-def shared_rig() -> CoreRig:
-    global _rig
-    if _rig is None:
-        where = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        home = Path(tempfile.mkdtemp(prefix="glidefs-model-", dir=where))
-        _rig = CoreRig(
-            home,
-            segment_bytes=SEGMENT_SECTORS * SECTOR,
-            log_limit=LOG_LIMIT,
-            map_budget=96 << 10,
-            cache_bytes=8 * BLOCK,
-        )
-        atexit.register(shutil.rmtree, home, ignore_errors=True)
-        atexit.register(_rig.close)
-    return _rig
 
 
 class Commit(NamedTuple):
@@ -76,28 +41,6 @@ class Op(NamedTuple):
     offset: int
     length: int
     tag: int
-
-
-def areas(unit: int, longest: int) -> st.SearchStrategy[tuple[int, int]]:
-    """(offset, length) in bytes, multiples of ``unit``, inside one hot area."""
-
-    def inside(area: tuple[int, int]) -> st.SearchStrategy[tuple[int, int]]:
-        first, count = area
-        units = count * SECTOR // unit
-        lengths = st.integers(1, min(longest // unit, units))
-        return st.tuples(st.integers(0, units - 1), lengths).map(
-            lambda pair: (first * SECTOR + pair[0] * unit, min(pair[1], units - pair[0]) * unit)
-        )
-
-    return st.sampled_from(AREAS).flatmap(inside)
-
-
-def show(content: bytes) -> str:
-    """The tags of a sector's parts, and what place in their write they had."""
-    parts = [content[i : i + 8] for i in range(0, len(content), UNIT)]
-    return " ".join(
-        f"{int.from_bytes(part[:4], 'little')}.{int.from_bytes(part[4:], 'little')}" for part in parts
-    )
 
 
 class CoreMachine(RuleBasedStateMachine):

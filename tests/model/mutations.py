@@ -17,7 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutations_core import CORE, Mutation
+from mutation import Mutation
+from mutations_core import CORE
+from mutations_durable import DURABLE
 from mutations_limits import LIMITS
 from mutations_offline import OFFLINE
 from mutations_volume import VOLUME
@@ -29,7 +31,7 @@ from mutations_sim import SIM  # noqa: E402
 BUILD_ARGS = ["setup.py", "-q", "build_ext", "-i"]
 BUILD_TIMEOUT = 600
 TEST_TIMEOUT = 900
-MUTATIONS = CORE + LIMITS + OFFLINE + VOLUME + SIM
+MUTATIONS = DURABLE + CORE + LIMITS + OFFLINE + VOLUME + SIM
 
 
 def run(mutation: Mutation, tree: Path, python: str) -> tuple[bool, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations_core import Mutation
+from mutation import Mutation
 
 TIMEOUTS = "tests/core/test_core_timeouts.py::"
 MEMORY = "tests/nbd/test_nbd_memory.py::"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations_core import Mutation
+from mutation import Mutation
 
 GATHER = "tests/core/test_core_gather.py::"
 MUTATED = "tests/core/test_core_mutations.py::"

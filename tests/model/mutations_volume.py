@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mutations_core import Mutation
+from mutation import Mutation
 
 ROOTS = "tests/volume/test_roots.py::"
 OWNERSHIP = "tests/volume/test_volume_ownership.py::"
 UPLOAD = "tests/volume/test_volume_upload.py::"
+RESIZE = "tests/volume/test_volume_resize.py::"
 COMPACTION = "tests/volume/test_volume_compaction.py::"
 DEMOTE = "tests/volume/test_volume_demote.py::"
 
@@ -149,14 +150,14 @@ VOLUME = [
         "csrc/upload/plan.c",
         "        c->whole += within && (within & ~(e->mask | e->zero_mask)) == 0;",
         "        c->whole += (within & ~(e->mask | e->zero_mask)) == 0;",
-        (UPLOAD + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[False]",),
+        (RESIZE + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[False]",),
     ),
     Mutation(
         "extents-behind-the-end-count-as-the-old-chunk",
         "glidefs/writing/upload.py",
         "        end = min(extent.block + extent.count, blocks_end)",
         "        end = extent.block + extent.count",
-        (UPLOAD + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[True]",),
+        (RESIZE + "test_what_a_grow_brought_does_not_count_as_the_old_chunk[True]",),
     ),
     # -- section 6: ids and grace
     Mutation(
@@ -201,7 +202,7 @@ VOLUME = [
         "found.log_id != mine.log_id or not ours(found)",
         "found.log_id != mine.log_id",
         (
-            "tests/forks/test_fences.py::test_a_copy_of_a_host_that_could_not_open_the_volume_does_not_remove_it",
+            "tests/forks/test_cloned_hosts.py::test_a_copy_of_a_host_that_could_not_open_the_volume_does_not_remove_it",
         ),
     ),
     Mutation(
@@ -209,7 +210,9 @@ VOLUME = [
         "glidefs/exports/opener.py",
         "        if self.logs.put_here(root) is False:",
         "        if False:",
-        ("tests/forks/test_fences.py::test_a_copy_of_a_host_without_a_record_has_no_part_in_the_volume",),
+        (
+            "tests/forks/test_cloned_hosts.py::test_a_copy_of_a_host_without_a_record_has_no_part_in_the_volume",
+        ),
     ),
     Mutation(
         "every-error-asks-which-store-it-is",

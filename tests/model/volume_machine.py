@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_machine import AREAS, BLOCK, SECTORS, SIZE, areas, show
 from core_rig import trace, wait_for
+from core_world import AREAS, BLOCK, SECTORS, SIZE, areas, show
 from history import SECTOR, UNIT, ZERO, History, Span, Version, tag_bytes
 from hypothesis import note
 from hypothesis import strategies as st

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutations_core import Mutation
+from mutation import Mutation
 
 SEEDS = ("tests/sim/test_sim.py",)
 IDENTITY = ("tests/sim/test_sim.py::test_seeds_of_clones_and_stores",)

@@ -164,7 +164,7 @@ static void unfreeze(struct transport *t)
 
 /* ---- time ---------------------------------------------------------------------------------------------- */
 
-/* The socket becomes writable only when most of its buffer is empty: who reads slowly shows in what is left there. */
+/* The socket becomes writable only when most of its buffer is empty: a slow reader shows in what is left there. */
 static void look_at_queue(struct nbd_conn *c)
 {
     int queued = 0;
@@ -191,7 +191,7 @@ static bool is_stalled(struct nbd_conn *c)
     return sending || filling;
 }
 
-/* Cut off who has stalled for too long, go on with who got memory. */
+/* Cut connections that have stalled for too long, go on with those that got memory. */
 static bool tick(struct transport *t)
 {
     struct nbd_conn *c = nbd_conn_of(t);

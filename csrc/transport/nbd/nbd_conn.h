@@ -3,8 +3,8 @@
  * The handshake is Python's (glidefs/transport/nbd/server.py); the protocol is the
  * "NBD protocol" document of the NetworkBlockDevice project.
  *
- * nbd_socket.c receives and sends, nbd_request.c knows the bytes of a request, nbd_reply.c those of a
- * reply, nbd_memory.c how much of them there may be, nbd_conn.c begins and ends.
+ * nbd_socket.c receives and sends, nbd_request.c knows the bytes of a request, nbd_reply.c those of a reply,
+ * nbd_memory.c limits their memory, nbd_conn.c begins and ends.
  */
 #ifndef GLIDE_NBD_CONN_H
 #define GLIDE_NBD_CONN_H
@@ -39,7 +39,7 @@ struct nbd_conn {
     uint64_t skip;           /* payload of a refused WRITE, to be thrown away */
     uint8_t *rest;           /* received while too much was in flight; nothing is read before it is used */
     uint64_t rest_length;
-    uint64_t skip_after_rest; /* `skip` for the time when rest is used up */
+    uint64_t skip_after_rest; /* `skip` once rest is used up */
     uint64_t wanted;          /* data of the request at the head of rest, for which there was no memory */
     enum nbd_account wanted_of;
     uint32_t fill_ticks; /* of the worker, since bytes for `filling` came */
@@ -141,18 +141,18 @@ void nbd_reply(struct nbd_req *r);
 void nbd_socket_init(struct nbd_conn *c);
 void nbd_arm_poll(struct nbd_conn *c);
 void nbd_receive_some(struct nbd_conn *c);
-/* Let it go on in the next round, if it waits for nothing any more. */
+/* Go on in the next round, unless it still waits for something. */
 void nbd_resume_later(struct nbd_conn *c);
 void nbd_send_replies(struct nbd_conn *c);
 /* Keep `rest`, which was malloc'ed, to be received first. */
 void nbd_keep_rest(struct nbd_conn *c, uint8_t *rest, uint64_t length);
 /* ---- nbd_conn.c ---- */
 void nbd_end(struct nbd_conn *c, int error, bool broken);
-/* What can be done now that something ended. May free the connection. */
+/* Go on after something has ended. May free the connection. */
 void nbd_advance(struct nbd_conn *c);
 /* A connection without a worker yet, which owns fd. NULL = no memory, and fd is closed. */
 struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, uint32_t modes);
-/* Give one back that did not get to a worker. */
+/* Free one that never reached a worker. */
 void nbd_conn_discard(struct nbd_conn *c);
 /* On the worker: the connection belongs to its volume. -errno. */
 int nbd_enter(struct worker *w, struct nbd_conn *c);

@@ -3,13 +3,13 @@
  * send and do not finish, cannot take more memory of the host than that.
  *
  * There are three accounts. REPLIES are buffers of READs from their start until their last byte is sent, and the send
- * buffers of sockets; PAYLOADS are those of WRITEs; both may grow to the configured size. What is charged to these two
- * ends by itself, or its connection is cut. PIPELINE is what was received behind a request that has to wait: a
- * quarter of that; when it runs out, less is received at once.
+ * buffers of sockets; PAYLOADS are those of WRITEs; both may grow to the configured size. What is charged to these
+ * two is released in time, or its connection is cut. PIPELINE is what was received behind a request that has to wait:
+ * a quarter of that; when it runs out, less is received at once.
  *
- * Shares: a connection that holds something gets an eighth of what is free, at most, so that each one that
- * takes its share leaves seven eighths of the rest to others. The last eighth is for those that hold nothing. Nobody
- * waits for memory that is his own: who holds nothing gets his request as soon as it fits at all.
+ * Shares: a connection that holds something gets an eighth of what is free, at most, so that each one that takes its
+ * share leaves seven eighths of the rest to others. The last eighth is for those that hold nothing. No connection
+ * waits for its own memory: one that holds nothing gets its request as soon as that fits at all.
  */
 #ifndef GLIDE_NBD_MEMORY_H
 #define GLIDE_NBD_MEMORY_H

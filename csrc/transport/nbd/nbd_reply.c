@@ -166,6 +166,12 @@ static void read_part(const struct nbd_req *r, struct nbd_part *p, uint64_t from
     p->length = length;
 }
 
+/* Sectors [sector, end) of a READ are sent, as zeros. */
+static void fill_zeros(struct nbd_req *r, uint32_t sector, uint32_t end)
+{
+    memset(r->buf + byte_of(r, sector), 0, byte_of(r, end) - byte_of(r, sector));
+}
+
 /* Go through the parts of a READ. With `parts` they are written there; without, what is too short to be a hole becomes
  * zeros in the buffer. Returns how many there are. */
 static uint32_t read_parts(struct nbd_req *r, uint32_t sectors, struct nbd_part *parts)
@@ -179,7 +185,7 @@ static uint32_t read_parts(struct nbd_req *r, uint32_t sectors, struct nbd_part 
             ;
         bool tells = zero && (next - s >= least || next - s == sectors);
         if (zero && !tells && !parts)
-            memset(r->buf + byte_of(r, s), 0, byte_of(r, next) - byte_of(r, s));
+            fill_zeros(r, s, next);
         if (s && tells != hole) {
             if (parts)
                 read_part(r, &parts[count], byte_of(r, begin), byte_of(r, s), hole, false);
@@ -206,7 +212,7 @@ static void read_chunks(struct nbd_req *r)
     if (!r->parts) { /* all of it as data */
         for (uint32_t s = 0; s < sectors; s++)
             if (is_hole(r, s))
-                memset(r->buf + byte_of(r, s), 0, byte_of(r, s + 1) - byte_of(r, s));
+                fill_zeros(r, s, s + 1);
         read_part(r, &r->first, 0, r->io.length, false, true);
         return;
     }

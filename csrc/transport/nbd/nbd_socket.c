@@ -1,16 +1,14 @@
 /*
  * The socket of a connection: receiving, sending, and when to stop doing either.
  *
- * Receiving goes through the worker's one receive buffer, so an idle connection
- * costs its struct and nothing else. What is complete in the buffer is carried
- * out in place: a batch of small writes goes from there to the log in one
- * vector. Of an incomplete request only the header bytes, or a payload under
- * way (in its own memory, received straight into it), stay with the connection.
+ * Receiving goes through the worker's one receive buffer, so an idle connection costs its struct and nothing else.
+ * What is complete in the buffer is carried out in place: a batch of small writes goes from there to the log in one
+ * vector. Only the header bytes of an incomplete request, or a payload under way (in its own memory, received
+ * straight into it), stay with the connection.
  *
- * A multishot poll says when to receive; it fires again only for new data, so
- * receiving goes on until the socket is drained, or stops for back-pressure with
- * `readable` set. A short receive means drained, except that the client may have
- * closed behind it: one event can tell of both.
+ * A multishot poll says when to receive; it fires again only for new data, so receiving goes on until the socket is
+ * drained, or stops for back-pressure with `readable` set. A short receive means drained, except that the client may
+ * have closed behind it: one event can stand for both.
  *
  * A client that asks for more than its share of the memory for replies, or sends
  * more than its share of payloads, is not read from: its next request waits in

@@ -2,9 +2,8 @@
  * The queue of a ublk device, on the worker of its volume. ublk_device.c makes
  * and unmakes devices from control threads.
  *
- * A device has one hardware queue: its volume lives on one worker, so more
- * would only be hand-overs. Every tag is a slot that is either armed (a command
- * is pending in the kernel), busy (we have its request), or gone (-ENODEV).
+ * A device has one hardware queue: its volume lives on one worker, so more would only add hand-overs. Every tag is a
+ * slot that is either armed (a command is pending in the kernel), busy (we have its request), or gone (-ENODEV).
  */
 #ifndef GLIDE_UBLK_QUEUE_H
 #define GLIDE_UBLK_QUEUE_H

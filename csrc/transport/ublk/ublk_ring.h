@@ -38,8 +38,9 @@ int ublk_rings_open(struct ublk_rings *rings);
 void ublk_rings_close(struct ublk_rings *rings);
 
 /*
- * Send a command once and wait until `deadline` (on now_ms()). What the driver answered; -ETIMEDOUT:
- * nothing, and its thread still works on it. *cancelled tells an -EINTR of our own making from one of a signal.
+ * Send a command once and wait until `deadline` (on now_ms()). Returns the driver's answer; -ETIMEDOUT: there is
+ * none, and its thread still works on the command. *cancelled: an -EINTR comes from our own cancel, not from a
+ * signal.
  */
 int ublk_rings_run(struct ublk_rings *rings, const struct ublk_command *c, int64_t deadline, bool *cancelled);
 

@@ -66,8 +66,8 @@ class Lineage:
     def origin(self, prefix: str, source: Source) -> Iterator[Origin]:
         """The root to copy, which must be there when the block ends: so long the store names all of it.
 
-        Of a base that holds for long: it, or its tombstone, stays. A volume that is served here is
-        committed first. Raises UnknownExport, CorruptObject, DrainTimeout, StoreError, GlideError.
+        A base holds for long: it, or its tombstone, stays. A volume that is served here is committed first.
+        Raises UnknownExport, CorruptObject, DrainTimeout, StoreError, GlideError.
         """
         if source.kind == "base":
             yield Origin(source, self._bases.get(prefix, source.name).root)
@@ -88,10 +88,9 @@ class Lineage:
 
     @contextlib.contextmanager
     def shown(self, prefix: str, source: Source, shown: Root) -> Iterator[None]:
-        """The store names all that ``shown``, read from ``source`` long ago, is made of until the block ends.
+        """Until the block ends, the store names all that ``shown``, read from ``source`` long ago, names.
 
-        What the source does not name any more gc may have deleted. Raises UnknownExport, NotSupported,
-        StoreError.
+        gc may have deleted what the source no longer names. Raises UnknownExport, NotSupported, StoreError.
         """
         with contextlib.ExitStack() as stack:
             if source.kind == "base":

@@ -1,10 +1,10 @@
 """Pins: a source is pinned before it is copied, so that gc keeps everything that the copy will name.
 
-Between the moment that a root is read and the moment that a copy of it is put, the source may drop what
-the copy will name: it is removed, or commits. A run of gc in between sees it without a root, and if
-something like that happened at an earlier run too, deletes it. So a copy of the source is put under a name
-of its own first, the pin, and the source is looked at again. If it still is what was read, what the pin
-names was named all the time. What is asked for is then made of the pin, which goes when that is in the store.
+Between the moment that a root is read and the moment that a copy of it is put, the source may drop what the
+copy will name: it is removed, or commits. A run of gc in between sees it without a root, and if something
+like that happened at an earlier run too, deletes it. So a copy of the source is put under a name of its own
+first, the pin, and the source is looked at again. If it has not changed, what the pin names was named all the
+time. The copy is then made from the pin, which is deleted when the copy is in the store.
 
 A pin that a crash left is deleted by gc when it is older than the grace. It lies among the tags, where
 versions of gc that know no pins see a root like any other.
@@ -51,8 +51,8 @@ def kept_copy(root: Root) -> Root:
 def pinned(store: ObjectStore, prefix: str, source: Source, volume: Volume | None) -> Iterator[Root]:
     """The root of ``source``, all of which the store names until the block ends.
 
-    ``volume`` is the source where this host may commit to it, with everything committed that matters.
-    Raises UnknownExport, CorruptObject, Fenced, StoreError; GlideError where the source does not keep still.
+    ``volume`` is the source where this host may commit to it, with everything committed that matters. Raises
+    UnknownExport, CorruptObject, Fenced, StoreError; GlideError if the source keeps changing.
     """
     key = pin_key(prefix, secrets.token_hex(ID_SIZE))
     try:

@@ -133,7 +133,7 @@ class ForkVerbs:
     def promote(self, name: str) -> ExportStatus:
         """A read-only export becomes read-write; guests must connect again.
 
-        What shows a base or a snapshot becomes a fork of it. Raises UnknownExport where that is gone,
+        A view of a base or a snapshot becomes a fork of it. Raises UnknownExport where that is gone,
         NotSupported where it was replaced, StoreError, Fenced.
         """
         with self._table.locked(name) as entry:
@@ -221,8 +221,8 @@ class ForkVerbs:
     def profile(self, name: str, wanted: ProfileRequest) -> dict[str, Any]:
         """Record the faults of a fork of a base, and store them as the base's hot set.
 
-        Returns when the time is over, or when no new block was touched for a while (the default). Ends
-        with nothing stored when who asked has gone.
+        Returns when the time is over, or when no new block was touched for a while (the default). If the
+        client has gone, it ends and nothing is stored.
         """
         entry, volume = self._volume(name)
         assert entry.record is not None

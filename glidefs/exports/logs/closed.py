@@ -73,7 +73,7 @@ class ExportLogs:
         return logs.unsent_bytes(self.directory(record), record.volume_id, record.log_id, sent)
 
     def set_aside(self, record: ExportRecord) -> None:
-        """Note beside a log that leaves its export whose it was, and what of it the store has."""
+        """Note beside a log that leaves its export: whose it was, and how much of it the store has."""
         directory = self.directory(record)
         sent = self.sent_segment(record)
         note = aside.Aside(

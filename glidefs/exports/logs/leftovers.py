@@ -35,7 +35,7 @@ class Logs(Struct, frozen=True):
 
 
 def unnamed_prefixes(list_dirs: Callable[[str], Iterable[str]], named: Collection[str]) -> list[str]:
-    """Prefixes with something of ours below that are not named; ``list_dirs`` is a store's.
+    """Prefixes that contain something of ours but are not named; ``list_dirs`` is a store's.
 
     Raises StoreError.
     """

@@ -32,7 +32,7 @@ def has_unsent(logs_dir: Path, root: Root) -> bool:
 
 
 def advice(name: str, what: str) -> str:
-    """What is said of an export whose record is lost."""
+    """What is said about an export whose record is lost."""
     return f"{what}; 'glidefs attach {name}' makes it again from the store's root, and replays its write log"
 
 
@@ -54,10 +54,10 @@ def find_lost(
 def look_at_nameless(
     state_dir: Path, logs_dir: Path, records: Collection[ExportRecord], *, remove: bool
 ) -> None:
-    """Look at the logs that no record and no local root names: those with data are said.
+    """Report logs with data that no record and no local root names.
 
-    So it is where a fork that the store does not know yet loses its record. ``remove``, where every record is
-    known: a crash before the record of a new export leaves the empty directory of its log, which goes.
+    A fork that the store does not know yet leaves one if it loses its record. With ``remove``, where every
+    record is known, empty log directories are deleted: a crash before the record of a new export leaves one.
     """
     named = {(record.volume_id, record.log_id) for record in records}
     for volume_id, log_id in logs.log_ids(logs_dir):
@@ -87,7 +87,7 @@ def newer_root(
 ) -> tuple[Root, str] | None:
     """The store's root with its ETag if it is ahead of ``root``, a local copy that is old, and was put here.
 
-    ``tried`` are the nonces of what was put: that of another root is a copy's of this host.
+    ``tried`` are the nonces of what was put; a root with another nonce was put by a copy of this host.
     """
     try:
         found, etag = lease.read_root(store, record.prefix, record.name)

@@ -28,7 +28,7 @@ class LogVerbs:
         self._state_dir = state_dir
 
     def _unsent(self, directory: Path, volume: bytes, own: bytes) -> int:
-        """Bytes that a log which no export uses holds and the store does not. Raises CorruptLog."""
+        """Bytes that the store lacks of a log that no export uses. Raises CorruptLog."""
         return logs.unsent_bytes(directory, volume, own, self._sent(directory, volume, own))
 
     def _sent(self, directory: Path, volume: bytes, own: bytes) -> int | None:
@@ -61,9 +61,9 @@ class LogVerbs:
     def list(self) -> list[dict[str, Any]]:
         """All write logs of this host, those set aside too.
 
-        "fenced": another host has the volume, and its export is still listed here. "was": the export that
-        a log set aside was of, if that is known. "record lost": `glidefs attach` of "was" replays it; without
-        a name it can be exported only.
+        "fenced": another host has the volume, and its export is still listed here. "was": the export whose
+        log was set aside, if that is known. "record lost": `glidefs attach` of "was" replays it; without a
+        name it can be exported only.
         """
         known, _ = self._known()
         lost = {(root.volume_id, root.log_id): root.name for root in local.every(self._state_dir)}
@@ -82,8 +82,8 @@ class LogVerbs:
     def export(self, volume_id: str, log_id: str, path: str, *, partial: bool = False) -> dict[str, Any]:
         """Write what a log holds to a sparse file. Raises UnknownExport, ConfigError, CorruptLog.
 
-        A log of which something that was synced is bad is refused, and nothing is written; with
-        ``partial`` what is whole is written, and "note" and "lost" say what is not.
+        A log with damage to synced data is refused, and nothing is written; with ``partial`` its whole parts
+        are written, and "note" and "lost" say what is missing.
         """
         volume, own = bytes.fromhex(check_id(volume_id)), bytes.fromhex(check_id(log_id))
         directory = logs.log_dir(self._directory, volume, own)
@@ -108,7 +108,7 @@ class LogVerbs:
     def _copy(
         self, directory: Path, volume: bytes, own: bytes, target: Path, *, partial: bool
     ) -> tuple[logs.LogCopy, int | None]:
-        """The export, and what the store is known to have; anew where segments went while it was read."""
+        """The export, and what the store is known to have; again if segments went while it was read."""
         while True:
             found, sent = log_segments(directory)[:1], self._sent(directory, volume, own)
             failed: GlideError | None = None

@@ -82,7 +82,7 @@ def _no_redirect(params: dict[str, Any], **_: object) -> None:
 class Clients:
     """``current`` is the client to use for the next request; those under way keep the one they have.
 
-    ``_renewing`` is held by who makes a new one; nobody waits for it.
+    ``_renewing`` is held by the thread that makes a new one; nobody waits for it.
     """
 
     def __init__(self, options: S3Options) -> None:

@@ -263,7 +263,7 @@ class RangeClient:
                 return
 
     def close(self) -> None:
-        """Close what is idle; connections in use are closed by who uses them."""
+        """Close what is idle; a connection in use is closed by its user."""
         self._pool_size = 0
         self.drop_idle()
 

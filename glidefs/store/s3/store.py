@@ -223,7 +223,7 @@ class S3Store(ObjectStore):
         return ListPage(infos, page["NextContinuationToken"] if page.get("IsTruncated") else "")
 
     def _listing(self, client: S3Client, prefix: str, **arguments: Any) -> dict[str, Any]:
-        """A page of a listing that is one. Whatever else is XML reads like one without objects."""
+        """A page of a listing that is one. Any other XML would read as one without objects."""
         wanted = self._root + prefix
         page = cast(dict[str, Any], client.list_objects_v2(Bucket=self._bucket, Prefix=wanted, **arguments))
         keys = [item.get("Key", "") for item in page.get("Contents", [])]

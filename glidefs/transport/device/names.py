@@ -1,10 +1,10 @@
 """Names for udev: `/run/glidefs/ublk/N` says which export `/dev/ublkbN` is.
 
-The file is there before the kernel shows the device, so that the rule (`packaging/60-glidefs.rules`) needs
-no program and no daemon to name it `/dev/glidefs/EXPORT`. N is a symbolic link to a file `N.KEY` with two
-lines, `GLIDEFS_NAME` and `GLIDEFS_KEY`; the key is of this one device. udev remembers it, and when the
-device goes, by whosever hand, its rule deletes `N.KEY`: the next device of that number gets no name that
-was meant for another, and one that we made meanwhile keeps its own, because the link leads to another file.
+The file is there before the kernel shows the device, so that the rule (`packaging/60-glidefs.rules`) needs no
+program and no daemon to name it `/dev/glidefs/EXPORT`. N is a symbolic link to a file `N.KEY` with two lines,
+`GLIDEFS_NAME` and `GLIDEFS_KEY`; the key is of this one device. udev remembers it, and when the device goes,
+whoever removed it, its rule deletes `N.KEY`: the next device of that number gets no name that was meant for
+another, and one that we made meanwhile keeps its own, because the link leads to another file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_FILE = 4096
 class DeviceNames:
     """The files in ``directory``. Where they cannot be written, devices just have no names.
 
-    Only who has a device, from ADD_DEV to DEL_DEV, calls anything for its number.
+    Only the owner of a device, from ADD_DEV to DEL_DEV, calls anything for its number.
     """
 
     def __init__(self, directory: Path = DIRECTORY) -> None:

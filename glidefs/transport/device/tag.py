@@ -58,7 +58,7 @@ class DeviceTags:
         return [*own, self._first_version(name, volume_id)]
 
     def names(self, tag: int, name: str, volume_id: bytes) -> bool:
-        """The same of this path, also if the directory on it was another one: its disk was lost."""
+        """The same for this path, even if another directory was there: its disk was lost."""
         lower = tag & ((1 << _HALF) - 1)
         return tag == self._first_version(name, volume_id) or lower == self._export(name, volume_id)
 

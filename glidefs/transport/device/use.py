@@ -1,8 +1,8 @@
 """Who has a block device open: processes, by their descriptors, and the kernel, by an exclusive claim.
 
-The kernel counts the openings of a block device and tells nobody. What it does tell: /proc shows the
-descriptors of processes, and whoever mounts the device, swaps on it or puts another device on it claims it:
-then an exclusive open of it fails (O_EXCL, see open(2)).
+The kernel counts the openings of a block device but does not show the count. It shows this much: /proc shows
+the descriptors of processes, and whoever mounts the device, swaps on it or puts another device on it claims
+it: then an exclusive open of it fails (O_EXCL, see open(2)).
 """
 
 from __future__ import annotations

@@ -150,7 +150,7 @@ class ConnectionTable:
         return record.about.conn_id not in self._records
 
     def about(self, conn_id: int) -> NbdConnection | None:
-        """What is known of a connection."""
+        """What is known about a connection."""
         with self._changed:
             record = self._records.get(conn_id)
         return record.about if record is not None else None

@@ -42,7 +42,7 @@ class NbdExport(Struct, frozen=True):
 
 
 class Chosen(Struct, frozen=True):
-    """What a handshake came to: an export, and what the core must know of the connection."""
+    """The result of a handshake: an export, and what the core must know about the connection."""
 
     export: NbdExport
     modes: NbdModes

@@ -80,7 +80,7 @@ def explained(error: DeviceError) -> DeviceError:
 
 def _say_open(name: str, dev_id: int) -> None:
     log.warning(
-        "%s: somebody has /dev/ublkb%d open still, all I/O on it fails: close it (fuser -v /dev/ublkb%d), "
+        "%s: somebody still has /dev/ublkb%d open, all I/O on it fails: close it (fuser -v /dev/ublkb%d), "
         "its number is used again after that",
         name,
         dev_id,
@@ -144,7 +144,7 @@ class UblkTransport:
         if wanted is None or found is None:
             return self._add(export, tags, wanted)
         if is_draining(found):
-            log.warning("%s: /dev/ublkb%d is open still; taking another id", export.name, wanted)
+            log.warning("%s: /dev/ublkb%d is still open; taking another id", export.name, wanted)
             return self._add(export, tags, None)
         if not tags.accepts(found.tag, export.name, export.volume_id):
             log.warning("%s: /dev/ublkb%d belongs to somebody else; taking another id", export.name, wanted)
@@ -156,7 +156,7 @@ class UblkTransport:
         return self._add(export, tags, wanted if self._delete(export.name, found) else None)
 
     def _delete(self, name: str, found: UblkInfo) -> bool:
-        """Whether its number is free now; else when those let go who have it open."""
+        """Whether its number is free now; if not, it is when those who have it open let go."""
         try:
             ublk.delete(found.dev_id, found.tag)
         except DeviceError as error:

@@ -3,8 +3,8 @@
 Linux 6.19 allocates the queues of a ublk device by NUMA node (commit 529d4d632788), which needs the tag set
 to be made before them (011af85ccd87, of the same series). Where only the first was backported the driver
 follows a null pointer in `ublk_init_queues` on every ADD_DEV: the command never returns, the driver's lock
-stays taken, and some hosts panic. Nothing tells but the kernel's release, so that is what is judged here,
-before the first command.
+stays taken, and some hosts panic. Only the kernel's release shows it, so that is judged here, before the
+first command.
 
 How it is known: 6.18.4 and 6.18.5 carry the one and 6.18.6 both (stable releases; zabbly/linux 52, kvcache-
 ai/AgentENV 20). Ubuntu's 6.17.0-N kernels take patches of later stable releases; 1015 and 1018 of azure and
@@ -24,7 +24,7 @@ GOOD_KERNELS = "Linux 6.18.6 or later, or 6.12, has a sound driver"
 
 
 class Verdict(Struct, frozen=True):
-    """What is known of the ublk driver of a kernel, and why, as a part of a sentence."""
+    """What is known about the ublk driver of a kernel, and why, as a part of a sentence."""
 
     kind: Literal["good", "bad", "unknown"]
     why: str
