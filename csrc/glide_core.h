@@ -516,6 +516,8 @@ struct glide_source { /* where a pack is read */
     const char *host;    /* HTTP: the header Host */
     const void *address; /* HTTP: struct sockaddr */
     uint32_t address_length;
+    const char *server; /* HTTP over TLS: the name or address that its certificate must have; NULL: no TLS */
+    const char *ca;     /* TLS: a file of CAs that may have signed it; empty: whoever answers is believed */
 };
 struct glide_carry {
     uint64_t volume, stamp;         /* whom to answer */

@@ -66,7 +66,7 @@ apt_try() {
 }
 
 # What building and running takes. Everything but the packages for tests.
-BUILD_PACKAGES=(python3 python3-venv python3-dev gcc libc6-dev liburing-dev libzstd-dev libxxhash-dev)
+BUILD_PACKAGES=(python3 python3-venv python3-dev gcc libc6-dev liburing-dev libzstd-dev libssl-dev libxxhash-dev)
 # What the examples use on a device: nbdcopy, mke2fs and e2fsck.
 CLIENT_PACKAGES=(libnbd-bin e2fsprogs)
 

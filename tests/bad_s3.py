@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import ssl
 import threading
 import time
 from collections import Counter
@@ -93,9 +94,12 @@ def error_document(code: str) -> bytes:
 
 
 class BadS3:
-    """Serves on a free port. ``requests`` counts by method, ``faults`` those that were hit."""
+    """Serves on a free port, over TLS with a ``context``.
 
-    def __init__(self) -> None:
+    ``requests`` counts by method, ``faults`` those that were hit.
+    """
+
+    def __init__(self, context: ssl.SSLContext | None = None) -> None:
         self.objects: dict[str, Stored] = {}
         self.fault: Fault | Storm | None = None
         self.token = ""
@@ -113,7 +117,12 @@ class BadS3:
             s3 = owner
 
         self._server = _Server(("127.0.0.1", 0), Handler)
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if context is not None:
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        scheme = "http" if context is None else "https"
+        self.endpoint = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def __enter__(self) -> Self:

@@ -7,6 +7,7 @@
  * A task that fails says so and is forgotten: retries, and what the failure means, are Python's.
  */
 #include "carry/carrier.h"
+#include "carry/tls.h"
 
 #include "volume/fault.h"
 
@@ -26,6 +27,7 @@
 struct carrier {
     struct engine *engine;
     pthread_mutex_t lock; /* guards `started` and the start of the threads */
+    struct tls_pool tls;
     unsigned started, count;
     struct carrier_thread threads[MAX_THREADS];
 };
@@ -65,8 +67,11 @@ static void buffer_give(struct carrier_thread *t, uint8_t *buffer, uint32_t room
 
 void task_free(struct carry_task *task)
 {
-    for (uint32_t i = 0; task->gets && i < task->get_count; i++)
+    for (uint32_t i = 0; task->gets && i < task->get_count; i++) {
         free(task->gets[i].text);
+        free(task->gets[i].server);
+        free(task->gets[i].ca);
+    }
     free(task->gets);
     free(task->plans);
     free(task->parts);
@@ -159,13 +164,13 @@ static void task_start(struct task *task, struct worker *w)
 
     for (uint32_t i = 0; i < count; i++) {
         struct get *get = &t->gets[i];
-        get->buffer = buffer_take(thread, get->length + (get->kind == GLIDE_SOURCE_HTTP ? HTTP_HEAD : 0), &get->room);
+        get->buffer = buffer_take(thread, get->length + (get->kind == GLIDE_SOURCE_FILE ? 0 : HTTP_HEAD), &get->room);
         if (thread->leaving || !get->buffer)
             get_done(get, thread->leaving ? -ESHUTDOWN : -ENOMEM);
-        else if (get->kind == GLIDE_SOURCE_HTTP)
-            http_start(thread, get);
-        else
+        else if (get->kind == GLIDE_SOURCE_FILE)
             file_start(thread, get);
+        else
+            http_start(thread, get);
     }
 }
 
@@ -282,8 +287,11 @@ int carrier_open(struct engine *e, struct carrier **out)
         return -ENOMEM;
     c->engine = e;
     pthread_mutex_init(&c->lock, NULL);
+    tls_pool_init(&c->tls);
     return 0;
 }
+
+struct tls_pool *carrier_tls(struct carrier *c) { return &c->tls; }
 
 void carrier_close(struct carrier *c)
 {
@@ -295,6 +303,7 @@ void carrier_close(struct carrier *c)
         worker_join(&c->threads[i].worker);
         worker_destroy(&c->threads[i].worker);
     }
+    tls_pool_free(&c->tls);
     pthread_mutex_destroy(&c->lock);
     free(c);
 }

@@ -22,6 +22,7 @@ struct get {
     char *text;          /* the request, or the path of the file */
     struct sockaddr_storage address;
     uint32_t address_length;
+    char *server, *ca; /* of TLS, else NULL */
 };
 
 /* Blocks that share ranges. */
@@ -58,6 +59,8 @@ struct carrier_thread {
     void *decompressor; /* of land.c: ZSTD_DCtx */
 };
 
+struct tls_pool;
+
 int carrier_open(struct engine *e, struct carrier **out);
 /* Ends what is under way; nothing is posted afterwards. */
 void carrier_close(struct carrier *c);
@@ -66,6 +69,7 @@ int carrier_start(struct carrier *c);
 /* Begin a task: its arrays are malloc'ed, and the carrier's from here on. Any thread. */
 int task_post(struct carrier *c, struct carry_task *task);
 void task_free(struct carry_task *task);
+struct tls_pool *carrier_tls(struct carrier *c);
 
 /* ---- on the thread of the task ---- */
 /* carrier.c: the range is in get->data, or err. Frees the task once it was the last. */

@@ -110,12 +110,14 @@ static int set_source(struct get *get, const struct glide_source *source, const 
     get->timeout_ms = source->timeout_ms;
     get->offset = r->start;
     get->length = (uint32_t)(r->end - r->start);
-    if (source->kind != GLIDE_SOURCE_HTTP)
+    if (source->kind == GLIDE_SOURCE_FILE)
         return (get->text = strdup(source->target)) ? 0 : -ENOMEM;
     if (source->address_length > sizeof(get->address))
         return -EINVAL;
     memcpy(&get->address, source->address, source->address_length);
     get->address_length = source->address_length;
+    if (source->server && (!(get->server = strdup(source->server)) || !(get->ca = strdup(source->ca))))
+        return -ENOMEM;
     int n = asprintf(&get->text,
                      "GET %s HTTP/1.1\r\nHost: %s\r\nRange: bytes=%llu-%llu\r\nAccept-Encoding: identity\r\n"
                      "User-Agent: glidefs\r\n\r\n",

@@ -6,12 +6,16 @@
  * A connection belongs to one thread. It is `active` while its operation is in the ring, and `idle` while it is kept,
  * with no operation at all: that the server closed it meanwhile shows at its next use, and then the request is sent
  * once more over a new one. An answer is received in two operations: what there is first, head and perhaps more, and
- * the rest at once (MSG_WAITALL), straight to where it stays.
+ * the rest at once (MSG_WAITALL), straight to where it stays. Over TLS it is as many as its records come in: the ring
+ * says when there is something to read, and OpenSSL reads it.
  */
 #include "carry/carrier.h"
+#include "carry/tls.h"
 
+#include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,11 +32,13 @@ struct conn {
     struct carrier_thread *thread;
     struct get *get; /* or NULL while idle */
     int fd;
-    bool used, connecting, cancelled;
+    struct tls *tls; /* NULL: plain */
+    bool used, connecting, shaking, cancelled;
     uint32_t have, need; /* bytes of head and body; need is 0 until the head is here */
     uint64_t until_ns;   /* active: when to give up; idle: when to close */
     struct sockaddr_storage address;
     uint32_t address_length;
+    char *server, *ca; /* of TLS, as in struct glide_source; NULL without */
 };
 
 static void on_event(struct ring_op *op, int res, uint32_t flags);
@@ -40,7 +46,10 @@ static void on_event(struct ring_op *op, int res, uint32_t flags);
 static void conn_free(struct conn *c)
 {
     list_remove(&c->link);
+    tls_free(c->tls);
     close(c->fd);
+    free(c->server);
+    free(c->ca);
     free(c);
 }
 
@@ -111,8 +120,41 @@ static void wait_more(struct conn *c, uint32_t bytes)
     worker_want_tick(&c->thread->worker);
 }
 
+static void received(struct conn *c);
+static void ended(struct conn *c, int err);
+
+static void wait_ready(struct conn *c, int want)
+{
+    struct io_uring_sqe *sqe = worker_sqe(&c->thread->worker, &c->op);
+
+    io_uring_prep_poll_add(sqe, c->fd, want == TLS_WRITE ? POLLOUT : POLLIN);
+    io_uring_sqe_set_data(sqe, &c->op);
+}
+
+/* Read what there is; where more is missing, wait for it. */
+static void receive_tls(struct conn *c)
+{
+    uint32_t room = c->need ? c->need : c->get->room, before = c->have;
+    int n = 1;
+
+    while (c->have < room && (c->need || c->have == before) &&
+           (n = tls_read(c->tls, c->get->buffer + c->have, room - c->have)) > 0)
+        c->have += (uint32_t)n;
+    if (n == TLS_READ || n == TLS_WRITE)
+        wait_ready(c, n);
+    else if (n > 0)
+        received(c);
+    else
+        ended(c, n ? n : -ECONNRESET);
+}
+
 static void receive(struct conn *c)
 {
+    if (c->tls) {
+        wait_more(c, (c->need ? c->need : c->get->room) - c->have);
+        receive_tls(c);
+        return;
+    }
     struct io_uring_sqe *sqe = worker_sqe(&c->thread->worker, &c->op);
     uint32_t left = (c->need ? c->need : c->get->room) - c->have;
 
@@ -124,9 +166,11 @@ static void receive(struct conn *c)
 static int send_request(struct conn *c)
 {
     size_t length = strlen(c->get->text);
-    ssize_t n = send(c->fd, c->get->text, length, MSG_NOSIGNAL | MSG_DONTWAIT);
 
     c->have = c->need = 0;
+    if (c->tls)
+        return tls_write(c->tls, c->get->text, length);
+    ssize_t n = send(c->fd, c->get->text, length, MSG_NOSIGNAL | MSG_DONTWAIT);
     return n == (ssize_t)length ? 0 : n < 0 ? -errno : -EIO;
 }
 
@@ -145,8 +189,16 @@ static void conn_begin(struct carrier_thread *t, struct get *get)
     c->get = get;
     c->address = get->address;
     c->address_length = get->address_length;
+    if (get->server && (!(c->server = strdup(get->server)) || !(c->ca = strdup(get->ca)))) {
+        free(c->server);
+        free(c);
+        get_done(get, -ENOMEM);
+        return;
+    }
     c->fd = socket(get->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (c->fd < 0) {
+        free(c->server);
+        free(c->ca);
         free(c);
         get_done(get, -EMFILE);
         return;
@@ -176,7 +228,16 @@ static bool is_quiet(const struct conn *c)
 {
     char byte;
 
-    return recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+    return !(c->tls && tls_pending(c->tls)) && recv(c->fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 &&
+           (errno == EAGAIN || errno == EWOULDBLOCK);
+}
+
+/* Whether a kept connection goes to where a get wants to. */
+static bool leads_to(const struct conn *c, const struct get *get)
+{
+    if (c->address_length != get->address_length || memcmp(&c->address, &get->address, get->address_length))
+        return false;
+    return get->server ? c->server && !strcmp(c->server, get->server) && !strcmp(c->ca, get->ca) : !c->server;
 }
 
 void http_start(struct carrier_thread *t, struct get *get)
@@ -190,7 +251,7 @@ void http_start(struct carrier_thread *t, struct get *get)
             conn_free(c);
             continue;
         }
-        if (c->address_length != get->address_length || memcmp(&c->address, &get->address, get->address_length))
+        if (!leads_to(c, get))
             continue;
         list_remove(&c->link);
         list_append(&t->active, &c->link);
@@ -247,30 +308,80 @@ static void received(struct conn *c)
         finish(c, c->used && c->have == c->need);
 }
 
+/* Nothing more comes over the connection. */
+static void ended(struct conn *c, int err)
+{
+    bool stale = c->used && !c->have && !c->connecting && !c->cancelled;
+
+    if (stale && (err == -ECONNRESET || err == -EPIPE))
+        begin_anew(c);
+    else
+        conn_fail(c, err);
+}
+
+/* The connection is there, and who answers is believed. */
+static void exchange(struct conn *c)
+{
+    int err = send_request(c);
+
+    if (err)
+        ended(c, err);
+    else
+        receive(c);
+}
+
+static void shake(struct conn *c)
+{
+    int err = tls_shake(c->tls);
+
+    if (err == TLS_READ || err == TLS_WRITE) {
+        wait_ready(c, err);
+        return;
+    }
+    c->shaking = false;
+    if (err)
+        conn_fail(c, err);
+    else
+        exchange(c);
+}
+
+static void connected(struct conn *c)
+{
+    c->connecting = false;
+    if (!c->server) {
+        exchange(c);
+        return;
+    }
+    fcntl(c->fd, F_SETFL, O_NONBLOCK);
+    c->tls = tls_new(carrier_tls(c->thread->engine->carrier), c->fd, c->server, c->ca);
+    if (!c->tls) {
+        conn_fail(c, -ENOMEM);
+        return;
+    }
+    c->shaking = true;
+    wait_more(c, 0);
+    shake(c);
+}
+
 static void on_event(struct ring_op *op, int res, uint32_t flags)
 {
     struct conn *c = container_of(op, struct conn, op);
-    bool was_used = c->used && !c->have && !c->connecting;
 
     (void)flags;
     if (c->cancelled)
         res = -ETIMEDOUT;
     if (c->connecting && !res) {
-        c->connecting = false;
-        res = send_request(c);
-        if (!res) {
-            receive(c);
-            return;
-        }
-    } else if (!c->connecting && res > 0) {
+        connected(c);
+    } else if (c->connecting || res <= 0) {
+        ended(c, res ? res : -ECONNRESET);
+    } else if (c->shaking) {
+        shake(c);
+    } else if (c->tls) {
+        receive_tls(c);
+    } else {
         c->have += (uint32_t)res;
         received(c);
-        return;
     }
-    if (was_used && !c->cancelled && (!res || res == -ECONNRESET || res == -EPIPE))
-        begin_anew(c);
-    else
-        conn_fail(c, res ? res : -ECONNRESET);
 }
 
 /* ---- time ------------------------------------------------------------------------------------------- */

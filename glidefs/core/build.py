@@ -45,7 +45,7 @@ ffi.set_source(
     sources=sources(),
     include_dirs=[os.path.relpath(_SOURCES, _ROOT)],
     depends=[os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.rglob("*.h"))],
-    libraries=["uring", "zstd"],
+    libraries=["uring", "zstd", "ssl", "crypto"],
     define_macros=[("_GNU_SOURCE", "1")],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-fvisibility=hidden", "-fno-strict-aliasing", "-pthread"],
     extra_link_args=["-pthread"],

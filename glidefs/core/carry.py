@@ -238,11 +238,14 @@ def _to_c(source: Source) -> Any:
     """A ``struct glide_source``. What it points to is kept beside it, and both for the next time."""
     found = _made.get(source)
     if found is None:
-        buffers = tuple(ffi.from_buffer(x) for x in (source.target, source.host, source.address))
+        parts = source.target, source.host, source.address, source.server, source.ca
+        buffers = tuple(ffi.from_buffer(part) for part in parts)
         raw = ffi.new("struct glide_source *")
         raw.kind = lib.GLIDE_SOURCE_HTTP if source.address else lib.GLIDE_SOURCE_FILE
         raw.timeout_ms = int(source.timeout * 1000)
-        raw.target, raw.host, raw.address = buffers
+        raw.target, raw.host, raw.address = buffers[:3]
+        if source.server:
+            raw.server, raw.ca = buffers[3:]
         raw.address_length = len(source.address)
         if len(_made) >= _MADE:
             _made.clear()

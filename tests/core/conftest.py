@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from core_handoff_rig import Pair
 from core_rig import CoreRig, inject_nothing, trace
-from handoff_rig import Pair
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # mutate.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "nbd"))  # nbd_client.py

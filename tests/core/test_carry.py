@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from certificates import Tls
 from core_rig import BLOCK, MIB
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from glidefs.core.carry import ABSENT, BlockPlans, Carried, News
 from glidefs.core.engine import Engine, EngineConfig
@@ -149,15 +151,28 @@ Answer = Callable[[bytes, int], bytes | None]
 """From the range that is asked for and the number of the request on its connection; None: hang."""
 
 
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    return Tls(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(params=["plain", "tls"])
+def maybe_tls(request: pytest.FixtureRequest, tls: Tls) -> Tls | None:
+    return tls if request.param == "tls" else None
+
+
 class Server:
     """One that answers as it is told to; ``connections`` counts those that it took."""
 
-    def __init__(self, pack: bytes, answer: Answer) -> None:
+    def __init__(self, pack: bytes, answer: Answer, tls: Tls | None = None) -> None:
         self.pack, self.answer, self.connections = pack, answer, 0
+        self._tls = tls
         self.heads: list[bytes] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         where = self._listener.getsockname()
         self.source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, where), 0.5)
+        if tls is not None:
+            self.source = structs.replace(self.source, server=b"store.test", ca=bytes(tls.ca))
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
@@ -171,6 +186,8 @@ class Server:
 
     def _quietly(self, sock: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the client has heard enough
+            if self._tls is not None:
+                sock = self._tls.server.wrap_socket(sock, server_side=True)
             self._serve(sock)
 
     def _serve(self, sock: socket.socket) -> None:
@@ -224,18 +241,18 @@ WRONG: dict[str, Answer] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_an_answer_that_is_not_the_range_fails(engine: Engine, what: str) -> None:
+def test_an_answer_that_is_not_the_range_fails(engine: Engine, what: str, maybe_tls: Tls | None) -> None:
     pack, index, data = two_blocks()
-    server = Server(pack, WRONG[what])
+    server = Server(pack, WRONG[what], maybe_tls)
     (ended,) = carry(engine, index, [0], server.source)
     server.close()
     assert ended.err < 0
     assert not cached(engine, data[0])
 
 
-def test_connections_are_kept_and_a_stale_one_costs_nothing(engine: Engine) -> None:
+def test_connections_are_kept_and_a_stale_one_costs_nothing(engine: Engine, maybe_tls: Tls | None) -> None:
     pack, index, data = two_blocks()
-    server = Server(pack, good)
+    server = Server(pack, good, maybe_tls)
     for block in (0, 1):
         (ended,) = carry(engine, index, [block], server.source)
         assert (ended.err, ended.bytes) == (0, BLOCK)
@@ -251,6 +268,52 @@ def test_connections_are_kept_and_a_stale_one_costs_nothing(engine: Engine) -> N
         assert ended.err == 0
     assert server.connections > kept
     server.close()
+
+
+def test_a_server_is_who_its_certificate_says(engine: Engine, tls: Tls, tmp_path: Path) -> None:
+    pack, index, data = two_blocks()
+    server = Server(pack, good, tls)
+    other = Tls(tmp_path)
+    believed = {
+        "its name": {},
+        "its address": {"server": b"127.0.0.1"},
+        "anybody": {"server": b"x", "ca": b""},
+    }
+    refused = {
+        "another name": {"server": b"other.test"},
+        "another address": {"server": b"127.0.0.2"},
+        "another CA": {"ca": bytes(other.ca)},
+        "no CA": {"ca": b"/does/not/exist"},
+    }
+    for changes in refused.values():
+        (ended,) = carry(engine, index, [0], structs.replace(server.source, **changes))
+        assert ended.err < 0
+        assert not server.heads, "it was asked before it was believed"
+    for changes in believed.values():
+        engine.cache.evict_all()
+        (ended,) = carry(engine, index, [0], structs.replace(server.source, **changes))
+        assert ended.err == 0
+        assert cached(engine, data[0])
+    server.close()
+
+
+def test_a_server_that_does_not_speak_tls(engine: Engine, tls: Tls) -> None:
+    pack, index, _ = two_blocks()
+    server = Server(pack, good)
+    (ended,) = carry(
+        engine, index, [0], structs.replace(server.source, server=b"store.test", ca=bytes(tls.ca))
+    )
+    assert ended.err < 0
+    server.close()
+
+
+def test_one_that_never_shakes_hands(engine: Engine, tls: Tls) -> None:
+    _, index, _ = two_blocks()
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        address = pack_address(socket.AF_INET, deaf.getsockname())
+        source = Source(b"/p?x=1", b"host:1", address, 0.3, b"store.test", bytes(tls.ca))
+        (ended,) = carry(engine, index, [0], source)
+    assert ended.err == -errno.ETIMEDOUT
 
 
 def test_nobody_listens(engine: Engine) -> None:

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from core_handoff_rig import READ, WRITE, Client, MakeRig, Pair, request
 from core_rig import BLOCK, SECTOR, Background, CoreRig, Vol, pattern, wait_for
-from handoff_rig import READ, WRITE, Client, MakeRig, Pair, request
 
 from glidefs.core import handoff
 from glidefs.core.check import Closed, CoreError

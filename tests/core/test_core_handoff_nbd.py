@@ -8,8 +8,21 @@ import threading
 import time
 
 import pytest
+from core_handoff_rig import (
+    DISC,
+    FLUSH,
+    FUA,
+    READ,
+    REPLY,
+    TRIM,
+    WRITE,
+    ZEROES,
+    Client,
+    MakeRig,
+    Pair,
+    request,
+)
 from core_rig import BLOCK, MIB, SECTOR, Background, Vol, pattern, wait_for
-from handoff_rig import DISC, FLUSH, FUA, READ, REPLY, TRIM, WRITE, ZEROES, Client, MakeRig, Pair, request
 
 from glidefs.core import handoff
 from glidefs.core.volume import install_retry

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 
 import pytest
+from core_handoff_rig import Pair
 from core_rig import BLOCK, MIB, SECTOR, Vol, pattern, wait_for
-from handoff_rig import Pair
 from nbd_client import BLOCK_STATUS, DF, OFFSET_DATA, READ, REQ_ONE, Extent, RawClient, RequestFailed
 
 from glidefs.core import handoff

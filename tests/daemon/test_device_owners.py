@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("glidefs.core._core")
 
-from device_rig import NOBODY, Driver, Host, install_driver
+from driver_rig import NOBODY, Driver, Host, install_driver
 
 from glidefs.config import CacheSettings, Config
 from glidefs.core.ublk import UblkInfo

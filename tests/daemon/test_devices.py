@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("glidefs.core._core")
 
-from device_rig import Driver, Host, install_driver
+from driver_rig import Driver, Host, install_driver
 
 from glidefs.core.ublk import UblkConfig
 from glidefs.errors import CorruptObject, DeviceError

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pytest
-from guest import Guest
+from comparing_guest import Guest
 from handoff_rig import Generations, is_running, state_of
 from node import DEADLINE, wait_for
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -59,3 +60,9 @@ def test_what_points_the_wrong_way(tmp_path: Path, tree: str) -> None:
 
 def test_this_tree() -> None:
     assert check(ROOT).returncode == 0
+
+
+def test_no_two_helpers_of_tests_share_a_name() -> None:
+    """They are imported by their names, from whichever directory is first in the path."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("*.py"))
+    assert [name for name, count in names.items() if count > 1] == ["conftest.py"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bad_s3 import BUCKET, BadS3
+from certificates import Tls
 from hypothesis import given
 from hypothesis import strategies as st
 from volume_rig import BLOCK, MIB, Rig, wait_for
@@ -27,7 +28,7 @@ from glidefs.store.s3.store import S3Store
 from glidefs.volume.volume import Volume
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", "s3", "s3 over TLS"])
 def store(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ObjectStore]:
@@ -37,7 +38,12 @@ def store(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with BadS3() as server:
+    context = None
+    if request.param == "s3 over TLS":
+        tls = Tls(tmp_path)
+        context = tls.server
+        monkeypatch.setenv("AWS_CA_BUNDLE", str(tls.ca))
+    with BadS3(context) as server:
         made = S3Store(BUCKET, "root", S3Options(endpoint_url=server.endpoint, region="us-east-1"))
         yield made
         made.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import ssl
 import threading
 import time
@@ -88,7 +89,7 @@ class Ranges:
         return answer
 
     def source(self, key: str) -> Source | None:
-        """Where a key can be read by plain HTTP, if its URL is signed and the address known."""
+        """Where a key can be read, if its URL is signed and the address known."""
         found = self._sources.get(key)
         if found is None or time.monotonic() >= found[0]:
             return None
@@ -100,8 +101,8 @@ class Ranges:
             return
         parts = urlsplit(self._url(key, full, "get_range"))
         client = self._client(parts.scheme, parts.netloc)
-        if client is None or parts.scheme != "http":
-            return  # a proxy, or TLS
+        if client is None:
+            return  # a proxy
         address = client.address()
         if not address:
             return
@@ -110,6 +111,8 @@ class Ranges:
             client.host_header.encode("latin-1"),
             address,
             self._options.read_timeout,
+            _ascii_name(client.host) if parts.scheme == "https" else b"",
+            os.fsencode(_certificates(self._boto.current)),
         )
         with self._lock:
             signed = self._urls.get(key)
@@ -210,13 +213,22 @@ class Ranges:
 _INVALID_RANGE = b"<Error><Code>InvalidRange</Code></Error>"
 
 
-def _tls_context(client: S3Client) -> ssl.SSLContext:
-    """Certificates as botocore would verify them."""
+def _ascii_name(host: str) -> bytes:
+    return host.encode() if host.isascii() else host.encode("idna")
+
+
+def _certificates(client: S3Client) -> str:
+    """The file of CAs by which botocore verifies certificates; empty if it does not."""
     verify = getattr(getattr(client, "_endpoint", None), "http_session", None)
     verify = getattr(verify, "_verify", True)
-    path = get_cert_path(verify) if verify else None
-    context = ssl.create_default_context(cafile=path)
-    if not verify:
+    return str(get_cert_path(verify)) if verify else ""
+
+
+def _tls_context(client: S3Client) -> ssl.SSLContext:
+    """Certificates as botocore would verify them."""
+    path = _certificates(client)
+    context = ssl.create_default_context(cafile=path or None)
+    if not path:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
