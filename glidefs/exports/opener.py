@@ -162,9 +162,7 @@ class Opener:
             done = True
             ours = delete_root(view, record.prefix, record, partial(self.logs.put_here, record=record))
         else:
-            root, _ = lease.read_root(view, record.prefix, record.name)
-            done = root.volume_id == record.volume_id and root.owner_host == NO_ID
-            ours = True
+            done, ours = self.roots.given_up(record), True
         if not done:
             self._records.set_intent(entry.name, None)
             return False

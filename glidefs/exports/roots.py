@@ -6,6 +6,7 @@ store has it for this volume and this log.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
@@ -16,6 +17,7 @@ from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
 from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
+from glidefs.store.base import ObjectStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import logs
 
@@ -109,13 +111,34 @@ class Roots:
             raise StoreWentBack(key, saved[0].sequence, found.sequence)
 
     def given_up(self, record: ExportRecord) -> bool:
-        """Whether the store's root says that this host gave the volume up. Raises StoreError."""
+        """Whether this host gave the volume up by a put of which it did not hear.
+
+        If not, that put cannot come any more: the root is put anew, and one that is still on its way finds
+        another ETag. Raises StoreError, OSError: not known.
+        """
         view = self._store.view("background", STORE_PATIENCE)
-        try:
-            root, _ = lease.read_root(view, record.prefix, record.name)
-        except UnknownExport:
-            return record.root_published
-        return root.volume_id == record.volume_id and root.owner_host == NO_ID
+        while True:
+            try:
+                root, etag = lease.read_root(view, record.prefix, record.name)
+            except UnknownExport:
+                return record.root_published
+            if root.volume_id == record.volume_id and root.owner_host == NO_ID:
+                return True
+            same_log = root.volume_id == record.volume_id and root.log_id == record.log_id
+            if not same_log or self._logs.put_here(root, record) is False:
+                return False  # another has it, which opening it finds out
+            with contextlib.suppress(Fenced):  # it came, or somebody was faster: see which
+                if self._put_anew(view, record, root, etag):
+                    return False
+
+    def _put_anew(self, store: ObjectStore, record: ExportRecord, root: Root, etag: str) -> bool:
+        """Put the root once more. False: another of ours is there. Raises Fenced, StoreError, OSError."""
+        place = self._places.state_dir, record.volume_id
+        tried = local.load_tried(*place) or (root.nonce,)
+        new = lease.next_root(root)
+        local.save_tried(*place, (*tried[-local.MAX_TRIED + 1 :], new.nonce))
+        key = manifest_key(record.prefix, record.name)
+        return lease.commit_root(store, key, new, etag, base=root, tried=tried).adopted is None
 
     def offer(self) -> bool:
         """Name the volumes that the store says another host of this name had. True when complete.

@@ -20,7 +20,7 @@ import glidefs.exports.table
 import glidefs.writing.upload
 from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
-from glidefs.errors import AccessDenied, StoreError, StoreUnavailable, UnknownExport
+from glidefs.errors import AccessDenied, PreconditionFailed, StoreError, StoreUnavailable, UnknownExport
 from glidefs.exports.requests import AttachRequest
 from glidefs.formats.manifest import Root, decode_root
 from glidefs.manifest import lease, local
@@ -134,6 +134,34 @@ def test_a_detach_that_the_store_did_not_take_is_undone(
     assert node.router._opener._retry()
     assert node.router.show("v").state == "serving"
     node.core("v").pwrite(0, b"b" * 4096)
+    node.router.drain("v", 20.0)
+    assert root_of(node, "v").owner_node == node.home.name
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("verb", ["detach", "remove"])
+def test_a_late_put_of_a_verb_that_failed_is_refused(
+    node: Node, memory: CountingStore, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """! The request was still on its way when the volume was served again: guests write to it since."""
+    node.create("v", SIZE)
+    node.core("v").pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    put, late = memory.put, list[Callable[[], str]]()
+
+    def stay_on_the_way(key: str, data: Any, **conditions: Any) -> str:
+        if key.endswith("/manifest") and not decode_root(key, join_body(data)).owner_node:
+            late.append(lambda: put(key, data, **conditions))
+            raise AccessDenied("refused", key=key, op="put")
+        return put(key, data, **conditions)
+
+    monkeypatch.setattr(memory, "put", stay_on_the_way)
+    with pytest.raises(StoreError):
+        getattr(node.router, verb)("v")
+    assert node.router.show("v").state == "serving"
+    node.core("v").pwrite(0, b"b" * 4096)
+    with pytest.raises(PreconditionFailed):
+        late[0]()
     node.router.drain("v", 20.0)
     assert root_of(node, "v").owner_node == node.home.name
 

@@ -124,6 +124,13 @@ SIM = [
         SEEDS,
     ),
     Mutation(
+        "late-put-gives-up-what-is-served",
+        "glidefs/exports/roots.py",
+        "                if self._put_anew(view, record, root, etag):\n                    return False\n",
+        "                return False\n",
+        ("tests/forks/test_trouble.py::test_a_late_put_of_a_verb_that_failed_is_refused",),
+    ),
+    Mutation(
         "detach-does-not-drain",
         "glidefs/exports/leaving.py",
         "                entry.drain(STORE_PATIENCE if force else PATIENCE)\n",
