@@ -511,13 +511,14 @@ int glide_plan_answer(glide_engine *engine, uint64_t volume, uint64_t stamp, uin
 enum glide_source_kind { GLIDE_SOURCE_FILE = 1, GLIDE_SOURCE_HTTP };
 struct glide_source { /* where a pack is read */
     uint32_t kind;
-    uint32_t timeout_ms; /* HTTP: for connecting, and for each part of an answer */
+    uint32_t timeout_ms; /* HTTP: for each part of an answer */
     const char *target;  /* the path of a file; path and query of a URL */
     const char *host;    /* HTTP: the header Host */
     const void *address; /* HTTP: struct sockaddr */
     uint32_t address_length;
-    const char *server; /* HTTP over TLS: the name or address that its certificate must have; NULL: no TLS */
-    const char *ca;     /* TLS: a file of CAs that may have signed it; empty: whoever answers is believed */
+    uint32_t connect_ms; /* HTTP: for connecting, and for a TLS handshake */
+    const char *server;  /* HTTP over TLS: the name or address that its certificate must have; NULL: no TLS */
+    const char *ca;      /* TLS: a file of CAs that may have signed it; empty: whoever answers is believed */
 };
 struct glide_carry {
     uint64_t volume, stamp;         /* whom to answer */

@@ -372,9 +372,9 @@ static int find_or_claim(struct block_cache *c, const uint8_t *key, struct glide
 {
     struct cache_slot *s = find(c, key);
 
-    if (s && !s->verified && claim(c, s)) { /* our data is known good: replace what is not */
+    if (s && !s->verified) { /* our data is known good: replace what is not */
         *claimed = s;
-        return 1;
+        return claim(c, s) ? 1 : -EAGAIN;
     }
     if (s) {
         pin_current(c, s, out);

@@ -248,6 +248,7 @@ static int thread_start(struct carrier *c, struct carrier_thread *t, unsigned in
         return -ENOMEM;
     list_init(&t->active);
     list_init(&t->idle);
+    list_init(&t->queued);
     list_init(&t->buffers);
     list_init(&t->member.link);
     t->member.ops = &MEMBER_OPS;

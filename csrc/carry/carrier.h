@@ -12,8 +12,9 @@
 
 /* One range of one pack. */
 struct get {
+    struct list link; /* of queued, while there is no connection for it */
     struct carry_task *task;
-    uint32_t kind, timeout_ms; /* of its source */
+    uint32_t kind, timeout_ms, connect_ms; /* of its source */
     uint64_t offset;
     uint32_t length;
     uint8_t *buffer; /* `room` bytes, of the carrier_thread's store of them */
@@ -49,9 +50,11 @@ struct carrier_thread {
     struct member member;
     struct task enter_task;
     struct engine *engine;
-    atomic_uint load;    /* gets that are under way */
-    struct list active;  /* struct conn: waiting for something */
-    struct list idle;    /* struct conn: kept, the last used first */
+    atomic_uint load;   /* gets that are under way */
+    struct list active; /* struct conn: waiting for something */
+    struct list idle;   /* struct conn: kept, the last used first */
+    struct list queued; /* struct get: for a connection, the oldest first */
+    uint32_t connections;
     struct list buffers; /* struct idle_buffer */
     uint64_t buffer_bytes;
     bool leaving;

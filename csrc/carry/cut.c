@@ -108,6 +108,7 @@ static int set_source(struct get *get, const struct glide_source *source, const 
 {
     get->kind = source->kind;
     get->timeout_ms = source->timeout_ms;
+    get->connect_ms = source->connect_ms;
     get->offset = r->start;
     get->length = (uint32_t)(r->end - r->start);
     if (source->kind == GLIDE_SOURCE_FILE)

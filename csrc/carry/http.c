@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #define MAX_HEAD 8192u
+#define MOST_CONNECTIONS 256u     /* of a thread; more gets wait for one */
 #define IDLE_NS 15000000000u      /* a server keeps a connection for longer than that, mostly */
 #define PACE_NS_PER_KIB 10000000u /* what may take longer than the timeout: 100 KiB in a second */
 
@@ -45,6 +46,7 @@ static void on_event(struct ring_op *op, int res, uint32_t flags);
 
 static void conn_free(struct conn *c)
 {
+    c->thread->connections--;
     list_remove(&c->link);
     tls_free(c->tls);
     close(c->fd);
@@ -53,12 +55,16 @@ static void conn_free(struct conn *c)
     free(c);
 }
 
+static void start_queued(struct carrier_thread *t);
+
 static void conn_fail(struct conn *c, int err)
 {
+    struct carrier_thread *t = c->thread;
     struct get *get = c->get;
 
     conn_free(c);
     get_done(get, err);
+    start_queued(t);
 }
 
 /* ---- the head of an answer ------------------------------------------------------------------------- */
@@ -112,12 +118,17 @@ static bool is_good(const struct get *get, const char *head, const char *end, bo
 
 /* ---- an exchange ------------------------------------------------------------------------------------ */
 
-static void wait_more(struct conn *c, uint32_t bytes)
+static void wait_until(struct conn *c, uint64_t ms, uint32_t bytes)
 {
-    uint64_t limit = (uint64_t)c->get->timeout_ms * 1000000u + (uint64_t)(bytes >> 10) * PACE_NS_PER_KIB;
-
-    c->until_ns = now_ns() + limit;
+    c->until_ns = now_ns() + ms * 1000000u + (uint64_t)(bytes >> 10) * PACE_NS_PER_KIB;
     worker_want_tick(&c->thread->worker);
+}
+
+/* The head as a whole has one time limit, and the rest another. */
+static void wait_more(struct conn *c)
+{
+    if (!c->have || c->need)
+        wait_until(c, c->get->timeout_ms, c->need ? c->need - c->have : 0);
 }
 
 static void received(struct conn *c);
@@ -151,7 +162,7 @@ static void receive_tls(struct conn *c)
 static void receive(struct conn *c)
 {
     if (c->tls) {
-        wait_more(c, (c->need ? c->need : c->get->room) - c->have);
+        wait_more(c);
         receive_tls(c);
         return;
     }
@@ -160,7 +171,7 @@ static void receive(struct conn *c)
 
     io_uring_prep_recv(sqe, c->fd, c->get->buffer + c->have, left, c->need ? MSG_WAITALL : 0);
     io_uring_sqe_set_data(sqe, &c->op);
-    wait_more(c, left);
+    wait_more(c);
 }
 
 static int send_request(struct conn *c)
@@ -205,11 +216,12 @@ static void conn_begin(struct carrier_thread *t, struct get *get)
     }
     setsockopt(c->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
     list_append(&t->active, &c->link);
+    t->connections++;
     c->connecting = true;
     struct io_uring_sqe *sqe = worker_sqe(&t->worker, &c->op);
     io_uring_prep_connect(sqe, c->fd, (struct sockaddr *)&c->address, c->address_length);
     io_uring_sqe_set_data(sqe, &c->op);
-    wait_more(c, 0);
+    wait_until(c, c->get->connect_ms, 0);
 }
 
 /* What was sent over a kept connection found it closed: once more, over a new one. The others are as dead. */
@@ -262,11 +274,23 @@ void http_start(struct carrier_thread *t, struct get *get)
             receive(c);
         return;
     }
-    conn_begin(t, get);
+    if (t->connections >= MOST_CONNECTIONS && !list_empty(&t->idle)) /* they lead elsewhere */
+        conn_free(container_of(t->idle.prev, struct conn, link));
+    if (t->connections < MOST_CONNECTIONS)
+        conn_begin(t, get);
+    else
+        list_append(&t->queued, &get->link);
+}
+
+static void start_queued(struct carrier_thread *t)
+{
+    if (!list_empty(&t->queued) && (!list_empty(&t->idle) || t->connections < MOST_CONNECTIONS))
+        http_start(t, container_of(list_pop(&t->queued), struct get, link));
 }
 
 static void finish(struct conn *c, bool keep)
 {
+    struct carrier_thread *t = c->thread;
     struct get *get = c->get;
 
     get->data = get->buffer + (c->need - get->length);
@@ -281,6 +305,7 @@ static void finish(struct conn *c, bool keep)
         conn_free(c);
     }
     get_done(get, 0);
+    start_queued(t);
 }
 
 /* More of the answer came. */
@@ -359,7 +384,7 @@ static void connected(struct conn *c)
         return;
     }
     c->shaking = true;
-    wait_more(c, 0);
+    wait_until(c, c->get->connect_ms, 0);
     shake(c);
 }
 
@@ -389,6 +414,9 @@ static void on_event(struct ring_op *op, int res, uint32_t flags)
 void http_look(struct carrier_thread *t, uint64_t now)
 {
     struct list *next;
+
+    while (now == UINT64_MAX && !list_empty(&t->queued))
+        get_done(container_of(list_pop(&t->queued), struct get, link), -ESHUTDOWN);
 
     list_each(at, &t->active) {
         struct conn *c = container_of(at, struct conn, link);

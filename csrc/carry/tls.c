@@ -49,6 +49,8 @@ static struct tls_context *make_context(const char *ca)
     strcpy(c->ca, ca);
     SSL_CTX_set_verify(ssl, *ca ? SSL_VERIFY_PEER : SSL_VERIFY_NONE, NULL);
     SSL_CTX_set_mode(ssl, SSL_MODE_ENABLE_PARTIAL_WRITE | SSL_MODE_RELEASE_BUFFERS);
+    /* Many servers just close: what is missing shows by the length that was promised. */
+    SSL_CTX_set_options(ssl, SSL_OP_IGNORE_UNEXPECTED_EOF);
     SSL_CTX_set_session_cache_mode(ssl, SSL_SESS_CACHE_OFF);
     SSL_CTX_set_read_ahead(ssl, 1); /* records are 16 KiB: a few of them in one call */
     SSL_CTX_set_default_read_buffer_len(ssl, 64u << 10);

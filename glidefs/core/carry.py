@@ -243,6 +243,7 @@ def _to_c(source: Source) -> Any:
         raw = ffi.new("struct glide_source *")
         raw.kind = lib.GLIDE_SOURCE_HTTP if source.address else lib.GLIDE_SOURCE_FILE
         raw.timeout_ms = int(source.timeout * 1000)
+        raw.connect_ms = int(source.connect_timeout * 1000)
         raw.target, raw.host, raw.address = buffers[:3]
         if source.server:
             raw.server, raw.ca = buffers[3:]

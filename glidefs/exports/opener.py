@@ -313,7 +313,7 @@ class Opener:
             return
         try:
             given_up = self.roots.given_up(entry.record)
-        except StoreError as error:
+        except (GlideError, OSError) as error:
             self._failed(entry, error)
             entry.retry = True
             return

@@ -125,11 +125,20 @@ class Roots:
             if root.volume_id == record.volume_id and root.owner_host == NO_ID:
                 return True
             same_log = root.volume_id == record.volume_id and root.log_id == record.log_id
-            if not same_log or self._logs.put_here(root, record) is False:
-                return False  # another has it, which opening it finds out
+            if not same_log or self._logs.put_here(root, record) is False or self._is_older(record, root):
+                return False  # another has it, or the store went back, which opening it finds out
             with contextlib.suppress(Fenced):  # it came, or somebody was faster: see which
                 if self._put_anew(view, record, root, etag):
                     return False
+
+    def _is_older(self, record: ExportRecord, root: Root) -> bool:
+        """Whether the store's root is older than the local copy: nothing is put over it then."""
+        key = manifest_key(record.prefix, record.name)
+        try:
+            saved = local.load(self._places.state_dir, record.volume_id, key)
+        except CorruptObject:
+            return False
+        return saved is not None and lease.went_back(root, saved[0])
 
     def _put_anew(self, store: ObjectStore, record: ExportRecord, root: Root, etag: str) -> bool:
         """Put the root once more. False: another of ours is there. Raises Fenced, StoreError, OSError."""

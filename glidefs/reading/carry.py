@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 30.0
-_NOT_THE_SOURCE = (errno.EUCLEAN, errno.EAGAIN, errno.ENOMEM, errno.ESHUTDOWN)
+_NOT_THE_SOURCE = (errno.EUCLEAN, errno.EAGAIN, errno.ENOMEM, errno.ESHUTDOWN, errno.EMFILE)
 _BLOCK: Final = 0
 _KEY: Final = 1
 _STATE: Final = 4
@@ -120,7 +121,11 @@ class Carrier:
                 for block in wanted:
                     zeros.add_absent(manifest, block, 1)
         left, asked = self._carry_groups(request, groups, zeros, faults or {}) if groups else ([], 0)
-        zeros.install(request.volume.core, request.stamp)
+        try:
+            zeros.install(request.volume.core, request.stamp)
+        except GlideError as error:  # what was begun has to be counted all the same
+            log.debug("volume %s: zeros are not installed: %s", request.volume.name, error)
+            left = left + zeros.blocks()
         return rest + left, asked
 
     def _carry_groups(
@@ -180,7 +185,9 @@ class Carrier:
         sources: dict[int, Source],
     ) -> bool:
         settings = self._settings
-        with self._lock:
+        count = 0
+        with self._lock, ExitStack() as undo:
+            undo.callback(self._flights.land, [rows[i][_KEY] for i in fetched])
             first = self._next
             try:
                 if self._closed:
@@ -197,17 +204,15 @@ class Carrier:
                 )
             except GlideError as error:
                 log.debug("volume %s: the core does not carry: %s", request.volume.name, error)
-                count = 0
             else:
                 self._next += count
                 rows = plans.rows()
                 tasks = [Task(request, {}) for _ in range(count)]
-                self._tasks.update(zip(range(first, first + count), tasks, strict=True))
                 for i in fetched:
                     row = rows[i]
                     tasks[row[_TASK]].blocks[row[_BLOCK]] = row[_KEY]
-        if not count:
-            self._flights.land(rows[i][_KEY] for i in fetched)
+                self._tasks.update(zip(range(first, first + count), tasks, strict=True))
+                undo.pop_all()
         return count > 0
 
     def prepare(self, volume: Volume, store: StoreView, blocks: Sequence[int]) -> bool:
@@ -236,14 +241,16 @@ class Carrier:
             tasks = [self._tasks.pop(one.task, None) for one in carried]
         found = [(task, one) for task, one in zip(tasks, carried, strict=True) if task is not None]
         for task, one in found:
-            request = task.request
             failed = one.err != 0
-            if failed or self._pause:
-                self._judge(one.err)
-            request.store.carried(one.gets, one.bytes, one.ns / 1e9, failed=failed)
             self._flights.land(
                 task.blocks.values(), None if failed else partial(_is_answered, task, one.order)
             )
+            if failed or self._pause:
+                self._judge(one.err)
+            try:
+                task.request.store.carried(one.gets, one.bytes, one.ns / 1e9, failed=failed)
+            except Exception:
+                log.exception("what was carried is not counted")
         return found
 
     def close(self) -> None:
@@ -255,7 +262,12 @@ class Carrier:
             self._flights.land(task.blocks.values())
 
     def _judge(self, err: int) -> None:
-        """Keep away from sources for a while that fail: each costs a request for nothing."""
+        """Keep away from sources for a while that fail: each costs a request for nothing.
+
+        What was begun before the pause and fails in it says nothing new.
+        """
+        if err and self.pausing:
+            return
         if err and -err not in _NOT_THE_SOURCE:
             self._pause = min(max(2 * self._pause, _FIRST_PAUSE), _LONGEST_PAUSE)
             self._paused_until = time.monotonic() + self._pause

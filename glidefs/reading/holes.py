@@ -92,6 +92,10 @@ class Zeros:
             first, count = self._runs[-1][0], self._runs.pop()[1] + count
         self._runs.append((first, count))
 
+    def blocks(self) -> list[int]:
+        """All of them."""
+        return [block for first, count in self._runs for block in range(first, first + count)]
+
     def install(self, core: CoreVolume, stamp: int) -> None:
         """Tell the core, and let who waits for the blocks look again. Raises Closed, CoreError."""
         if self:

@@ -207,7 +207,7 @@ class FaultService:
             blocks, asked = self.carrier.carry(
                 Request(volume, self._reads, stamp, NO_BLOCK, True),
                 blocks,
-                {fault.block: fault for fault, _ in faults},
+                {fault.block: fault for fault in sorted(fault for fault, _ in faults)},
             )
             self._faults.enter(cookie, asked)
             with self._lock:
@@ -299,7 +299,9 @@ class FaultService:
             return self.carrier.prepare(volume, store, blocks)
         except GlideError as error:
             log.debug("volume %s: block %d: %s", volume.name, blocks.start, error)
-            return False
+        except Exception:  # to fetch them here answers them in any case
+            log.exception("volume %s: block %d cannot be prepared", volume.name, blocks.start)
+        return False
 
     def answer(self, fault: Fault) -> None:
         """Serve one fault on this thread. Raises nothing that its waiters should not see as an answer."""

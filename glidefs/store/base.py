@@ -50,7 +50,8 @@ class Source(msgspec.Struct, frozen=True):
     """Where the bytes of an object can be read without this store: a file, or ranges of a URL.
 
     ``target`` is a path, or path and query. HTTP only: ``host`` is the header of that name, ``address`` a
-    packed ``struct sockaddr``, ``timeout`` seconds for connecting and for each part of an answer. Over TLS,
+    packed ``struct sockaddr``, ``connect_timeout`` seconds for connecting and ``timeout`` for each part of an
+    answer. Over TLS,
     ``server`` is the name that its certificate must have, ``ca`` the file of CAs that may have signed it
     (empty: any certificate is believed). Who does not get exactly the bytes that he wants from there asks
     the store, which knows what that means.
@@ -60,6 +61,7 @@ class Source(msgspec.Struct, frozen=True):
     host: bytes = b""
     address: bytes = b""
     timeout: float = 0.0
+    connect_timeout: float = 0.0
     server: bytes = b""
     ca: bytes = b""
 

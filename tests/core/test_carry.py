@@ -168,9 +168,9 @@ class Server:
         self.pack, self.answer, self.connections = pack, answer, 0
         self._tls = tls
         self.heads: list[bytes] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         where = self._listener.getsockname()
-        self.source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, where), 0.5)
+        self.source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, where), 0.5, 0.5)
         if tls is not None:
             self.source = structs.replace(self.source, server=b"store.test", ca=bytes(tls.ca))
         threading.Thread(target=self._run, daemon=True).start()
@@ -311,16 +311,45 @@ def test_one_that_never_shakes_hands(engine: Engine, tls: Tls) -> None:
     _, index, _ = two_blocks()
     with socket.create_server(("127.0.0.1", 0)) as deaf:
         address = pack_address(socket.AF_INET, deaf.getsockname())
-        source = Source(b"/p?x=1", b"host:1", address, 0.3, b"store.test", bytes(tls.ca))
+        source = Source(b"/p?x=1", b"host:1", address, 20.0, 0.3, b"store.test", bytes(tls.ca))
         (ended,) = carry(engine, index, [0], source)
     assert ended.err == -errno.ETIMEDOUT
+
+
+def test_connections_are_bounded(engine: Engine) -> None:
+    """More gets than connections wait for one; all are answered."""
+    sectors = [os.urandom(4096) for _ in range(1400)]
+    pack = bytes(16) + b"".join(sector + bytes(4096) for sector in sectors)
+    index = index_of(
+        "p",
+        [PackEntry(i, 1, 0, 16 + i * 8192, 4096, payload_hash(sector)) for i, sector in enumerate(sectors)],
+    )
+    hold = threading.Event()
+
+    def late(body: bytes, _number: int) -> bytes:
+        hold.wait(20)
+        return good(body)
+
+    server = Server(pack, late)
+    source = structs.replace(server.source, timeout=30.0, connect_timeout=30.0)
+    threading.Timer(1.5, hold.set).start()
+    ended = carry(engine, index, list(range(len(sectors))), source)
+    assert [one.err for one in ended] == [0] * len(sectors)
+    assert server.connections <= 256 * min(4, len(os.sched_getaffinity(0)))
+    other = Server(pack, good)  # all connections lead to the first
+    (one,) = carry(
+        engine, index_of("q", [PackEntry(0, 1, 0, 16, 4096, payload_hash(sectors[0]))]), [0], other.source
+    )
+    assert one.err == 0
+    server.close()
+    other.close()
 
 
 def test_nobody_listens(engine: Engine) -> None:
     _, index, _ = two_blocks()
     with socket.socket() as unheard:  # has the address, so that nobody else gets it
         unheard.bind(("127.0.0.1", 0))
-        source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, unheard.getsockname()), 0.5)
+        source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, unheard.getsockname()), 0.5, 0.5)
         (ended,) = carry(engine, index, [0], source)
     assert ended.err == -errno.ECONNREFUSED
 

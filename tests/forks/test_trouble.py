@@ -20,7 +20,14 @@ import glidefs.exports.table
 import glidefs.writing.upload
 from glidefs.core.check import CoreError
 from glidefs.core.testing import DiskKind, disk_inject
-from glidefs.errors import AccessDenied, PreconditionFailed, StoreError, StoreUnavailable, UnknownExport
+from glidefs.errors import (
+    AccessDenied,
+    PreconditionFailed,
+    StoreError,
+    StoreUnavailable,
+    StoreWentBack,
+    UnknownExport,
+)
 from glidefs.exports.requests import AttachRequest
 from glidefs.formats.manifest import Root, decode_root
 from glidefs.manifest import lease, local
@@ -164,6 +171,48 @@ def test_a_late_put_of_a_verb_that_failed_is_refused(
         late[0]()
     node.router.drain("v", 20.0)
     assert root_of(node, "v").owner_node == node.home.name
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_detach_puts_nothing_over_a_store_that_went_back(
+    node: Node, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! By one commit: its root has a nonce that was put here."""
+    node.create("v", SIZE)
+    key = manifest_key(PREFIX, "v")
+    node.core("v").pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    older = memory.get(key).data
+    node.core("v").pwrite(0, b"b" * 4096)
+    node.router.drain("v", 20.0)
+    memory.put(key, older)
+    with pytest.raises(StoreWentBack):
+        node.router.detach("v", 20.0)
+    assert memory.get(key).data == older
+    assert not node.router.table.get("v").is_fenced()
+    assert node.core("v").pread(0, 4096) == b"b" * 4096
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_full_disk_after_a_failed_detach_is_waited_for(
+    node: Node, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node.create("v", SIZE)
+    node.core("v").pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    memory.fail_next("put", *[AccessDenied("refused", key="k", op="put")])
+
+    def full(*_args: object) -> None:
+        raise OSError(errno.ENOSPC, "no room")
+
+    monkeypatch.setattr(local, "save_tried", full)
+    with pytest.raises(StoreError):
+        node.router.detach("v", 20.0)
+    assert node.router.show("v").state == "failed"
+    monkeypatch.undo()
+    assert node.router._opener._retry()
+    assert node.router.show("v").state == "serving"
+    assert node.core("v").pread(0, 4096) == b"a" * 4096
 
 
 def test_after_a_failed_sync_the_store_is_asked_for_the_root(

@@ -34,24 +34,28 @@ def told(title: str) -> list[str]:
 
 
 class Tracer:
-    """Files of the package in the order of the first call into each, on threads with one of the names."""
+    """Files of the package in the order of the first call into each, on threads with one of the names.
+
+    From the first call into the file where the walk begins: threads that wait look around now and then.
+    """
 
     def __init__(self) -> None:
         self.threads: tuple[str, ...] = ()
+        self.begin = ""
         self.files: list[str] = []
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> None:
         if event != "call" or not self.threads or not frame.f_code.co_filename.startswith(PACKAGE):
             return
         name = frame.f_code.co_filename.removeprefix(PACKAGE)
-        if name in self.files or name.startswith(LEFT_OUT):
+        if name in self.files or name.startswith(LEFT_OUT) or (not self.files and name != self.begin):
             return
         if threading.current_thread().name.startswith(self.threads):
             self.files.append(name)
 
     @contextmanager
-    def walk(self, *threads: str) -> Iterator[list[str]]:
-        self.files, self.threads = [], threads
+    def walk(self, begin: str, *threads: str) -> Iterator[list[str]]:
+        self.files, self.begin, self.threads = [], begin, threads
         sys.setprofile(self)
         try:
             yield self.files
@@ -111,6 +115,6 @@ def test_a_walk_is_as_it_is_told(tracer: Tracer, request: pytest.FixtureRequest,
     node.base("deb", b"q" * 4096, 16 * MIB)
     settled(node, "a")
     threads, walk = WALKS[title]
-    with tracer.walk(*threads) as files:
+    with tracer.walk(told(title)[0], *threads) as files:
         walk(node)
     assert files == told(title)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,6 +184,16 @@ def test_a_volume_closes_while_it_is_read(rig: Rig) -> None:
     for thread in threads:
         thread.join()
     wait_for(lambda: not host.faults.busy and not host.faults.reader.flights, "what was under way has ended")
+
+
+def test_sources_that_fail_together_fail_once(rig: Rig) -> None:
+    """A load balancer that resets all connections is no reason to stay away from it for half a minute."""
+    carrier = rig.host().faults.carrier
+    for _ in range(20):
+        carrier._judge(-errno.ECONNRESET)
+    assert carrier.pausing
+    time.sleep(0.1)
+    assert not carrier.pausing
 
 
 @given(st.lists(st.integers(0, 60)), st.integers(1, 8))

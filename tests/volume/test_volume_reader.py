@@ -28,6 +28,20 @@ from glidefs.store.base import Object
 from glidefs.volume.volume import DrainTimeout, Volume
 
 
+def test_what_cannot_be_prepared_is_read_all_the_same(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong: somebody waits for the block."""
+    host = rig.host()
+    volume = rig.create(host)
+    volume.core.pwrite(0, b"x" * BLOCK)
+    cold(host, volume)
+
+    def fail(*_args: object) -> bool:
+        raise OSError("the bundle of CAs cannot be read")
+
+    monkeypatch.setattr(host.faults.carrier, "prepare", fail)
+    assert volume.core.pread(0, BLOCK) == b"x" * BLOCK
+
+
 def cold(host: Host, volume: Volume) -> None:
     volume.drain(20)
     volume.retire_committed()

@@ -111,6 +111,7 @@ class Ranges:
             client.host_header.encode("latin-1"),
             address,
             self._options.read_timeout,
+            self._options.connect_timeout,
             _ascii_name(client.host) if parts.scheme == "https" else b"",
             os.fsencode(_certificates(self._boto.current)),
         )
