@@ -1,6 +1,6 @@
 /*
- * glide_core.h for C: it holds bare declarations because cffi reads it, so the
- * include guard and the types it relies on are here.
+ * glide_core.h and glide_packs.h for C: they hold bare declarations because cffi reads them, so the include guard and
+ * the types they rely on are here.
  */
 #ifndef GLIDE_CORE_INTERNAL_H
 #define GLIDE_CORE_INTERNAL_H
@@ -9,5 +9,6 @@
 #include <stdint.h>
 
 #include "glide_core.h"
+#include "glide_packs.h"
 
 #endif

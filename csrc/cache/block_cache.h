@@ -1,6 +1,6 @@
 /*
  * The block cache of the host: one file of 128 KiB slots, content-addressed.
- * The public calls are in glide_core.h (glide_cache_*); this adds what workers
+ * The public calls are in glide_packs.h (glide_cache_*); this adds what workers
  * need on the data path: pin, read position, unpin.
  */
 #ifndef GLIDE_BLOCK_CACHE_H
@@ -65,7 +65,7 @@ void cache_pin_again(struct block_cache *c, uint32_t slot);
 /* What a slot is for. False: it holds something else by now. Any thread. */
 bool cache_identify(struct block_cache *c, uint32_t slot, uint32_t generation, uint8_t *key, uint8_t *hash);
 
-/* ---- what Python calls, on any thread: see glide_core.h, glide_cache_* ---- */
+/* ---- what Python calls, on any thread: see glide_packs.h, glide_cache_* ---- */
 int cache_lookup(struct block_cache *c, const uint8_t *keys, uint32_t count, struct glide_slot *out);
 int cache_insert(struct block_cache *c, const uint8_t *key, const uint8_t *hash, const void *data,
                  struct glide_slot *out);

@@ -1,5 +1,5 @@
 /*
- * The plan of an upload, which packs have which blocks: see "upload" in glide_core.h.
+ * The plan of an upload, which packs have which blocks: see "upload" in glide_packs.h.
  */
 #ifndef GLIDE_UPLOAD_PLAN_H
 #define GLIDE_UPLOAD_PLAN_H

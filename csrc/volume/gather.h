@@ -1,5 +1,5 @@
 /*
- * What a gather gives to the rest of the core; glide_core.h has the calls of Python.
+ * What a gather gives to the rest of the core; glide_packs.h has the calls of Python.
  */
 #ifndef GLIDE_GATHER_H
 #define GLIDE_GATHER_H

@@ -1,7 +1,8 @@
 """The cffi definition of the C core, which ``setup.py`` builds as ``glidefs.core._core`` (API mode).
 
-The declarations are read from ``csrc/glide_core.h`` itself, so the header stays the only contract:
-its constants become ``#define NAME ...``, for the compiler to fill in, and the rest is taken as it is.
+The declarations are read from ``csrc/glide_core.h`` and ``csrc/glide_packs.h``, so these headers stay the
+only contract: their constants become ``#define NAME ...``, for the compiler to fill in, and the rest is taken
+as it is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from cffi import FFI
 
 _ROOT = Path(os.path.abspath(__file__)).parents[2]
 _SOURCES = _ROOT / "csrc"
-_HEADER = "glide_core.h"
+_HEADERS = ("glide_core.h", "glide_packs.h")
 
 
 def declarations(header: str) -> str:
@@ -37,11 +38,12 @@ def sources() -> list[str]:
 
 
 ffi = FFI()
-ffi.cdef(declarations((_SOURCES / _HEADER).read_text(encoding="utf-8")))
+for header in _HEADERS:
+    ffi.cdef(declarations((_SOURCES / header).read_text(encoding="utf-8")))
 ffi.set_source(
     "glidefs.core._core",
-    f"#include <stdint.h>\n#include <stddef.h>\n#include <stdbool.h>\n#include <sys/types.h>\n"
-    f'#include "{_HEADER}"\n',
+    "#include <stdint.h>\n#include <stddef.h>\n#include <stdbool.h>\n#include <sys/types.h>\n"
+    + "".join(f'#include "{header}"\n' for header in _HEADERS),
     sources=sources(),
     include_dirs=[os.path.relpath(_SOURCES, _ROOT)],
     depends=[os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.rglob("*.h"))],

@@ -1,6 +1,6 @@
 """Cold reads that the core carries: blocks from packs to who waits, without a call of Python for each.
 
-Python says which blocks, which packs and where those are; see "cold reads" in csrc/glide_core.h.
+Python says which blocks, which packs and where those are; see "cold reads" in csrc/glide_packs.h.
 """
 
 from __future__ import annotations
