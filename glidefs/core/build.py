@@ -16,6 +16,8 @@ from cffi import FFI
 
 _ROOT = Path(os.path.abspath(__file__)).parents[2]
 _SOURCES = _ROOT / "csrc"
+LIBRARIES = ["uring", "zstd", "ssl", "crypto"]
+"""What the core is linked with."""
 _HEADERS = ("glide_core.h", "glide_packs.h")
 
 
@@ -47,7 +49,7 @@ ffi.set_source(
     sources=sources(),
     include_dirs=[os.path.relpath(_SOURCES, _ROOT)],
     depends=[os.path.relpath(path, _ROOT) for path in sorted(_SOURCES.rglob("*.h"))],
-    libraries=["uring", "zstd", "ssl", "crypto"],
+    libraries=LIBRARIES,
     define_macros=[("_GNU_SOURCE", "1")],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-fvisibility=hidden", "-fno-strict-aliasing", "-pthread"],
     extra_link_args=["-pthread"],
