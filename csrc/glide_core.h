@@ -14,7 +14,8 @@
 #define GLIDE_SECTOR 4096
 #define GLIDE_BLOCK 131072
 #define GLIDE_BLOCK_SECTORS 32
-#define GLIDE_GROUP 1024 /* blocks of a chunk, and chunks of a manifest page */
+#define GLIDE_FULL_MASK 0xffffffffu /* all sectors of a block */
+#define GLIDE_GROUP 1024            /* blocks of a chunk, and chunks of a manifest page */
 #define GLIDE_PACK_HEADER 16
 #define GLIDE_PACK_ENTRY 40
 #define GLIDE_HIST_BUCKETS 64

@@ -17,7 +17,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FULL_MASK 0xffffffffu
 #define AT_ONCE 8u
 
 struct demoted {
@@ -89,7 +88,7 @@ static void start(struct call *call, struct worker *w)
 /* The hash of the block, if its newest payload is what the index says. */
 static bool verify(const struct demoted *one, const struct glide_part *newest, uint8_t *packed, uint8_t hash[16])
 {
-    if (newest->mask == FULL_MASK) {
+    if (newest->mask == GLIDE_FULL_MASK) {
         payload_hash(one->io.buf, GLIDE_BLOCK, hash);
         return !memcmp(hash, newest->hash, 16);
     }

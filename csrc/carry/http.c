@@ -44,15 +44,21 @@ struct conn {
 
 static void on_event(struct ring_op *op, int res, uint32_t flags);
 
+/* The memory of one that has no socket. */
+static void conn_drop(struct conn *c)
+{
+    free(c->server);
+    free(c->ca);
+    free(c);
+}
+
 static void conn_free(struct conn *c)
 {
     c->thread->connections--;
     list_remove(&c->link);
     tls_free(c->tls);
     close(c->fd);
-    free(c->server);
-    free(c->ca);
-    free(c);
+    conn_drop(c);
 }
 
 static void start_queued(struct carrier_thread *t);
@@ -201,16 +207,13 @@ static void conn_begin(struct carrier_thread *t, struct get *get)
     c->address = get->address;
     c->address_length = get->address_length;
     if (get->server && (!(c->server = strdup(get->server)) || !(c->ca = strdup(get->ca)))) {
-        free(c->server);
-        free(c);
+        conn_drop(c);
         get_done(get, -ENOMEM);
         return;
     }
     c->fd = socket(get->address.ss_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (c->fd < 0) {
-        free(c->server);
-        free(c->ca);
-        free(c);
+        conn_drop(c);
         get_done(get, -EMFILE);
         return;
     }

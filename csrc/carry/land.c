@@ -11,7 +11,6 @@
 #include <string.h>
 #include <zstd.h>
 
-#define FULL_MASK 0xffffffffu
 #define PINNED_AT_ONCE 8 /* the smallest cache has no more slots */
 
 /* The verified plain bytes of a payload: in `scratch`, or where they are. NULL: it is damaged. */
@@ -39,7 +38,7 @@ static const uint8_t *assemble(const struct carry_task *task, const struct glide
     const struct glide_part *parts = task->parts + plan->first;
     uint8_t *block = task->thread->scratch + GLIDE_BLOCK;
 
-    if (plan->count == 1 && parts[0].mask == FULL_MASK) {
+    if (plan->count == 1 && parts[0].mask == GLIDE_FULL_MASK) {
         memcpy(hash, parts[0].hash, 16);
         return decode(task, &parts[0]);
     }

@@ -10,7 +10,6 @@
 
 #include <string.h>
 
-#define FULL_MASK 0xffffffffu
 #define MAX_PREFIX 1024u
 #define ANSWERS 64u
 
@@ -47,7 +46,7 @@ static void make_key(struct glide_block_plan *plan, const struct glide_part *par
 {
     uint8_t text[GLIDE_BLOCK_SECTORS * 24 + MAX_PREFIX];
 
-    if (plan->count == 1 && parts[0].mask == FULL_MASK) {
+    if (plan->count == 1 && parts[0].mask == GLIDE_FULL_MASK) {
         memcpy(plan->key, parts[0].hash, 16);
     } else {
         for (uint32_t i = 0; i < plan->count; i++) {
@@ -72,7 +71,7 @@ static uint32_t plan_block(const void *const *entries, const uint32_t *lengths, 
     uint32_t data = 0, seen = 0;
     struct entry e;
 
-    for (uint32_t p = 0; p < packs && seen != FULL_MASK; p++) {
+    for (uint32_t p = 0; p < packs && seen != GLIDE_FULL_MASK; p++) {
         if (!find(entries[p], lengths[p], plan->block, &e) || !((e.mask | e.zero_mask) & ~seen))
             continue;
         struct glide_part *part = &parts[plan->count++];

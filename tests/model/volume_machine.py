@@ -26,10 +26,9 @@ from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from power_cut import KEEPS, cut_power, read_trace
-from volume_rig import PREFIX, Rig, record_of
+from volume_rig import PREFIX, Rig, demote_all, record_of
 
 from glidefs.core.check import CoreError
-from glidefs.core.gather import log_segments
 from glidefs.core.volume import VolumeConfig
 from glidefs.errors import Fenced
 from glidefs.formats.manifest import Root
@@ -275,10 +274,8 @@ class VolumeMachine(RuleBasedStateMachine):
 
     @rule(demoted=st.booleans())
     def retire(self, demoted: bool) -> None:
-        for segment in log_segments(self.volume.log_dir) if demoted else []:
-            if segment <= min(self.volume.retirable(), self.volume.core.info().committed_seq):
-                self.host.demoter.demote(self.volume, segment)
-                self.volume.core.retire(segment)
+        if demoted:
+            demote_all(self.host, self.volume)
         self.volume.retire_committed()
 
     @rule()

@@ -8,7 +8,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from volume_rig import BLOCK, MIB, Rig, wait_for
+from volume_rig import BLOCK, MIB, Rig, demote_all, wait_for
 
 from glidefs.core.carry import BlockPlans
 from glidefs.core.check import CoreError
@@ -20,16 +20,6 @@ from glidefs.store.memory import MemoryStore
 from glidefs.volume.volume import Volume
 
 BLOCKS = 24
-
-
-def demote_all(host: Host, volume: Volume) -> int:
-    """All committed segments go, the oldest first, and leave what they can."""
-    done = 0
-    for segment in log_segments(volume.log_dir):
-        if segment <= min(volume.retirable(), volume.core.info().committed_seq):
-            done += host.demoter.demote(volume, segment)
-            volume.core.retire(segment)
-    return done
 
 
 def test_what_was_written_here_is_not_read_from_the_store(rig: Rig) -> None:

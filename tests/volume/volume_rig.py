@@ -15,6 +15,7 @@ import msgspec
 from stored_roots import owner_of
 
 from glidefs.core.engine import Engine, EngineConfig
+from glidefs.core.gather import log_segments
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, encode_root, manifest_hash
 from glidefs.host.host import Host
@@ -140,6 +141,16 @@ class Rig:
 
     def pack_bytes(self) -> int:
         return sum(info.size for info in self.memory.list(f"{PREFIX}/packs/"))
+
+
+def demote_all(host: Host, volume: Volume) -> int:
+    """All committed segments go, the oldest first, and leave what they can."""
+    done = 0
+    for segment in log_segments(volume.log_dir):
+        if segment <= min(volume.retirable(), volume.core.info().committed_seq):
+            done += host.demoter.demote(volume, segment)
+            volume.core.retire(segment)
+    return done
 
 
 def wait_for(condition: Callable[[], object], what: str, deadline: float = 20.0) -> None:

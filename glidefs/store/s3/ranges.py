@@ -106,14 +106,15 @@ class Ranges:
         address = client.address()
         if not address:
             return
+        secure = parts.scheme == "https"
         source = Source(
             f"{parts.path}?{parts.query}".encode("latin-1"),
             client.host_header.encode("latin-1"),
             address,
             self._options.read_timeout,
             self._options.connect_timeout,
-            _ascii_name(client.host) if parts.scheme == "https" else b"",
-            os.fsencode(_certificates(self._boto.current)),
+            _ascii_name(client.host) if secure else b"",
+            os.fsencode(_certificates(self._boto.current)) if secure else b"",
         )
         with self._lock:
             signed = self._urls.get(key)
