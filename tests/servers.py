@@ -71,7 +71,8 @@ def _wait_ready(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> N
 
 
 @contextlib.contextmanager
-def _server(command: list[str], endpoint: str, log: Path) -> Iterator[str]:
+def _server(command: list[str], endpoint: str, log: Path, *, kept: bool = False) -> Iterator[str]:
+    """A server until the end of the block. Unless its data is kept it is killed: weed takes ten seconds to end."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **CREDENTIALS}
@@ -80,7 +81,10 @@ def _server(command: list[str], endpoint: str, log: Path) -> Iterator[str]:
         _wait_ready(endpoint, process, log)
         yield endpoint
     finally:
-        process.terminate()
+        if kept:
+            process.terminate()
+        else:
+            process.kill()
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -119,7 +123,8 @@ def seaweedfs(
             "-master.volumeSizeLimitMB=64",
             *options,
         ]
-        with _server(command, f"http://127.0.0.1:{port}", Path(own) / "log") as endpoint:
+        log = Path(own) / "log"
+        with _server(command, f"http://127.0.0.1:{port}", log, kept=directory is not None) as endpoint:
             yield endpoint
 
 
