@@ -72,7 +72,7 @@ def _wait_ready(endpoint: str, process: subprocess.Popen[bytes], log: Path) -> N
 
 @contextlib.contextmanager
 def _server(command: list[str], endpoint: str, log: Path, *, kept: bool = False) -> Iterator[str]:
-    """A server until the end of the block. Unless its data is kept it is killed: weed takes ten seconds to end."""
+    """A server until the end of the block; killed unless its data is kept: weed takes ten seconds to end."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env={**os.environ, **CREDENTIALS}
