@@ -102,7 +102,7 @@ def test_an_evicted_block_is_not_a_hole(rig: CoreRig) -> None:
     vol.base = {0: pattern(1, BLOCK)}
     assert vol.core.pread(BLOCK, BLOCK) == bytes(BLOCK)
     assert vol.core.pread(0, BLOCK) == pattern(1, BLOCK)
-    rig.engine.cache.evict_all()
+    wait_for(lambda: rig.engine.cache.evict_all() == 1, "the reader, who was answered, unpins it by and by")
     assert vol.core.pread(0, 2 * BLOCK) == pattern(1, BLOCK) + bytes(BLOCK)
     assert vol.core.stats().faults == 3
 
