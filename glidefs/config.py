@@ -116,6 +116,13 @@ class UblkSettings(Struct, frozen=True, forbid_unknown_fields=True):
     allow_kernel: str | None = None
 
 
+class NbdDeviceSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[nbd_device]: how long the kernel waits, for new devices."""
+
+    request_timeout: Annotated[float, Meta(ge=1, extra={"unit": "duration"})] = 10.0
+    dead_timeout: Annotated[float, Meta(ge=1, extra={"unit": "duration"})] = 7 * 86400.0
+
+
 class UploadSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """[upload]: how fast and in what pieces the log reaches the store."""
 
@@ -168,6 +175,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     api: ApiSettings = ApiSettings()
     nbd: NbdSettings = NbdSettings()
     ublk: UblkSettings = UblkSettings()
+    nbd_device: NbdDeviceSettings = NbdDeviceSettings()
     upload: UploadSettings = UploadSettings()
     reader: ReaderSettings = ReaderSettings()
     daemon: DaemonSettings = DaemonSettings()

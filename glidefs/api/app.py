@@ -32,6 +32,7 @@ from glidefs.exports.requests import (
     ResizeRequest,
     SnapshotRequest,
     TagRequest,
+    TransportRequest,
     UndeleteRequest,
 )
 from glidefs.exports.router import ExportRouter
@@ -174,6 +175,13 @@ class Routes:
         return reply(
             await self.pools.local.run(resize(router.resize, name, wanted.size, shrink=wanted.shrink))
         )
+
+    async def transport(self, request: Request) -> Response:
+        """POST /api/exports/{name}/transport."""
+        wanted = await body(request, TransportRequest)
+        name = request.path_params["name"]
+        change = partial(self.control.router.change_transport, name, wanted.transport)
+        return reply(await self.pools.local.run(self.life.verb("transport", name, change)))
 
     async def drain(self, request: Request) -> Response:
         """POST /api/exports/{name}/drain."""
@@ -338,6 +346,7 @@ def build_app(control: Control) -> FastAPI:
         ("PUT", export, routes.create),
         ("DELETE", export, routes.remove),
         ("POST", f"{export}/resize", routes.resize),
+        ("POST", f"{export}/transport", routes.transport),
         ("POST", f"{export}/drain", routes.drain),
         ("POST", f"{export}/detach", routes.detach),
         ("POST", f"{export}/attach", routes.attach),

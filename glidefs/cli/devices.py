@@ -1,4 +1,4 @@
-"""The commands on ublk devices; they need no daemon."""
+"""The commands on devices of the kernel; they need no daemon."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from glidefs.cli import output
 from glidefs.cli.common import ConfigOption, Json, reported, show_result
 
 app = typer.Typer(
-    help="ublk devices of this host: list (the default), remove orphans; works without a daemon.",
+    help="ublk and NBD devices of this host: list (the default), remove orphans; works without a daemon.",
     rich_markup_mode=None,
 )
 
@@ -24,7 +24,7 @@ def devices(context: typer.Context, config: ConfigOption = None, as_json: Json =
 
 @app.command("list")
 def devices_list(config: ConfigOption = None, as_json: Json = False) -> None:
-    """List all ublk devices: what each one does, and whose it is."""
+    """List all ublk and NBD devices: what each one does, and whose it is."""
     import msgspec
 
     from glidefs.cli.offline import settings
@@ -51,7 +51,12 @@ def devices_list(config: ConfigOption = None, as_json: Json = False) -> None:
 
 @app.command("remove")
 def devices_remove(
-    id: Annotated[int, typer.Argument(metavar="ID", min=0, help="Number of the device, N of /dev/ublkbN.")],
+    which: Annotated[
+        str,
+        typer.Argument(
+            metavar="DEVICE", help="Path of the device, or N for /dev/ublkbN.", show_default=False
+        ),
+    ],
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
@@ -60,6 +65,6 @@ def devices_remove(
     from glidefs.doctor.devices import remove
 
     with reported(as_json):
-        removed = remove(settings(config), id)
-        value = {"id": id, "device": removed.device, "export": removed.export, "note": removed.keep}
+        removed = remove(settings(config), which)
+        value = {"id": removed.id, "device": removed.device, "export": removed.export, "note": removed.keep}
         show_result(value, as_json, f"{removed.device}: removed")

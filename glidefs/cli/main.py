@@ -104,7 +104,7 @@ def create(
         str | None,
         typer.Option("--from", help="Fork base:B, volume:V, snapshot:V@SEQ or tag:T.", show_default=False),
     ] = None,
-    transport: Annotated[str, typer.Option("--transport", help="auto, ublk or nbd.")] = "auto",
+    transport: Annotated[str, typer.Option("--transport", help="auto, ublk, nbd-device or nbd.")] = "auto",
     read_only: Annotated[bool, typer.Option("--read-only", help="Guests cannot write.")] = False,
     prefix: Prefix = None,
     new_prefix: NewPrefix = False,
@@ -200,6 +200,22 @@ def resize(
 
 
 @app.command()
+def transport(
+    name: Name,
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="auto, ublk, nbd-device or nbd.", show_default=False)
+    ],
+    config: ConfigOption = None,
+    as_json: Json = False,
+) -> None:
+    """Serve a volume by another transport; nobody may use it meanwhile."""
+    with reported(as_json):
+        status = connect(config).call("POST", export_path(name, "transport"), {"transport": kind})
+        text = f"{status['name']}: {status['transport']}, {status['device']}"
+        show_result(status, as_json, f"{text} ({status['reason']})" if status["reason"] else text)
+
+
+@app.command()
 def drain(name: Name, timeout: Timeout = None, config: ConfigOption = None, as_json: Json = False) -> None:
     """Upload everything that was written until now."""
     _drained("drain", "drained", name, timeout, config, as_json)
@@ -280,7 +296,7 @@ def attach(
         bool, typer.Option("--accept-older", help="The store went back in time: take what it has now.")
     ] = False,
     prefix: Prefix = None,
-    transport: Annotated[str, typer.Option("--transport", help="auto, ublk or nbd.")] = "auto",
+    transport: Annotated[str, typer.Option("--transport", help="auto, ublk, nbd-device or nbd.")] = "auto",
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:

@@ -53,6 +53,10 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #max_io = "512KiB"
 #allow_kernel = "6.17.0-1020-aws"   # release (uname -r) of a kernel that 'doctor' refuses, if fixed
 
+[nbd_device]
+#request_timeout = "10s"            # /dev/nbdN: the kernel asks again, over a new connection, after this long
+#dead_timeout = "7d"                # its guests wait this long for a daemon that is away, then get errors
+
 [upload]
 #sync_interval = "30s"              # a dirty log is uploaded when it is this old
 #max_dirty_age = "5m"               # the latest, whatever else goes on

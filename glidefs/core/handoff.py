@@ -32,7 +32,7 @@ class Connection(msgspec.Struct, frozen=True):
     """An NBD connection of a frozen volume.
 
     ``received``: bytes that the new process receives before those of the socket, then it throws ``skip``
-    bytes away; ``unsent``: bytes that it sends first. ``structured`` and ``allocation`` as in
+    bytes away; ``unsent``: bytes that it sends first. ``structured``, ``allocation`` and ``kernel`` as in
     :class:`glidefs.core.volume.NbdModes`; a process that does not know them takes no such connection over.
     """
 
@@ -43,11 +43,12 @@ class Connection(msgspec.Struct, frozen=True):
     unsent: bytes
     structured: bool = False
     allocation: bool = False
+    kernel: bool = False
 
     @property
     def modes(self) -> NbdModes:
         """What its handshake came to."""
-        return NbdModes(self.read_only, self.structured, self.allocation)
+        return NbdModes(self.read_only, self.structured, self.allocation, self.kernel)
 
 
 def freeze(volume: CoreVolume) -> Position:
@@ -116,6 +117,7 @@ def _exported(pointer: Any, state: Any) -> tuple[int, Connection]:
         bytes(unsent),
         bool(state.modes & lib.GLIDE_NBD_STRUCTURED),
         bool(state.modes & lib.GLIDE_NBD_ALLOCATION),
+        bool(state.modes & lib.GLIDE_NBD_KERNEL),
     )
     return int(state.fd), connection
 

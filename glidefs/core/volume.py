@@ -126,12 +126,14 @@ class NbdModes(msgspec.Struct, frozen=True):
     """The result of the handshake of an NBD connection.
 
     ``structured`` replies, and ``allocation``, which needs them: the context ``base:allocation``, under the
-    id :data:`ALLOCATION_ID`.
+    id :data:`ALLOCATION_ID`. ``kernel``: the client is the kernel's driver, which sends again what had no
+    answer when its connection ended; so nothing of an ended one is still carried out.
     """
 
     read_only: bool = False
     structured: bool = False
     allocation: bool = False
+    kernel: bool = False
 
     def to_c(self) -> int:
         """The flags of ``enum glide_nbd_mode``."""
@@ -139,6 +141,7 @@ class NbdModes(msgspec.Struct, frozen=True):
             self.read_only * int(lib.GLIDE_NBD_READ_ONLY)
             | self.structured * int(lib.GLIDE_NBD_STRUCTURED)
             | self.allocation * int(lib.GLIDE_NBD_ALLOCATION)
+            | self.kernel * int(lib.GLIDE_NBD_KERNEL)
         )
 
 

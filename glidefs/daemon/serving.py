@@ -19,6 +19,7 @@ from glidefs.manifest.lease import Owner
 from glidefs.store.resilient import ResilientStore
 from glidefs.transport.nbd.server import NbdServer
 from glidefs.transport.nbd.transport import NbdTransport
+from glidefs.transport.nbd_device.device import NbdDeviceTransport
 from glidefs.transport.ublk.device import UblkTransport
 from glidefs.volume.settings import HostSettings
 
@@ -87,6 +88,9 @@ class Core:
         self.server = NbdServer(config.nbd, nbd)
         nbd.bind(self.server)
         ublk = UblkTransport(config.ublk, config.cache.state)
+        self._nbd_device = NbdDeviceTransport(
+            config.nbd_device, config.cache.state, self.server.table, self._device_down
+        )
         settings = RouterSettings(
             owner=Owner(identity.host_id, config.daemon.node_name),
             exports_dir=Path(config.cache.dir) / "exports",
@@ -96,21 +100,27 @@ class Core:
             logs_missing=identity.foreign.get(LOG_DIR, ""),
         )
         bases = BaseLibrary(store, grace=self.host.settings.gc_grace, stopping=self.stopping)
-        self.router = ExportRouter(self.host, store, (nbd, ublk), settings, bases, self.stopping)
+        self.router = ExportRouter(
+            self.host, store, (nbd, ublk, self._nbd_device), settings, bases, self.stopping
+        )
         self.host.on_event(self._on_event)
         self.host.start()
         self._undo.callback(self.host.close)
         self._undo.callback(self.router.close)
         self._undo.callback(self.server.close)
+        self._undo.callback(self._nbd_device.close)
 
     def _on_event(self, event: Event) -> None:
         """On the host's event thread: must not block."""
         if event.kind == EventKind.CONN_CLOSED:
-            self.server.connection_closed(event.a, event.b)
+            self._nbd_device.connection_ended(self.server.connection_closed(event.a, event.b))
         elif event.kind == EventKind.UBLK_DOWN:
             volume = self.host.find(event.volume)
             if volume is not None:
-                self.router.device_down(volume.name)
+                self._device_down(volume.name)
+
+    def _device_down(self, name: str) -> None:
+        self.router.device_down(name)
 
     def coordinator(self, entries: list[Entry]) -> HandoffCoordinator:
         """For a handoff of these exports."""

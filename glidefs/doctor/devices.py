@@ -1,4 +1,4 @@
-"""The ublk devices of this host: who owns them, and the removal of those that no export needs.
+"""The ublk and NBD devices of this host: who owns them, and the removal of those that no export needs.
 
 Works with and without a daemon. A device is known by its tag: that of an export with a record here; an
 orphan, made in this cache directory for an export without one; or somebody else's, which nothing here ever
@@ -21,11 +21,14 @@ from glidefs.core.ublk import UblkInfo
 from glidefs.errors import DeviceError, NotSupported
 from glidefs.exports.table import RecordDirectory
 from glidefs.formats.export_record import ExportRecord
-from glidefs.transport.device.names import DeviceNames
+from glidefs.transport.device.names import DIRECTORY, DeviceNames
 from glidefs.transport.device.tag import load_tags
+from glidefs.transport.nbd_device import driver
+from glidefs.transport.nbd_device.device import path_of, tag_of
+from glidefs.transport.nbd_device.netlink import NbdControl
 from glidefs.transport.ublk import device as ublk
 
-State = Literal["served", "paused", "failing", "stopped"]
+State = Literal["served", "paused", "failing", "connected", "stopped"]
 Owner = Literal["export", "orphan", "other"]
 _STATES: dict[int, State] = {ublk.LIVE: "served", ublk.QUIESCED: "paused", ublk.FAIL_IO: "failing"}
 
@@ -34,7 +37,8 @@ class Device(Struct, frozen=True, kw_only=True):
     """A device of this host.
 
     ``state``: served by process ``server``; paused or failing (its server is gone, and readers wait or get
-    errors); stopped (it shows no disk). ``export``: for an orphan, the one that it was made for, if that is
+    errors); connected (an NBD device: whether somebody serves it does not show); stopped (it shows no disk).
+    ``id`` is the number in its name. ``export``: for an orphan, the one that it was made for, if that is
     still known. ``size`` in bytes. ``keep`` says why it may not be removed, or is empty.
     """
 
@@ -65,16 +69,40 @@ class _Records:
         return self._by_tag.get(tag)
 
 
-def survey(config: Config, names: DeviceNames | None = None) -> list[Device]:
-    """All ublk devices of this host. Raises DeviceError, CorruptObject (of the owner file), OSError."""
-    return [device for device, _ in _survey(config, names or DeviceNames())]
+def survey(config: Config, directory: Path = DIRECTORY, block: Path = driver.BLOCK) -> list[Device]:
+    """All ublk and NBD devices of this host. Raises DeviceError, CorruptObject (of the owner file), OSError.
+
+    ``directory``: where their names are; ``block``: `/sys/block`.
+    """
+    return [device for device, _ in _survey(config, directory, block)]
 
 
-def _survey(config: Config, names: DeviceNames) -> list[tuple[Device, int]]:
+def _survey(config: Config, directory: Path, block: Path) -> list[tuple[Device, int]]:
     """The devices, each with its tag."""
     found = [info for info in map(ublk.query, ublk.devices()) if info is not None]
+    connected = list(driver.states(block))
     records = _Records(config)  # after the devices: see above
-    return [(_describe(info, records, names), info.tag) for info in found]
+    ublk_names, nbd_names = DeviceNames("ublk", directory), DeviceNames("nbd", directory)
+    return [(_describe(info, records, ublk_names), info.tag) for info in found] + [
+        (_describe_nbd(state, records, nbd_names), tag_of(state) or 0) for state in connected
+    ]
+
+
+def _describe_nbd(state: driver.NbdState, records: _Records, names: DeviceNames) -> Device:
+    tag = tag_of(state)
+    record = records.find(tag) if tag else None
+    owner: Owner = "export" if record else "orphan" if tag and records.tags.is_ours(tag) else "other"
+    device = Device(
+        id=state.index,
+        device=path_of(state.index),
+        state="connected" if state.server else "stopped",
+        owner=owner,
+        export=record.name if record else names.read(state.index)[0] if owner == "orphan" else "",
+        size=state.size,
+    )
+    if not state.server:
+        return replace(device, keep="it has ended: it disappears when those who have it open close it")
+    return replace(device, keep=_why_keep(device, record, records))
 
 
 def _describe(info: UblkInfo, records: _Records, names: DeviceNames) -> Device:
@@ -116,25 +144,44 @@ def _server_text(pid: int) -> str:
     return f"process {pid} serves it"
 
 
-def remove(config: Config, dev_id: int, names: DeviceNames | None = None) -> Device:
+def remove(config: Config, which: str, directory: Path = DIRECTORY, block: Path = driver.BLOCK) -> Device:
     """Delete a device of this cache directory that no export needs. Returns what it was.
 
-    Whoever has it open gets errors; it is gone when they let go. Raises NotSupported for any other device,
-    DeviceError where there is none or the kernel refuses; CorruptObject, OSError.
+    ``which``: its path, or the number of a ublk device. Whoever has it open gets errors; it is gone when they
+    let go. Raises NotSupported for any other device, DeviceError where there is none or the kernel refuses;
+    CorruptObject, OSError.
     """
-    names = names or DeviceNames()
-    found = {device.id: (device, tag) for device, tag in _survey(config, names)}
-    if dev_id not in found:
-        raise DeviceError(f"there is no ublk device {dev_id}; `glidefs devices` lists them")
-    device, tag = found[dev_id]
+    path = f"/dev/ublkb{which}" if which.isdigit() else f"/dev/{which.removeprefix('/dev/')}"
+    found = {device.device: (device, tag) for device, tag in _survey(config, directory, block)}
+    if path not in found:
+        raise DeviceError(f"there is no device {path}; `glidefs devices` lists them")
+    device, tag = found[path]
     if device.keep:
         raise NotSupported(f"{device.device} stays: {device.keep}")
-    _, key = names.read(dev_id)
+    return (
+        _remove_ublk(device, tag, directory)
+        if path.startswith("/dev/ublkb")
+        else _remove_nbd(device, directory)
+    )
+
+
+def _remove_ublk(device: Device, tag: int, directory: Path) -> Device:
+    names = DeviceNames("ublk", directory)
+    _, key = names.read(device.id)
     try:
-        core.delete(dev_id, tag)
+        core.delete(device.id, tag)
     except DeviceError as error:
         if error.errno == errno.ETIMEDOUT:
             return replace(device, keep="somebody has it open: it disappears when they close it")
         raise ublk.explained(error) from error
-    names.withdraw(dev_id, key)
+    names.withdraw(device.id, key)
+    return device
+
+
+def _remove_nbd(device: Device, directory: Path) -> Device:
+    names = DeviceNames("nbd", directory)
+    _, key = names.read(device.id)
+    with NbdControl() as control:
+        control.disconnect(device.id)
+    names.withdraw(device.id, key)
     return device

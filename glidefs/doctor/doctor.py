@@ -58,6 +58,7 @@ def run_checks(config_file: str | None) -> list[Check]:
         ("io_uring", _io_uring),
         ("C core", _core),
         ("ublk driver", _ublk),
+        ("nbd driver", _nbd),
         ("open files", _files),
         ("locked memory", _memlock),
         ("I/O flusher", _flusher),
@@ -71,7 +72,7 @@ def run_checks(config_file: str | None) -> list[Check]:
         ("daemon", _daemon),
         ("exports", _exports),
         ("write logs", _logs),
-        ("ublk devices", _orphans),
+        ("devices", _orphans),
     )
     for name, look in table:
         try:
@@ -165,6 +166,13 @@ def _ublk(config: Config) -> Result:
     if not features & F_UPDATE_SIZE:
         return "ok", f"features {features:#x}; no online resize, which Linux 6.16 has"
     return "ok", f"features {features:#x}"
+
+
+def _nbd(config: Config) -> Result:
+    from glidefs.transport.nbd_device.driver import nbd_device_missing
+
+    missing = nbd_device_missing()
+    return ("ok", "available") if missing is None else ("ok", f"no nbd-device: {missing}")
 
 
 def _files(config: Config) -> Result:
@@ -387,21 +395,24 @@ def _daemon(config: Config) -> Result:
     return "ok", f"answers on {path}, process {health.get('pid')}"
 
 
+_IN_SERVICE = ("served", "connected")
+
+
 def _orphans(config: Config) -> Result:
     from glidefs.doctor.devices import survey
 
     found = survey(config)
     if not found:
         return "ok", "none"
-    served = sum(device.state == "served" for device in found)
+    served = sum(device.state in _IN_SERVICE for device in found)
     whose = {"export": "export {}", "orphan": "orphan: no export", "other": "somebody else's"}
-    left = [device for device in found if device.state != "served"]
+    left = [device for device in found if device.state not in _IN_SERVICE or device.owner == "orphan"]
     if not left:
         return "ok", f"{served} served"
     shown = [f"{device.device} ({whose[device.owner].format(device.export)})" for device in left[:8]]
     remedies = {
         "export": "the daemon recovers those of its exports when it starts",
-        "orphan": "'glidefs devices remove N' deletes an orphan",
+        "orphan": "'glidefs devices remove DEVICE' deletes an orphan",
         "other": "those of others are theirs to look after",
     }
     owners = dict.fromkeys(device.owner for device in left)

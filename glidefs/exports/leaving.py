@@ -18,6 +18,7 @@ from glidefs.errors import (
 )
 from glidefs.exports.copies.lineage import PATIENCE, Lineage
 from glidefs.exports.opener import Opener
+from glidefs.exports.requests import ExportStatus
 from glidefs.exports.roots import STORE_PATIENCE
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
@@ -80,6 +81,32 @@ class Leaving:
         """Whether the log that a root names is this host's to go on with, and not a copy's of it."""
         mine = self._opener.logs.is_own(root) and not self._table.is_fenced_log(root.log_id)
         return mine and self._opener.logs.put_here(root) is not False
+
+    # -- another transport -----------------------------------------------------------------------
+
+    def change_transport(self, name: str, kind: str) -> ExportStatus:
+        """Serve an export that nobody uses by another transport. If that fails it is served as before.
+
+        Raises InUse, NotSupported, DeviceError.
+        """
+        with self._table.locked(name) as entry:
+            entry.check_served()
+            before, served = entry.record, entry.transport
+            assert before is not None
+            assert served is not None
+            if self._opener.choose(kind).kind == served.kind:
+                entry.change_record(self._records, transport=kind)
+                return entry.status()
+            self._check_unused(entry, "detach", force=False)
+            self._opener.stop_transport(entry, remove_device=True)
+            entry.change_record(self._records, transport=kind, device_id=None)
+            try:
+                self._opener.start_transport(entry)
+            except BaseException:
+                entry.change_record(self._records, transport=before.transport, device_id=before.device_id)
+                self._opener.restart_transport(entry)
+                raise
+            return entry.status()
 
     # -- detach ----------------------------------------------------------------------------------
 

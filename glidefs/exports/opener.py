@@ -42,7 +42,7 @@ from glidefs.manifest import lease, local
 from glidefs.manifest.lease import delete_root
 from glidefs.names import manifest_key
 from glidefs.store.resilient import ResilientStore
-from glidefs.transport.base import Attachment, Transport, choose_transport
+from glidefs.transport.base import Attachment, Choice, Transport, choose_transport
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ class Opener:
         root, etag = self.roots.find(entry.record)
         entry.volume = self._host.open(entry.record, root, etag, standby=True)
         self._watch(entry, entry.volume)
-        choice = choose_transport(entry.record.transport, self._transports)
+        choice = self.choose(entry.record.transport)
         self._transports[choice.kind].prepare(entry.record.device_id)
 
     def take_up(self, entry: Entry, position: Position) -> None:
@@ -376,10 +376,14 @@ class Opener:
             device_id=record.device_id,
         )
 
+    def choose(self, kind: str) -> Choice:
+        """The transport that is meant by `kind` on this host. Raises NotSupported."""
+        return choose_transport(kind, self._transports)
+
     def start_transport(self, entry: Entry) -> None:
         """Let guests in. Raises NotSupported, DeviceError."""
         assert entry.record is not None
-        choice = choose_transport(entry.record.transport, self._transports)
+        choice = self.choose(entry.record.transport)
         transport = self._transports[choice.kind]
         endpoint = transport.start(self.attachment(entry))
         entry.transport, entry.endpoint = transport, endpoint
@@ -445,13 +449,13 @@ class Opener:
 
     def _discard_device(self, record: ExportRecord) -> None:
         """An export that could not be served may have a device whose guests wait."""
-        transport = self._transports.get("ublk")
-        if record.device_id is None or transport is None:
+        if record.device_id is None:
             return
-        try:
-            transport.discard(record.name, record.volume_id, record.device_id)
-        except GlideError as error:
-            log.warning("%s: %s", record.name, error)
+        for transport in self._transports.values():
+            try:
+                transport.discard(record.name, record.volume_id, record.device_id)
+            except GlideError as error:
+                log.warning("%s: %s", record.name, error)
 
     # -- the end ---------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ SIZE_UNIT = 4096
 """Sizes are rounded up to whole sectors."""
 
 Seconds = Annotated[float, Meta(ge=0, le=30 * 86400)]
-TransportChoice = Literal["auto", "ublk", "nbd"]
+TransportChoice = Literal["auto", "ublk", "nbd-device", "nbd"]
 
 
 class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,6 +45,12 @@ class ResizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     size: int | str
     shrink: bool = False
+
+
+class TransportRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Body of POST .../transport."""
+
+    transport: TransportChoice
 
 
 class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -174,7 +174,7 @@ class ExportRouter:
         """The kernel took the device of an export away. Does not block."""
         entry = self.table.find(name)
         if entry is not None and entry.state == "serving" and entry.lock.acquire(blocking=False):
-            entry.state, entry.reason = "failed", "its ublk device was removed; attach the export again"
+            entry.state, entry.reason = "failed", "its device was removed; attach the export again"
             entry.lock.release()
             log.error("%s: %s", name, entry.reason)
 
@@ -465,6 +465,11 @@ class ExportRouter:
             if wanted > record.size:
                 note = transport.resize(after)
             return entry.status(note=note)
+
+    def change_transport(self, name: str, kind: str) -> ExportStatus:
+        """Serve it by another transport; see :meth:`Leaving.change_transport`."""
+        self.check_changes()
+        return self._leaving.change_transport(name, kind)
 
     # -- drain, detach, remove -----------------------------------------------------------------
 

@@ -15,11 +15,11 @@ from typing import TypeVar
 
 from glidefs.core import handoff, ublk
 from glidefs.core.engine import Engine
-from glidefs.core.handoff import Position
+from glidefs.core.handoff import Connection, Position
 from glidefs.errors import DeviceError, GlideError
 from glidefs.exports.router import ExportRouter
 from glidefs.exports.table import Entry
-from glidefs.handoff.protocol import ConnectionCut, ExportCut
+from glidefs.handoff.protocol import CAPABILITIES, ConnectionCut, ExportCut
 from glidefs.host.host import Host
 from glidefs.transport.nbd.connections import NbdConnection
 from glidefs.transport.nbd.server import NbdServer
@@ -82,11 +82,11 @@ class HandoffCoordinator:
         self.set_all_logs_freeze(frozen=False)
         self._server.resume()
 
-    def snapshot(self, *, structured: bool = True) -> tuple[list[ExportCut], list[int]]:
+    def snapshot(self, capabilities: frozenset[str] = CAPABILITIES) -> tuple[list[ExportCut], list[int]]:
         """Where every export stands now that all are frozen, and the sockets of their connections, in order.
 
         The descriptors are the caller's. Raises GlideError for an export that was fenced meanwhile, and for a
-        connection with structured replies where the successor cannot make them (not ``structured``).
+        connection that a successor with these capabilities cannot go on with.
         """
         cuts: list[ExportCut] = []
         sockets: list[int] = []
@@ -99,12 +99,12 @@ class HandoffCoordinator:
                 about = self._server.table.about(state.conn_id)
                 if about is None:
                     continue  # it has ended, and the event is on its way
-                if state.structured and not structured:
+                beyond = _beyond(state, capabilities)
+                if beyond:
                     close_all(sockets)
                     raise GlideError(
                         f"the other program cannot go on with the NBD connection of {about.peer} to "
-                        f"{entry.name}, which has structured replies; end it, or stop this daemon and start "
-                        "the other one"
+                        f"{entry.name}, which {beyond}; end it, or stop this daemon and start the other one"
                     )
                 sockets.append(os.dup(fd))
                 connections.append(ConnectionCut(state, about.peer, about.since))
@@ -222,6 +222,15 @@ class HandoffCoordinator:
 
 def _has_device(entry: Entry) -> bool:
     return entry.transport is not None and entry.transport.kind == "ublk"
+
+
+def _beyond(connection: Connection, capabilities: frozenset[str]) -> str:
+    """What of a connection a process with these capabilities does not know; empty: nothing."""
+    if connection.structured and "nbd-structured" not in capabilities:
+        return "has structured replies"
+    if connection.kernel and "nbd-device" not in capabilities:
+        return "is the kernel's"
+    return ""
 
 
 def _run(step: Callable[[], None]) -> None:

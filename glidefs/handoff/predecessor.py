@@ -251,7 +251,7 @@ class Predecessor:
             coordinator.pause_listeners()
             self._frozen_at = time.monotonic_ns()
             coordinator.freeze_all()
-            self._cuts, self._sockets = coordinator.snapshot(structured="nbd-structured" in self._common)
+            self._cuts, self._sockets = coordinator.snapshot(self._common)
             channel.post(CutOver(tuple(self._cuts), self._frozen_at), self._sockets)
         except BaseException as error:
             coordinator.unfreeze_all()  # first of all: guests wait

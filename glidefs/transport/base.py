@@ -25,7 +25,7 @@ class Attachment(Struct, frozen=True):
 
 
 class Endpoint(Struct, frozen=True):
-    """Where guests find the export: a device path or an NBD URI; `device_id` for ublk."""
+    """Where guests find the export: a device path or an NBD URI; `device_id`: the number of a device."""
 
     device: str
     device_id: int | None = None
@@ -77,19 +77,27 @@ class Choice(Struct, frozen=True):
     why: str
 
 
-def choose_transport(wanted: str, transports: Mapping[str, Transport]) -> Choice:
-    """Settle "auto": ublk where the kernel has a sound one, else NBD. Loads the driver once if root.
+KINDS = ("ublk", "nbd-device", "nbd")
+"""By preference: a device that any program can open, before a socket for those that speak NBD."""
 
-    Raises NotSupported when "ublk" is asked for and cannot be had, ConfigError for another word.
+
+def choose_transport(wanted: str, transports: Mapping[str, Transport]) -> Choice:
+    """Settle "auto": ublk where the kernel has a sound one, else its NBD driver, else NBD.
+
+    Loads drivers once if root. Raises NotSupported for one that is asked for and cannot be had, ConfigError
+    for another word.
     """
-    if wanted == "nbd":
-        return Choice("nbd", "asked for")
-    if wanted not in ("auto", "ublk"):
-        raise ConfigError(f"transport {wanted[:40]!r} is not known; it is auto, ublk or nbd")
-    ublk = transports.get("ublk")
-    missing = ublk.missing() if ublk is not None else "this daemon does not serve it"
-    if missing is None:
-        return Choice("ublk", "asked for" if wanted == "ublk" else "this host has ublk")
-    if wanted == "ublk":
-        raise NotSupported(f"ublk cannot be used: {missing}; or use --transport nbd")
-    return Choice("nbd", f"no ublk: {missing}")
+    if wanted not in ("auto", *KINDS):
+        raise ConfigError(
+            f"transport {wanted[:40]!r} is not known; it is auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        )
+    lacking: list[str] = []
+    for kind in KINDS if wanted == "auto" else (wanted,):
+        transport = transports.get(kind)
+        missing = transport.missing() if transport is not None else "this daemon does not serve it"
+        if missing is None:
+            why = "asked for" if wanted == kind else "; ".join(lacking) or f"this host has {kind}"
+            return Choice(kind, why)
+        lacking.append(f"no {kind}: {missing}")
+    missing = lacking[0].partition(": ")[2]
+    raise NotSupported(f"{wanted} cannot be used: {missing}; or use --transport nbd")

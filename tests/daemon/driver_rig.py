@@ -140,7 +140,8 @@ class Host:
         self.state.mkdir(parents=True)
         self.records = home / "cache" / "exports"
         self.records.mkdir()
-        self.names = DeviceNames(home / "run" / "ublk")
+        self.run, self.block = home / "run", home / "block"
+        self.names = DeviceNames("ublk", self.run)
         self.core = Core(driver)
 
     def record(self, name: str, dev_id: int | None = None) -> ExportRecord:
@@ -178,7 +179,7 @@ class Host:
         return endpoint.device_id
 
     def survey(self) -> dict[int, devices.Device]:
-        return {device.id: device for device in devices.survey(self.config, self.names)}
+        return {device.id: device for device in devices.survey(self.config, self.run, self.block)}
 
     def remove(self, dev_id: int) -> devices.Device:
-        return devices.remove(self.config, dev_id, self.names)
+        return devices.remove(self.config, str(dev_id), self.run, self.block)

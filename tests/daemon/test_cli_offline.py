@@ -22,7 +22,8 @@ from glidefs.places import api_socket
 
 Make = Callable[..., Daemon]
 OFFLINE = ("init", "doctor", "inspect", "export-image", "bless", "bases", "devices", "gc")
-VERBS = ("create", "list", "show", "resize", "drain", "detach", "attach", "remove", "logs", *OFFLINE)
+SERVED = ("create", "list", "show", "resize", "transport", "drain", "detach", "attach", "remove", "logs")
+VERBS = (*SERVED, *OFFLINE)
 
 
 def run(*args: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -222,7 +223,7 @@ def test_which_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_that_is_not_there(make_daemon: Make) -> None:
-    assert "there is no ublk device 4999" in make_daemon().fails("devices", "remove", "4999")
+    assert "there is no device /dev/ublkb4999" in make_daemon().fails("devices", "remove", "4999")
     assert "ID" in make_daemon("b").run("devices").stdout
 
 

@@ -16,7 +16,6 @@ from glidefs.core.ublk import UblkInfo
 from glidefs.doctor import devices
 from glidefs.doctor.doctor import run_checks
 from glidefs.errors import DeviceError, NotSupported
-from glidefs.transport.device.names import DeviceNames
 from glidefs.transport.device.tag import load_tags, make_tags
 from glidefs.transport.ublk.device import DEAD, LIVE, QUIESCED
 
@@ -65,7 +64,7 @@ def test_an_orphan_is_removed_and_nothing_else(host: Host) -> None:
     host.driver.events.clear()
     assert host.remove(6).export == "gone"
     assert host.names.read(6) == ("", "")
-    for dev_id, why in ((served, "serves it"), (7, "somebody else"), (99, "no ublk device 99")):
+    for dev_id, why in ((served, "serves it"), (7, "somebody else"), (99, "no device /dev/ublkb99")):
         with pytest.raises((NotSupported, DeviceError), match=why):
             host.remove(dev_id)
     transport.release("a")
@@ -134,7 +133,7 @@ def test_an_orphan_that_somebody_has_open(host: Host) -> None:
 def test_without_a_cache_directory_everything_is_somebody_elses(tmp_path: Path, driver: Driver) -> None:
     config = Config(cache=CacheSettings(dir=str(tmp_path / "none")))
     driver.put(1, 5, QUIESCED)
-    assert [d.owner for d in devices.survey(config, DeviceNames(tmp_path / "run"))] == ["other"]
+    assert [d.owner for d in devices.survey(config, tmp_path / "run")] == ["other"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -161,7 +160,7 @@ def test_doctor_lists_them(host: Host, tmp_path: Path, monkeypatch: pytest.Monke
     config = tmp_path / "g.toml"
     (tmp_path / "store").mkdir()
     config.write_text(f'[cache]\ndir = "{host.config.cache.dir}"\n[store]\nurl = "file://{tmp_path}/store"\n')
-    check = next(check for check in run_checks(str(config)) if check.name == "ublk devices")
+    check = next(check for check in run_checks(str(config)) if check.name == "devices")
     assert check.state == "warn"
     assert check.detail == (
         "1 served, without a server: /dev/ublkb6 (orphan: no export), /dev/ublkb7 (somebody else's)"

@@ -27,6 +27,7 @@ from glidefs.transport.ublk.driver import ublk_missing
 UDEVD = Path("/lib/systemd/systemd-udevd")
 RULE = Path("/run/udev/rules.d/60-glidefs.rules")
 LINKS = Path("/dev/glidefs")
+UBLK_NAMES = DIRECTORY / "ublk"
 BLKRRPART = 0x125F
 MIB = 1 << 20
 
@@ -114,7 +115,7 @@ def test_udev_names_devices_and_sets_their_queues(daemon: Daemon) -> None:
         settle()
         assert (led_to("web-1.x_Y"), led_to("db")) == (device, other)
     # What was said is lost, and something makes udev look again.
-    shutil.rmtree(DIRECTORY)
+    shutil.rmtree(UBLK_NAMES)
     udevadm("trigger", "--action=change", f"/sys/block/{Path(device).name}")
     settle()
     assert led_to("web-1.x_Y") == device
@@ -132,7 +133,7 @@ def test_udev_and_a_number_that_is_used_again(daemon: Daemon, make_daemon: Calla
     device = daemon.json("create", "old", "--size", "64MiB")["device"]
     settle()
     assert led_to("old") == device
-    assert list(DIRECTORY.glob(f"{dev_id(device)}.*"))
+    assert list(UBLK_NAMES.glob(f"{dev_id(device)}.*"))
     daemon.kill()
 
     def delete() -> bool:
@@ -147,7 +148,7 @@ def test_udev_and_a_number_that_is_used_again(daemon: Daemon, make_daemon: Calla
     wait_for(delete, "the device is gone")
     settle()
     assert led_to("old") == ""
-    assert list(DIRECTORY.glob(f"{dev_id(device)}.*")) == []
+    assert list(UBLK_NAMES.glob(f"{dev_id(device)}.*")) == []
     other = make_daemon("b", node="node-2").start()
     assert other.json("create", "new", "--size", "64MiB")["device"] == device
     settle()

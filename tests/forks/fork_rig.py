@@ -68,6 +68,9 @@ class NoGuests:
         self.guests: dict[str, str] = {}
         """Who uses an export, as the test has it."""
 
+    def missing(self) -> str | None:
+        return None
+
     def prepare(self, device_id: int | None) -> None:
         pass
 
@@ -78,6 +81,9 @@ class NoGuests:
         pass
 
     def release(self, name: str) -> None:
+        pass
+
+    def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
         pass
 
     def in_use(self, name: str) -> str:

@@ -12,6 +12,7 @@ from glidefs.core.handoff import Connection, Position
 from glidefs.errors import GlideError
 from glidefs.handoff import coordinator as module
 from glidefs.handoff.coordinator import HandoffCoordinator
+from glidefs.handoff.protocol import CAPABILITIES
 
 
 def coordinator(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> tuple[HandoffCoordinator, int]:
@@ -29,21 +30,31 @@ def coordinator(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> tupl
     return made, fd
 
 
-@pytest.mark.parametrize("structured", [False, True])
+NEEDS = {
+    "": "",
+    "nbd-structured": "has structured replies",
+    "nbd-device": "is the kernel's",
+}
+"""What of a connection needs a capability, and what is said where that is not there."""
+
+
+@pytest.mark.parametrize("capability", NEEDS)
 @pytest.mark.parametrize("understood", [False, True])
 def test_a_connection_that_the_successor_does_not_understand(
-    monkeypatch: pytest.MonkeyPatch, structured: bool, understood: bool
+    monkeypatch: pytest.MonkeyPatch, capability: str, understood: bool
 ) -> None:
-    """Structured replies go to who can make them, or the handoff does not take place."""
-    connection = Connection(7, False, 0, b"", b"", structured=structured)
+    """What a connection needs goes to who has it, or the handoff does not take place."""
+    known = CAPABILITIES if understood else CAPABILITIES - {capability}
+    structured, kernel = capability == "nbd-structured", capability == "nbd-device"
+    connection = Connection(7, False, 0, b"", b"", structured=structured, kernel=kernel)
     made, fd = coordinator(connection, monkeypatch)
     before = len(os.listdir("/proc/self/fd"))
-    if structured and not understood:
-        with pytest.raises(GlideError, match="pid=1 to vm, which has structured replies"):
-            made.snapshot(structured=understood)
+    if capability and not understood:
+        with pytest.raises(GlideError, match=f"pid=1 to vm, which {NEEDS[capability]}"):
+            made.snapshot(known)
         assert len(os.listdir("/proc/self/fd")) == before
     else:
-        cuts, sockets = made.snapshot(structured=understood)
+        cuts, sockets = made.snapshot(known)
         assert cuts[0].connections[0].state == connection
         for one in sockets:
             os.close(one)

@@ -108,6 +108,12 @@ void nbd_end(struct nbd_conn *c, int error, bool broken)
         shutdown(c->fd, SHUT_RDWR);
 }
 
+void nbd_give_up(struct nbd_conn *c, int error)
+{
+    nbd_end(c, error, true);
+    io_cancel(c->volume, c, ESHUTDOWN);
+}
+
 /* We end the connection: what waits for the store or for space fails now; the peer gets the replies it takes. That of a
  * frozen volume is another process's by now: its socket is closed here, not shut down. */
 static void leave(struct nbd_conn *c)
@@ -197,8 +203,7 @@ static bool tick(struct transport *t)
     struct nbd_conn *c = nbd_conn_of(t);
 
     if (is_stalled(c)) {
-        nbd_end(c, ETIME, true);
-        io_cancel(c->volume, c, ESHUTDOWN); /* nobody waits for it any more */
+        nbd_give_up(c, ETIME);
         nbd_advance(c);
         return false;
     }

@@ -148,6 +148,8 @@ void nbd_send_replies(struct nbd_conn *c);
 void nbd_keep_rest(struct nbd_conn *c, uint8_t *rest, uint64_t length);
 /* ---- nbd_conn.c ---- */
 void nbd_end(struct nbd_conn *c, int error, bool broken);
+/* Nobody waits for its requests any more: what waits for the store or for space is given up. */
+void nbd_give_up(struct nbd_conn *c, int error);
 /* Go on after something has ended. May free the connection. */
 void nbd_advance(struct nbd_conn *c);
 /* A connection without a worker yet, which owns fd. NULL = no memory, and fd is closed. */

@@ -99,6 +99,10 @@ static bool receive(struct nbd_conn *c)
     ssize_t n = recvmsg(c->fd, &message, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return errno == EINTR;
+    if (n <= 0 && c->modes & GLIDE_NBD_KERNEL) { /* the same requests may come over another connection */
+        nbd_give_up(c, n ? errno : 0);
+        return false;
+    }
     if (n <= 0) {
         nbd_end(c, n ? errno : 0, n < 0); /* a client may close its half and still read */
         return false;

@@ -1,4 +1,4 @@
-"""Names for udev: `/run/glidefs/ublk/N` says which export `/dev/ublkbN` is.
+"""Names for udev: `/run/glidefs/ublk/N` says which export `/dev/ublkbN` is; `nbd/N` there, `/dev/nbdN`.
 
 The file is there before the kernel shows the device, so that the rule (`packaging/60-glidefs.rules`) needs no
 program and no daemon to name it `/dev/glidefs/EXPORT`. N is a symbolic link to a file `N.KEY` with two lines,
@@ -15,22 +15,24 @@ import os
 import secrets
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 log = logging.getLogger(__name__)
 
-DIRECTORY = Path("/run/glidefs/ublk")
+DIRECTORY = Path("/run/glidefs")
 """Where the rule looks. One for all daemons of a host: device numbers are the host's, too."""
 MAX_FILE = 4096
 
 
 class DeviceNames:
-    """The files in ``directory``. Where they cannot be written, devices just have no names.
+    """The files of devices of one ``kind``. Where they cannot be written, devices just have no names.
 
     Only the owner of a device, from ADD_DEV to DEL_DEV, calls anything for its number.
     """
 
-    def __init__(self, directory: Path = DIRECTORY) -> None:
-        self._directory = directory
+    def __init__(self, kind: Literal["ublk", "nbd"], directory: Path = DIRECTORY) -> None:
+        self._kind = kind
+        self._directory = directory / kind
 
     def announce(self, dev_id: int, name: str) -> str:
         """Say that device ``dev_id`` is export ``name``. Returns the key; that of before if it was said."""
@@ -46,7 +48,9 @@ class DeviceNames:
             fresh.symlink_to(target.name)
             os.replace(fresh, self._directory / str(dev_id))
         except OSError as error:
-            log.warning("%s: no name for /dev/ublkb%d in %s: %s", name, dev_id, self._directory, error)
+            log.warning(
+                "%s: no name for %s device %d in %s: %s", name, self._kind, dev_id, self._directory, error
+            )
         return key
 
     def withdraw(self, dev_id: int, key: str) -> None:

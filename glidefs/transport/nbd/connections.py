@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
+from glidefs.core.check import Closed
+from glidefs.core.volume import NbdModes
 from glidefs.transport.nbd.negotiation import Chosen, ExportLookup, NbdExport
 
 if TYPE_CHECKING:
@@ -83,6 +85,30 @@ class ConnectionTable:
                 record.attached = True
                 self._changed.notify_all()
 
+    def serve(
+        self, connection: socket.socket, name: str, core: CoreVolume, *, read_only: bool, peer: str
+    ) -> int:
+        """Give the core a socket whose other end is the kernel's driver. Returns its id.
+
+        Closes this copy of it. Raises GlideError.
+        """
+        with connection:
+            with self._changed:
+                if self._closing:
+                    raise Closed("no connection is taken any more")
+                about = NbdConnection(next(self._ids), name, peer, read_only, time.time())
+                record = self._records[about.conn_id] = _Record(about, core)
+            try:
+                modes = NbdModes(read_only=read_only, kernel=True)
+                core.attach_nbd(os.dup(connection.fileno()), about.conn_id, modes)
+            except BaseException:
+                self._drop(about.conn_id)
+                raise
+            with self._changed:
+                record.attached = True
+                self._changed.notify_all()
+        return about.conn_id
+
     def _register(self, chosen: NbdExport, peer: str) -> _Record | None:
         """A new record, if the export is still the one that the client was told about."""
         while True:
@@ -105,8 +131,8 @@ class ConnectionTable:
             self._changed.notify_all()
         return record.about if record is not None else None
 
-    def ended(self, conn_id: int, err: int) -> None:
-        """The core reports the end of a connection; unknown ids are ignored."""
+    def ended(self, conn_id: int, err: int) -> NbdConnection | None:
+        """The core reports the end of a connection: which one it was, None if it is not known."""
         about = self._drop(conn_id)
         if about is not None and err == errno.ETIME:
             log.warning(
@@ -118,6 +144,7 @@ class ConnectionTable:
         elif about is not None:
             why = f": {os.strerror(err)}" if err else ""
             log.debug("NBD connection %d of %s to %s ended%s", conn_id, about.peer, about.export, why)
+        return about
 
     def listing(self, name: str | None = None) -> list[NbdConnection]:
         """Connections of one export, or of all."""
@@ -141,10 +168,20 @@ class ConnectionTable:
             self._changed.wait_for(lambda: all(record.attached or self._is_gone(record) for record in mine))
             attached = [record for record in mine if not self._is_gone(record)]
         for record in attached:
-            # It may have ended by itself, or its volume may be closed: the goal in either case.
-            with contextlib.suppress(Exception):
-                record.core.detach_nbd(record.about.conn_id)
-            self._drop(record.about.conn_id)
+            self._end(record)
+
+    def end(self, conn_id: int) -> None:
+        """End one connection that :meth:`serve` began. Returns when it is gone."""
+        with self._changed:
+            record = self._records.get(conn_id)
+        if record is not None:
+            self._end(record)
+
+    def _end(self, record: _Record) -> None:
+        # It may have ended by itself, or its volume may be closed: the goal in either case.
+        with contextlib.suppress(Exception):
+            record.core.detach_nbd(record.about.conn_id)
+        self._drop(record.about.conn_id)
 
     def _is_gone(self, record: _Record) -> bool:
         return record.about.conn_id not in self._records

@@ -222,9 +222,13 @@ class NbdServer:
         if not self._accepting and not self._stop.is_set():
             self._accepting = [asyncio.create_task(self._accept(at)) for at in self._listeners]
 
-    def connection_closed(self, conn_id: int, err: int) -> None:
-        """The core's event CONN_CLOSED; `err` is 0 or the errno that ended the connection."""
-        self._table.ended(conn_id, err)
+    def connection_closed(self, conn_id: int, err: int) -> str:
+        """The core's event CONN_CLOSED; `err` is 0 or the errno that ended the connection.
+
+        Returns the export that it was of, "" if it is not known.
+        """
+        about = self._table.ended(conn_id, err)
+        return about.export if about is not None else ""
 
     def close_export(self, name: str) -> None:
         """End every connection of an export; returns when they are gone.

@@ -101,7 +101,7 @@ class UblkTransport:
     def __init__(self, settings: UblkSettings, state_dir: Path, names: DeviceNames | None = None) -> None:
         self._settings = settings
         self._state_dir = state_dir
-        self._names = names or DeviceNames()
+        self._names = names or DeviceNames("ublk")
         self._lock = threading.Lock()
         self._tags: DeviceTags | None = None
         self._devices: dict[str, tuple[UblkDevice, str]] = {}

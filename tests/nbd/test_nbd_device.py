@@ -1,0 +1,393 @@
+"""`/dev/nbdN` over a driver that is a Python object, whose requests reach the core all the same.
+
+With the kernel's own: tests/vm/test_nbd_kernel.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_nbd_kernel import Device, FakeKernel, attribute
+from nbd_client import FLUSH, READ, TRIM, WRITE
+from nbd_serve import MIB, Served
+
+from glidefs.config import NbdDeviceSettings
+from glidefs.core import handoff
+from glidefs.core.volume import CoreVolume
+from glidefs.errors import DeviceError, NotSupported
+from glidefs.transport.base import Attachment
+from glidefs.transport.device.names import DeviceNames
+from glidefs.transport.nbd_device import netlink
+from glidefs.transport.nbd_device.device import NbdDeviceTransport, path_of
+from glidefs.transport.nbd_device.driver import MODULE
+from glidefs.transport.nbd_device.netlink import DeviceShape, NbdControl
+
+SIZE = 64 * MIB
+DEADLINE = 20.0
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    until = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < until, what
+        time.sleep(0.01)
+
+
+class Host(Served):
+    """A host whose NBD connections are those of devices, too."""
+
+    def __init__(self, directory: Path, kernel: FakeKernel, **config: Any) -> None:
+        self.home = directory
+        self.kernel = kernel
+        self.gone: list[str] = []
+        super().__init__(directory, **config)
+        self.transport = self.make()
+
+    def make(self) -> NbdDeviceTransport:
+        """The transport of one daemon, of those that the directory has one after another."""
+        (self.home / "state").mkdir(exist_ok=True)
+        return NbdDeviceTransport(
+            NbdDeviceSettings(),
+            self.home / "state",
+            self.server.table,
+            self.gone.append,
+            names=DeviceNames("nbd", self.home / "run"),
+            control=self.kernel,  # type: ignore[arg-type]
+            block=self.kernel.block,
+            missing=lambda: None,
+        )
+
+    def _events(self) -> None:
+        for event in self.engine.events_next(50):
+            name = self.server.connection_closed(event.a, event.b)
+            if hasattr(self, "transport"):
+                self.transport.connection_ended(name)
+
+    def close(self) -> None:
+        self.transport.close()
+        super().close()
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> FakeKernel:
+    return FakeKernel(tmp_path / "block")
+
+
+@pytest.fixture
+def host(tmp_path: Path, kernel: FakeKernel) -> Iterator[Host]:
+    with Host(tmp_path, kernel) as made:
+        yield made
+
+
+def export(core: CoreVolume, name: str = "vm", device_id: int | None = None, **other: Any) -> Attachment:
+    values: dict[str, Any] = {"volume_id": name.encode().ljust(16, b"."), "size": SIZE, "read_only": False}
+    return Attachment(name=name, core=core, device_id=device_id, **(values | other))
+
+
+def started(host: Host, name: str = "vm", **other: Any) -> tuple[Device, Attachment]:
+    attachment = export(host.add(name, SIZE), name, **other)
+    index = host.transport.start(attachment).device_id
+    assert index is not None
+    return host.kernel.devices[index], attachment
+
+
+def test_reads_and_writes(host: Host) -> None:
+    device, _ = started(host)
+    assert device.pread(0, 8192) == bytes(8192)
+    device.pwrite(4096, b"x" * 4096)
+    assert device.pread(0, 12288) == bytes(4096) + b"x" * 4096 + bytes(4096)
+    assert device.io(TRIM, 4096, 4096).error == 0
+    assert device.io(FLUSH).error == 0
+    assert device.pread(4096, 4096) == bytes(4096)
+    assert [c.peer for c in host.server.connections("vm")] == ["/dev/nbd0"]
+    host.transport.stop("vm")
+    assert not host.kernel.devices
+    assert not host.server.connections("vm")
+
+
+def test_the_kernel_is_told_what_the_volume_is(host: Host) -> None:
+    device, _ = started(host, read_only=True)
+    shape = device.shape
+    assert (shape.size, shape.block_size, shape.read_only) == (SIZE, 512, True)
+    assert (shape.request_timeout, shape.dead_timeout) == (10, 7 * 86400)
+    assert shape.identifier.startswith("glidefs:")
+    assert device.io(WRITE, 0, b"x" * 512).error == errno.EPERM
+
+
+def test_numbers_are_those_of_nobody(host: Host, kernel: FakeKernel) -> None:
+    """Neither one that another program connected, nor one that it only has open, nor one of before."""
+    kernel.show(0, 77, "nbd-client", SIZE)
+    kernel.show(2, 0, "glidefs:0123456789abcdef", 0)
+    first, _ = started(host)
+    second, _ = started(host, "other")
+    third, _ = started(host, "third", device_id=7)
+    assert [d.directory.name for d in (first, second, third)] == ["nbd1", "nbd3", "nbd7"]
+    assert (host.home / "run" / "nbd" / "7").read_text().startswith("GLIDEFS_NAME=third\n")
+
+
+def test_a_number_that_another_program_was_faster_to_take(host: Host, kernel: FakeKernel) -> None:
+    kernel.devices[0] = Device(kernel.block / "x", DeviceShape(1, 512, False, 1, 1, "y"), 9.0)
+    device, _ = started(host)
+    assert device.directory.name == "nbd1"
+    kernel.devices.pop(0).end()
+
+
+def test_a_kernel_that_refuses_leaves_nothing(host: Host, kernel: FakeKernel) -> None:
+    kernel.refuse = errno.EINVAL
+    with pytest.raises(DeviceError, match="refused"):
+        started(host)
+    assert not host.server.connections("vm")
+    assert not list((host.home / "run" / "nbd").glob("0.*"))
+
+
+def test_a_lost_connection_is_made_anew_and_requests_come_again(host: Host) -> None:
+    device, _ = started(host)
+    device.pwrite(0, b"a" * 4096)
+    for _ in range(3):
+        device.lose()
+        assert device.pread(0, 4096) == b"a" * 4096
+        device.pwrite(0, b"a" * 4096)
+
+
+def test_a_request_that_waits_too_long_is_asked_again_and_answered_once(host: Host) -> None:
+    """The store is away: the kernel gives up one connection after the other, guests just wait."""
+    device, _ = started(host)
+    host.answering.clear()
+    waiting = device.io(READ, 8 * MIB, 4096, wait=False)
+    wait_for(lambda: device.sent_again >= 3, "the request is sent again")
+    assert not waiting.done.is_set()
+    device.pwrite(0, b"n" * 4096)  # what needs no store goes on
+    assert device.pread(0, 4096) == b"n" * 4096
+    host.answering.set()
+    assert waiting.done.wait(DEADLINE)
+    assert (waiting.error, waiting.answer) == (0, bytes(4096))
+
+
+def test_what_an_ended_connection_asked_for_is_not_carried_out_later(tmp_path: Path) -> None:
+    """A write whose copy was answered must not come again behind a newer one to the same place.
+
+    The write waits for the base of its sector, then its connection ends; the copy waits, too.
+    """
+    kernel = FakeKernel(tmp_path / "block", request_timeout=0.2)
+    with Host(tmp_path, kernel) as host:
+        device, _ = started(host)
+        host.answering.clear()
+        old = device.io(WRITE, 8 * MIB, b"o" * 512, wait=False)
+        wait_for(lambda: device.sent_again >= 2, "the write is sent again")
+        host.answering.set()
+        assert old.done.wait(DEADLINE)
+        assert old.error == 0
+        device.pwrite(8 * MIB, b"n" * 512)
+        for _ in range(20):
+            assert device.pread(8 * MIB, 512) == b"n" * 512
+            time.sleep(0.01)
+
+
+def test_a_daemon_that_comes_back_takes_its_device_up(host: Host, kernel: FakeKernel) -> None:
+    device, attachment = started(host)
+    device.pwrite(0, b"a" * 4096)
+    host.transport.release("vm")
+    waiting = device.io(READ, 0, 4096, wait=False)
+    host.transport.close()
+    host.transport = host.make()
+    again = export(attachment.core, device_id=0, size=2 * SIZE)
+    assert host.transport.start(again).device == "/dev/nbd0"
+    assert waiting.done.wait(DEADLINE)
+    assert waiting.answer == b"a" * 4096
+    assert kernel.calls.count("connect 0") == 1
+    assert f"resize 0 {2 * SIZE}" in kernel.calls
+
+
+def test_a_device_of_another_directory_is_left_alone(host: Host, kernel: FakeKernel) -> None:
+    _, attachment = started(host)
+    host.transport.release("vm")
+    host.transport.close()
+    for path in (host.home / "state").iterdir():
+        path.unlink()
+    (host.home / "state").rmdir()
+    host.home = host.home / "elsewhere"
+    host.home.mkdir()
+    host.transport = host.make()
+    assert host.transport.start(export(attachment.core, device_id=0)).device == "/dev/nbd1"
+    host.transport.discard("vm", attachment.volume_id, 0)
+    assert "disconnect 0" not in kernel.calls
+    assert 0 in kernel.devices
+
+
+def test_a_device_without_a_record_is_ended(host: Host, kernel: FakeKernel) -> None:
+    """Its record is lost: what guests wrote to it may be, too."""
+    _, attachment = started(host)
+    host.transport.release("vm")
+    host.transport.close()
+    host.transport = host.make()
+    assert host.transport.start(export(attachment.core)).device == "/dev/nbd0"
+    assert kernel.calls[-2:] == ["disconnect 0", "connect 0"]
+
+
+def test_an_export_that_ends_unserved_takes_its_device_along(host: Host, kernel: FakeKernel) -> None:
+    _, attachment = started(host)
+    host.transport.release("vm")
+    host.transport.discard("vm", attachment.volume_id, 0)
+    assert not kernel.devices
+
+
+def test_an_open_device_keeps_its_number(
+    host: Host, kernel: FakeKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, attachment = started(host)
+    kernel.open.add(0)
+    host.transport.stop("vm")
+    assert "somebody still has /dev/nbd0 open" in caplog.text
+    assert host.transport.start(export(attachment.core, device_id=0)).device == "/dev/nbd1"
+    kernel.let_go(0)
+    host.transport.stop("vm")
+    assert host.transport.start(export(attachment.core, device_id=0)).device == "/dev/nbd0"
+
+
+def test_somebody_else_disconnects_it(host: Host, kernel: FakeKernel) -> None:
+    started(host)
+    kernel.disconnect(0)
+    wait_for(lambda: host.gone == ["vm"], "the export is told of")
+
+
+def test_resize(host: Host, kernel: FakeKernel) -> None:
+    device, attachment = started(host)
+    assert host.transport.resize(export(attachment.core, size=2 * SIZE)) == ""
+    assert kernel.calls[-1] == f"resize 0 {2 * SIZE}"
+    assert device.pread(0, 4096) == bytes(4096)
+
+
+def test_without_the_driver(host: Host) -> None:
+    transport = host.make()
+    transport._missing = lambda: "the kernel's nbd driver is not loaded"
+    with pytest.raises(NotSupported, match="not loaded; or use --transport nbd"):
+        transport.start(export(host.add("vm", SIZE)))
+
+
+def test_a_connection_moves_with_its_volume(host: Host, tmp_path: Path) -> None:
+    """What a handoff says of it, and that the core goes on with it as the kernel's."""
+    device, attachment = started(host)
+    device.pwrite(0, b"h" * 4096)
+    handoff.freeze(attachment.core)
+    ((_, state),) = handoff.connections(attachment.core)
+    assert state.modes.kernel
+    handoff.unfreeze(attachment.core)
+    assert device.pread(0, 4096) == b"h" * 4096
+
+
+# -- netlink -------------------------------------------------------------------------------------------
+
+
+class Wire:
+    """A netlink socket that keeps what is sent and says what it is told."""
+
+    def __init__(self, answers: list[bytes]) -> None:
+        self.sent: list[bytes] = []
+        self.answers = answers
+
+    def settimeout(self, seconds: float) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def send(self, data: bytes) -> int:
+        self.sent.append(data)
+        return len(data)
+
+    def recv(self, length: int) -> bytes:
+        if not self.answers:
+            raise TimeoutError
+        return self.answers.pop(0)
+
+
+def message(kind: int, sequence: int, payload: bytes) -> bytes:
+    return netlink._HEADER.pack(16 + len(payload), kind, 0, sequence, 0) + payload
+
+
+def ack(sequence: int, number: int = 0) -> bytes:
+    return message(2, sequence, (-number).to_bytes(4, "little", signed=True) + bytes(16))
+
+
+FAMILY = message(16, 1, b"\x01\x02\0\0" + b"\x06\0\x01\0\x1f\0\0\0")
+
+
+def control(monkeypatch: pytest.MonkeyPatch, *answers: bytes) -> tuple[NbdControl, Wire]:
+    wire = Wire([FAMILY, ack(1), *answers])
+    monkeypatch.setattr(socket, "socket", lambda *args: wire)
+    return NbdControl(), wire
+
+
+def test_connect_says_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, wire = control(monkeypatch, ack(2))
+    made.connect(5, DeviceShape(1 << 40, 512, True, 10, 99, "glidefs:x"), 33)
+    length, family, flags, sequence, _ = netlink._HEADER.unpack_from(wire.sent[1])
+    assert (length, family, flags, sequence) == (len(wire.sent[1]), 0x1F, 5, 2)
+    assert wire.sent[1][16] == 1
+    body = wire.sent[1][20:]
+
+    def number(*path: int) -> int:
+        return int.from_bytes(attribute(body, *path), "little")
+
+    assert [number(kind) for kind in (1, 2, 3, 4, 8)] == [5, 1 << 40, 512, 10, 99]
+    assert number(5) == 1 | 2 | 4 | 8 | 32 | 64
+    assert number(6) == 1
+    assert attribute(body, 10) == b"glidefs:x\0"
+    assert number(7, 1, 1) == 33
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM, errno.EINVAL])
+def test_what_the_kernel_refuses(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    made, _ = control(monkeypatch, ack(2, number))
+    with pytest.raises(DeviceError, match="disconnect /dev/nbd3") as caught:
+        made.disconnect(3)
+    assert caught.value.errno == number
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"", b"\x01", bytes(16), message(2, 9, bytes(20)), message(2, 2, b"\0"), b"\xff" * 40],
+    ids=["nothing", "a byte", "zeros", "another's", "short", "too long"],
+)
+def test_answers_that_are_none(monkeypatch: pytest.MonkeyPatch, answer: bytes) -> None:
+    made, _ = control(monkeypatch, answer)
+    with pytest.raises(DeviceError, match="does not answer"):
+        made.disconnect(3)
+
+
+def test_a_kernel_without_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    wire = Wire([ack(1, errno.ENOENT)])
+    monkeypatch.setattr(socket, "socket", lambda *args: wire)
+    with pytest.raises(DeviceError, match="find the nbd driver") as caught:
+        NbdControl()
+    assert caught.value.errno == errno.ENOENT
+
+
+def test_this_kernel_answers() -> None:
+    """A real netlink socket: the driver is there, or it is not, in either case the kernel says so."""
+    if MODULE.exists():
+        NbdControl().close()
+        return
+    with pytest.raises(DeviceError) as caught:
+        NbdControl()
+    assert caught.value.errno in (errno.ENOENT, errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT)
+
+
+def test_many_devices_at_once(host: Host) -> None:
+    """Calls for different exports overlap."""
+    attachments = [export(host.add(f"v{i}", SIZE), f"v{i}") for i in range(8)]
+    threads = [threading.Thread(target=host.transport.start, args=(one,)) for one in attachments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(c.peer for c in host.server.connections()) == sorted(map(path_of, range(8)))
+    for device in list(host.kernel.devices.values()):
+        device.pwrite(0, b"m" * 512)
