@@ -119,8 +119,8 @@ class Core:
             if volume is not None:
                 self._device_down(volume.name)
 
-    def _device_down(self, name: str) -> None:
-        self.router.device_down(name)
+    def _device_down(self, name: str) -> bool:
+        return self.router.device_down(name)
 
     def coordinator(self, entries: list[Entry]) -> HandoffCoordinator:
         """For a handoff of these exports."""

@@ -95,13 +95,11 @@ def _describe_nbd(state: driver.NbdState, records: _Records, names: DeviceNames)
     device = Device(
         id=state.index,
         device=path_of(state.index),
-        state="connected" if state.server else "stopped",
+        state="connected",
         owner=owner,
         export=record.name if record else names.read(state.index)[0] if owner == "orphan" else "",
         size=state.size,
     )
-    if not state.server:
-        return replace(device, keep="it has ended: it disappears when those who have it open close it")
     return replace(device, keep=_why_keep(device, record, records))
 
 

@@ -94,18 +94,22 @@ class Leaving:
             before, served = entry.record, entry.transport
             assert before is not None
             assert served is not None
-            if self._opener.choose(kind).kind == served.kind:
+            choice = self._opener.guests.choose(kind)
+            if choice.kind == served.kind:
                 entry.change_record(self._records, transport=kind)
                 return entry.status()
             self._check_unused(entry, "detach", force=False)
-            self._opener.stop_transport(entry, remove_device=True)
-            entry.change_record(self._records, transport=kind, device_id=None)
+            self._opener.guests.stop(entry, remove_device=True)
+            was = {name: getattr(before, name) for name in ("transport", "device_id", "served_by")}
             try:
-                self._opener.start_transport(entry)
+                entry.change_record(self._records, transport=kind, device_id=None, served_by=choice.kind)
+                self._opener.guests.start(entry)
             except BaseException:
-                entry.change_record(self._records, transport=before.transport, device_id=before.device_id)
+                with contextlib.suppress(OSError):  # as full a disk as before; the next start makes up for it
+                    entry.change_record(self._records, **was)
                 self._opener.restart_transport(entry)
                 raise
+            entry.reason = choice.why
             return entry.status()
 
     # -- detach ----------------------------------------------------------------------------------
@@ -152,7 +156,7 @@ class Leaving:
         Returns why the log must be kept: another host has the volume, or, if forced, something could not be
         uploaded. Empty if it need not be kept.
         """
-        self._opener.stop_transport(entry, remove_device=True)
+        self._opener.guests.stop(entry, remove_device=True)
         try:
             if entry.volume is not None:
                 entry.drain(STORE_PATIENCE if force else PATIENCE)

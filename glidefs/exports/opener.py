@@ -7,11 +7,14 @@ without records names the volumes that the store says a host of its name had, an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+
+from msgspec.structs import replace
 
 from glidefs.asked import START
 from glidefs.core.handoff import Position
@@ -19,11 +22,13 @@ from glidefs.errors import (
     CorruptLog,
     Fenced,
     GlideError,
+    NotSupported,
     OwnedElsewhere,
     StoreError,
     StoreWentBack,
 )
 from glidefs.events import event
+from glidefs.exports.guests import Guests
 from glidefs.exports.logs.closed import ExportLogs
 from glidefs.exports.logs.lost_records import (
     advice,
@@ -42,7 +47,7 @@ from glidefs.manifest import lease, local
 from glidefs.manifest.lease import delete_root
 from glidefs.names import manifest_key
 from glidefs.store.resilient import ResilientStore
-from glidefs.transport.base import Attachment, Choice, Transport, choose_transport
+from glidefs.transport.base import Transport
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -70,7 +75,7 @@ class Opener:
         self._records = records
         self._host = host
         self._store = store
-        self._transports = transports
+        self.guests = Guests(transports, records)
         self.places = places
         self.logs = ExportLogs(places)
         self.roots = Roots(places, store, self.logs)
@@ -141,7 +146,7 @@ class Opener:
         """Found fenced at a start: guests of a device that is left get errors instead of waiting."""
         assert entry.record is not None
         entry.failed(Fenced(entry.name, entry.fence_reason()))
-        self._discard_device(entry.record)
+        self.guests.discard_device(entry.record)
         log.error(
             "%s: stays fenced: %s; 'glidefs attach %s' takes it again", entry.name, entry.reason, entry.name
         )
@@ -228,7 +233,7 @@ class Opener:
         try:
             if compare:
                 self._compare(entry.volume)
-            self.start_transport(entry)
+            self.guests.start(entry)
         except BaseException:
             self.close_volume(entry)
             raise
@@ -258,8 +263,7 @@ class Opener:
         root, etag = self.roots.find(entry.record)
         entry.volume = self._host.open(entry.record, root, etag, standby=True)
         self._watch(entry, entry.volume)
-        choice = self.choose(entry.record.transport)
-        self._transports[choice.kind].prepare(entry.record.device_id)
+        self.guests.prepare(entry.record)
 
     def take_up(self, entry: Entry, position: Position) -> None:
         """The process before has stopped: bring the volume up to date; it stays frozen. Raises."""
@@ -339,6 +343,8 @@ class Opener:
         Raises OSError.
         """
         self.logs.begin(record)
+        with contextlib.suppress(NotSupported):  # asked for, and not to be had: the start says so
+            record = replace(record, served_by=self.guests.choose(record.transport).kind)
         entry.set_record(self._records, record)
 
     def check_log(self, record: ExportRecord) -> None:
@@ -362,57 +368,12 @@ class Opener:
 
     # -- transports ------------------------------------------------------------------------------
 
-    def attachment(self, entry: Entry) -> Attachment:
-        """The export as transports see it."""
-        record, volume = entry.record, entry.volume
-        assert record is not None
-        assert volume is not None
-        return Attachment(
-            name=record.name,
-            volume_id=record.volume_id,
-            size=record.size,
-            read_only=record.read_only,
-            core=volume.core,
-            device_id=record.device_id,
-        )
-
-    def choose(self, kind: str) -> Choice:
-        """The transport that is meant by `kind` on this host. Raises NotSupported."""
-        return choose_transport(kind, self._transports)
-
-    def start_transport(self, entry: Entry) -> None:
-        """Let guests in. Raises NotSupported, DeviceError."""
-        assert entry.record is not None
-        choice = self.choose(entry.record.transport)
-        transport = self._transports[choice.kind]
-        endpoint = transport.start(self.attachment(entry))
-        entry.transport, entry.endpoint = transport, endpoint
-        if endpoint.device_id is not None and endpoint.device_id != entry.record.device_id:
-            entry.change_record(self._records, device_id=endpoint.device_id)
-        entry.state, entry.reason = "serving", choice.why
-        entry.retry = False
-
     def restart_transport(self, entry: Entry) -> None:
         """Serve again after a verb that failed. What fails is kept in the entry."""
         try:
-            self.start_transport(entry)
+            self.guests.start(entry)
         except Exception as error:
             self._failed(entry, error)
-
-    def stop_transport(self, entry: Entry, *, remove_device: bool) -> None:
-        """On return no guest reaches the volume. What fails is logged."""
-        transport = entry.transport
-        if transport is None:
-            return
-        try:
-            if remove_device:
-                transport.stop(entry.name)
-            else:
-                transport.release(entry.name)
-        except (GlideError, OSError) as error:
-            log.error("%s: %s", entry.name, error)
-        entry.transport = entry.endpoint = None
-        entry.state, entry.reason = "stopped", ""
 
     def close_volume(self, entry: Entry) -> tuple[Root, str | None]:
         """Close the volume; returns its last root and that one's ETag."""
@@ -425,7 +386,7 @@ class Opener:
 
     def close_entry(self, entry: Entry, *, remove_device: bool) -> None:
         """Stop the transport and close the volume, as far as they are there."""
-        self.stop_transport(entry, remove_device=remove_device)
+        self.guests.stop(entry, remove_device=remove_device)
         if entry.volume is not None:
             try:
                 self.close_volume(entry)
@@ -439,23 +400,13 @@ class Opener:
         """
         record = entry.record
         if record is not None:
-            self._discard_device(record)
+            self.guests.discard_device(record)
             if keep_log or record.fenced:
                 self.logs.set_aside(record)
             else:
                 self.logs.delete(record)
             local.forget(self.places.state_dir, record.volume_id)
         entry.delete_record(self._records)
-
-    def _discard_device(self, record: ExportRecord) -> None:
-        """An export that could not be served may have a device whose guests wait."""
-        if record.device_id is None:
-            return
-        for transport in self._transports.values():
-            try:
-                transport.discard(record.name, record.volume_id, record.device_id)
-            except GlideError as error:
-                log.warning("%s: %s", record.name, error)
 
     # -- the end ---------------------------------------------------------------------------------
 
@@ -466,7 +417,7 @@ class Opener:
 
     def _let_go(self, entry: Entry, remove_device: bool) -> None:
         with entry.lock:
-            self.stop_transport(entry, remove_device=remove_device)
+            self.guests.stop(entry, remove_device=remove_device)
             volume: Volume | None = entry.volume
             if volume is None:
                 return

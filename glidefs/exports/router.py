@@ -170,13 +170,18 @@ class ExportRouter:
             raise Refused("the daemon is stopping; try again when it is back")
         self.table.check_open()
 
-    def device_down(self, name: str) -> None:
-        """The kernel took the device of an export away. Does not block."""
+    def device_down(self, name: str) -> bool:
+        """The kernel took the device of an export away. Does not block. False: a verb has the export."""
         entry = self.table.find(name)
-        if entry is not None and entry.state == "serving" and entry.lock.acquire(blocking=False):
-            entry.state, entry.reason = "failed", "its device was removed; attach the export again"
+        if entry is None or not entry.lock.acquire(blocking=False):
+            return entry is None
+        try:
+            if entry.state == "serving":
+                entry.state, entry.reason = "failed", "its device was removed; attach the export again"
+                log.error("%s: %s", name, entry.reason)
+        finally:
             entry.lock.release()
-            log.error("%s: %s", name, entry.reason)
+        return True
 
     # -- looking -------------------------------------------------------------------------------
 
@@ -444,15 +449,15 @@ class ExportRouter:
             assert record is not None
             assert volume is not None
             assert transport is not None
-            if wanted == record.size:
-                return entry.status()
+            if wanted == record.size:  # its guests may not know, if that failed
+                return entry.status(note=transport.resize(self._opener.guests.attachment(entry)))
             if record.read_only:  # of a view as of an own volume
                 raise NotSupported(f"{name} is read-only; its size cannot change")
             if wanted < record.size and not shrink:
                 raise ConfigError(
                     f"{name} has {record.size} bytes, {wanted} would cut data off; confirm it with --shrink"
                 )
-            before = self._opener.attachment(entry)
+            before = self._opener.guests.attachment(entry)
             transport.check_resize(before, wanted)
             after = replace(before, size=wanted)
             note = transport.resize(after) if wanted < record.size else ""

@@ -36,7 +36,8 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     ``volume_id`` and ``log_id`` 16 bytes, ``manifest_hash`` (32 bytes) of the root that the local
     copies must have, ``size`` in bytes. ``attached``: the export is to be served at start.
-    ``device_id``: the ublk device to keep, if any. ``root_published``: the store has had a root of
+    ``device_id``: the number of the device to keep, if any; ``served_by``: the transport that it had
+    last, which "auto" stays with. ``root_published``: the store has had a root of
     this volume, so one that is missing there fences the export. Until then ``root`` is that root as it
     will be put, encoded: so one file makes a new volume durable. ``fenced``: why this host may not serve
     the volume any more, empty while it may; ``fenced_at``: since when, unix seconds. A fence is final for
@@ -55,6 +56,7 @@ class ExportRecord(msgspec.Struct, frozen=True, kw_only=True):
     flush: Literal["local", "store"] = "local"
     attached: bool = True
     device_id: Natural | None = None
+    served_by: Label = ""
     root_published: bool = False
     root: Annotated[bytes, Meta(max_length=MAX_ROOT)] = b""
     source: Label = ""

@@ -165,16 +165,25 @@ class HandoffCoordinator:
         self._router.opener.take_up(entry, cut.position)
         if cut.transport == "ublk":
             handoff.unfreeze(volume.core)  # the kernel has what guests asked for meanwhile
-        self._router.opener.start_transport(entry)
+        self._router.opener.guests.start(entry)
 
-    def adopt_connections(self, cuts: Iterable[ExportCut], sockets: list[int]) -> None:
-        """The NBD connections belong to the volumes, which are frozen still. ``sockets`` is used up."""
+    def adopt_connections(
+        self, cuts: Iterable[ExportCut], sockets: list[int], *, kernel: bool = True
+    ) -> None:
+        """The NBD connections belong to the volumes, which are frozen still. ``sockets`` is used up.
+
+        Without ``kernel`` those of its driver are closed: it may have asked for the same over another one by
+        now, and asks again for what has no answer.
+        """
         for cut in cuts:
             volume = self.get_handler_sync(cut.name).volume
             assert volume is not None
             for connection in cut.connections:
                 fd = sockets.pop(0)
                 state = connection.state
+                if state.kernel and not kernel:
+                    os.close(fd)
+                    continue
                 self._server.table.adopt(
                     NbdConnection(
                         state.conn_id, cut.name, connection.peer, state.read_only, connection.since
@@ -193,7 +202,7 @@ class HandoffCoordinator:
                 close_all(own)
             elif own:
                 handoff.freeze(entry.volume.core)
-                self.adopt_connections([cut], own)
+                self.adopt_connections([cut], own, kernel=False)
                 handoff.unfreeze(entry.volume.core)
 
     def go_on(self) -> None:

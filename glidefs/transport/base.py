@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Attachment(Struct, frozen=True):
-    """What a transport needs to know about an export. `size` in bytes; `volume_id` 16 bytes."""
+    """What a transport needs to know about an export. `size` in bytes; `volume_id` 16 bytes.
+
+    ``waits_for_store``: a flush may take as long as an upload.
+    """
 
     name: str
     volume_id: bytes
@@ -22,6 +25,7 @@ class Attachment(Struct, frozen=True):
     read_only: bool
     core: CoreVolume
     device_id: int | None = None
+    waits_for_store: bool = False
 
 
 class Endpoint(Struct, frozen=True):

@@ -29,7 +29,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="sections: " + "; ".join(f"{name}: {text}" for name, text in SECTIONS.items()),
     )
     made.add_argument(
-        "sections", nargs="*", metavar="SECTION", help="nbd, s3, cold, vm, cost, bless (default: nbd s3 vm)"
+        "sections",
+        nargs="*",
+        metavar="SECTION",
+        help="nbd, s3, cold, vm, cost, bless, or all (default: nbd s3 vm)",
     )
     made.add_argument("--short", action="store_true", help="see that it works; the figures mean little")
     made.add_argument("--rounds", type=int, help="pairs per load (default 5; short: 1)")
@@ -47,6 +50,8 @@ def main() -> int:
     options = parser()
     args = options.parse_args()
     chosen = args.sections or ["nbd", "s3", "vm"]
+    if chosen == ["all"]:
+        chosen = list(SECTIONS)
     for name in chosen:
         if name not in SECTIONS:
             options.error(f"no section {name}: choose from {', '.join(SECTIONS)}")

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from fork_rig import MIB, Node, NoGuests
+from msgspec.structs import replace
 
 from glidefs.errors import ConfigError, DeviceError, InUse, NotSupported
+from glidefs.exports.requests import CreateRequest
 from glidefs.transport.base import Attachment, Endpoint
 
 SIZE = 16 * MIB
@@ -90,6 +92,40 @@ def test_one_that_fails_leaves_the_one_before(node: Node, kinds: dict[str, Devic
     with pytest.raises(ConfigError, match="not known"):
         node.router.change_transport("v", "vhost")
     assert node.router.show("v").state == "serving"
+
+
+def test_auto_stays_with_what_an_export_had(node: Node, kinds: dict[str, Devices]) -> None:
+    """Its guests are there: a driver that is loaded later changes nothing until somebody says so."""
+    for one in kinds.values():
+        one.lacking = "not here"
+    node.router.create("v", CreateRequest(size=SIZE, transport="auto"))
+    assert node.router.show("v").transport == "nbd"
+    kinds["nbd-device"].lacking = None
+    entry = node.router.table.get("v")
+    guests = node.router.opener.guests
+    guests.stop(entry, remove_device=False)
+    guests.start(entry)
+    assert (entry.status().transport, "had nbd before" in entry.status().reason) == ("nbd", True)
+    assert node.router.change_transport("v", "auto").transport == "nbd-device"
+    kinds["ublk"].lacking = None
+    guests.stop(entry, remove_device=False)
+    guests.start(entry)
+    assert entry.status().device == "/dev/nbd7"
+    assert "had nbd-device before" in entry.status().reason
+
+
+def test_what_cannot_be_had_any_more_leaves_no_device(node: Node, kinds: dict[str, Devices]) -> None:
+    node.create("v", SIZE)
+    node.router.change_transport("v", "auto")
+    entry = node.router.table.get("v")
+    guests = node.router.opener.guests
+    guests.stop(entry, remove_device=False)
+    kinds["nbd-device"].lacking = "the driver is not loaded"
+    assert entry.record is not None
+    entry.record = replace(entry.record, served_by="nbd-device")
+    guests.start(entry)
+    assert entry.status().transport == "ublk"
+    assert entry.record.served_by == "ublk"
 
 
 def test_auto_says_what_is_missing(node: Node, kinds: dict[str, Devices]) -> None:

@@ -12,7 +12,7 @@ from glidefs.core.handoff import Connection, Position
 from glidefs.errors import GlideError
 from glidefs.handoff import coordinator as module
 from glidefs.handoff.coordinator import HandoffCoordinator
-from glidefs.handoff.protocol import CAPABILITIES
+from glidefs.handoff.protocol import CAPABILITIES, ConnectionCut, ExportCut
 
 
 def coordinator(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> tuple[HandoffCoordinator, int]:
@@ -59,3 +59,23 @@ def test_a_connection_that_the_successor_does_not_understand(
         for one in sockets:
             os.close(one)
     os.close(fd)
+
+
+def test_after_a_revival_the_kernel_asks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have asked for the same over another connection meanwhile: the old one ends unheard."""
+    adopted: list[int] = []
+    monkeypatch.setattr(module.handoff, "adopt", lambda core, fd, state: adopted.append(fd))
+    ends = [os.open("/dev/null", os.O_RDONLY) for _ in range(2)]
+    made, fd = coordinator(Connection(7, False, 0, b"", b""), monkeypatch)
+    table: Any = made._server.table
+    table.adopt = lambda about, core: None
+    states = [Connection(8, False, 0, b"", b"", kernel=True), Connection(9, False, 0, b"", b"")]
+    cut = ExportCut(
+        "vm", Position(0, 0, 0), None, 1, "nbd", tuple(ConnectionCut(s, "p", 1.0) for s in states)
+    )
+    made.adopt_connections([cut], list(ends), kernel=False)
+    assert adopted == ends[1:]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(ends[0])
+    for one in (ends[1], fd):
+        os.close(one)

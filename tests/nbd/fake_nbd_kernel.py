@@ -159,6 +159,8 @@ class FakeKernel:
         self.open: set[int] = set()
         self.calls: list[str] = []
         self.refuse = 0
+        self.going: set[int] = set()
+        """Numbers that sysfs shows no more, and that are not free yet."""
         self.lock = threading.Lock()
         block.mkdir(parents=True)
 
@@ -180,7 +182,7 @@ class FakeKernel:
 
     def _find(self, index: int, identifier: str) -> Device:
         device = self.devices.get(index)
-        if device is None or device.shape.identifier != identifier:
+        if device is None or device.shape.identifier != identifier or not device.connected:
             raise DeviceError("reconfigure: Invalid argument", errno=errno.EINVAL)
         return device
 
@@ -188,6 +190,8 @@ class FakeKernel:
         self.calls.append(f"connect {index}")
         if self.refuse:
             raise DeviceError("connect: refused", errno=self.refuse)
+        if index in self.going:
+            raise DeviceError("connect: Invalid argument", errno=errno.EINVAL)
         with self.lock:
             if index in self.devices:
                 raise DeviceError("connect: Device or resource busy", errno=errno.EBUSY)
@@ -199,6 +203,9 @@ class FakeKernel:
         self.calls.append(f"reconnect {index}")
         self._find(index, identifier).take(fd)
 
+    def probe(self, index: int, identifier: str) -> None:
+        self._find(index, identifier)
+
     def resize(self, index: int, identifier: str, size: int) -> None:
         self.calls.append(f"resize {index} {size}")
         self._find(index, identifier)
@@ -206,18 +213,18 @@ class FakeKernel:
 
     def disconnect(self, index: int) -> None:
         self.calls.append(f"disconnect {index}")
-        device = self.devices.pop(index, None)
-        if device is None:
+        device = self.devices.get(index)
+        if device is None or not device.connected:
             raise DeviceError("disconnect: Invalid argument", errno=errno.EINVAL)
         device.end()
-        if index in self.open:
-            self.show(index, 0, device.shape.identifier, 0)
-        else:
+        if index not in self.open:  # else sysfs goes on showing what it was
+            del self.devices[index]
             shutil.rmtree(device.directory)
 
     def let_go(self, index: int) -> None:
         """Nobody has it open any more."""
         self.open.discard(index)
+        del self.devices[index]
         shutil.rmtree(self.block / f"nbd{index}")
 
 

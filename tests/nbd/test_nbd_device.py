@@ -47,6 +47,7 @@ class Host(Served):
         self.home = directory
         self.kernel = kernel
         self.gone: list[str] = []
+        self.busy = False
         super().__init__(directory, **config)
         self.transport = self.make()
 
@@ -57,12 +58,17 @@ class Host(Served):
             NbdDeviceSettings(),
             self.home / "state",
             self.server.table,
-            self.gone.append,
+            self.on_gone,
             names=DeviceNames("nbd", self.home / "run"),
             control=self.kernel,  # type: ignore[arg-type]
             block=self.kernel.block,
             missing=lambda: None,
+            has_node=lambda index: True,
         )
+
+    def on_gone(self, name: str) -> bool:
+        self.gone.append(name)
+        return not self.busy
 
     def _events(self) -> None:
         for event in self.engine.events_next(50):
@@ -124,7 +130,7 @@ def test_the_kernel_is_told_what_the_volume_is(host: Host) -> None:
 def test_numbers_are_those_of_nobody(host: Host, kernel: FakeKernel) -> None:
     """Neither one that another program connected, nor one that it only has open, nor one of before."""
     kernel.show(0, 77, "nbd-client", SIZE)
-    kernel.show(2, 0, "glidefs:0123456789abcdef", 0)
+    kernel.show(2, 78, "glidefs:0123456789abcdef", 0)
     first, _ = started(host)
     second, _ = started(host, "other")
     third, _ = started(host, "third", device_id=7)
@@ -140,7 +146,7 @@ def test_a_number_that_another_program_was_faster_to_take(host: Host, kernel: Fa
 
 
 def test_a_kernel_that_refuses_leaves_nothing(host: Host, kernel: FakeKernel) -> None:
-    kernel.refuse = errno.EINVAL
+    kernel.refuse = errno.EPERM
     with pytest.raises(DeviceError, match="refused"):
         started(host)
     assert not host.server.connections("vm")
@@ -202,7 +208,7 @@ def test_a_daemon_that_comes_back_takes_its_device_up(host: Host, kernel: FakeKe
     assert waiting.done.wait(DEADLINE)
     assert waiting.answer == b"a" * 4096
     assert kernel.calls.count("connect 0") == 1
-    assert f"resize 0 {2 * SIZE}" in kernel.calls
+    wait_for(lambda: f"resize 0 {2 * SIZE}" in kernel.calls, "the keeper tells the size")
 
 
 def test_a_device_of_another_directory_is_left_alone(host: Host, kernel: FakeKernel) -> None:
@@ -251,10 +257,96 @@ def test_an_open_device_keeps_its_number(
     assert host.transport.start(export(attachment.core, device_id=0)).device == "/dev/nbd0"
 
 
-def test_somebody_else_disconnects_it(host: Host, kernel: FakeKernel) -> None:
+@pytest.mark.parametrize("is_open", [False, True])
+def test_somebody_else_disconnects_it(host: Host, kernel: FakeKernel, is_open: bool) -> None:
+    """Told until it was noted; and the number, which may be another's by then, is not ended again."""
     started(host)
+    if is_open:
+        kernel.open.add(0)
+    host.busy = True
     kernel.disconnect(0)
-    wait_for(lambda: host.gone == ["vm"], "the export is told of")
+    wait_for(lambda: len(host.gone) > 2, "the export is told of, again and again")
+    host.busy = False
+    time.sleep(1.0)
+    told = len(host.gone)
+    if not is_open:
+        other, _ = started(host, "other", device_id=0)
+        assert other.directory.name == "nbd0"
+    host.transport.stop("vm")
+    time.sleep(0.5)
+    assert (len(host.gone), kernel.calls.count("disconnect 0")) == (told, 1)
+
+
+def test_a_device_that_has_ended_is_not_taken_up(host: Host, kernel: FakeKernel) -> None:
+    """sysfs shows it as before while somebody has it open."""
+    _, attachment = started(host)
+    kernel.open.add(0)
+    host.transport.release("vm")
+    kernel.disconnect(0)
+    assert host.transport.start(export(attachment.core, device_id=0)).device == "/dev/nbd1"
+
+
+def test_a_number_that_is_about_to_be_free(host: Host, kernel: FakeKernel) -> None:
+    kernel.going.add(0)
+    device, _ = started(host)
+    assert device.directory.name == "nbd1"
+
+
+def test_a_restart_is_a_pause_for_requests_under_way(host: Host, kernel: FakeKernel) -> None:
+    """Not an error: the kernel would tell its guests."""
+    device, attachment = started(host)
+    host.answering.clear()
+    waiting = [
+        device.io(kind, 8 * MIB, what, wait=False) for kind, what in ((READ, 4096), (WRITE, b"w" * 512))
+    ]
+    wait_for(lambda: attachment.core.info().longest_wait_ns, "they wait")
+    host.transport.release("vm")
+    host.transport.close()
+    host.answering.set()
+    host.transport = host.make()
+    host.transport.start(export(attachment.core, device_id=0))
+    for one in waiting:
+        assert one.done.wait(DEADLINE)
+        assert one.error == 0
+
+
+def test_a_resize_waits_for_nobody(host: Host, kernel: FakeKernel) -> None:
+    """The kernel lets requests end first: one that waits for the store would stop all calls of the driver."""
+    device, attachment = started(host)
+    host.transport.check_resize(attachment, 2 * SIZE)
+    host.answering.clear()
+    device.request_timeout = 60.0
+    waiting = device.io(READ, 8 * MIB, 4096, wait=False)
+    time.sleep(1.5)
+    with pytest.raises(NotSupported, match="has waited for"):
+        host.transport.check_resize(attachment, 2 * SIZE)
+    host.answering.set()
+    assert waiting.done.wait(DEADLINE)
+    host.transport.check_resize(attachment, 2 * SIZE)
+
+
+def test_no_connection_is_made_while_connections_move(host: Host) -> None:
+    device, _ = started(host)
+    host.server.pause(0.1)
+    device.lose()
+    waiting = device.io(READ, 0, 4096, wait=False)
+    time.sleep(1.0)
+    assert not waiting.done.is_set()
+    host.server.resume()
+    assert waiting.done.wait(DEADLINE)
+
+
+def test_a_container_without_the_devices(host: Host, kernel: FakeKernel) -> None:
+    transport = host.make()
+    transport._has_node = lambda index: False
+    with pytest.raises(NotSupported, match="/dev/nbd0 is not in this /dev"):
+        transport.start(export(host.add("vm", SIZE)))
+    assert not kernel.devices
+
+
+def test_an_upload_may_take_longer_than_a_request(host: Host) -> None:
+    device, _ = started(host, waits_for_store=True)
+    assert device.shape.request_timeout == 300
 
 
 def test_resize(host: Host, kernel: FakeKernel) -> None:

@@ -1,4 +1,4 @@
-"""`/dev/nbdN` with the kernel's own driver: files, kill -9, handoffs under fio that verifies, resize, orphans.
+"""`/dev/nbdN` with the kernel's own driver: files, kill -9, handoffs under fio that verifies, resize.
 
 ``GLIDEFS_KILLS`` and ``GLIDEFS_HANDOFFS`` say how many.
 """

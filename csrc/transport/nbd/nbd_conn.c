@@ -112,6 +112,7 @@ void nbd_give_up(struct nbd_conn *c, int error)
 {
     nbd_end(c, error, true);
     io_cancel(c->volume, c, ESHUTDOWN);
+    worker_want_tick(c->worker);
 }
 
 /* We end the connection: what waits for the store or for space fails now; the peer gets the replies it takes. That of a
@@ -123,7 +124,9 @@ static void leave(struct nbd_conn *c)
         c->ended = c->broken = true;
         nbd_end(c, ESHUTDOWN, false);
     } else {
-        nbd_end(c, ESHUTDOWN, c->send_polling); /* it does not read: nothing to wait for */
+        /* Nothing to wait for where it does not read. The kernel asks again for what has no answer: an error would be
+         * one, and its guests'. */
+        nbd_end(c, ESHUTDOWN, c->send_polling || c->modes & GLIDE_NBD_KERNEL);
     }
     io_cancel(c->volume, c, ESHUTDOWN);
     worker_at_end(c->worker, ROUND_REPLY, &c->send_task); /* replies first, then nbd_advance() */
@@ -202,6 +205,11 @@ static bool tick(struct transport *t)
 {
     struct nbd_conn *c = nbd_conn_of(t);
 
+    if (c->ended && c->modes & GLIDE_NBD_KERNEL) { /* what came back from a read meanwhile may wait again */
+        io_cancel(c->volume, c, ESHUTDOWN);
+        nbd_advance(c);
+        return true;
+    }
     if (is_stalled(c)) {
         nbd_give_up(c, ETIME);
         nbd_advance(c);

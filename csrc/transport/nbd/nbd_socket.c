@@ -82,6 +82,15 @@ static void consume_rest(struct nbd_conn *c)
     free(rest);
 }
 
+/* The stream is over. The kernel will ask for the same over another one. */
+static void lost(struct nbd_conn *c, int error, bool broken)
+{
+    if (c->modes & GLIDE_NBD_KERNEL)
+        nbd_give_up(c, error);
+    else
+        nbd_end(c, error, broken);
+}
+
 /* One receive. False: drained, ended, or wait. */
 static bool receive(struct nbd_conn *c)
 {
@@ -99,12 +108,8 @@ static bool receive(struct nbd_conn *c)
     ssize_t n = recvmsg(c->fd, &message, MSG_DONTWAIT);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return errno == EINTR;
-    if (n <= 0 && c->modes & GLIDE_NBD_KERNEL) { /* the same requests may come over another connection */
-        nbd_give_up(c, n ? errno : 0);
-        return false;
-    }
     if (n <= 0) {
-        nbd_end(c, n ? errno : 0, n < 0); /* a client may close its half and still read */
+        lost(c, n ? errno : 0, n < 0); /* a client may close its half and still read */
         return false;
     }
     uint64_t got = (uint64_t)n, direct = min_u64(got, missing);
@@ -174,10 +179,12 @@ static void on_poll(struct ring_op *op, int res, uint32_t flags)
         c->hangup |= (res & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
     if (c->volume->frozen && !c->ended)
         return; /* nbd_unfreeze receives */
-    if (res >= 0 || res == -EAGAIN)
+    if (c->hangup && c->modes & GLIDE_NBD_KERNEL)
+        nbd_give_up(c, 0); /* at once, however much is in front of the end of the stream */
+    else if (res >= 0 || res == -EAGAIN)
         nbd_receive_some(c);
     else if (res != -ECANCELED)
-        nbd_end(c, -res, true);
+        lost(c, -res, true);
     if (!c->ended && !c->polling)
         nbd_arm_poll(c);
     nbd_advance(c);
@@ -257,7 +264,7 @@ void nbd_send_replies(struct nbd_conn *c)
         else if (errno == EAGAIN && !c->leaving)
             arm_send_poll(c);
         else if (errno != EINTR)
-            nbd_end(c, errno, true);
+            lost(c, errno, true);
     }
 }
 

@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from glidefs.core.check import Closed
 from glidefs.core.volume import NbdModes
+from glidefs.errors import GlideError
 from glidefs.transport.nbd.negotiation import Chosen, ExportLookup, NbdExport
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class NbdConnection(Struct, frozen=True):
     since: float  # seconds since the epoch
 
 
+class Paused(GlideError):
+    """Connections are about to move to another process."""
+
+
 class _Record:
     def __init__(self, about: NbdConnection, core: CoreVolume) -> None:
         self.about = about
@@ -57,7 +62,13 @@ class ConnectionTable:
         self._records: dict[int, _Record] = {}
         self._removals = 0
         self._closing = False
+        self._paused = False
         self._ids = itertools.count((secrets.randbits(30) << 32) + 1)
+
+    def pause(self, paused: bool) -> None:
+        """Whether :meth:`serve` takes none for now: connections are about to move."""
+        with self._changed:
+            self._paused = paused
 
     def attach(self, connection: socket.socket, outcome: Chosen, peer: str) -> None:
         """Give a socket whose handshake is over to the core, or hang up. Closes this copy of it."""
@@ -90,12 +101,14 @@ class ConnectionTable:
     ) -> int:
         """Give the core a socket whose other end is the kernel's driver. Returns its id.
 
-        Closes this copy of it. Raises GlideError.
+        Closes this copy of it. Raises Closed, CoreError; Paused: try again later.
         """
         with connection:
             with self._changed:
                 if self._closing:
                     raise Closed("no connection is taken any more")
+                if self._paused:
+                    raise Paused("a handoff is under way")
                 about = NbdConnection(next(self._ids), name, peer, read_only, time.time())
                 record = self._records[about.conn_id] = _Record(about, core)
             try:

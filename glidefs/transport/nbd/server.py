@@ -195,11 +195,13 @@ class NbdServer:
 
     def pause(self, seconds: float) -> None:
         """Accept no connections for now; what negotiates gets `seconds` to end, then it is dropped."""
+        self._table.pause(True)
         self._from_outside(self._pause(seconds))
         self._table.settled(seconds)
 
     def resume(self) -> None:
         """Accept again."""
+        self._table.pause(False)
         self._from_outside(self._resume())
 
     def _from_outside(self, work: Coroutine[None, None, None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,29 +13,39 @@ from glidefs.transport.device.module import load_module
 
 MODULE = Path("/sys/module/nbd")
 BLOCK = Path("/sys/block")
+_CAP_SYS_ADMIN = 21
 _OPTIONS = ("nbds_max=0", "max_part=0")
 """Devices are made when they are asked for, and nobody looks for partitions on the disks of guests."""
 
 
 def nbd_device_missing() -> str | None:
     """Why this process cannot have NBD devices, in one line with the remedy; None if it can try."""
-    if os.geteuid() != 0:
-        return "only root can make /dev/nbdN, run the daemon as root"
+    if not _may_administer():
+        return "it takes CAP_SYS_ADMIN to make /dev/nbdN, run the daemon as root"
     if MODULE.exists():
         return None
     tried = load_module("nbd", *_OPTIONS)
     return None if MODULE.exists() else f"the kernel's nbd driver is not loaded{tried}"
 
 
+def _may_administer(status: Path = Path("/proc/self/status")) -> bool:
+    """Root of a container may lack the capability."""
+    for line in (_read(status) or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == "CapEff":
+            return bool(int(value, 16) >> _CAP_SYS_ADMIN & 1)
+    return os.geteuid() == 0
+
+
 class NbdState(Struct, frozen=True):
     """A device as sysfs shows it.
 
-    ``server``: the process that connected it, 0 once it was disconnected: it is there only because somebody
-    has it open. ``identifier``: what that process called itself; empty before Linux 5.14. ``size`` in bytes.
+    ``identifier``: what who connected it called itself; empty before Linux 5.14. ``size`` in bytes. One that
+    was disconnected looks the same as long as somebody has it open: see :meth:`NbdControl.probe`. The process
+    id that is there, too, is that of a thread, and may be another's by now.
     """
 
     index: int
-    server: int
     identifier: str
     size: int
 
@@ -42,11 +53,21 @@ class NbdState(Struct, frozen=True):
 def read_state(index: int, block: Path = BLOCK) -> NbdState | None:
     """A device that is connected, or was and is still open; None for any other number."""
     directory = block / f"nbd{index}"
-    server = _read(directory / "pid")
-    if server is None:
+    if _read(directory / "pid") is None:
         return None
     size = _read(directory / "size") or "0"
-    return NbdState(index, _number(server), _read(directory / "backend") or "", _number(size) * 512)
+    return NbdState(index, _read(directory / "backend") or "", _number(size) * 512)
+
+
+def has_node(index: int) -> bool:
+    """Whether guests find it in this `/dev`."""
+    return Path(f"/dev/nbd{index}").exists()
+
+
+def announce_again(index: int, block: Path = BLOCK) -> None:
+    """Let udev look at its name once more."""
+    with contextlib.suppress(OSError):
+        (block / f"nbd{index}" / "uevent").write_text("change")
 
 
 def exists(index: int, block: Path = BLOCK) -> bool:

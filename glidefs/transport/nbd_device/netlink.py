@@ -118,6 +118,12 @@ class NbdControl:
         attributes = [_u32(_INDEX, index), _text(_IDENTIFIER, identifier), _sockets(fd)]
         self._call(_RECONFIGURE, f"reconnect /dev/nbd{index}", attributes)
 
+    def probe(self, index: int, identifier: str) -> None:
+        """Change nothing. EINVAL: it was disconnected, and is there only because somebody has it open."""
+        self._call(
+            _RECONFIGURE, f"probe /dev/nbd{index}", [_u32(_INDEX, index), _text(_IDENTIFIER, identifier)]
+        )
+
     def resize(self, index: int, identifier: str, size: int) -> None:
         """Tell the device its new size in bytes."""
         attributes = [_u32(_INDEX, index), _text(_IDENTIFIER, identifier), _u64(_SIZE, size)]
