@@ -204,7 +204,12 @@ def test_a_daemon_that_comes_back_takes_its_device_up(host: Host, kernel: FakeKe
     host.transport.close()
     host.transport = host.make()
     again = export(attachment.core, device_id=0, size=2 * SIZE)
+    queue = kernel.block / "nbd0" / "queue"
+    assert {path.name for path in queue.iterdir()} == {"scheduler", "read_ahead_kb"}
+    for path in queue.iterdir():
+        path.unlink()
     assert host.transport.start(again).device == "/dev/nbd0"
+    assert not list(queue.iterdir()), "the kernel would wait for the request, which waits for us"
     assert waiting.done.wait(DEADLINE)
     assert waiting.answer == b"a" * 4096
     assert kernel.calls.count("connect 0") == 1

@@ -155,7 +155,6 @@ class NbdDeviceTransport:
         device = self._taken_up(export) or self._made(export)
         with self._lock:
             self._devices[export.name] = device
-        tune(device.index, self._block)
         self._keeper.look_at(export.name)
         return Endpoint(device=path_of(device.index), device_id=device.index)
 
@@ -211,6 +210,7 @@ class NbdDeviceTransport:
             raise NotSupported(
                 f"{path_of(index)} is not in this /dev: give the container the host's, or use --transport nbd"
             )
+        tune(index, self._block)
         return NbdDevice(export, index, name, key)
 
     def _connected(self, control: NbdControl, export: Attachment, shape: DeviceShape) -> tuple[int, str]:

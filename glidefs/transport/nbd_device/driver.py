@@ -85,7 +85,11 @@ def states(block: Path = BLOCK) -> Iterator[NbdState]:
 
 
 def tune(index: int, block: Path = BLOCK) -> None:
-    """What udev's rule does as well: there may be no udev. Not allowed, it stays as it is."""
+    """What udev's rule does as well: there may be no udev. Not allowed, it stays as it is.
+
+    Only of a new device: the kernel lets requests end first, and those of one that waits for its connection
+    cannot.
+    """
     for name, value in (("scheduler", "none"), ("read_ahead_kb", "512")):
         try:
             (block / f"nbd{index}" / "queue" / name).write_text(value)
