@@ -20,6 +20,7 @@ from nbd_serve import MIB, Served
 
 from glidefs.config import NbdDeviceSettings
 from glidefs.core import handoff
+from glidefs.core.check import CoreError
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import DeviceError, NotSupported
 from glidefs.transport.base import Attachment
@@ -339,6 +340,27 @@ def test_no_connection_is_made_while_connections_move(host: Host) -> None:
     assert not waiting.done.is_set()
     host.server.resume()
     assert waiting.done.wait(DEADLINE)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(errno.ENOMEM, False), (errno.EIO, True)])
+def test_a_volume_that_takes_no_connection(
+    host: Host, kernel: FakeKernel, monkeypatch: pytest.MonkeyPatch, number: int, ends: bool
+) -> None:
+    """Its guests wait where that may pass, else they get errors."""
+    device, _ = started(host)
+
+    def refuse(*args: object) -> None:
+        raise CoreError(number, "attach")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CoreVolume, "attach_nbd", refuse)
+        device.lose()
+        waiting = device.io(READ, 0, 4096, wait=False)
+        time.sleep(1.0)
+        assert (waiting.error != 0, host.gone == ["vm"], device.connected) == (ends, ends, not ends)
+    if not ends:
+        assert waiting.done.wait(DEADLINE)
+        assert waiting.error == 0
 
 
 def test_a_container_without_the_devices(host: Host, kernel: FakeKernel) -> None:

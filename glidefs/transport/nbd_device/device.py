@@ -312,22 +312,25 @@ class NbdDeviceTransport:
             return False
         except Closed:
             return True  # the daemon ends, or another process has it by now
-        except CoreError as error:
-            log.error(
-                "%s: ending %s, its volume serves nobody any more: %s", name, path_of(device.index), error
-            )
-            with contextlib.suppress(DeviceError), self._control() as control:
-                control.disconnect(device.index)
-            return self._gone(device)
-        except DeviceError as error:
-            if error.errno == errno.EINVAL:
-                return self._gone(device)
-            log.warning("%s: %s has no connection, its guests wait: %s", name, path_of(device.index), error)
-            return False
+        except (CoreError, DeviceError) as error:
+            return self._failed(device, error)
         with self._lock:
             is_ours = self._devices.get(name) is device
         if not is_ours:
             self._connections.end(conn_id)
+        return False
+
+    def _failed(self, device: NbdDevice, error: CoreError | DeviceError) -> bool:
+        """It got no connection. Whether it never will."""
+        name, path = device.export.name, path_of(device.index)
+        if isinstance(error, DeviceError) and error.errno == errno.EINVAL:
+            return self._gone(device)
+        if isinstance(error, CoreError) and not error.temporary:
+            log.error("%s: ending %s, its volume serves nobody any more: %s", name, path, error)
+            with contextlib.suppress(DeviceError), self._control() as control:
+                control.disconnect(device.index)
+            return self._gone(device)
+        log.warning("%s: %s has no connection, its guests wait: %s", name, path, error)
         return False
 
     def _is_there(self, device: NbdDevice) -> bool:
