@@ -185,6 +185,10 @@ def test_the_rule_runs_no_program_while_a_device_appears() -> None:
     runs = [rule for rule in rules if "RUN" in rule]
     assert len(runs) == 1
     assert runs[0].startswith('ACTION=="remove"')
-    assert text.count(f"{DIRECTORY}/%n") == 2
+    assert text.count(f"{DIRECTORY}/$env{{GLIDEFS_KIND}}/%n") == 2
+    assert set(re.findall(r'KERNEL=="(\w+)\*", ENV\{GLIDEFS_KIND\}="(\w+)"', text)) == {
+        ("ublkb", "ublk"),
+        ("nbd", "nbd"),
+    }
     labels = set(re.findall(r'LABEL="(\w+)"', text))
     assert set(re.findall(r'GOTO="(\w+)"', text)) == labels == {"glidefs_end"}
