@@ -109,7 +109,6 @@ class Leaving:
                     entry.change_record(self._records, **was)
                 self._opener.restart_transport(entry)
                 raise
-            entry.reason = choice.why
             return entry.status()
 
     # -- detach ----------------------------------------------------------------------------------

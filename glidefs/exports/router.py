@@ -173,15 +173,7 @@ class ExportRouter:
     def device_down(self, name: str) -> bool:
         """The kernel took the device of an export away. Does not block. False: a verb has the export."""
         entry = self.table.find(name)
-        if entry is None or not entry.lock.acquire(blocking=False):
-            return entry is None
-        try:
-            if entry.state == "serving":
-                entry.state, entry.reason = "failed", "its device was removed; attach the export again"
-                log.error("%s: %s", name, entry.reason)
-        finally:
-            entry.lock.release()
-        return True
+        return entry is None or entry.device_down()
 
     # -- looking -------------------------------------------------------------------------------
 

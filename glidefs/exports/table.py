@@ -236,6 +236,18 @@ class Entry:
         """Whether guests can use it now."""
         return self.state == "serving" and self.volume is not None and not self.is_fenced()
 
+    def device_down(self) -> bool:
+        """Its device is gone. Does not block. False: a verb has the export."""
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            if self.state == "serving":
+                self.state, self.reason = "failed", "its device was removed; attach the export again"
+                log.error("%s: %s", self.name, self.reason)
+        finally:
+            self.lock.release()
+        return True
+
     def fence_reason(self) -> str:
         """Why this host may not serve the volume any more; empty while it may."""
         record, volume = self.record, self.volume

@@ -102,6 +102,7 @@ def choose_transport(wanted: str, transports: Mapping[str, Transport]) -> Choice
         if missing is None:
             why = "asked for" if wanted == kind else "; ".join(lacking) or f"this host has {kind}"
             return Choice(kind, why)
+        if wanted == kind:
+            raise NotSupported(f"{kind} cannot be used: {missing}; or use --transport nbd")
         lacking.append(f"no {kind}: {missing}")
-    missing = lacking[0].partition(": ")[2]
-    raise NotSupported(f"{wanted} cannot be used: {missing}; or use --transport nbd")
+    raise NotSupported(f"no transport can be used: {'; '.join(lacking)}")
