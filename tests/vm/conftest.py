@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "acceptance"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import figures
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory on a disk."""
+    import device_rig as rig  # needs the core, without which the tests here are skipped
+
+    with rig.scratch() as made:
+        yield made
 
 
 @pytest.fixture

@@ -25,12 +25,6 @@ SETTINGS = {"cache": {"log_size": '"2GiB"', "block_cache_size": '"1GiB"'}}
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    with rig.scratch() as made:
-        yield made
-
-
-@pytest.fixture
 def node(place: Path) -> Iterator[Node]:
     with rig.no_leftovers(), rig.ended(Node(place / "n", settings=SETTINGS)) as made:
         yield made.start()

@@ -44,12 +44,6 @@ SIZE = 48 * MIB
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    with rig.scratch() as made:
-        yield made
-
-
-@pytest.fixture
 def node(place: Path) -> Iterator[Generations]:
     with rig.no_leftovers():
         made = Generations(place / "n", settings=SETTINGS)

@@ -64,12 +64,6 @@ find . -xdev -type f | sort
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    with rig.scratch() as made:
-        yield made
-
-
-@pytest.fixture
 def node(place: Path) -> Iterator[Node]:
     with rig.no_leftovers(), rig.ended(Node(place / "n", settings=SETTINGS)) as made:
         yield made.start()

@@ -112,12 +112,6 @@ class Verify:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    with rig.scratch() as made:
-        yield made
-
-
-@pytest.fixture
 def node(place: Path) -> Iterator[Node]:
     with rig.no_leftovers(), rig.ended(Node(place / "n", settings=SETTINGS)) as made:
         yield made.start()

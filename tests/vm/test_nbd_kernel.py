@@ -57,12 +57,6 @@ def no_leftovers() -> Iterator[None]:
 
 
 @pytest.fixture
-def place() -> Iterator[Path]:
-    with rig.scratch() as made:
-        yield made
-
-
-@pytest.fixture
 def node(place: Path) -> Iterator[Node]:
     with no_leftovers(), rig.ended(Node(place / "n", settings=SETTINGS)) as made:
         yield made.start()
