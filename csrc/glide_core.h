@@ -291,6 +291,8 @@ struct glide_volume_stats {
 int glide_volume_stats_get(glide_volume *volume, struct glide_volume_stats *out); /* never blocks */
 /* The same for many volumes. Never blocks. */
 void glide_volumes_stats_get(glide_volume *const *volumes, uint32_t count, struct glide_volume_stats *out);
+/* The sums of all volumes since the engine began, those that were closed too: none ever falls. */
+void glide_engine_totals(glide_engine *engine, struct glide_volume_stats *out);
 
 /* Synchronous I/O through the volume's worker, as a transport would: tests, export, tools.
  * Offsets and lengths are multiples of 512. buf is ignored for FLUSH and ZERO. */

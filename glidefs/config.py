@@ -96,6 +96,7 @@ class ApiSettings(Struct, frozen=True, forbid_unknown_fields=True):
     socket: PathText = DEFAULT_SOCKET
     listen: str | None = None
     token_file: PathText | None = None
+    export_metrics: bool = False
 
 
 class NbdSettings(Struct, frozen=True, forbid_unknown_fields=True):

@@ -135,6 +135,7 @@ def _end() -> None:
 
 def serve(listener: socket.socket) -> None:
     """A process for each connection, until this one is killed."""
+    import glidefs.__main__
     import glidefs.api.client
     import glidefs.cli.main
     import glidefs.daemon.run  # noqa: F401
@@ -179,8 +180,8 @@ def _become(args: Sequence[str], cwd: str, env: Mapping[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if env.get("PYTHONFAULTHANDLER"):
         faulthandler.enable()
-    _be_listed_as([sys.executable, "-m", "glidefs.cli.main", *args])
-    from glidefs.cli.main import main
+    _be_listed_as([sys.executable, "-m", "glidefs", *args])
+    from glidefs.__main__ import main
 
     os.chdir(cwd)
     os.environ.clear()

@@ -57,6 +57,23 @@ void engine_space_wanted(struct engine *e) { tell_workers(e, true); }
 
 /* ---- volumes by cookie ---- */
 
+/* Add the counters of a volume. Most volumes of a host are idle: their histograms are not looked at. */
+static void stats_sum(struct glide_volume_stats *sum, struct volume *v)
+{
+    struct glide_volume_stats one;
+    const uint64_t *from = (const uint64_t *)&one;
+    uint64_t *to = (uint64_t *)sum, used = 0;
+
+    _Static_assert(sizeof(one) % sizeof(uint64_t) == 0, "all of it are counters");
+    for (int op = 0; op < GLIDE_OPS; op++)
+        used += atomic_load_explicit(&v->stats.ops[op], memory_order_relaxed);
+    if (!used && !atomic_load_explicit(&v->stats.faults, memory_order_relaxed))
+        return;
+    glide_volume_stats_get(v, &one);
+    for (size_t i = 0; i < sizeof(one) / sizeof(uint64_t); i++)
+        to[i] += from[i];
+}
+
 int engine_enter(struct engine *e, struct volume *v)
 {
     pthread_mutex_lock(&e->open_lock);
@@ -71,7 +88,24 @@ void engine_leave(struct engine *e, struct volume *v)
 {
     pthread_mutex_lock(&e->open_lock);
     const uint64_t *entry = table_find(&e->open_volumes, v->cookie);
-    if (entry && *entry == (uint64_t)(uintptr_t)v)
+    if (entry && *entry == (uint64_t)(uintptr_t)v) {
+        stats_sum(&e->gone, v);
         table_remove(&e->open_volumes, v->cookie);
+    }
+    pthread_mutex_unlock(&e->open_lock);
+}
+
+static bool sum_one(uint64_t cookie, uint64_t volume, void *sum)
+{
+    (void)cookie;
+    stats_sum(sum, (struct volume *)(uintptr_t)volume);
+    return false; /* it stays */
+}
+
+void glide_engine_totals(glide_engine *e, struct glide_volume_stats *out)
+{
+    pthread_mutex_lock(&e->open_lock);
+    *out = e->gone;
+    table_filter(&e->open_volumes, sum_one, out);
     pthread_mutex_unlock(&e->open_lock);
 }

@@ -1,29 +1,14 @@
-"""What the commands share: options, errors as one line, the connection to the daemon."""
+"""What the commands share: errors as one line, the connection to the daemon. No option, and no Typer."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from glidefs.api.client import Client, socket_path
 from glidefs.cli import output
-
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the export.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-ConfigOption = Annotated[
-    str | None,
-    typer.Option("--config", "-c", help="Configuration file; else GLIDEFS_CONFIG.", show_default=False),
-]
-Prefix = Annotated[str | None, typer.Option("--prefix", help="Store prefix; default: the first configured.")]
-Force = Annotated[bool, typer.Option("--force", help="Go on even if something is lost, and say what.")]
-NewPrefix = Annotated[
-    bool, typer.Option("--new-prefix", help="Allow a prefix that the configuration does not name.")
-]
-Timeout = Annotated[str | None, typer.Option("--timeout", help='Give up after this time, such as "30s".')]
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from glidefs.cli import output
-from glidefs.cli.common import ConfigOption, Json, reported, show_result
+from glidefs.cli.common import reported, show_result
+from glidefs.cli.options import ConfigOption, Json
 
 app = typer.Typer(
     help="ublk and NBD devices of this host: list (the default), remove orphans; works without a daemon.",

@@ -9,17 +9,8 @@ import typer
 
 from glidefs.api.client import export_path
 from glidefs.cli import output
-from glidefs.cli.common import (
-    ConfigOption,
-    Json,
-    Name,
-    Prefix,
-    Timeout,
-    connect,
-    reported,
-    seconds,
-    show_result,
-)
+from glidefs.cli.common import connect, reported, seconds, show_result
+from glidefs.cli.options import ConfigOption, Json, Name, Prefix, Timeout
 
 Volume = Annotated[str, typer.Argument(metavar="NAME", help="Name of the volume.", show_default=False)]
 

@@ -9,7 +9,8 @@ import typer
 
 from glidefs.api.client import absolute
 from glidefs.cli import output
-from glidefs.cli.common import ConfigOption, Force, Json, connect, reported, show_result
+from glidefs.cli.common import connect, reported, show_result
+from glidefs.cli.options import ConfigOption, Force, Json
 
 app = typer.Typer(help="Write logs on this host: list, export, delete.", rich_markup_mode=None)
 

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from glidefs.api.client import absolute, export_path
-from glidefs.cli import output
-from glidefs.cli.common import (
-    ConfigOption,
-    Force,
-    Json,
-    Name,
-    NewPrefix,
-    Prefix,
-    Timeout,
-    connect,
-    reported,
-    seconds,
-    show_result,
-)
+from glidefs.cli import look, output
+from glidefs.cli.common import connect, reported, seconds, show_result
 from glidefs.cli.devices import app as devices_app
 from glidefs.cli.forks import add_commands
 from glidefs.cli.lean import narrow
 from glidefs.cli.logs import app as logs_app
+from glidefs.cli.options import ConfigOption, Force, Json, Name, NewPrefix, Prefix, Timeout
 from glidefs.cli.stored import attach_all, list_stored
 from glidefs.errors import ConfigError
 
@@ -147,38 +135,17 @@ def list_exports(
     as_json: Json = False,
 ) -> None:
     """List the exports of this host, or the volumes of the store."""
-    with reported(as_json):
-        if store:
+    if store:
+        with reported(as_json):
             list_stored(connect(config), prefix, as_json)
-            return
-        exports = connect(config).call("GET", "/api/exports")
-        if as_json:
-            output.emit(exports)
-            return
-        rows = [
-            [
-                e["name"],
-                output.size_text(e["size"]),
-                e["state"],
-                e["transport"],
-                e["device"] or "-",
-                output.size_text((e.get("volume") or {}).get("dirty_bytes", 0)),
-                e["reason"] if e["state"] != "serving" else e["trouble"],
-            ]
-            for e in exports
-        ]
-        output.table(["NAME", "SIZE", "STATE", "TRANSPORT", "DEVICE", "DIRTY", "REASON"], rows, right=(1, 5))
+    else:
+        look.list_exports(config, as_json)
 
 
 @app.command()
 def show(name: Name, config: ConfigOption = None, as_json: Json = False) -> None:
     """Show one export."""
-    with reported(as_json):
-        status = connect(config).call("GET", export_path(name))
-        if as_json:
-            output.emit(status)
-        else:
-            output.fields(status)
+    look.show(name, config, as_json)
 
 
 @app.command()
@@ -480,13 +447,7 @@ def gc(
     raise SystemExit(code)
 
 
-def main() -> None:
-    """Entry point of the `glidefs` program."""
-    if hasattr(signal, "SIGPIPE") and sys.argv[1:2] != ["run"]:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    narrow(app, sys.argv[1:])
-    app()
-
-
-if __name__ == "__main__":
-    main()
+def run_command(args: Sequence[str]) -> None:
+    """Run ``args``, the words behind `glidefs`. Ends the process."""
+    narrow(app, args)
+    app(list(args))

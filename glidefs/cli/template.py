@@ -40,6 +40,7 @@ url = "file:///var/lib/glidefs/store"   # or "s3://bucket/root"; credentials com
 socket = "/run/glidefs/api.sock"    # mode 0600
 #listen = "127.0.0.1:8440"          # TCP as well; needs token_file
 #token_file = "/etc/glidefs/token"  # clients send 'Authorization: Bearer ...'
+#export_metrics = false            # true: /metrics has series of each export, else sums over all of them
 
 [nbd]
 socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name

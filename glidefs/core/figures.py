@@ -14,6 +14,7 @@ from glidefs.core._core import ffi, lib
 from glidefs.core.check import Closed
 
 if TYPE_CHECKING:
+    from glidefs.core.engine import Engine
     from glidefs.core.volume import CoreVolume
 
 T = TypeVar("T")
@@ -133,6 +134,14 @@ def infos(volumes: Sequence[CoreVolume]) -> list[VolumeInfo | None]:
 def stats(volumes: Sequence[CoreVolume]) -> list[VolumeStats | None]:
     """Counters of many volumes; None for one that is closed."""
     return _of_many(volumes, "struct glide_volume_stats[]", lib.glide_volumes_stats_get, stats_from)
+
+
+def totals(engine: Engine) -> VolumeStats:
+    """The sums of all volumes since the engine began, those that were closed too. Raises Closed."""
+    raw = ffi.new("struct glide_volume_stats[1]")
+    with engine._use() as pointer:
+        lib.glide_engine_totals(pointer, raw)
+    return stats_from(raw)[0]
 
 
 def _of_many(

@@ -17,8 +17,8 @@ def labels(**values: str) -> str:
 
 
 def and_label(of: str, name: str, value: str) -> str:
-    """Labels that :func:`labels` wrote, and one more, whose value needs no escape."""
-    return f'{of[:-1]},{name}="{value}"}}'
+    """Labels that :func:`labels` wrote, or none, and one more, whose value needs no escape."""
+    return f'{of[:-1]},{name}="{value}"}}' if of else f'{{{name}="{value}"}}'
 
 
 def gauge(name: str, text: str, samples: Iterable[Sample]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,32 +26,41 @@ FIRST_POWER, LAST_POWER = 2, 28
 
 
 class ExportFigures(Struct, frozen=True, kw_only=True, gc=False):
-    """One served export."""
+    """One export whose volume is open. ``stats``: None where only sums are asked for."""
 
     name: str
     transport: str
     info: VolumeInfo
-    stats: VolumeStats
+    stats: VolumeStats | None = None
 
 
-def figures_of(exports: list[Seen]) -> list[ExportFigures]:
-    """Of the exports whose volumes are open, the counters with them."""
+def figures_of(exports: list[Seen], *, counters: bool) -> list[ExportFigures]:
+    """Of the exports whose volumes are open, with the counters of each or without."""
     open_ones = [
         (of.status, of.core, of.info) for of in exports if of.core is not None and of.info is not None
     ]
+    if not counters:
+        return [
+            ExportFigures(name=status.name, transport=status.transport, info=info)
+            for status, _, info in open_ones
+        ]
     found = stats([core for _, core, _ in open_ones])
     return [
-        ExportFigures(name=status.name, transport=status.transport, info=info, stats=counters)
-        for (status, _, info), counters in zip(open_ones, found, strict=True)
-        if counters is not None  # closed meanwhile
+        ExportFigures(name=status.name, transport=status.transport, info=info, stats=counts)
+        for (status, _, info), counts in zip(open_ones, found, strict=True)
+        if counts is not None  # closed meanwhile
     ]
 
 
 class Snapshot(Struct, frozen=True, kw_only=True):
-    """Everything at one moment. `troubles`: how many lines `/health` has; None is what is not there yet."""
+    """Everything at one moment. `troubles`: how many lines `/health` has; None is what is not there yet.
+
+    ``totals``: the counters of the host, in place of those of each export.
+    """
 
     engine: EngineStats | None
     exports: list[ExportFigures]
+    totals: VolumeStats | None = None
     statuses: list[ExportStatus]
     store: StoreMetrics | None
     started_at: float
@@ -82,11 +91,13 @@ def _families(snapshot: Snapshot) -> Iterator[str]:
     yield from _bases(snapshot.bases)
     yield from _handoffs(snapshot.handoffs)
     yield _counter("fault_fetches", "Guest faults that the store was asked for", snapshot.fault_fetches)
-    yield from _volumes(snapshot.exports)
+    yield from _volumes(snapshot)
+    counts = _counts(snapshot)
+    yield from _counters(counts)
     if snapshot.shadow:
-        yield from _shadow(snapshot.exports)
-    yield from _operations(snapshot.exports)
-    yield _latency(snapshot.exports)
+        yield from _shadow(counts)
+    yield from _operations(counts)
+    yield _latency(counts)
 
 
 def rss_bytes() -> int:
@@ -117,6 +128,7 @@ def _process(snapshot: Snapshot) -> Iterator[str]:
         [
             (labels(export=status.name, transport=status.transport), int(status.state == "fenced"))
             for status in snapshot.statuses
+            if snapshot.totals is None or status.state == "fenced"
         ],
     )
 
@@ -182,78 +194,91 @@ def _bases(caches: Mapping[str, CacheStats]) -> Iterator[str]:
         yield family(name, text, [(labels(cache=cache), read(stats)) for cache, stats in caches.items()])
 
 
-_VOLUME_GAUGES: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (
-    ("size_bytes", "Size of the volume", lambda e: e.info.size),
-    ("dirty_bytes", "Log bytes that are not in the store", lambda e: e.info.dirty_bytes),
-    ("oldest_dirty_seconds", "Age of the oldest write that is not in the store", lambda e: e.info.dirty_age),
-    ("export_log_bytes", "Bytes that the export's write log allocates", lambda e: e.info.log_bytes),
-    ("export_map_bytes", "Memory of the export's maps", lambda e: e.info.map_bytes),
-    ("parked_requests", "Requests that wait for space, blocks or the store", lambda e: e.info.parked),
+_Gauge = tuple[str, str, Callable[[VolumeInfo], float], Callable[[Iterable[float]], float]]
+_VOLUME_GAUGES: tuple[_Gauge, ...] = (
+    ("size_bytes", "Size of the volume", lambda i: i.size, sum),
+    ("dirty_bytes", "Log bytes that are not in the store", lambda i: i.dirty_bytes, sum),
+    ("oldest_dirty_seconds", "Age of the oldest write that is not in the store", lambda i: i.dirty_age, max),
+    ("export_log_bytes", "Bytes that the export's write log allocates", lambda i: i.log_bytes, sum),
+    ("export_map_bytes", "Memory of the export's maps", lambda i: i.map_bytes, sum),
+    ("parked_requests", "Requests that wait for space, blocks or the store", lambda i: i.parked, sum),
     (
         "longest_wait_seconds",
         "For how long the request has waited that waits longest",
-        lambda e: e.info.longest_wait_ns / 1e9,
+        lambda i: i.longest_wait_ns / 1e9,
+        max,
     ),
-    ("connections", "NBD connections", lambda e: e.info.connections),
-    ("volume_errno", "errno that all I/O fails with, 0 while serving", lambda e: e.info.failed),
+    ("connections", "NBD connections", lambda i: i.connections, sum),
 )
-_VOLUME_COUNTERS: tuple[tuple[str, str, Callable[[ExportFigures], float]], ...] = (
-    ("faults", "Faults on absent blocks", lambda e: e.stats.faults),
-    ("log_hits", "Block reads answered by the write log", lambda e: e.stats.log_hits),
-    ("cache_reads", "Block reads answered by the block cache", lambda e: e.stats.cache_reads),
-    ("zero_reads", "Block reads of zeros", lambda e: e.stats.zero_reads),
-    ("unaligned_writes", "Writes that had to read first", lambda e: e.stats.rmw),
-    ("log_syncs", "fdatasync calls on the write log", lambda e: e.stats.syncs),
-    ("log_full_waits", "Writes that waited for log space", lambda e: e.stats.log_full_waits),
-    ("map_full_waits", "Writes that waited for map memory", lambda e: e.stats.map_full_waits),
-    (
-        "paced_waits",
-        "Times that writes were slowed down as uploads fell behind",
-        lambda e: e.stats.paced,
-    ),
+"""Name, text, the value of one export, and how those of many become that of the host."""
+_VOLUME_COUNTERS: tuple[tuple[str, str, Callable[[VolumeStats], float]], ...] = (
+    ("faults", "Faults on absent blocks", lambda s: s.faults),
+    ("log_hits", "Block reads answered by the write log", lambda s: s.log_hits),
+    ("cache_reads", "Block reads answered by the block cache", lambda s: s.cache_reads),
+    ("zero_reads", "Block reads of zeros", lambda s: s.zero_reads),
+    ("unaligned_writes", "Writes that had to read first", lambda s: s.rmw),
+    ("log_syncs", "fdatasync calls on the write log", lambda s: s.syncs),
+    ("log_full_waits", "Writes that waited for log space", lambda s: s.log_full_waits),
+    ("map_full_waits", "Writes that waited for map memory", lambda s: s.map_full_waits),
+    ("paced_waits", "Times that writes were slowed down as uploads fell behind", lambda s: s.paced),
 )
 
 
-def _volumes(exports: list[ExportFigures]) -> Iterator[str]:
-    of = [labels(export=export.name, transport=export.transport) for export in exports]
-    for name, text, read in _VOLUME_GAUGES:
-        yield gauge(name, text, zip(of, map(read, exports), strict=True))
-    of = [labels(export=export.name) for export in exports]
-    for name, text, read in _VOLUME_COUNTERS:
-        yield counter(name, text, zip(of, map(read, exports), strict=True))
+def _volumes(snapshot: Snapshot) -> Iterator[str]:
+    exports, by_export = snapshot.exports, snapshot.totals is None
+    of = [labels(export=export.name, transport=export.transport) for export in exports if by_export]
+    for name, text, read, join in _VOLUME_GAUGES:
+        values = [read(export.info) for export in exports]
+        yield gauge(name, text, zip(of, values, strict=True) if by_export else [("", join(values or [0]))])
+    yield gauge(
+        "volume_errno",
+        "errno that all I/O fails with, 0 while serving",
+        [
+            (labels(export=export.name, transport=export.transport), export.info.failed)
+            for export in exports
+            if by_export or export.info.failed
+        ],
+    )
 
 
-def _shadow(exports: list[ExportFigures]) -> Iterator[str]:
-    """Of shadow verify, only where it is on."""
-    for name, text, fields in (
-        ("shadow_compared_sectors", "Sectors read and compared", {"": "shadow_compared"}),
-        ("shadow_differences", "Sectors of them that were not as expected", {"": "shadow_differences"}),
-        (
-            "shadow_skipped_sectors",
-            "Sectors read and not compared: written meanwhile, or absent from the second source",
-            {"changed": "shadow_changed", "absent": "shadow_absent"},
-        ),
-    ):
-        yield counter(
-            name,
-            text,
-            [
-                (labels(export=export.name, **({"why": why} if why else {})), getattr(export.stats, field))
-                for export in exports
-                for why, field in fields.items()
-            ],
-        )
+_Counts = list[tuple[str, VolumeStats]]
+"""Labels and counters: of each export, or of the host, which needs no labels."""
 
 
-def _operations(exports: list[ExportFigures]) -> Iterator[str]:
-    of = [
-        and_label(label, "op", op)
-        for export in exports
-        for label in (labels(export=export.name),)
-        for op in OPS
+def _counts(snapshot: Snapshot) -> _Counts:
+    if snapshot.totals is not None:
+        return [("", snapshot.totals)]
+    return [
+        (labels(export=export.name), export.stats) for export in snapshot.exports if export.stats is not None
     ]
+
+
+def _counters(counts: _Counts) -> Iterator[str]:
+    for name, text, read in _VOLUME_COUNTERS:
+        yield counter(name, text, [(of, read(stats)) for of, stats in counts])
+
+
+def _shadow(counts: _Counts) -> Iterator[str]:
+    """Of shadow verify, only where it is on."""
+    compared = [(of, stats.shadow_compared) for of, stats in counts]
+    yield counter("shadow_compared_sectors", "Sectors read and compared", compared)
+    different = [(of, stats.shadow_differences) for of, stats in counts]
+    yield counter("shadow_differences", "Sectors of them that were not as expected", different)
+    yield counter(
+        "shadow_skipped_sectors",
+        "Sectors read and not compared: written meanwhile, or absent from the second source",
+        [
+            (and_label(of, "why", why), count)
+            for of, stats in counts
+            for why, count in (("changed", stats.shadow_changed), ("absent", stats.shadow_absent))
+        ],
+    )
+
+
+def _operations(counts: _Counts) -> Iterator[str]:
+    of = [and_label(label, "op", op) for label, _ in counts for op in OPS]
     for name, text, read in _OPERATIONS:
-        values = [value for export in exports for value in read(export.stats)]
+        values = [value for _, stats in counts for value in read(stats)]
         yield counter(name, text, zip(of, values, strict=True))
 
 
@@ -264,14 +289,14 @@ _OPERATIONS: tuple[tuple[str, str, Callable[[VolumeStats], tuple[int, ...]]], ..
 )
 
 
-def _latency(exports: list[ExportFigures]) -> str:
+def _latency(counts: _Counts) -> str:
     """Only operations that happened: a thousand idle exports must not mean 100,000 lines."""
     samples = (
-        (labels(export=export.name, op=op), latency_buckets(counts), total / 1e9)
-        for export in exports
-        if any(export.stats.ops)
-        for op, counts, total in zip(OPS, export.stats.latency, export.stats.latency_sum_ns, strict=True)
-        if any(counts)
+        (and_label(of, "op", op), latency_buckets(buckets), total / 1e9)
+        for of, stats in counts
+        if any(stats.ops)
+        for op, buckets, total in zip(OPS, stats.latency, stats.latency_sum_ns, strict=True)
+        if any(buckets)
     )
     return histogram("operation_seconds", "Latency of guest requests", samples)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from glidefs.exports.logs.lost_records import (
     look_at_nameless,
     newer_root,
 )
-from glidefs.exports.roots import STORE_PATIENCE, Roots
+from glidefs.exports.roots import STORE_PATIENCE, Found, Roots
 from glidefs.exports.settings import RouterSettings
 from glidefs.exports.table import Entry, ExportTable, RecordDirectory, new_record
 from glidefs.formats.export_record import ExportRecord
@@ -52,7 +53,8 @@ from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 
-OPEN_THREADS = 4
+OPEN_THREADS = min(4, max(2, os.cpu_count() or 2))
+"""With more of them than CPUs, they wait for each other's Python."""
 COMPARE_PATIENCE = 1.0
 """Seconds that the store has at a start to say whose a volume is, before guests are served."""
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0
@@ -113,8 +115,10 @@ class Opener:
         self._thread.start()
 
     def _run(self, entries: list[Entry]) -> None:
+        self.roots.look(entry.record for entry in entries if entry.record is not None)
         with ThreadPoolExecutor(OPEN_THREADS, "open-export") as pool:
             list(pool.map(self._open_recorded, entries))
+        self.roots.forget()
         self.tried.set()
         pause = FIRST_RETRY
         while not self._stopping.is_set():
@@ -222,13 +226,13 @@ class Opener:
         self.take(entry, prefix, root, etag, transport if transport != "auto" else root.transport)
         return True
 
-    def open(self, entry: Entry, root: Root, etag: str | None, *, compare: bool = False) -> None:
+    def open(self, entry: Entry, found: Found, *, compare: bool = False) -> None:
         """Open the volume and start the transport. Raises, and then neither is left.
 
         ``compare``: the root is a local copy, to be compared with the store's.
         """
         assert entry.record is not None
-        entry.volume = self._host.open(entry.record, root, etag)
+        entry.volume = self._host.open(entry.record, found.root, found.etag, copy=found.copy)
         self._watch(entry, entry.volume)
         try:
             if compare:
@@ -248,6 +252,8 @@ class Opener:
         if not volume.committer.published or volume.read_only or self._store.state.away:
             self._host.confirm(volume)
             return
+        if self.roots.is_as_seen(volume):
+            return
         try:
             volume.committer.poll(self._store.view("read", COMPARE_PATIENCE))
         except StoreError as error:
@@ -260,8 +266,8 @@ class Opener:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
         assert entry.record is not None
         self.check_log(entry.record)
-        root, etag = self.roots.find(entry.record)
-        entry.volume = self._host.open(entry.record, root, etag, standby=True)
+        found = self.roots.find(entry.record)
+        entry.volume = self._host.open(entry.record, found.root, found.etag, standby=True)
         self._watch(entry, entry.volume)
         self.guests.prepare(entry.record)
 
@@ -283,7 +289,7 @@ class Opener:
     def try_open(self, entry: Entry, root: Root, etag: str | None) -> None:
         """The same; a failure is kept in the entry."""
         try:
-            self.open(entry, root, etag)
+            self.open(entry, Found(root, etag))
         except Exception as error:
             self._failed(entry, error)
 
@@ -292,16 +298,16 @@ class Opener:
         assert entry.record is not None
         try:
             self.check_log(entry.record)
-            root, etag = self.roots.find(entry.record)
+            found = self.roots.find(entry.record)
             try:
-                self.open(entry, root, etag, compare=True)
+                self.open(entry, found, compare=True)
             except CorruptLog as error:
-                tried = local.load_tried(self.places.state_dir, root.volume_id)
-                newer = newer_root(self._store.view("read", STORE_PATIENCE), entry.record, root, tried)
+                tried = local.load_tried(self.places.state_dir, found.root.volume_id)
+                newer = newer_root(self._store.view("read", STORE_PATIENCE), entry.record, found.root, tried)
                 if newer is None:
                     raise
                 log.warning("%s: %s; but the local root is old, the store's is used", entry.name, error)
-                self.open(entry, *newer)
+                self.open(entry, Found(*newer))
         except Exception as error:
             self._failed(entry, error)
 
@@ -352,8 +358,8 @@ class Opener:
 
         A log that was begun in a directory without the mark is here: its volume was taken over again.
         """
-        directory = self.logs.directory(record)
-        if record.is_view or directory.is_dir():
+        directory = self.logs.path(record)
+        if record.is_view or os.path.isdir(directory):
             return
         why = f"{directory} is missing; put it back and start again"
         if self.places.logs_missing:

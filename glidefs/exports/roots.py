@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError, StoreWentBack, UnknownExport
 from glidefs.exports.logs.closed import ExportLogs
@@ -16,28 +19,65 @@ from glidefs.exports.stored import list_volumes
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import NO_ID, Root, decode_root, manifest_hash
 from glidefs.manifest import lease, local
+from glidefs.manifest.local import LocalCopy
 from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume import logs
+from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 
 STORE_PATIENCE = 5.0
+LOOK_PATIENCE = 2.0
+"""Seconds that the store has at a start to list the roots of a prefix, while nothing is served yet."""
 NAMED = 10
 """Volumes that a message names."""
 
 
+class Found(NamedTuple):
+    """A root to open a volume with, and what the host has of it; see :class:`LocalCopy`."""
+
+    root: Root
+    etag: str | None
+    copy: LocalCopy = LocalCopy.UNKNOWN
+
+
 class Roots:
-    """Finds roots. Holds no state; may be used by any thread."""
+    """Finds roots. May be used by any thread, :meth:`look` by one while nobody compares."""
 
     def __init__(self, places: RouterSettings, store: ResilientStore, export_logs: ExportLogs) -> None:
         self._places = places
         self._store = store
         self._logs = export_logs
+        self._seen: dict[str, str] = {}
+        """ETags of roots by key, as a listing at the start told."""
 
-    def find(self, record: ExportRecord) -> tuple[Root, str | None]:
-        """The root to open a volume with, and its ETag; from the store where the local copy is lost.
+    def look(self, records: Iterable[ExportRecord]) -> None:
+        """Ask for the roots of many exports at once, which :meth:`is_as_seen` compares."""
+        counts = Counter(
+            record.prefix for record in records if record.root_published and not record.read_only
+        )
+        for prefix, due in counts.items():
+            if self._store.state.away:
+                return
+            try:
+                view = self._store.view("read", LOOK_PATIENCE)
+                self._seen |= lease.list_etags(view, prefix, due) or {}
+            except StoreError as error:
+                log.warning("volumes of %s are compared with the store one by one: %s", prefix, error)
+
+    def is_as_seen(self, volume: Volume) -> bool:
+        """Whether the store had the root in use when :meth:`look` asked."""
+        etag = self._seen.get(manifest_key(volume.prefix, volume.name))
+        return etag is not None and etag == volume.etag
+
+    def forget(self) -> None:
+        """What was seen is old."""
+        self._seen = {}
+
+    def find(self, record: ExportRecord) -> Found:
+        """The root to open a volume with; from the store where the local copy is lost.
 
         Raises CorruptObject, Fenced, GlideError, StoreError.
         """
@@ -53,9 +93,10 @@ class Roots:
                 raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
             ours = root.volume_id == record.volume_id and root.log_id == record.log_id
             if ours and not (etag is None and record.root_published):
-                return self._newest(record, root, etag)
+                return self._newest(record, Found(root, etag, LocalCopy.READ))
         if record.root and manifest_hash(record.root) == record.manifest_hash:
-            return self._newest(record, decode_root(key, record.root, f"record of {record.name}"), None)
+            first = decode_root(key, record.root, f"record of {record.name}")
+            return self._newest(record, Found(first, None))
         if not record.root_published:
             raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
         view = self._store.view("read", STORE_PATIENCE)
@@ -71,32 +112,34 @@ class Roots:
                 "was not put from here: a copy of this host put it, or the store went back in time; "
                 f"'glidefs attach {record.name} --take-over' serves what the store has"
             )
-        return found, etag
+        return Found(found, etag)
 
-    def _newest(self, record: ExportRecord, root: Root, etag: str | None) -> tuple[Root, str | None]:
+    def _newest(self, record: ExportRecord, here: Found) -> Found:
         """The root to open with: the store's own if the log may have lost what was uploaded.
 
         What a sync failed to write is uploaded from the page cache. If the power fails before the local root
         includes it, the log lacks it: guests would see the volume go back, and forward again once the store's
         root is found. Raises Fenced, StoreError.
         """
-        log_dir = logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
-        if not logs.lost_syncs(log_dir):
-            return root, etag
+        seen = logs.look(self._logs.path(record))
+        if seen.empty and here.copy is LocalCopy.READ:
+            return here._replace(copy=LocalCopy.ENOUGH)
+        if not seen.lost_syncs:
+            return here
         try:
             found, found_etag = lease.read_root(
                 self._store.view("read", STORE_PATIENCE), record.prefix, record.name
             )
         except UnknownExport:
-            return root, etag  # not put yet, or the first commit finds out
+            return here  # not put yet, or the first commit finds out
         if found.volume_id == record.volume_id and found.log_id == record.log_id:
             # An older one has less than what is here, and one that was not tried here is a copy's: the
             # comparison before guests come says which.
             tried = local.load_tried(self._places.state_dir, record.volume_id)
-            newer = found.sequence > root.sequence and found.nonce in tried
-            return (found, found_etag) if newer else (root, etag)
-        if etag is None or lease.went_back(found, root):
-            return root, etag  # another's name, which the first put finds out; or to be compared, as above
+            newer = found.sequence > here.root.sequence and found.nonce in tried
+            return Found(found, found_etag) if newer else here
+        if here.etag is None or lease.went_back(found, here.root):
+            return here  # another's name, which the first put finds out; or to be compared, as above
         raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
 
     def check_not_older(self, record: ExportRecord) -> None:

@@ -41,6 +41,7 @@ from glidefs.exports.leaving import Leaving
 from glidefs.exports.logs.verbs import LogVerbs
 from glidefs.exports.opener import Opener
 from glidefs.exports.requests import AttachRequest, CreateRequest, ExportStatus, check_named, normal_size
+from glidefs.exports.roots import Found
 from glidefs.exports.settings import RouterSettings
 from glidefs.exports.stored import list_volumes
 from glidefs.exports.survey import Seen, survey
@@ -264,7 +265,7 @@ class ExportRouter:
             if not root.source or (of_base and wait and not view):
                 # Nobody commits for a read-only export, so its root cannot come later.
                 etag = self._publish(entry, prefix, root, must=wait or root.read_only)
-            self._opener.open(entry, root, etag)
+            self._opener.open(entry, Found(root, etag))
         except BaseException:
             if etag is not None:
                 self._undo_root(prefix, root)

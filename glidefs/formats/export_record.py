@@ -139,7 +139,7 @@ def save(path: str | os.PathLike[str], record: ExportRecord) -> None:
 def load(path: str | os.PathLike[str]) -> ExportRecord:
     """Read a record file. Raises FileNotFoundError, OSError or CorruptObject."""
     with open(path, "rb") as file:
-        data = file.read(MAX_RECORD + 1)
+        data = file.read(min(os.fstat(file.fileno()).st_size, MAX_RECORD) + 1)
     if len(data) > MAX_RECORD:
         raise CorruptObject(os.fspath(path), MAX_RECORD, "export record: too long")
     return decode_record(os.fspath(path), data)

@@ -143,7 +143,15 @@ class Host:
 
     # -- volumes ---------------------------------------------------------------------------------
 
-    def open(self, record: ExportRecord, root: Root, etag: str | None, *, standby: bool = False) -> Volume:
+    def open(
+        self,
+        record: ExportRecord,
+        root: Root,
+        etag: str | None,
+        *,
+        standby: bool = False,
+        copy: local.LocalCopy = local.LocalCopy.UNKNOWN,
+    ) -> Volume:
         """Replay the log of a volume and serve it; with ``standby`` only once :meth:`activate` was called.
 
         ``root`` is the newest known of the record's log id (or of a read-only export's manifest),
@@ -167,7 +175,7 @@ class Host:
         )
         if not record.read_only and not standby:
             # The core unlinks what the root includes: that root must be durable here first.
-            volume.committer.save_local()
+            volume.committer.save_local(copy)
         config = VolumeConfig(
             cookie=volume.cookie,
             log_dir=volume.log_dir,

@@ -16,15 +16,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 from glidefs.errors import NotFound, StoreError
-from glidefs.names import manifest_key, volumes_prefix
+from glidefs.manifest import lease
+from glidefs.names import manifest_key
 from glidefs.store.base import ObjectStore
 from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
 
 HEADS_PER_SECOND = 50.0
-WORTH_A_PAGE = 8
-"""Volumes to compare for which a page of a listing is cheaper than as many requests."""
 LONG_LISTING = 3600.0
 """Seconds for which a prefix whose listing was too long is not listed again."""
 
@@ -88,19 +87,14 @@ class Watch:
 
     def _list(self, prefix: str, due: int) -> bool:
         """Compare all volumes of a prefix with a listing; false where that is not worth it."""
-        if due < WORTH_A_PAGE or self._long.get(prefix, 0.0) > time.monotonic():
+        if due < lease.WORTH_A_PAGE or self._long.get(prefix, 0.0) > time.monotonic():
             return False
-        began, token, pages = time.monotonic(), "", 0
-        etags: dict[str, str] = {}
-        while not self._gone():
-            if due < WORTH_A_PAGE * (pages + 1):
+        began = time.monotonic()
+        etags = lease.list_etags(self._store, prefix, due, self._gone)
+        if etags is None:
+            if not self._gone():
                 self._long[prefix] = time.monotonic() + LONG_LISTING
-                return False
-            page = self._store.list_page(volumes_prefix(prefix), token)
-            etags |= {info.key: info.etag for info in page.infos if info.key.endswith("/manifest")}
-            token, pages = page.next_token, pages + 1
-            if not token:
-                break
+            return self._gone()
         if not self._gone():
             for volume in self._volumes():
                 if volume.prefix == prefix and _is_idle(volume):

@@ -7,7 +7,6 @@ replaced, never changed in place.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import secrets
 import threading
@@ -177,7 +176,7 @@ class Committer:
         local_pages = local.page_dir(self._state_dir, root.volume_id) if root.inline_page is None else None
         return Manifest(root, self._prefix, self._meta, store, local_pages)
 
-    def save_local(self) -> None:
+    def save_local(self, copy: local.LocalCopy = local.LocalCopy.UNKNOWN) -> None:
         """Make the local copy durable as it is now; for a volume that is being opened.
 
         One that the store does not know yet has its root in its record, and needs no copy before.
@@ -187,12 +186,9 @@ class Committer:
             if self.etag is None and not self._has_local():
                 self.local_segment = self.root.last_segment
                 return
-            saved = None
-            with contextlib.suppress(CorruptObject):  # a damaged copy is replaced
-                saved = local.load(self._state_dir, self.root.volume_id, self._key)
-            if saved is None or saved[:2] != (self.root, self.etag):
+            if copy is local.LocalCopy.UNKNOWN and not self._is_saved():
                 local.save(self._state_dir, self.root, self._key, self.etag)
-            else:
+            elif copy is not local.LocalCopy.ENOUGH:
                 local.sync(self._state_dir, self.root.volume_id)
             self.local_segment = self.root.last_segment
 
@@ -201,6 +197,13 @@ class Committer:
         if self.copy_lags:
             with self._lock:
                 self._save(self.root, {})
+
+    def _is_saved(self) -> bool:
+        try:
+            saved = local.load(self._state_dir, self.root.volume_id, self._key)
+        except CorruptObject:  # it is replaced
+            return False
+        return saved is not None and saved[:2] == (self.root, self.etag)
 
     def _has_local(self) -> bool:
         return local.volume_dir(self._state_dir, self.root.volume_id).exists()

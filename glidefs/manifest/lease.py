@@ -40,7 +40,7 @@ from glidefs.errors import (
 )
 from glidefs.formats.manifest import NO_ID, Root, decode_root, encode_root, page_count
 from glidefs.formats.pack import ID_SIZE
-from glidefs.names import manifest_key
+from glidefs.names import manifest_key, volumes_prefix
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
 
@@ -53,6 +53,10 @@ DOOMED_PATIENCE = 2.0
 DOOMED_FOR = 900.0
 """Seconds after which whoever was about to delete a tombstone must have died. Far above the
 deadline of a request and what the clocks of two hosts differ by."""
+
+
+WORTH_A_PAGE = 8
+"""Volumes to compare for which a page of a listing is cheaper than as many requests."""
 
 
 class CommitResult(NamedTuple):
@@ -276,6 +280,25 @@ def tombstone(root: Root, *, doomed: bool) -> Root:
         removed_at=int(time.time()),
         doomed=doomed,
     )
+
+
+def list_etags(
+    store: ObjectStore, prefix: str, due: int, gone: Callable[[], bool] = lambda: False
+) -> dict[str, str] | None:
+    """The ETags of all roots of a prefix, by key, to compare ``due`` volumes with.
+
+    None where others have so much there that to ask for each is cheaper, and when nobody wants it any more
+    (``gone``). Raises StoreError.
+    """
+    etags: dict[str, str] = {}
+    token, pages = "", 0
+    while due >= WORTH_A_PAGE * (pages + 1) and not gone():
+        page = store.list_page(volumes_prefix(prefix), token)
+        etags |= {info.key: info.etag for info in page.infos if info.key.endswith("/manifest")}
+        token, pages = page.next_token, pages + 1
+        if not token:
+            return etags
+    return None
 
 
 def read_root(store: ObjectStore, prefix: str, name: str) -> tuple[Root, str]:

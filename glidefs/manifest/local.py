@@ -21,6 +21,7 @@ import os
 import shutil
 import struct
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from enum import Enum, auto
 from pathlib import Path
 
 import msgspec
@@ -39,6 +40,16 @@ _TRIED_MAGIC = b"GLTR"
 _NO_PAGES: Mapping[bytes, bytes] = {}
 
 
+class LocalCopy(Enum):
+    """What is known of the copy of a root that a volume is opened with."""
+
+    UNKNOWN = auto()
+    READ = auto()
+    """The root was read from it just now. Its names may not be durable yet."""
+    ENOUGH = auto()
+    """The same, and it need not be made durable: the log has no segments, so none can go before it is."""
+
+
 class _Saved(msgspec.Struct, frozen=True, array_like=True):
     etag: str | None
     root: bytes
@@ -50,12 +61,17 @@ _decoder = msgspec.msgpack.Decoder(_Saved)
 
 def volume_dir(state_dir: Path, volume_id: bytes) -> Path:
     """The directory of a volume's copies."""
-    return Path(f"{state_dir}/volumes/{volume_id.hex()}")
+    return Path(_place(state_dir, volume_id))
 
 
 def page_dir(state_dir: Path, volume_id: bytes) -> Path:
     """The directory of the copies of its pages."""
-    return Path(f"{state_dir}/volumes/{volume_id.hex()}/pages")
+    return Path(_place(state_dir, volume_id), "pages")
+
+
+def _place(state_dir: Path, volume_id: bytes) -> str:
+    """The same as text: a start with thousands of volumes opens files of each, and a Path costs as much."""
+    return f"{state_dir}/volumes/{volume_id.hex()}"
 
 
 def _make_dir(state_dir: Path, volume_id: bytes) -> Path:
@@ -111,7 +127,7 @@ def save_tried(state_dir: Path, volume_id: bytes, nonces: Sequence[bytes]) -> No
 def load_tried(state_dir: Path, volume_id: bytes) -> tuple[bytes, ...]:
     """The nonces of :func:`save_tried`; none if the file is absent or damaged: then no root is adopted."""
     try:
-        with open(f"{volume_dir(state_dir, volume_id)}/tried", "rb") as file:
+        with open(f"{_place(state_dir, volume_id)}/tried", "rb") as file:
             data = file.read(_TRIED.size + (MAX_TRIED + 1) * ID_SIZE)
     except OSError:
         return ()
@@ -136,8 +152,8 @@ def sync(state_dir: Path, volume_id: bytes) -> None:
     Files are synced before they get their names, so it is the names that may be lost with the power.
     """
     with contextlib.suppress(FileNotFoundError):
-        fsync_dir(page_dir(state_dir, volume_id))
-    fsync_dir(volume_dir(state_dir, volume_id))
+        fsync_dir(f"{_place(state_dir, volume_id)}/pages")
+    fsync_dir(_place(state_dir, volume_id))
 
 
 def sync_volumes(state_dir: Path) -> None:
@@ -147,13 +163,14 @@ def sync_volumes(state_dir: Path) -> None:
             fsync_dir(place)
 
 
-def _read(path: Path) -> _Saved:
+def _read(path: str) -> _Saved:
     try:
-        return _decoder.decode(path.read_bytes())
+        with open(path, "rb") as file:
+            return _decoder.decode(file.read())
     except FileNotFoundError:
         raise
     except (OSError, msgspec.MsgspecError) as error:
-        raise CorruptObject(str(path), 0, f"local copy of a manifest: {error}") from error
+        raise CorruptObject(path, 0, f"local copy of a manifest: {error}") from error
 
 
 def load(state_dir: Path, volume_id: bytes, key: str) -> tuple[Root, str | None, bytes] | None:
@@ -161,14 +178,14 @@ def load(state_dir: Path, volume_id: bytes, key: str) -> tuple[Root, str | None,
 
     Raises CorruptObject; WrongObject for the copy of another volume.
     """
-    path = volume_dir(state_dir, volume_id) / "root"
+    path = f"{_place(state_dir, volume_id)}/root"
     try:
         saved = _read(path)
     except FileNotFoundError:
         return None
-    root = decode_root(key, saved.root, str(path))
+    root = decode_root(key, saved.root, path)
     if root.volume_id != volume_id:
-        raise WrongObject(str(path), f"it is the root of volume {root.volume_id.hex()}")
+        raise WrongObject(path, f"it is the root of volume {root.volume_id.hex()}")
     return root, saved.etag, saved.root
 
 
@@ -178,20 +195,21 @@ def every(state_dir: Path, but: Collection[bytes] = ()) -> Iterator[Root]:
     directory = state_dir / "volumes"
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(set(os.listdir(directory)) - left_out):
-            root = _find(directory / name / "root")
+            root = _find(f"{directory}/{name}", name)
             if root is not None:
                 yield root
 
 
 def find(state_dir: Path, volume_id: bytes) -> Root | None:
     """The root of one volume, under whatever key, if there is a good copy."""
-    return _find(volume_dir(state_dir, volume_id) / "root")
+    return _find(_place(state_dir, volume_id), volume_id.hex())
 
 
-def _find(path: Path) -> Root | None:
+def _find(directory: str, volume_id: str) -> Root | None:
+    path = f"{directory}/root"
     with contextlib.suppress(CorruptObject, OSError):
-        root = decode_any_root(str(path), _read(path).root)
-        if root.volume_id.hex() == path.parent.name:
+        root = decode_any_root(path, _read(path).root)
+        if root.volume_id.hex() == volume_id:
             return root
     return None
 

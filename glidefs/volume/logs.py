@@ -45,17 +45,33 @@ class LogExtent(msgspec.Struct, frozen=True):
     zero: bool
 
 
-def log_dir(log_root: Path, volume_id: bytes, log_id: bytes) -> Path:
+def log_path(log_root: Path, volume_id: bytes, log_id: bytes) -> str:
     """Where the log of a volume is."""
-    return Path(f"{log_root}/{volume_id.hex()}/{log_id.hex()}")
+    return f"{log_root}/{volume_id.hex()}/{log_id.hex()}"
 
 
-def lost_syncs(directory: Path) -> bool:
-    """Whether a sync of a segment there failed, and the store was not known to have it since."""
+def log_dir(log_root: Path, volume_id: bytes, log_id: bytes) -> Path:
+    """The same as a Path, which costs as much as to look there."""
+    return Path(log_path(log_root, volume_id, log_id))
+
+
+class LogLook(NamedTuple):
+    """What the names in a log directory say.
+
+    ``lost_syncs``: a sync of a segment failed, and the store was not known to have that since.
+    """
+
+    empty: bool
+    lost_syncs: bool
+
+
+def look(directory: str) -> LogLook:
+    """Look at the names in a log directory; one that is not there is empty."""
     try:
-        return any(name.endswith(".syncfail") for name in os.listdir(directory))
+        names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        names = []
+    return LogLook(not names, any(name.endswith(".syncfail") for name in names))
 
 
 class LogCopy(NamedTuple):

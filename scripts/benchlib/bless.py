@@ -81,7 +81,7 @@ def compact(image: Path, data: Path) -> int:
 def ours(report: Report, work: Path, image: Path, data: Path, plain: int) -> None:
     """One bless into a new store."""
     store = work / "store"
-    command = [sys.executable, "-m", "glidefs.cli.main", "bless", image, "--name", "b"]
+    command = [sys.executable, "-m", "glidefs", "bless", image, "--name", "b"]
     config = work / "bless.toml"
     store.mkdir(exist_ok=True)
     config.write_text(f'[store]\nurl = "file://{store}"\n')

@@ -151,7 +151,7 @@ class GlideFS(NbdTarget):
     def command(self, *args: str) -> str:
         """Run a glidefs command; its standard output."""
         done = subprocess.run(
-            [sys.executable, "-m", "glidefs.cli.main", *args],
+            [sys.executable, "-m", "glidefs", *args],
             env={**os.environ, **self.env},
             capture_output=True,
             text=True,
@@ -165,7 +165,7 @@ class GlideFS(NbdTarget):
     def start(self) -> None:
         """Start the daemon and wait until it serves."""
         child = Child(
-            [sys.executable, "-m", "glidefs.cli.main", "run", "-c", self.config],
+            [sys.executable, "-m", "glidefs", "run", "-c", self.config],
             self.base / "daemon.log",
             self.env,
         )
@@ -219,7 +219,7 @@ class GlideFS(NbdTarget):
 
     def count(self, name: str) -> float:
         """A counter of volumes since the daemon started, of all exports."""
-        return sum(v for key, v in self.metrics().items() if key.startswith(f"glidefs_{name}_total{{"))
+        return sum(v for key, v in self.metrics().items() if key.partition("{")[0] == f"glidefs_{name}_total")
 
     def _request(self, method: str, path: str, body: str | None = None) -> str:
         socket = str(self.base / "run" / "api.sock")

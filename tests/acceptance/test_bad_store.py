@@ -177,7 +177,7 @@ class World:
         hit = sum(self.s3.faults.values())
         self.s3.fault = storm
         gc = subprocess.Popen(
-            [sys.executable, "-m", "glidefs.cli.main", "gc"],
+            [sys.executable, "-m", "glidefs", "gc"],
             cwd=self.node.base,
             env={**os.environ, "PYTHONPATH": str(ROOT), "GLIDEFS_CONFIG": str(self.node.config)},
             stdout=subprocess.DEVNULL,

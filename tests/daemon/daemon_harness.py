@@ -87,6 +87,7 @@ block_cache_size = "16MiB"
 {url}
 [api]
 socket = "api.sock"
+export_metrics = true
 [nbd]
 socket = "nbd.sock"
 [upload]
@@ -112,7 +113,7 @@ node = "{node}"
         args = ["run", "-c", str(self.config)]
         with (self.base / "daemon.log").open("ab") as log:
             if self.wrapper:
-                command = [*self.wrapper, sys.executable, "-m", "glidefs.cli.main", *args]
+                command = [*self.wrapper, sys.executable, "-m", "glidefs", *args]
                 self.process = subprocess.Popen(command, cwd=ROOT, stderr=log, stdout=log, env=environment)
             else:
                 self.process = command_line.Started(

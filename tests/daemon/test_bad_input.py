@@ -37,7 +37,7 @@ needs_weed = pytest.mark.skipif(
 
 def refused(daemon: Daemon) -> str:
     """The one line of a start by somebody who may not pass over file modes."""
-    command = [sys.executable, "-m", "glidefs.cli.main", "run", "-c", str(daemon.config)]
+    command = [sys.executable, "-m", "glidefs", "run", "-c", str(daemon.config)]
     if os.geteuid() == 0:  # who owns the files all the same
         rights = "-dac_override,-dac_read_search"
         command = ["setpriv", f"--inh-caps={rights}", f"--bounding-set={rights}", *command]

@@ -62,7 +62,7 @@ HEAVY = {
 """What takes milliseconds to import and is of no use to a command that asks the daemon."""
 IMPORTED = f"""
 import sys
-from glidefs.cli.main import main
+from glidefs.__main__ import main
 sys.argv = ["glidefs", *sys.argv[1:]]
 try:
     main()

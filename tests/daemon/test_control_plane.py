@@ -188,7 +188,7 @@ def test_an_interrupted_profile_ends(daemon: Daemon, tmp_path: Path) -> None:
     daemon.json("create", "fork", "--from", "base:base")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLIDEFS_CONFIG": str(daemon.config)}
     for number in (signal.SIGINT, signal.SIGKILL):
-        command = [*INTERRUPTIBLE, sys.executable, "-m", "glidefs.cli.main"]
+        command = [*INTERRUPTIBLE, sys.executable, "-m", "glidefs"]
         command += ["profile", "fork", "--stop-after", "1h"]
         with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as client:
             wait_for(lambda: waiting(daemon) == 1, "the profile runs")

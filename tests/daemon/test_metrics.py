@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 
 import pytest
 from daemon_harness import Daemon
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 pytest.importorskip("glidefs.core._core")
@@ -81,6 +83,66 @@ def test_text_parses_and_has_the_figures() -> None:
     latency = families["glidefs_operation_seconds"].samples
     assert {sample.labels["op"] for sample in latency} == {"read"}
     assert [s.value for s in latency if s.name.endswith("_count") and s.labels["export"] == "a"] == [4]
+
+
+def test_sums_take_the_place_of_exports() -> None:
+    """Whatever happens to how many exports: the text stays as long, but for those that want attention."""
+    one = figures("a")
+    bad = replace(one, name="b", info=replace(one.info, failed=5, dirty_bytes=7, oldest_dirty_ns=1))
+    snapshot = Snapshot(
+        engine=None,
+        exports=[replace(one, stats=None), replace(bad, stats=None)],
+        totals=one.stats,
+        statuses=[status("a", "serving"), status("b", "serving"), status("c", "fenced")],
+        troubles=2,
+        store=None,
+        started_at=time.time(),
+        shadow=True,
+    )
+    text = Metrics(lambda: snapshot).render().decode()
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    assert not [line for line in text.splitlines() if 'export="a"' in line]
+    assert {s.labels["export"] for s in families["glidefs_fenced"].samples} == {"c"}
+    assert [(s.labels["export"], s.value) for s in families["glidefs_volume_errno"].samples] == [("b", 5)]
+    assert [(s.labels, s.value) for s in families["glidefs_dirty_bytes"].samples] == [({}, 7)]
+    (oldest,) = families["glidefs_oldest_dirty_seconds"].samples
+    assert oldest.labels == {}
+    assert oldest.value > 0
+    reads = [s for s in families["glidefs_operations"].samples if s.labels == {"op": "read"}]
+    assert [s.value for s in reads] == [4]
+    counts = [s for s in families["glidefs_operation_seconds"].samples if s.name.endswith("_count")]
+    assert [(s.labels, s.value) for s in counts] == [({"op": "read"}, 4)]
+    assert {s.labels["why"] for s in families["glidefs_shadow_skipped_sectors"].samples} == {
+        "changed",
+        "absent",
+    }
+    assert families["glidefs_connections"].samples[0].value == 0
+
+
+def test_without_exports_there_are_sums() -> None:
+    zero = VolumeStats(*(((0,) * 4,) * 3), ((0,) * 64,) * 4, (0,) * 4, *((0,) * 13))
+    snapshot = Snapshot(engine=None, exports=[], totals=zero, statuses=[], store=None, started_at=time.time())
+    text = Metrics(lambda: snapshot).render().decode()
+    assert "\nglidefs_size_bytes 0\n" in text
+    assert '\nglidefs_operations_total{op="write"} 0\n' in text
+
+
+def test_sums_outlive_the_exports(make_daemon: Callable[..., Daemon]) -> None:
+    """What a removed export did still counts: a counter that falls looks like a restart."""
+    daemon = make_daemon()
+    daemon.config.write_text(daemon.config.read_text().replace("export_metrics = true", ""))
+    daemon.start()
+    for name in ("a", "b"):
+        daemon.client.call("PUT", f"/api/exports/{name}", {"size": "8MiB", "transport": "nbd"})
+        daemon.io(name, "write -P 1 0 64k")
+    before = daemon.samples("glidefs_operations_total", op="write")
+    assert len(before) == 1
+    assert before[0] >= 2
+    daemon.client.call("DELETE", "/api/exports/a")
+    assert daemon.samples("glidefs_operations_total", op="write") == before
+    daemon.io("b", "write -P 1 0 64k")
+    assert daemon.samples("glidefs_operations_total", op="write")[0] > before[0]
+    assert daemon.samples("glidefs_size_bytes") == [8 << 20]
 
 
 def test_buckets_are_cumulative_and_at_the_core_s_bounds() -> None:

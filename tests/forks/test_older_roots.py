@@ -103,7 +103,7 @@ def test_an_older_root_does_not_replace_the_local_one_of_a_log_that_lost_a_sync(
     volume_of(node).retire_committed()
     node.close()
     roll_back(memory, older)
-    monkeypatch.setattr(logs, "lost_syncs", lambda directory: True)
+    monkeypatch.setattr(logs, "look", lambda directory: logs.LogLook(empty=False, lost_syncs=True))
     node = started(make_node)
     assert volume_of(node).root.sequence > older.sequence
     assert "went back" in volume_of(node).last_error
@@ -193,7 +193,7 @@ def test_a_log_that_lost_a_sync_is_not_opened_with_the_root_of_a_copy(
     write(one, b"2")
     two.core("v").pwrite(4096, b"3" * 4096)
     two.close()
-    monkeypatch.setattr(logs, "lost_syncs", lambda directory: True)
+    monkeypatch.setattr(logs, "look", lambda directory: logs.LogLook(empty=False, lost_syncs=True))
     two = started(make_node, "copy/a")
     assert "cloned" in two.router.show("v").reason
     assert stored(memory) == volume_of(one).root

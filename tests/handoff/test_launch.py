@@ -16,7 +16,7 @@ from node import wait_for
 
 from glidefs.handoff import launch
 
-PROGRAM = "import sys\nfrom glidefs.cli.main import main\nsys.exit(main())\n"
+PROGRAM = "import sys\nfrom glidefs.__main__ import main\nsys.exit(main())\n"
 TRAP = "import pathlib\npathlib.Path(__file__).with_name('caught').touch()\nraise SystemExit('a trap')\n"
 
 
@@ -96,7 +96,7 @@ def test_a_new_version_at_the_same_place(elsewhere: Elsewhere, tmp_path: Path) -
     )
     current = tmp_path / "current"
     current.symlink_to("one")
-    elsewhere.command = [sys.executable, "-m", "glidefs.cli.main"]
+    elsewhere.command = [sys.executable, "-m", "glidefs"]
     elsewhere.path = str(current)
     elsewhere.start()
     current.unlink()

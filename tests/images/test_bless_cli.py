@@ -33,7 +33,7 @@ class Cli:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("GLIDEFS_")}
         environment |= {"PYTHONPATH": str(ROOT), "GLIDEFS_CONFIG": str(self.config)}
         return subprocess.run(
-            [sys.executable, "-m", "glidefs.cli.main", *args],
+            [sys.executable, "-m", "glidefs", *args],
             cwd=self.cwd,
             env=environment,
             input=stdin,
@@ -141,7 +141,7 @@ def test_inspect_a_checkpoint(cli: Cli, tmp_path: Path) -> None:
 def test_interrupted(cli: Cli, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLIDEFS_CONFIG": str(cli.config)}
-    command = [*INTERRUPTIBLE, sys.executable, "-m", "glidefs.cli.main"]
+    command = [*INTERRUPTIBLE, sys.executable, "-m", "glidefs"]
     command += ["bless", str(tmp_path / "fifo"), "-n", "b"]
     child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     with (tmp_path / "fifo").open("wb") as fifo:  # returns once the child has opened it

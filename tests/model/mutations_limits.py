@@ -93,7 +93,7 @@ LIMITS = [
     Mutation(
         "missing-log-taken-for-one-not-begun",
         "glidefs/exports/opener.py",
-        "        if record.is_view or directory.is_dir():\n",
+        "        if record.is_view or os.path.isdir(directory):\n",
         "        if record.is_view or not self.places.logs_missing:\n",
         ("tests/forks/test_damaged_files.py::test_a_directory_that_is_lost",),
     ),

@@ -134,7 +134,7 @@ VOLUME = [
     Mutation(
         "log-opened-before-the-local-copy",
         "glidefs/host/host.py",
-        "must be durable here first.\n            volume.committer.save_local()\n",
+        "must be durable here first.\n            volume.committer.save_local(copy)\n",
         "must be durable here first.\n            pass\n",
         (OWNERSHIP + "test_the_local_copy_is_there_before_the_log_is_opened",),
     ),

@@ -47,7 +47,7 @@ def files(below: Path) -> dict[str, str]:
 def program(tmp_path: Path) -> Path:
     path = tmp_path / "bin" / "glidefs"
     path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m glidefs.cli.main "$@"\n')
+    path.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m glidefs "$@"\n')
     path.chmod(0o755)
     return path
 

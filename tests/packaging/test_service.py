@@ -81,7 +81,7 @@ url = "file://{tmp_path}/store"
 node = "node-1"
 """
     )
-    program = write_program(tmp_path / "glidefs", f"{sys.executable} -m glidefs.cli.main")
+    program = write_program(tmp_path / "glidefs", f"{sys.executable} -m glidefs")
     units = rig.install(tmp_path, program, config)
     log_to(units, tmp_path / "log")
     with rig.systemd(tmp_path, units) as manager:

@@ -90,7 +90,7 @@ SIM = [
     Mutation(
         "store-is-not-asked-after-a-failed-sync",
         "glidefs/exports/roots.py",
-        "        if not logs.lost_syncs(log_dir):\n",
+        "        if not seen.lost_syncs:\n",
         "        if True:\n",
         SEEDS,
     ),
@@ -246,8 +246,8 @@ SIM = [
     Mutation(
         "older-root-for-a-log-that-lost-a-sync",
         "glidefs/exports/roots.py",
-        "            newer = found.sequence > root.sequence and found.nonce in tried\n",
-        "            newer = found.nonce in tried or found.nonce != root.nonce\n",
+        "            newer = found.sequence > here.root.sequence and found.nonce in tried\n",
+        "            newer = found.nonce in tried or found.nonce != here.root.nonce\n",
         ("tests/forks/test_older_roots.py", *IDENTITY),
     ),
     Mutation(

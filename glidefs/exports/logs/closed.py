@@ -25,9 +25,13 @@ class ExportLogs:
     def __init__(self, places: RouterSettings) -> None:
         self._places = places
 
-    def directory(self, record: ExportRecord) -> Path:
+    def path(self, record: ExportRecord) -> str:
         """Where the log is."""
-        return logs.log_dir(self._places.logs_dir, record.volume_id, record.log_id)
+        return logs.log_path(self._places.logs_dir, record.volume_id, record.log_id)
+
+    def directory(self, record: ExportRecord) -> Path:
+        """The same."""
+        return Path(self.path(record))
 
     def begin(self, record: ExportRecord) -> None:
         """Make the log's directory, durable on return. Raises OSError."""
