@@ -288,6 +288,8 @@ class Daemon:
 
     def leave(self) -> None:
         """Another process serves: end this one, without closing what both have. Does not return."""
+        for lock in self._locks:
+            lock.leave()
         if self._api is not None:
             self._api.close(handed_over=True)
         process.end(0)

@@ -92,3 +92,22 @@ def test_guests_do_not_wait_for_the_api_s_imports() -> None:
     """They take as long as the rest of a start."""
     code = "import sys, glidefs.daemon.run; sys.exit('fastapi' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_who_hands_over_gives_its_copy_of_the_lock_up(tmp_path: Path) -> None:
+    """Once the other process ends the directory is free, whether this one has ended or not."""
+    before, after = process.DirectoryLock(tmp_path), process.DirectoryLock(tmp_path)
+    before.acquire()
+    held = os.dup(before.fileno())
+    status = os.fstat(held)
+    after.acquire({(status.st_ino, status.st_dev): held})
+    before.leave()
+    with pytest.raises(CacheBusy):
+        process.DirectoryLock(tmp_path).acquire()
+    after.release()
+    again = process.DirectoryLock(tmp_path)
+    again.acquire()
+    before.release()  # which has none any more
+    with pytest.raises(CacheBusy):
+        process.DirectoryLock(tmp_path).acquire()
+    again.release()
