@@ -242,6 +242,17 @@ class Routes:
         tag = self.life.verb("tag", name, self.control.router.forks.tag, name, wanted)
         return reply(await self.change(self.pools.stores, tag))
 
+    async def tags(self, request: Request) -> Response:
+        """GET /api/tags."""
+        prefix = request.query_params.get("prefix")
+        return reply(await self.pools.stores.run(self.control.router.forks.tags, prefix))
+
+    async def delete_tag(self, request: Request) -> Response:
+        """DELETE /api/tags/{name}."""
+        tag, prefix = request.path_params["name"], request.query_params.get("prefix")
+        delete = self.life.verb("delete-tag", tag, self.control.router.forks.delete_tag, tag, prefix)
+        return reply(await self.change(self.pools.stores, delete))
+
     async def promote(self, request: Request) -> Response:
         """POST /api/exports/{name}/promote."""
         wanted = await body(request, PromoteRequest)
@@ -358,6 +369,8 @@ def build_app(control: Control) -> FastAPI:
         ("POST", f"{export}/promote", routes.promote),
         ("POST", f"{export}/profile", routes.profile),
         ("GET", "/api/volumes", routes.volumes),
+        ("GET", "/api/tags", routes.tags),
+        ("DELETE", "/api/tags/{name}", routes.delete_tag),
         ("GET", "/api/bases", routes.list_bases),
         ("POST", "/api/bases/{name}", routes.bless),
         ("DELETE", "/api/bases/{name}", routes.remove_base),

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 
 from glidefs.api.client import export_path
-from glidefs.cli import output
+from glidefs.cli import completion, output
 from glidefs.cli.common import connect, reported, seconds, show_result
 from glidefs.cli.options import ConfigOption, Json, Name, Prefix, Timeout
+from glidefs.errors import ConfigError
 
-Volume = Annotated[str, typer.Argument(metavar="NAME", help="Name of the volume.", show_default=False)]
+Volume = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="Name of the volume.", show_default=False, autocompletion=completion.exports
+    ),
+]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Put the commands of this file into the program."""
-    for function in (snapshot, snapshots, promote, tag, profile):
+    for function in (snapshot, snapshots, promote, tag, tags, profile):
         app.command()(function)
 
 
@@ -65,7 +71,7 @@ def snapshots(
             [
                 s["source"],
                 output.size_text(s["size"]),
-                time.strftime("%F %T", time.localtime(s["created_at"])),
+                output.time_text(s["created_at"]),
             ]
             for s in found
         ]
@@ -97,17 +103,66 @@ def promote(
 
 
 def tag(
-    name: Annotated[str, typer.Argument(metavar="NAME[@SEQ]", help="Volume, or a snapshot of it.")],
-    tag: Annotated[str, typer.Argument(metavar="TAG", help="Name of the tag; one in use moves here.")],
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME[@SEQ]]", help="Volume, or a snapshot of it.", show_default=False),
+    ] = None,
+    tag: Annotated[
+        str | None,
+        typer.Argument(metavar="[TAG]", help="Name of the tag; one in use moves here.", show_default=False),
+    ] = None,
+    delete: Annotated[
+        str | None,
+        typer.Option(
+            "--delete",
+            metavar="TAG",
+            help="Delete this tag.",
+            show_default=False,
+            autocompletion=completion.tags,
+        ),
+    ] = None,
+    prefix: Annotated[
+        str | None,
+        typer.Option("--prefix", help="With --delete: its prefix; default: the first configured."),
+    ] = None,
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:
-    """Give a volume as it is now, or a snapshot, a name to fork from."""
+    """Give a volume as it is now, or a snapshot, a name to fork from; or delete such a name."""
     with reported(as_json):
+        if delete is not None:
+            if name is not None:
+                raise ConfigError("--delete takes the tag alone")
+            path = f"/api/tags/{quote(delete, safe='')}"
+            result = connect(config).call("DELETE", path, query={"prefix": prefix})
+            show_result(result, as_json, f"tag:{delete}: deleted")
+            return
+        if name is None or tag is None or prefix is not None:
+            raise ConfigError("name the volume and its tag, or a tag with --delete")
         volume, sequence = _split(name)
         wanted = {"tag": tag, "sequence": sequence}
         result = connect(config).call("POST", export_path(volume, "tag"), wanted)
         show_result(result, as_json, f"tag:{tag}")
+
+
+def tags(prefix: Prefix = None, config: ConfigOption = None, as_json: Json = False) -> None:
+    """List the tags of a prefix."""
+    with reported(as_json):
+        found = connect(config).call("GET", "/api/tags", query={"prefix": prefix})
+        if as_json:
+            output.emit(found)
+            return
+        rows = [
+            [
+                t["tag"],
+                t["volume"] or "-",
+                output.size_text(t["size"]),
+                output.time_text(t["created_at"]) if t["created_at"] else "-",
+                t["damaged"],
+            ]
+            for t in found
+        ]
+        output.table(["TAG", "VOLUME", "SIZE", "CREATED", "NOTE"], rows, right=(2,))
 
 
 def profile(

@@ -8,16 +8,13 @@ from typing import Annotated
 
 import typer
 
-from glidefs.api.client import absolute, export_path
-from glidefs.cli import look, output
+from glidefs.api.client import absolute
+from glidefs.cli import completion, exports, forks
 from glidefs.cli.common import connect, reported, seconds, show_result
 from glidefs.cli.devices import app as devices_app
-from glidefs.cli.forks import add_commands
 from glidefs.cli.lean import narrow
 from glidefs.cli.logs import app as logs_app
-from glidefs.cli.options import ConfigOption, Force, Json, Name, NewPrefix, Prefix, Timeout
-from glidefs.cli.stored import attach_all, list_stored
-from glidefs.errors import ConfigError
+from glidefs.cli.options import ConfigOption, Json, NewPrefix, Prefix
 
 HANDOFF_TIMEOUT = 600.0
 
@@ -31,15 +28,29 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(logs_app, name="logs")
-add_commands(app)
+exports.add_commands(app)
+forks.add_commands(app)
 bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
 app.add_typer(bases_app, name="bases")
 app.add_typer(devices_app, name="devices")
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        from glidefs.version import commit, version
+
+        print(f"glidefs {version()} (commit {commit()})")
+        raise typer.Exit
+
+
 @app.callback()
-def glidefs() -> None:
-    """What comes before a command: nothing. With it the program has commands even where only one is left."""
+def glidefs(
+    version: Annotated[
+        bool,
+        typer.Option("--version", "-V", help="Print the version.", is_eager=True, callback=_say_version),
+    ] = False,
+) -> None:
+    """Fast local disks backed by an object store."""
 
 
 @app.command()
@@ -79,113 +90,15 @@ def run(
         run_daemon(config, init_store=init_store)
 
 
-@app.command()
-def create(
-    name: Name,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--size", "-s", help='Size, such as "10GiB"; default: the source\'s.', show_default=False
-        ),
-    ] = None,
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="Fork base:B, volume:V, snapshot:V@SEQ or tag:T.", show_default=False),
-    ] = None,
-    transport: Annotated[str, typer.Option("--transport", help="auto, ublk, nbd-device or nbd.")] = "auto",
-    read_only: Annotated[bool, typer.Option("--read-only", help="Guests cannot write.")] = False,
-    prefix: Prefix = None,
-    new_prefix: NewPrefix = False,
-    flush: Annotated[
-        str, typer.Option("--flush", help="local: FLUSH is durable here; store: in the store.")
-    ] = "local",
-    wait: Annotated[bool, typer.Option("--wait", help="Return when the store knows the volume.")] = False,
-    prefetch: Annotated[
-        bool, typer.Option("--prefetch/--no-prefetch", help="Fetch the base's hot set in the background.")
-    ] = True,
-    config: ConfigOption = None,
-    as_json: Json = False,
-) -> None:
-    """Create a volume, empty or a fork, and serve it on this host."""
-    with reported(as_json):
-        wanted = {
-            "size": size,
-            "source": source,
-            "prefetch": prefetch,
-            "transport": transport,
-            "read_only": read_only,
-            "prefix": prefix,
-            "new_prefix": new_prefix,
-            "flush": flush,
-            "wait": wait,
-        }
-        status = connect(config).call("PUT", export_path(name), wanted)
-        show_result(status, as_json, f"{status['name']}: {status['transport']} {status['device']}")
-        if not as_json:
-            output.say(f"{output.size_text(status['size'])} over {status['transport']} ({status['reason']})")
-
-
-@app.command("list")
-def list_exports(
-    store: Annotated[
-        bool, typer.Option("--store", help="All volumes of a prefix in the store, whoever has them.")
-    ] = False,
-    prefix: Prefix = None,
-    config: ConfigOption = None,
-    as_json: Json = False,
-) -> None:
-    """List the exports of this host, or the volumes of the store."""
-    if store:
-        with reported(as_json):
-            list_stored(connect(config), prefix, as_json)
-    else:
-        look.list_exports(config, as_json)
-
-
-@app.command()
-def show(name: Name, config: ConfigOption = None, as_json: Json = False) -> None:
-    """Show one export."""
-    look.show(name, config, as_json)
-
-
-@app.command()
-def resize(
-    name: Name,
-    size: Annotated[
-        str, typer.Argument(metavar="SIZE", help='New size, such as "20GiB".', show_default=False)
+@app.command("completion")
+def shell_completion(
+    shell: Annotated[
+        str, typer.Argument(metavar="SHELL", help=f"{', '.join(completion.SHELLS)}.", show_default=False)
     ],
-    shrink: Annotated[
-        bool, typer.Option("--shrink", help="Confirm that a smaller size cuts data off.")
-    ] = False,
-    config: ConfigOption = None,
-    as_json: Json = False,
 ) -> None:
-    """Change the size of a volume while it is served."""
-    with reported(as_json):
-        status = connect(config).call("POST", export_path(name, "resize"), {"size": size, "shrink": shrink})
-        show_result(status, as_json, f"{status['name']}: {output.size_text(status['size'])}")
-
-
-@app.command()
-def transport(
-    name: Name,
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="auto, ublk, nbd-device or nbd.", show_default=False)
-    ],
-    config: ConfigOption = None,
-    as_json: Json = False,
-) -> None:
-    """Serve a volume by another transport; nobody may use it meanwhile."""
-    with reported(as_json):
-        status = connect(config).call("POST", export_path(name, "transport"), {"transport": kind})
-        text = f"{status['name']}: {status['transport']}, {status['device']}"
-        show_result(status, as_json, f"{text} ({status['reason']})" if status["reason"] else text)
-
-
-@app.command()
-def drain(name: Name, timeout: Timeout = None, config: ConfigOption = None, as_json: Json = False) -> None:
-    """Upload everything that was written until now."""
-    _drained("drain", "drained", name, timeout, config, as_json)
+    """Print what makes a shell complete commands and names: source <(glidefs completion bash)."""
+    with reported(False):
+        print(completion.script(shell))
 
 
 @app.command()
@@ -209,112 +122,6 @@ def handoff(
         show_result(answer, as_json, text)
         if answer["outcome"] == "revived":
             raise SystemExit(1)
-
-
-@app.command()
-def detach(
-    name: Name,
-    timeout: Timeout = None,
-    force: Force = False,
-    config: ConfigOption = None,
-    as_json: Json = False,
-) -> None:
-    """Stop serving here, upload everything, give the volume up: any host can attach it."""
-    _drained("detach", "detached", name, timeout, config, as_json, force=True if force else None)
-
-
-def _drained(
-    verb: str,
-    done: str,
-    name: str,
-    timeout: str | None,
-    config: str | None,
-    as_json: bool,
-    **options: bool | None,
-) -> None:
-    with reported(as_json):
-        client = connect(config)
-
-        def left() -> float:
-            volume = client.call("GET", export_path(name), timeout=5).get("volume") or {}
-            return float(volume.get("dirty_bytes", 0))
-
-        with output.watching(f"{verb} {name}", left):
-            wanted = {"timeout": seconds(timeout)} | {key: on for key, on in options.items() if on}
-            result = client.call("POST", export_path(name, verb), wanted)
-        show_result(result, as_json, f"{name}: {done}")
-
-
-@app.command()
-def attach(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Name of the volume.", show_default=False)
-    ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="All volumes of a node in the store; see --node.")
-    ] = False,
-    node: Annotated[
-        str | None, typer.Option("--node", metavar="NODE", help="With --all: the node; default: this one.")
-    ] = None,
-    take_over: Annotated[
-        bool, typer.Option("--take-over", help="Take it from the node that owns it, which is fenced.")
-    ] = False,
-    accept_older: Annotated[
-        bool, typer.Option("--accept-older", help="The store went back in time: take what it has now.")
-    ] = False,
-    prefix: Prefix = None,
-    transport: Annotated[str, typer.Option("--transport", help="auto, ublk, nbd-device or nbd.")] = "auto",
-    config: ConfigOption = None,
-    as_json: Json = False,
-) -> None:
-    """Serve a volume from the store, or with --all the volumes of a lost host or disk."""
-    with reported(as_json):
-        wanted = {
-            "take_over": take_over,
-            "accept_older": accept_older,
-            "prefix": prefix,
-            "transport": transport,
-        }
-        if (name is None) != every or (node is not None and not every):
-            raise ConfigError("name one volume, or use --all, with --node for another node than this one")
-        if name is None:
-            attach_all(connect(config), node, prefix, wanted, as_json)
-            return
-        status = connect(config).call("POST", export_path(name, "attach"), wanted)
-        show_result(status, as_json, f"{status['name']}: {status['transport']} {status['device']}")
-
-
-@app.command()
-def remove(
-    name: Name,
-    purge: Annotated[bool, typer.Option("--purge", help="Delete its snapshots too, for good.")] = False,
-    now: Annotated[bool, typer.Option("--now", help="Delete it for good: no undelete.")] = False,
-    force: Force = False,
-    config: ConfigOption = None,
-    as_json: Json = False,
-) -> None:
-    """Delete a volume, here and in the store; until gc's grace is over it can be undeleted."""
-    with reported(as_json):
-        options = {"purge": purge, "now": now, "force": force}
-        query = {option: "true" for option, on in options.items() if on} or None
-        result = connect(config).call("DELETE", export_path(name), query=query)
-        line = f"{name}: removed" if result.get("removed") else f"{name}: nothing to remove"
-        show_result(result, as_json, line)
-
-
-@app.command()
-def undelete(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Name of the removed volume.", show_default=False)
-    ],
-    prefix: Prefix = None,
-    config: ConfigOption = None,
-    as_json: Json = False,
-) -> None:
-    """Put a removed volume back into the store, as it was; attach it then."""
-    with reported(as_json):
-        result = connect(config).call("POST", export_path(name, "undelete"), {"prefix": prefix})
-        show_result(result, as_json, f"{name}: undeleted, {output.size_text(result['size'])}")
 
 
 @app.command()
@@ -409,7 +216,12 @@ def bases_list(
 
 @bases_app.command("remove")
 def bases_remove(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the base.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of the base.", show_default=False, autocompletion=completion.bases
+        ),
+    ],
     prefix: Prefix = None,
     store: Store = None,
     config: ConfigOption = None,
@@ -449,5 +261,7 @@ def gc(
 
 def run_command(args: Sequence[str]) -> None:
     """Run ``args``, the words behind `glidefs`. Ends the process."""
+    if completion.is_asked():
+        app(prog_name=completion.PROGRAM)
     narrow(app, args)
     app(list(args))

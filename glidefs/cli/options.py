@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the export.", show_default=False)]
+from glidefs.cli import completion
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="Name of the export.", show_default=False, autocompletion=completion.exports
+    ),
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="NAME...", help="Names of exports.", show_default=False, autocompletion=completion.exports
+    ),
+]
+Every = Annotated[bool, typer.Option("--all", help="All exports of this host.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ConfigOption = Annotated[
     str | None,

@@ -85,6 +85,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
         print(_aligned(row, widths, right))
 
 
+def fresh_page() -> None:
+    """Begin at the top of an empty terminal; elsewhere with an empty line."""
+    print("\033[H\033[J" if sys.stdout.isatty() else "", end="" if sys.stdout.isatty() else "\n", flush=True)
+
+
 def _aligned(row: Sequence[str], widths: Sequence[int], right: Sequence[int]) -> str:
     cells = [
         cell.rjust(width) if index in right else cell.ljust(width)
@@ -115,8 +120,8 @@ def _shown(key: str, value: Any) -> str:
 
 
 def time_text(when: float) -> str:
-    """1764091565 -> "2025-11-25 17:26:05 UTC"."""
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(when))
+    """1764091565 -> "2025-11-25T17:26:05Z" (RFC 3339)."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(when))
 
 
 @contextmanager

@@ -1,12 +1,13 @@
-"""Commands on volumes as the store knows them: list them, and take over those of a lost host or disk."""
+"""Volumes as the store knows them: the list of them, and those that a lost host or disk had."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from glidefs.api.client import Client, export_path
+from glidefs.api.client import Client
 from glidefs.cli import output
-from glidefs.errors import GlideError
+from glidefs.cli.look import matches
 
 
 def _stored(client: Client, prefix: str | None) -> list[dict[str, Any]]:
@@ -14,17 +15,25 @@ def _stored(client: Client, prefix: str | None) -> list[dict[str, Any]]:
     return found
 
 
-def list_stored(client: Client, prefix: str | None, as_json: bool) -> None:
+def list_stored(client: Client, prefix: str | None, patterns: Sequence[str], as_json: bool) -> None:
     """Print the volumes of a prefix, with the verb that deals with each."""
-    found = _stored(client, prefix)
+    found = [volume for volume in _stored(client, prefix) if matches(volume["name"], patterns)]
     if as_json:
         output.emit(found)
         return
     rows = [
-        [v["name"], output.size_text(v["size"]), v["owner_node"] or "-", v["owner_host"] or "-", _note_of(v)]
+        [
+            v["name"],
+            output.size_text(v["size"]),
+            output.time_text(v["created_at"]) if v["created_at"] else "-",
+            v["owner_node"] or "-",
+            v["owner_host"] or "-",
+            v["source"] or "-",
+            _note_of(v),
+        ]
         for v in found
     ]
-    output.table(["NAME", "SIZE", "NODE", "HOST", "NOTE"], rows, right=(1,))
+    output.table(["NAME", "SIZE", "CREATED", "NODE", "HOST", "SOURCE", "NOTE"], rows, right=(1,))
 
 
 def _note_of(volume: dict[str, Any]) -> str:
@@ -41,32 +50,12 @@ def _note_of(volume: dict[str, Any]) -> str:
     return "" if volume["owner_host"] else "free: glidefs attach NAME"
 
 
-def attach_all(
-    client: Client, node: str | None, prefix: str | None, wanted: dict[str, Any], as_json: bool
-) -> None:
-    """Attach what a node had; each that fails is one line, and the exit status says that some did."""
-    chosen = [
+def of_node(client: Client, node: str | None, prefix: str | None) -> list[str]:
+    """The volumes that a node had in the store, or this one where another host has its name."""
+    return [
         volume["name"]
         for volume in _stored(client, prefix)
         if not volume["served_here"]
         and not volume["removed_at"]
         and (volume["candidate"] if node is None else volume["owner_host"] and volume["owner_node"] == node)
     ]
-    attached: list[dict[str, Any]] = []
-    failed: list[dict[str, Any]] = []
-    for name in chosen:
-        try:
-            status = client.call("POST", export_path(name, "attach"), wanted)
-        except GlideError as error:
-            failed.append({"name": name, "error": str(error)})
-            output.say(f"{name}: {error}")
-            continue
-        attached.append(status)
-        if not as_json:
-            print(f"{status['name']}: {status['transport']} {status['device']}")
-    if as_json:
-        output.emit({"attached": attached, "failed": failed})
-    elif not chosen:
-        output.say("nothing to attach: the store has no other volume of that node")
-    if failed:
-        raise SystemExit(1)

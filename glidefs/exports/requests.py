@@ -41,7 +41,10 @@ class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class ResizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../resize. `shrink` confirms that a smaller size cuts data off."""
+    """Body of POST .../resize. Text that begins with + or - changes the size by that much.
+
+    `shrink` confirms that a smaller size cuts data off.
+    """
 
     size: int | str
     shrink: bool = False
@@ -162,13 +165,20 @@ class ExportStatus(Struct, frozen=True, kw_only=True):
     volume: dict[str, Any] | None = None
 
 
-def normal_size(size: int | str) -> int:
-    """Bytes of a requested volume size, rounded up to whole sectors. Raises ConfigError."""
+def normal_size(size: int | str, now: int | None = None) -> int:
+    """Bytes of a requested volume size, rounded up to whole sectors. Raises ConfigError.
+
+    "+1GiB" and "-1GiB" count from ``now``.
+    """
+    shown = str(size)[:40]
+    relative = isinstance(size, str) and size.strip().startswith(("+", "-"))
     try:
         wanted = parse_size(size)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    shown = str(size)[:40]
+    if relative and now is None:
+        raise ConfigError(f"size {shown} is not possible: a new volume has no size that it could change")
+    wanted += (now or 0) if relative else 0
     if wanted <= 0:
         raise ConfigError(f"size {shown} is not possible: a volume has at least {SIZE_UNIT} bytes")
     rounded = -(-wanted // SIZE_UNIT) * SIZE_UNIT

@@ -435,15 +435,16 @@ class ExportRouter:
     def resize(self, name: str, size: int | str, *, shrink: bool = False) -> ExportStatus:
         """Change the size of a served volume. A smaller one needs `shrink`; what it cuts off is lost."""
         self.check_changes()
-        wanted = normal_size(size)
         with self.table.locked(name) as entry:
             entry.check_served()
             record, volume, transport = entry.record, entry.volume, entry.transport
             assert record is not None
             assert volume is not None
             assert transport is not None
+            wanted = normal_size(size, record.size)
             if wanted == record.size:  # its guests may not know, if that failed
-                return entry.status(note=transport.resize(self._opener.guests.attachment(entry)))
+                note = transport.resize(self._opener.guests.attachment(entry))
+                return entry.status(note=note or f"{name} had that size already; '+{size}' would add it")
             if record.read_only:  # of a view as of an own volume
                 raise NotSupported(f"{name} is read-only; its size cannot change")
             if wanted < record.size and not shrink:

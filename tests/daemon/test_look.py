@@ -23,8 +23,12 @@ WORDS = st.sampled_from(
 def means(run: Any, args: list[str]) -> list[Any]:
     """What ``run`` calls for these words."""
     called: list[Any] = []
+
+    def listed(config: str | None, as_json: bool, view: look.View = look.ALL) -> None:
+        called.append(("list", config, as_json, view))
+
     with (
-        mock.patch.object(look, "list_exports", lambda *given: called.append(("list", *given))),
+        mock.patch.object(look, "list_exports", listed),
         mock.patch.object(look, "show", lambda *given: called.append(("show", *given))),
     ):
         run(args)

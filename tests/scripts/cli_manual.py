@@ -24,6 +24,12 @@ Every command but `run` has `--json`: one JSON document on stdout. Progress and 
 command that fails prints one line with the reason and what to do about it, and exits non-zero. Commands
 that speak to the daemon find it through `GLIDEFS_SOCKET`, or through the configuration: `--config`,
 `GLIDEFS_CONFIG`, or the system-wide file. `GLIDEFS_TRACEBACK=1` shows where an error came from.
+
+`ls` and `rm` are `list` and `remove`. `drain`, `detach`, `attach`, `remove` and `create --count` take several
+exports, eight at a time: one that fails is a line on stderr and keeps no other from it, and the exit status
+is 1. Their JSON document is then `{"drained": [...], "failed": [{"name", "error", "hint"}]}`, with the word
+for the verb. `source <(glidefs completion bash)` completes commands, exports, volumes, tags, bases and
+snapshots; there is `zsh` and `fish`, too. Times are RFC 3339, in UTC.
 """
 
 
@@ -41,7 +47,8 @@ def commands() -> dict[str, Any]:
             visit(f"{name} {child}", inner)
 
     for name, command in typer.main.get_command(app).commands.items():
-        visit(f"glidefs {name}", command)
+        if not command.hidden:
+            visit(f"glidefs {name}", command)
     return found
 
 

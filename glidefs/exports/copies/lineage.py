@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from msgspec.structs import replace
 
 from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.bases.stored import base_root, publish_base
-from glidefs.errors import Fenced, GlideError, NotFound, NotSupported, PreconditionFailed, UnknownExport
+from glidefs.errors import (
+    CorruptObject,
+    Fenced,
+    GlideError,
+    NotFound,
+    NotSupported,
+    PreconditionFailed,
+    UnknownExport,
+)
 from glidefs.exports.copies.pins import kept_copy, pinned
 from glidefs.exports.table import ExportTable
 from glidefs.formats.manifest import Root, decode_root, encode_root
@@ -22,9 +31,11 @@ from glidefs.names import (
     MAX_SEQUENCE,
     Source,
     check_name,
+    pins_prefix,
     snapshot_key,
     snapshots_prefix,
     tag_key,
+    tags_prefix,
 )
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
@@ -33,6 +44,8 @@ from glidefs.volume.volume import Volume
 
 PATIENCE = 30.0
 """Seconds that the store may take for a request of a verb."""
+READERS = 8
+"""Tags that are read at the same time."""
 COMMIT_PATIENCE = 60.0
 """Seconds for the upload that precedes a fork of a volume that is served here."""
 
@@ -180,6 +193,35 @@ class Lineage:
         """Put a copy of ``root`` under a tag, over what the tag named before. Raises StoreError."""
         key = tag_key(prefix, check_name("tag", tag))
         self._view().put(key, encode_root(kept_copy(root), key))
+
+    def tags(self, prefix: str) -> list[dict[str, Any]]:
+        """The tags of a prefix by name, the volume of each, or why it cannot be read. Raises StoreError."""
+        view = self._store.view("read", PATIENCE)
+        place = tags_prefix(prefix)
+
+        def read(key: str) -> dict[str, Any] | None:
+            tag: dict[str, Any] = {"tag": key.removeprefix(place), "prefix": prefix, "damaged": ""}
+            try:
+                root, _ = get_checked(view, key, decode_root)
+            except NotFound:
+                return None  # deleted meanwhile
+            except CorruptObject as error:
+                return tag | {"volume": "", "sequence": 0, "size": 0, "created_at": 0, "damaged": str(error)}
+            shown = {"volume": root.name, "sequence": root.sequence, "size": root.size}
+            return tag | shown | {"created_at": root.created_at}
+
+        keys = [info.key for info in view.list(place) if not info.key.startswith(pins_prefix(prefix))]
+        with ThreadPoolExecutor(READERS, "list-tags") as pool:
+            return [found for found in pool.map(read, sorted(keys)) if found is not None]
+
+    def delete_tag(self, prefix: str, tag: str) -> None:
+        """Delete a tag; what was made of it stays. Raises UnknownExport, StoreError."""
+        view, key = self._view(), tag_key(prefix, check_name("tag", tag))
+        try:
+            view.head(key)
+        except NotFound:
+            raise UnknownExport(f"tag:{tag}", "no such tag; 'glidefs tags' lists them") from None
+        view.delete(key)
 
     def snapshots(self, prefix: str, name: str) -> list[dict[str, Any]]:
         """The snapshots of a volume, oldest first, with the time of each (unix seconds)."""

@@ -121,6 +121,16 @@ class ForkVerbs:
             self._lineage.tag(prefix, wanted.tag, origin.root)
             return {"tag": wanted.tag, "source": str(source), "prefix": prefix, "note": origin.note}
 
+    def tags(self, prefix: str | None) -> list[dict[str, Any]]:
+        """The tags of a prefix. Raises StoreError."""
+        return self._lineage.tags(check_prefix(prefix or self._opener.places.prefixes[0]))
+
+    def delete_tag(self, tag: str, prefix: str | None) -> dict[str, Any]:
+        """Delete a tag; forks that were made of it keep their data. Raises UnknownExport, StoreError."""
+        prefix = check_prefix(prefix or self._opener.places.prefixes[0])
+        self._lineage.delete_tag(prefix, tag)
+        return {"tag": tag, "prefix": prefix, "deleted": True}
+
     # -- promote -----------------------------------------------------------------------------------
 
     def make_base(self, name: str, wanted: PromoteRequest) -> dict[str, Any]:
