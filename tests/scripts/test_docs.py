@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
-import cli_manual
 import pytest
 
+from glidefs.cli import manual
 from glidefs.cli.template import TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +35,22 @@ def documented_commands() -> list[tuple[str, str]]:
 
 
 def test_manual_is_that_of_the_commands() -> None:
-    manual = cli_manual.MANUAL.read_text(encoding="utf-8")
-    assert manual == cli_manual.render(), "run: python tests/scripts/cli_manual.py"
+    run = "run: python -m glidefs.cli.manual docs/cli.md"
+    assert text("docs/cli.md") == manual.markdown(), run
+
+
+def test_each_command_has_a_man_page(tmp_path: Path) -> None:
+    """Which groff takes without a word, where it is installed."""
+    manual.main(str(tmp_path))
+    pages = {path.stem for path in tmp_path.iterdir()}
+    assert pages == {"glidefs", *(name.replace(" ", "-") for name in manual.commands())}
+    assert "eight at a time" in (tmp_path / "glidefs.1").read_text()
+    assert r"\fB\-\-shrink\fR" in (tmp_path / "glidefs-resize.1").read_text()
+    for page in sorted(tmp_path.iterdir()) if shutil.which("groff") else ():
+        done = subprocess.run(
+            ["groff", "-man", "-ww", "-z", "-Tutf8", str(page)], capture_output=True, text=True, check=True
+        )
+        assert done.stderr == "", page.name
 
 
 def test_documents_use_commands() -> None:
@@ -45,7 +60,7 @@ def test_documents_use_commands() -> None:
 @pytest.mark.parametrize(("document", "line"), sorted(set(documented_commands())))
 def test_commands_in_documents_exist(document: str, line: str) -> None:
     words = shlex.split(line.split("#")[0].rstrip("& \n"))
-    known = cli_manual.commands()
+    known = manual.commands()
     name = " ".join(words[:3]) if " ".join(words[:3]) in known else " ".join(words[:2])
     assert name in known or name == "glidefs logs", f"{document}: {line}"
     if name not in known:
