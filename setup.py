@@ -38,4 +38,9 @@ class BuildCore(build_ext):
 
 
 bake_commit()
-setup(cffi_modules=["glidefs/core/build.py:ffi"], cmdclass={"build_ext": BuildCore})
+setup(
+    cffi_modules=["glidefs/core/build.py:ffi"],
+    cmdclass={"build_ext": BuildCore},
+    # cffi keeps to what all later versions of Python have, too: one wheel is for all of them.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+)
