@@ -62,7 +62,7 @@ static int stress_nbd_plain(glide_volume *volume, uint64_t sectors, uint64_t id,
 
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds))
         abort();
-    int err = glide_nbd_attach(volume, fds[0], id, GLIDE_NBD_READ_ONLY);
+    int err = glide_nbd_attach(volume, fds[0], id, &(struct glide_nbd_handshake){.modes = GLIDE_NBD_READ_ONLY});
     if (err)
         return err;
     for (uint32_t i = 0; i < STRESS_REQUESTS; i++)
@@ -100,7 +100,8 @@ static int stress_nbd_sparse(glide_volume *volume, uint64_t sectors, uint64_t id
 
     if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds))
         abort();
-    int err = glide_nbd_attach(volume, fds[0], id, GLIDE_NBD_STRUCTURED | GLIDE_NBD_ALLOCATION);
+    int err = glide_nbd_attach(volume, fds[0], id,
+                               &(struct glide_nbd_handshake){.modes = GLIDE_NBD_STRUCTURED | GLIDE_NBD_ALLOCATION});
     if (err)
         return err;
     for (uint32_t i = 0; i < STRESS_REQUESTS; i++) {

@@ -276,24 +276,36 @@ class RawClient:
         assert sum(part.length for part in parts.values()) == length
         return bytes(data), [parts[at] for at in sorted(parts)]
 
+    def statuses(self, offset: int, length: int, flags: int = 0) -> dict[int, list[Extent]]:
+        """The extents of each context from ``offset`` on, at most ``length`` bytes of them, by its id."""
+        found: dict[int, list[Extent]] = {}
+        for chunk in self.ask_chunks(BLOCK_STATUS, offset, length, flags):
+            assert chunk.kind == STATUS
+            (context,) = struct.unpack_from(">I", chunk.data)
+            extents = [Extent(*pair) for pair in struct.iter_unpack(">II", chunk.data[4:])]
+            assert extents
+            assert all(extent.length for extent in extents)
+            assert sum(extent.length for extent in extents) <= length
+            assert context not in found
+            found[context] = extents
+        return found
+
     def block_status(self, offset: int, length: int, flags: int = 0) -> list[Extent]:
-        """The extents of base:allocation from ``offset`` on, at most ``length`` bytes of them."""
-        (chunk,) = self.ask_chunks(BLOCK_STATUS, offset, length, flags)
-        assert chunk.kind == STATUS
-        (context,) = struct.unpack_from(">I", chunk.data)
+        """The extents of the only context."""
+        ((context, extents),) = self.statuses(offset, length, flags).items()
         assert context == self.context
-        extents = [Extent(*pair) for pair in struct.iter_unpack(">II", chunk.data[4:])]
-        assert extents
-        assert all(extent.length for extent in extents)
-        assert sum(extent.length for extent in extents) <= length
         return extents
 
     def allocation(self, size: int, step: int = 1 << 31) -> list[Extent]:
         """base:allocation of a whole export, neighbours of one kind together."""
+        return self.map_of(self.context, size, step)
+
+    def map_of(self, context: int, size: int, step: int = 1 << 31) -> list[Extent]:
+        """What a context says of a whole export, neighbours of one kind together."""
         found: list[Extent] = []
         at = 0
         while at < size:
-            for extent in self.block_status(at, min(step, size - at)):
+            for extent in self.statuses(at, min(step, size - at))[context]:
                 if found and found[-1].flags == extent.flags:
                     found[-1] = Extent(found[-1].length + extent.length, extent.flags)
                 else:

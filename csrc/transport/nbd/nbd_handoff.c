@@ -58,6 +58,15 @@ struct handoff_call {
     uint8_t *in, *out;
 };
 
+static struct glide_nbd_handshake handshake_of(const struct nbd_conn *c)
+{
+    struct glide_nbd_handshake out = {.modes = c->modes, .snapshots = c->snapshots};
+
+    for (uint32_t i = 0; i < c->snapshots; i++)
+        out.changed[i] = c->changed[i].snapshot;
+    return out;
+}
+
 static int list_conns(struct worker *w, void *arg)
 {
     struct handoff_call *h = arg;
@@ -76,7 +85,7 @@ static int list_conns(struct worker *w, void *arg)
                                                     .out_bytes = out_bytes(c),
                                                     .skip = c->skip + c->skip_after_rest,
                                                     .fd = c->fd,
-                                                    .modes = c->modes};
+                                                    .handshake = handshake_of(c)};
         n++;
     }
     return (int)n;
@@ -199,7 +208,7 @@ static struct nbd_req *raw_reply(struct nbd_conn *c, const void *data, uint64_t 
 
 int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *state, const void *in, const void *out)
 {
-    struct nbd_conn *c = nbd_conn_new(volume, fd, state->conn_id, state->modes);
+    struct nbd_conn *c = nbd_conn_new(volume, fd, state->conn_id, &state->handshake);
     struct adopt a = {.conn = c};
     int err = c ? 0 : -ENOMEM;
 

@@ -43,10 +43,44 @@ void nbd_req_free(struct nbd_req *r)
 
 /* ---- a request --------------------------------------------------------------------------------- */
 
+static uint32_t extents_of(uint16_t flags, uint64_t length)
+{
+    uint64_t most = length / 512 + 1;
+
+    return flags & NBD_FLAG_REQ_ONE ? 1 : (uint32_t)min_u64(most, NBD_MAX_EXTENTS);
+}
+
+static uint64_t status_bytes(uint32_t extents)
+{
+    return sizeof(struct io_extents) + extents * sizeof(struct io_extent);
+}
+
+struct io_extents *nbd_extents(const struct nbd_req *r, uint32_t context)
+{
+    uint64_t each = status_bytes(extents_of(r->flags, r->io.length));
+
+    return (struct io_extents *)(void *)(r->buf + context * each);
+}
+
+/* Ask for the extents of the context that a BLOCK_STATUS is at. */
+static void submit_status(struct nbd_req *r)
+{
+    struct io_extents *out = nbd_extents(r, r->context);
+
+    *out = (struct io_extents){.max = extents_of(r->flags, r->io.length)};
+    r->io.changed = nbd_changed(r->conn, r->context);
+    r->io.buf = (uint8_t *)out;
+    io_submit(&r->io);
+}
+
 static void on_done(struct io_req *io, int err)
 {
     struct nbd_req *r = container_of(io, struct nbd_req, io);
 
+    if (!err && io->op == IO_STATUS && ++r->context < nbd_contexts(r->conn)) {
+        submit_status(r);
+        return;
+    }
     nbd_build_reply(r, err);
     nbd_reply(r);
 }
@@ -62,13 +96,6 @@ static int own(struct io_req *io)
     memcpy(r->buf, io->buf, io->length);
     io->buf = r->buf;
     return 0;
-}
-
-static uint32_t extents_of(const struct nbd_header *h)
-{
-    uint64_t most = h->length / 512 + 1;
-
-    return h->flags & NBD_FLAG_REQ_ONE ? 1 : (uint32_t)min_u64(most, NBD_MAX_EXTENTS);
 }
 
 /* Whether a READ is asked which sectors are holes; not one whose answer must be in one piece. */
@@ -93,7 +120,7 @@ static uint64_t data_of(const struct nbd_conn *c, const struct nbd_header *h)
     case NBD_CACHE:
         return min_u64(h->length, NBD_CACHE_BYTES);
     case NBD_BLOCK_STATUS:
-        return sizeof(struct io_extents) + extents_of(h) * sizeof(struct io_extent);
+        return nbd_contexts(c) * status_bytes(extents_of(h->flags, h->length));
     default:
         return 0;
     }
@@ -159,7 +186,7 @@ static int check(const struct nbd_conn *c, const struct nbd_header *h)
 
     if (h->type > NBD_BLOCK_STATUS || (h->flags & ~flags_of(c, h->type)))
         return EINVAL;
-    if (status && (!(c->modes & GLIDE_NBD_ALLOCATION) || !h->length))
+    if (status && (!nbd_contexts(c) || !h->length))
         return EINVAL;
     if (h->type == NBD_CACHE && (h->offset > size || h->length > size - h->offset))
         return EINVAL; /* beyond what is fetched of it, too */
@@ -266,10 +293,8 @@ static bool prepare(struct nbd_conn *c, struct nbd_req *r, const struct nbd_head
         r->io.offset = r->io.length = 0;
     if (h->type == NBD_CACHE)
         r->io.length = bytes;
-    if (h->type == NBD_BLOCK_STATUS) {
+    if (h->type == NBD_BLOCK_STATUS)
         r->io.flags |= IO_INTERNAL;
-        *(struct io_extents *)(void *)r->buf = (struct io_extents){.max = extents_of(h)};
-    }
     if (wants_holes(c, h)) {
         r->io.holes = (uint64_t *)(void *)(r->buf + div_up(h->length, 8) * 8);
         memset(r->io.holes, 0, hole_words(h) * 8);
@@ -306,7 +331,10 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
     }
     if (h.type == NBD_WRITE)
         return start_write(c, r, payload, have);
-    io_submit(&r->io);
+    if (h.type == NBD_BLOCK_STATUS)
+        submit_status(r);
+    else
+        io_submit(&r->io);
     return 0;
 }
 
