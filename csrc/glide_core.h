@@ -381,6 +381,7 @@ enum glide_nbd_mode {
     GLIDE_NBD_STRUCTURED = 2, /* structured replies */
     GLIDE_NBD_ALLOCATION = 4, /* the context base:allocation, under the id GLIDE_NBD_CONTEXT; with STRUCTURED */
     GLIDE_NBD_KERNEL = 8,     /* the kernel's driver: it sends again what had no answer when the stream ended */
+    GLIDE_NBD_EXTENDED = 16,  /* extended headers; with STRUCTURED */
 };
 #define GLIDE_NBD_CONTEXT 1
 #define GLIDE_NBD_SNAPSHOTS 8

@@ -45,11 +45,14 @@ class Connection(msgspec.Struct, frozen=True):
     allocation: bool = False
     kernel: bool = False
     changed: tuple[int, ...] = ()
+    extended: bool = False
 
     @property
     def modes(self) -> NbdModes:
         """What its handshake came to."""
-        return NbdModes(self.read_only, self.structured, self.allocation, self.kernel, self.changed)
+        return NbdModes(
+            self.read_only, self.structured, self.allocation, self.kernel, self.changed, self.extended
+        )
 
 
 def freeze(volume: CoreVolume) -> Position:
@@ -121,6 +124,7 @@ def _exported(pointer: Any, state: Any) -> tuple[int, Connection]:
         bool(modes & lib.GLIDE_NBD_ALLOCATION),
         bool(modes & lib.GLIDE_NBD_KERNEL),
         tuple(int(state.handshake.changed[i]) for i in range(state.handshake.snapshots)),
+        bool(modes & lib.GLIDE_NBD_EXTENDED),
     )
     return int(state.fd), connection
 

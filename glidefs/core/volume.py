@@ -141,7 +141,8 @@ class NbdModes(msgspec.Struct, frozen=True):
 
     ``structured`` replies, and ``allocation``, which needs them: the context ``base:allocation``, under the
     id :data:`ALLOCATION_ID`. ``kernel``: the client is the kernel's driver, which sends again what had no
-    answer when its connection ended; so nothing of an ended one is still carried out. ``changed`` are
+    answer when its connection ended; so nothing of an ended one is still carried out. ``extended`` headers
+    need ``structured``. ``changed`` are
     snapshots, at most :data:`MAX_SNAPSHOTS`: each has a context, under the ids after :data:`ALLOCATION_ID`.
     """
 
@@ -150,6 +151,7 @@ class NbdModes(msgspec.Struct, frozen=True):
     allocation: bool = False
     kernel: bool = False
     changed: tuple[int, ...] = ()
+    extended: bool = False
 
     def to_c(self) -> Any:
         """The ``struct glide_nbd_handshake *``. Raises ValueError for too many snapshots."""
@@ -161,6 +163,7 @@ class NbdModes(msgspec.Struct, frozen=True):
             | self.structured * int(lib.GLIDE_NBD_STRUCTURED)
             | self.allocation * int(lib.GLIDE_NBD_ALLOCATION)
             | self.kernel * int(lib.GLIDE_NBD_KERNEL)
+            | self.extended * int(lib.GLIDE_NBD_EXTENDED)
         )
         raw.snapshots = len(self.changed)
         for i, snapshot in enumerate(self.changed):

@@ -114,4 +114,11 @@ CHANGED = [
         "        out.changed[i] = i;\n",
         (CORE + "test_contexts_in_a_handoff",),
     ),
+    Mutation(
+        "extended-flush-forgets-the-offset",
+        "csrc/transport/nbd/nbd_request.c",
+        "    uint64_t offset = htobe64(r->offset),",
+        "    uint64_t offset = htobe64(r->io.op == GLIDE_WRITE ? 0 : r->offset),",
+        ("tests/core/test_core_sparse_handoff.py::test_a_logged_write_with_an_extended_header",),
+    ),
 ]

@@ -16,7 +16,8 @@
 #include "loop/worker.h"
 
 #define NBD_REQUEST_BYTES 28u
-#define NBD_HEAD_BYTES 32u         /* of the longest head of a reply, or of one of its chunks */
+#define NBD_EXTENDED_BYTES 32u     /* of a request with an extended header, and of the header of each chunk then */
+#define NBD_HEAD_BYTES 48u         /* of the longest head of a reply, or of one of its chunks */
 #define NBD_MAX_LENGTH (32u << 20) /* of a READ or WRITE */
 #define NBD_CACHE_BYTES (8u << 20) /* of a CACHE; what is behind them is not fetched */
 #define NBD_MAX_EXTENTS 2048u      /* of each context in the answer to a BLOCK_STATUS */
@@ -35,7 +36,7 @@ struct nbd_conn {
     uint32_t snapshots; /* of them in use */
 
     /* receiving: a request that is not complete yet */
-    uint8_t head[NBD_REQUEST_BYTES];
+    uint8_t head[NBD_EXTENDED_BYTES];
     uint32_t head_length;    /* bytes of a header */
     struct nbd_req *filling; /* a WRITE whose payload is being received... */
     uint64_t filled;         /* ...so far */
@@ -98,6 +99,7 @@ struct nbd_req {
     struct list all; /* conn->requests */
     uint16_t type, flags;
     uint64_t cookie;  /* as received */
+    uint64_t offset;  /* as it was asked for */
     bool answered;    /* in conn->replies */
     uint32_t context; /* BLOCK_STATUS: which of the connection's it is at */
     enum nbd_account account;
@@ -113,6 +115,13 @@ struct nbd_req {
 static inline const struct nbd_part *nbd_part(const struct nbd_req *r, uint32_t i)
 {
     return r->parts ? &r->parts[i] : &r->first;
+}
+
+static inline bool nbd_extended(const struct nbd_conn *c) { return c->modes & GLIDE_NBD_EXTENDED; }
+/* Of the header of a request. */
+static inline uint32_t nbd_request_bytes(const struct nbd_conn *c)
+{
+    return nbd_extended(c) ? NBD_EXTENDED_BYTES : NBD_REQUEST_BYTES;
 }
 
 /* ---- contexts: base:allocation if it was chosen, then those of snapshots ---- */
@@ -177,7 +186,7 @@ struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, const struc
 void nbd_conn_discard(struct nbd_conn *c);
 /* On the worker: the connection belongs to its volume. -errno. */
 int nbd_enter(struct worker *w, struct nbd_conn *c);
-/* The 28 bytes of the request that would be answered as `r`. */
+/* The header, nbd_request_bytes(), of the request that would be answered as `r`. */
 void nbd_encode(const struct nbd_req *r, uint8_t *out);
 
 #endif

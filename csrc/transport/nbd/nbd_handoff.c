@@ -36,7 +36,7 @@ static uint64_t in_bytes(const struct nbd_conn *c)
     list_each(at, &c->requests) {
         const struct nbd_req *r = container_of(at, struct nbd_req, all);
         if (!r->answered)
-            bytes += NBD_REQUEST_BYTES + payload_bytes(c, r);
+            bytes += nbd_request_bytes(c) + payload_bytes(c, r);
     }
     return bytes;
 }
@@ -103,7 +103,7 @@ static void write_in(const struct nbd_conn *c, uint8_t *at)
         if (r->answered)
             continue;
         nbd_encode(r, at);
-        at = put(at + NBD_REQUEST_BYTES, r->io.buf, payload_bytes(c, r));
+        at = put(at + nbd_request_bytes(c), r->io.buf, payload_bytes(c, r));
     }
     at = put(at, c->rest, c->rest ? c->rest_length : 0);
     put(at, c->head, c->head_length);

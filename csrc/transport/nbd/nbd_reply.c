@@ -13,8 +13,16 @@
 
 #define SIMPLE_MAGIC 0x67446698u
 #define CHUNK_MAGIC 0x668e33efu
+#define EXTENDED_MAGIC 0x6e8a278cu
 #define CHUNK_DONE 1u
-enum chunk_type { CHUNK_NONE = 0, CHUNK_DATA = 1, CHUNK_HOLE = 2, CHUNK_STATUS = 5, CHUNK_ERROR = 32769 };
+enum chunk_type {
+    CHUNK_NONE = 0,
+    CHUNK_DATA = 1,
+    CHUNK_HOLE = 2,
+    CHUNK_STATUS = 5,
+    CHUNK_STATUS_EXT = 6,
+    CHUNK_ERROR = 32769
+};
 #define SECTOR_BYTES GLIDE_SECTOR
 #define HOLE_SECTORS 8u
 #define HOLE_PART 64u          /* no hole shorter than this part of a READ */
@@ -92,11 +100,13 @@ static uint8_t *put64(uint8_t *at, uint64_t value)
 
 static uint8_t *put_chunk(uint8_t *at, const struct nbd_req *r, uint16_t flags, enum chunk_type type, uint32_t length)
 {
-    at = put32(at, CHUNK_MAGIC);
+    bool extended = nbd_extended(r->conn);
+
+    at = put32(at, extended ? EXTENDED_MAGIC : CHUNK_MAGIC);
     at = put16(at, flags);
     at = put16(at, (uint16_t)type);
     memcpy(at, &r->cookie, 8);
-    return put32(at + 8, length);
+    return extended ? put64(put64(at + 8, r->offset), length) : put32(at + 8, length);
 }
 
 static void set_head(struct nbd_part *p, const uint8_t *end) { p->head_length = (uint32_t)(end - p->head); }
@@ -140,20 +150,26 @@ static uint32_t id_of(const struct nbd_req *r, uint32_t context)
     return GLIDE_NBD_CONTEXT + context + !(r->conn->modes & GLIDE_NBD_ALLOCATION);
 }
 
-/* One context. The extents become those of the network where they are, the id goes where their count was. */
+/* One context. The extents become those of the network where they are. In front of them are the id and, with extended
+ * headers, their number, where `max` and `count` were. */
 static void status_part(const struct nbd_req *r, struct nbd_part *p, uint32_t context, bool last)
 {
     struct io_extents *out = nbd_extents(r, context);
     uint32_t state = nbd_changed(r->conn, context) ? STATE_CHANGED : STATE_HOLE_AND_ZERO, count = out->count;
-    uint8_t *to = put32((uint8_t *)&out->count, id_of(r, context));
+    bool extended = nbd_extended(r->conn);
+    uint8_t *begin = (uint8_t *)(extended ? &out->max : &out->count), *to = put32(begin, id_of(r, context));
 
+    if (extended)
+        to = put32(to, count);
     for (uint32_t i = 0; i < count; i++) { /* what is written here ends before what is read next */
         struct io_extent extent = out->list[i];
-        to = put32(put32(to, (uint32_t)extent.length), extent.is ? state : 0);
+        uint32_t is = extent.is ? state : 0;
+        to = extended ? put64(put64(to, extent.length), is) : put32(put32(to, (uint32_t)extent.length), is);
     }
-    p->data = (const uint8_t *)&out->count;
-    p->length = (uint64_t)(to - p->data);
-    set_head(p, put_chunk(p->head, r, last ? CHUNK_DONE : 0, CHUNK_STATUS, (uint32_t)p->length));
+    p->data = begin;
+    p->length = (uint64_t)(to - begin);
+    set_head(p, put_chunk(p->head, r, last ? CHUNK_DONE : 0, extended ? CHUNK_STATUS_EXT : CHUNK_STATUS,
+                          (uint32_t)p->length));
 }
 
 static void status_chunks(struct nbd_req *r)
@@ -262,14 +278,14 @@ void nbd_build_reply(struct nbd_req *r, int err)
         error_chunk(r, code, err);
     } else if (r->type == NBD_BLOCK_STATUS && !code) {
         status_chunks(r);
-    } else if (!chunks || r->type != NBD_READ) {
+    } else if (chunks && r->type == NBD_READ && r->io.length) {
+        read_chunks(r);
+    } else if (chunks && (r->type == NBD_READ || nbd_extended(r->conn))) {
+        set_head(&r->first, put_chunk(r->first.head, r, CHUNK_DONE, CHUNK_NONE, 0));
+    } else {
         simple(r, code);
         r->first.data = r->buf;
         r->first.length = r->type == NBD_READ && !code ? r->io.length : 0;
-    } else if (r->io.length) {
-        read_chunks(r);
-    } else {
-        set_head(&r->first, put_chunk(r->first.head, r, CHUNK_DONE, CHUNK_NONE, 0));
     }
     for (uint32_t i = 0; i < r->part_count; i++)
         r->reply_bytes += nbd_part(r, i)->head_length + nbd_part(r, i)->length;

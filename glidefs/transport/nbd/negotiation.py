@@ -91,6 +91,7 @@ class Negotiation:
         self._budget = proto.MAX_HANDSHAKE
         self._zeroes = True
         self._structured = False
+        self._extended = False  # then _structured, too
         self._contexts = _Contexts()
 
     async def run(self) -> Chosen | None:
@@ -117,7 +118,7 @@ class Negotiation:
         raise proto.ProtocolViolation("too many options")
 
     def _modes(self, chosen: NbdExport) -> NbdModes:
-        modes = NbdModes(chosen.read_only, self._structured)
+        modes = NbdModes(chosen.read_only, self._structured, extended=self._extended)
         if not self._structured or self._contexts.export != chosen.name:
             return modes
         return replace(modes, allocation=self._contexts.allocation, changed=self._contexts.changed)
@@ -134,6 +135,8 @@ class Negotiation:
                 await self._list(data)
             elif option == Option.STRUCTURED_REPLY:
                 await self._structured_reply(data)
+            elif option == Option.EXTENDED_HEADERS:
+                await self._extended_headers(data)
             elif option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
                 await self._meta_context(option, data)
             else:
@@ -145,7 +148,12 @@ class Negotiation:
         return None
 
     async def _export_name(self, data: bytes) -> NbdExport:
-        """EXPORT_NAME cannot be refused in words: a wrong name ends the connection."""
+        """EXPORT_NAME cannot be refused in words: a wrong name ends the connection.
+
+        So do extended headers, with which the protocol forbids it.
+        """
+        if self._extended:
+            raise proto.ProtocolViolation("EXPORT_NAME after extended headers")
         try:
             name = proto.parse_name(data)
         except proto.BadOption as error:
@@ -177,8 +185,20 @@ class Negotiation:
     async def _structured_reply(self, data: bytes) -> None:
         if data:
             raise proto.BadOption("a request for structured replies has no data")
+        if self._extended:
+            kind, why = Reply.ERR_EXT_HEADER_REQD, "extended headers are chosen already"
+            await self._error(Option.STRUCTURED_REPLY, kind, why)
+            return
         self._structured = True
         await self._send(proto.reply(Option.STRUCTURED_REPLY, Reply.ACK))
+
+    async def _extended_headers(self, data: bytes) -> None:
+        if data:
+            raise proto.BadOption("a request for extended headers has no data")
+        if self._extended:
+            raise proto.BadOption("extended headers are chosen already")
+        self._structured = self._extended = True
+        await self._send(proto.reply(Option.EXTENDED_HEADERS, Reply.ACK))
 
     async def _meta_context(self, option: int, data: bytes) -> None:
         """Contexts count for the export that they were set for, and the last SET alone, even if it fails."""
