@@ -16,8 +16,8 @@
  * log. A resize writes zeros to what it cuts off, and what grows reads as zeros: beyond its end the snapshot counts as
  * zeros. Another process begins without windows.
  *
- * A context belongs to a connection, and is touched by the worker alone. It keeps one window, as long as all windows of
- * the volume take little memory, for some seconds: so a client hears soon that a snapshot was deleted.
+ * A context belongs to a connection, and is touched by the worker alone. It keeps one window, as long as those of all
+ * volumes take little memory, for some seconds: so a client hears soon that a snapshot was deleted.
  */
 #ifndef GLIDE_CHANGED_H
 #define GLIDE_CHANGED_H

@@ -20,17 +20,18 @@ struct engine {
     struct block_cache cache;
     struct leaf_pool leaves;
     struct log_budget logs;
-    _Atomic uint64_t table_bytes; /* map memory besides leaves; each volume adds its changes */
-    struct nbd_memory *nbd;       /* of all NBD connections */
-    struct outbox faults;         /* of struct fault (fault.c) */
-    struct list carried;          /* of struct carried (news.c), under faults.lock */
-    _Atomic uint64_t fault_order; /* of the last fault that was posted */
-    bool poked;                   /* the thread in glide_news_next has something to do; under faults.lock */
-    struct carrier *carrier;      /* of carry/, which makes it */
-    pthread_mutex_t open_lock;    /* guards open_volumes; held while an answer is posted */
-    struct table open_volumes;    /* cookie -> struct volume: for answers from threads that do not keep it open */
-    struct outbox events;         /* of struct event (fault.c) */
-    struct outbox shadows;        /* of struct shadow_item (shadow.c) */
+    _Atomic uint64_t table_bytes;  /* map memory besides leaves; each volume adds its changes */
+    _Atomic uint64_t window_bytes; /* of those, windows that are kept: io_changed.c */
+    struct nbd_memory *nbd;        /* of all NBD connections */
+    struct outbox faults;          /* of struct fault (fault.c) */
+    struct list carried;           /* of struct carried (news.c), under faults.lock */
+    _Atomic uint64_t fault_order;  /* of the last fault that was posted */
+    bool poked;                    /* the thread in glide_news_next has something to do; under faults.lock */
+    struct carrier *carrier;       /* of carry/, which makes it */
+    pthread_mutex_t open_lock;     /* guards open_volumes; held while an answer is posted */
+    struct table open_volumes;     /* cookie -> struct volume: for answers from threads that do not keep it open */
+    struct outbox events;          /* of struct event (fault.c) */
+    struct outbox shadows;         /* of struct shadow_item (shadow.c) */
     unsigned worker_count;
     bool workers_ended;
     struct worker *workers;

@@ -13,7 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define KEPT_BYTES (1u << 20) /* of windows of a volume; more are used once */
+#define KEPT_PART 64 /* of the map budget, for windows of all volumes; more are used once */
 #define KEPT_NS 5000000000u
 #define STEPS 32768
 
@@ -27,18 +27,27 @@ struct changed_window {
 
 static uint64_t bytes_of(const struct changed_window *w) { return sizeof(*w) + w->count * sizeof(w->edges[0]); }
 
-static void drop_window(struct volume *v, struct changed *context)
+/* NULL: there is none any more. */
+static void set_window(struct volume *v, struct changed *context, struct changed_window *window)
 {
-    if (!context->window)
-        return;
-    v->changed_bytes -= bytes_of(context->window);
+    uint64_t more = window ? bytes_of(window) : 0, less = context->window ? bytes_of(context->window) : 0;
+
+    v->changed_bytes += more - less;
+    atomic_fetch_add_explicit(&v->engine->window_bytes, more - less, memory_order_relaxed); /* wraps the right way */
     free(context->window);
-    context->window = NULL;
+    context->window = window;
+}
+
+static bool too_many_windows(const struct volume *v)
+{
+    uint64_t used = atomic_load_explicit(&v->engine->window_bytes, memory_order_relaxed);
+
+    return used > v->engine->config.map_budget / KEPT_PART;
 }
 
 void changed_end(struct volume *v, struct changed *context)
 {
-    drop_window(v, context);
+    set_window(v, context, NULL);
     volume_count_memory(v);
 }
 
@@ -142,17 +151,15 @@ static void run_changed(struct task *task, struct worker *w)
 
     (void)w;
     if (context && t->window) {
-        drop_window(v, context);
         t->window->born_ns = now_ns();
-        context->window = t->window;
-        v->changed_bytes += bytes_of(t->window);
+        set_window(v, context, t->window);
         t->window = NULL;
     }
     /* Who waits goes on at once, so each answer serves somebody, whatever happens to the window next. The context
      * outlives that: a connection ends in another step. */
     fault_resolve_changed(v, t->ticket, t->err);
-    if (context && v->changed_bytes > KEPT_BYTES)
-        drop_window(v, context);
+    if (context && too_many_windows(v))
+        set_window(v, context, NULL);
     volume_count_memory(v);
     free(t->window);
     free(t);

@@ -46,7 +46,9 @@ MAX_EDGES = 4096
 MAX_CHUNKS = 256
 """Chunks whose packs are compared for one answer: a guest's read may wait for the same thread."""
 MAX_LISTED = 256
-"""Snapshots of a volume that have a context, the newest ones."""
+"""Snapshots of a volume that clients are told of, the newest ones."""
+LISTING = 5.0
+"""Seconds in which they are looked at: so many of the newest as it takes. A handshake waits for that."""
 
 CHUNK_SECTORS = CHUNK_BLOCKS * SECTORS_PER_BLOCK
 PAGE_SECTORS = PAGE_CHUNKS * CHUNK_SECTORS
@@ -108,7 +110,7 @@ def snapshot_of(volume: Volume, store: ObjectStore, sequence: int) -> Root | Non
 
 
 def snapshots_of(volume: Volume, store: ObjectStore) -> list[int]:
-    """The snapshots of this volume that have a context, ascending. Raises CorruptObject, StoreError.
+    """The newest snapshots of this volume, ascending. Raises CorruptObject, StoreError.
 
     Those of the volume that it was forked from are not among them. A view of a snapshot has all of the
     snapshot's volume.
@@ -116,10 +118,15 @@ def snapshots_of(volume: Volume, store: ObjectStore) -> list[int]:
     origin = _origin(volume, store)
     if origin is None:
         return []
-    newest = stored_sequences(store, volume.prefix, origin.name)[-MAX_LISTED:]
-    return [
-        one for one in newest if one <= MAX_SNAPSHOT and _snapshot(volume, store, origin, one) is not None
-    ]
+    stored = stored_sequences(store, volume.prefix, origin.name)
+    newest = [sequence for sequence in stored if sequence <= MAX_SNAPSHOT][: -MAX_LISTED - 1 : -1]
+    found, until = [], time.monotonic() + LISTING
+    for sequence in newest:
+        if time.monotonic() > until:
+            break
+        if _snapshot(volume, store, origin, sequence) is not None:
+            found.append(sequence)
+    return found[::-1]
 
 
 class VolumeSnapshots(msgspec.Struct, frozen=True):

@@ -222,8 +222,9 @@ def test_windows_that_make_no_sense_are_refused(
     vol.core.install_changed(1, Changed(0, 10, False, (1, 9), 0))  # nobody waits: thrown away
 
 
-def test_memory_of_windows_is_bounded(rig: CoreRig) -> None:
+def test_memory_of_windows_is_bounded(make_rig: Callable[..., CoreRig]) -> None:
     """Whatever clients there are; those that are over are asked for each time."""
+    rig = make_rig(map_budget=64 * MIB)
     vol = rig.vol()
     edges = tuple(range(1, 20001))
     vol.windows = lambda fault: Changed(0, ALL, False, edges, 0)

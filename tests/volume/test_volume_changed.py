@@ -5,9 +5,13 @@ Random histories are in ``tests/model/changed_machine.py``.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import random
 import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ from nbd_client import BLOCK_STATUS, Extent, RawClient, RequestFailed
 from volume_rig import BLOCK, MIB, PREFIX, Rig, wait_for
 
 from glidefs.core.volume import NbdModes
+from glidefs.errors import GlideError
 from glidefs.exports.copies.pins import kept_copy
 from glidefs.formats.manifest import PAGE_BYTES, Root, encode_root
 from glidefs.formats.pack import CHUNK, PackEntry, PackIndex, encode_records
@@ -239,6 +244,62 @@ def open_view(host: Any, root: Root) -> Volume:
 
     found: Volume = host.open(record_of(root, read_only=True), root, None)
     return found
+
+
+def test_under_writes_commits_and_compaction(rig: Rig) -> None:
+    """! What was acknowledged before the question is told, whatever goes on meanwhile."""
+    host = rig.host(
+        engine={"segment_bytes": 64 * SECTOR},
+        sync_interval=0.02,
+        poll_interval=0.05,
+        compaction=True,
+        compact_width=3,
+        settle_idle=0.05,
+        settle_width=1,
+        retire_segments=1,
+    )
+    size = 64 * MIB
+    volume = rig.create(host, size)
+    volume.core.pwrite(0, os.urandom(size // 2))
+    snapshot(rig, volume, 1)
+    stop, acknowledged = threading.Event(), list[int]()
+
+    def write(seed: int) -> None:
+        choose = random.Random(seed)
+        while not stop.is_set():
+            sector, count = choose.randrange(size // SECTOR - 16), choose.randrange(1, 16)
+            if choose.random() < 0.3:
+                volume.core.zero(sector * SECTOR, count * SECTOR)
+            else:
+                volume.core.pwrite(sector * SECTOR, choose.randbytes(count * SECTOR))
+            acknowledged.extend(range(sector, min(sector + count, size // 2 // SECTOR)))
+
+    def merge() -> None:
+        while not stop.is_set():
+            with contextlib.suppress(GlideError):
+                host.compactor.compact(volume, settle=True)
+                volume.retire_committed()
+            stop.wait(0.02)
+
+    threads = [threading.Thread(target=write, args=(seed,)) for seed in (1, 2)]
+    threads.append(threading.Thread(target=merge))
+    for thread in threads:
+        thread.start()
+    try:
+        until = time.monotonic() + 6
+        client = connect(volume, 1)
+        while time.monotonic() < until:
+            before = set(acknowledged)
+            said = set[int]()
+            for at, length in changed_parts(client, size):
+                said.update(range(at // SECTOR, (at + length) // SECTOR))
+            assert before <= said
+        assert volume.root.sequence > 5
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    client.close()
 
 
 # ---- the comparison alone ----

@@ -243,7 +243,7 @@ class Negotiation:
                     offered.append(sequence)
             return tuple(offered)
         except GlideError as error:
-            log.warning("NBD export %s: contexts of snapshots cannot be offered: %s", export.name, error)
+            log.info("NBD export %s: contexts of snapshots cannot be offered: %s", export.name, error)
             return ()
 
     async def _list(self, data: bytes) -> None:
