@@ -20,6 +20,8 @@ struct changed;
 
 /* An op beside those of enum glide_op: buf is a struct io_extents, to be filled. */
 #define IO_STATUS GLIDE_OPS
+/* Of such a request, at most, what is answered: there is a look for each 64 blocks, in one step of the worker. */
+#define IO_STATUS_BYTES ((uint64_t)1 << 40)
 
 /* What an IO_STATUS asks of the parts of a range, from its beginning on; neighbours differ. It may end before the range
  * does. */

@@ -109,7 +109,7 @@ void changed_status(struct io_req *req)
     struct volume *v = req->volume;
     struct changed *context = req->changed;
     struct io_extents *out = (struct io_extents *)(void *)req->buf;
-    uint64_t at = req->offset, end = req->offset + req->length;
+    uint64_t at = req->offset, end = at + min_u64(req->length, IO_STATUS_BYTES);
 
     out->count = 0;
     if (!v->failed && !covers(v, context->window, at / SECTOR)) {

@@ -81,7 +81,7 @@ void io_status(struct io_req *req)
 {
     struct volume *v = req->volume;
     struct io_extents *out = (struct io_extents *)(void *)req->buf;
-    uint64_t at = req->offset, end = req->offset + req->length;
+    uint64_t at = req->offset, end = at + min_u64(req->length, IO_STATUS_BYTES);
     uint32_t leaves = LEAVES;
     bool known = !v->failed;
 

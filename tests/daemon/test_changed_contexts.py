@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
 
 import pytest
 from daemon_harness import Daemon
@@ -14,7 +13,6 @@ pytest.importorskip("glidefs.core._core")
 needed = [program for program in ("nbdinfo", "qemu-io", "qemu-img") if shutil.which(program) is None]
 pytestmark = pytest.mark.skipif(bool(needed), reason=f"not installed: {', '.join(needed)}")
 
-Make = Callable[..., Daemon]
 MIB = 1 << 20
 
 

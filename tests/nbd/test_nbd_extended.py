@@ -116,24 +116,25 @@ def test_every_command(client: RawClient) -> None:
 
 
 def test_lengths_of_64_bits(client: RawClient) -> None:
-    """A status, a discard and a write of zeroes of terabytes are one request and one extent each."""
+    """A discard and a write of zeroes of terabytes are one request; a status goes by terabytes."""
     assert client.allocation(SIZE, SIZE) == [Extent(SIZE, 3)]  # page by page of the manifest, the first time
-    assert client.block_status(0, SIZE) == [Extent(SIZE, 3)]
+    assert client.block_status(0, SIZE) == [Extent(TIB, 3)]
+    assert client.block_status(TIB - 512, TIB) == [Extent(TIB, 3)]
     for at in (TIB, 20 * TIB, 39 * TIB):
         client.pwrite(at, os.urandom(SECTOR))
     gap = 19 * TIB - SECTOR
-    assert client.block_status(0, SIZE) == [
+    assert client.allocation(SIZE, SIZE) == [
         *(Extent(TIB, 3), Extent(SECTOR, 0), Extent(gap, 3), Extent(SECTOR, 0)),
         *(Extent(gap, 3), Extent(SECTOR, 0), Extent(TIB - SECTOR, 3)),
     ]
     assert client.block_status(0, SIZE, REQ_ONE) == [Extent(TIB, 3)]
     client.call(TRIM, 0, 20 * TIB)
-    assert client.block_status(0, SIZE)[0] == Extent(20 * TIB, 3)
+    assert client.allocation(SIZE, SIZE)[0] == Extent(20 * TIB, 3)
     client.call(WRITE_ZEROES, SECTOR, SIZE - SECTOR, flags=FUA)
-    assert client.block_status(0, SIZE) == [Extent(SIZE, 3)]
+    assert client.allocation(SIZE, SIZE) == [Extent(SIZE, 3)]
     client.call(WRITE_ZEROES, 512, SIZE - 1024)  # parts of sectors are written as data
     ends = Extent(SECTOR, 0)
-    assert client.block_status(0, SIZE) == [ends, Extent(SIZE - 2 * SECTOR, 3), ends]
+    assert client.allocation(SIZE, SIZE) == [ends, Extent(SIZE - 2 * SECTOR, 3), ends]
     assert client.pread(39 * TIB, SECTOR) == bytes(SECTOR)
 
 
@@ -145,7 +146,8 @@ def test_contexts_of_snapshots(served: Served) -> None:
     with RawClient(mine) as client:
         client.extended, client.context = True, 2
         at = (1 << 31) * SECTOR
-        assert client.block_status(0, SIZE) == [
+        assert client.block_status(0, SIZE) == [Extent(TIB, 0)]
+        assert client.allocation(SIZE, SIZE) == [
             *(Extent(at, 0), Extent(SECTOR, 1), Extent(SIZE - at - SECTOR, 0))
         ]
         client.disconnect()
