@@ -94,6 +94,9 @@ struct glide_fault {
     uint32_t chunks; /* not 0: what is asked is which blocks of so many chunks, from that of `block` on, are zeros. All
                         of the first is to be answered, with glide_volume_install_holes */
     uint64_t order;  /* of a single fault: that of its posting in the engine */
+    uint64_t ticket; /* not 0: what is asked is what may have changed since `snapshot` from `block` on; to be answered
+                        with glide_volume_install_changed */
+    uint64_t snapshot;
 };
 /* 1 = *out filled; 0 = timeout; -ESHUTDOWN = engine closes. Any number of threads. */
 int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms, struct glide_fault *out);
@@ -227,6 +230,20 @@ struct glide_holes {
  * be zeros go on, and those that ask what is zero of a chunk: after CHUNK and ERROR, and after a PAGE that has it.
  * -ENOMEM. */
 int glide_volume_install_holes(glide_volume *volume, uint64_t stamp, const struct glide_holes *list, uint32_t count);
+
+/* How a part of a volume compares with one of its snapshots; the contract is in volume/changed.h. */
+struct glide_changed {
+    uint64_t ticket;       /* of the fault */
+    int32_t err;           /* a positive errno: requests that wait for it fail with that. 0 without an `end`: they ask
+                              again */
+    uint32_t changed;      /* whether `first` may have changed */
+    uint64_t first, end;   /* sectors [first, end); `first` is that of the fault's block */
+    uint64_t last_segment; /* of the log, that the manifest has which was compared */
+};
+/* Answers such a fault, soon after the call. `edges`: where what is said turns into its opposite, `count` sectors,
+ * ascending, after `first` and before `end`. -EINVAL, -ENOMEM. */
+int glide_volume_install_changed(glide_volume *volume, const struct glide_changed *answer, const uint64_t *edges,
+                                 uint32_t count);
 
 /* Answers faults and prefetches, soon after the call. Entries with a stale stamp are not mapped, their waiters look
  * again. On error (-ENOMEM) the pins stay with the caller. */
@@ -366,8 +383,16 @@ enum glide_nbd_mode {
     GLIDE_NBD_STRUCTURED = 2, /* structured replies */
     GLIDE_NBD_ALLOCATION = 4, /* the context base:allocation, under the id GLIDE_NBD_CONTEXT; with STRUCTURED */
     GLIDE_NBD_KERNEL = 8,     /* the kernel's driver: it sends again what had no answer when the stream ended */
+    GLIDE_NBD_EXTENDED = 16,  /* extended headers; with STRUCTURED */
 };
 #define GLIDE_NBD_CONTEXT 1
+#define GLIDE_NBD_SNAPSHOTS 8
+
+struct glide_nbd_handshake {
+    uint32_t modes;      /* enum glide_nbd_mode */
+    uint32_t snapshots;  /* contexts glidefs:changed:, with STRUCTURED: at most GLIDE_NBD_SNAPSHOTS */
+    uint64_t changed[8]; /* the snapshot of each, under the ids from GLIDE_NBD_CONTEXT + 1 on */
+};
 
 /* A connection of a frozen volume, as another process can go on with it. */
 struct glide_nbd_state {
@@ -376,7 +401,7 @@ struct glide_nbd_state {
     uint64_t out_bytes; /* replies not sent yet */
     uint64_t skip;      /* after in_bytes: bytes of the stream to throw away */
     int32_t fd;         /* stays the core's */
-    uint32_t modes;
+    struct glide_nbd_handshake handshake;
 };
 /* Fills in up to `max`; returns how many there are. */
 int glide_nbd_frozen(glide_volume *volume, struct glide_nbd_state *out, uint32_t max);
@@ -389,7 +414,7 @@ int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *
 /* ---- NBD transmission ----------------------------------------------------------- */
 
 /* Take over a connected stream socket after the handshake; C owns fd from here (also on error). */
-int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, uint32_t modes);
+int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, const struct glide_nbd_handshake *handshake);
 /* Shut the connection down and wait until it is gone. */
 int glide_nbd_detach(glide_volume *volume, uint64_t conn_id);
 

@@ -63,6 +63,13 @@ def manifest_key(prefix: str, name: str) -> str:
     return f"{volumes_prefix(prefix)}{check_name('volume', name)}/manifest"
 
 
+def snapshot_sequence(key: str) -> int | None:
+    """The sequence of the snapshot under a key of :func:`snapshots_prefix`; None for another object."""
+    last = key.rsplit("/", 1)[-1]
+    good = len(last) == len(str(MAX_SEQUENCE)) and last.isascii() and last.isdigit()
+    return int(last) if good else None
+
+
 def snapshot_key(prefix: str, name: str, seq: int) -> str:
     """Key of snapshot ``seq`` (0 or more) of volume ``name``; keys sort by sequence."""
     if not 0 <= seq <= MAX_SEQUENCE:

@@ -126,10 +126,29 @@ static void answer_holes(struct volume_state *s, uint64_t stamp)
     MUST(glide_volume_install_holes(s->volume, stamp, holes, 2));
 }
 
+/* Windows that are short, too old, or errors. */
+static void answer_changed(struct volume_state *s, const struct glide_fault *fault)
+{
+    uint64_t first = fault->block * GLIDE_BLOCK_SECTORS, edges[] = {first + 1, first + 9, first + 40};
+    struct glide_volume_info info = {0};
+    struct glide_changed c = {.ticket = fault->ticket, .err = fault->stamp % 5 ? 0 : 2};
+
+    MUST(glide_volume_info_get(s->volume, &info));
+    c.first = first;
+    c.end = c.err ? first + 64 : first + (fault->block % 3 ? 64 : 4096);
+    c.last_segment = info.committed_seq;
+    MUST(glide_volume_install_changed(s->volume, &c, edges, 3));
+}
+
 static void answer(struct volume_state *s, const struct glide_fault *fault)
 {
     static __thread uint8_t copy[GLIDE_BLOCK];
     struct glide_fill f = {.data = copy};
+
+    if (fault->ticket) {
+        answer_changed(s, fault);
+        return;
+    }
 
     if (fault->chunks || fault->block % 4 == 0)
         answer_holes(s, fault->stamp);

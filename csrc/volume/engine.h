@@ -21,6 +21,7 @@ struct engine {
     struct leaf_pool leaves;
     struct log_budget logs;
     _Atomic uint64_t table_bytes;   /* map memory besides leaves; each volume adds its changes */
+    _Atomic uint64_t window_bytes;  /* of those, windows that are kept: io_changed.c */
     struct nbd_memory *nbd;         /* of all NBD connections */
     struct outbox faults;           /* of struct fault (fault.c) */
     struct list carried;            /* of struct carried (news.c), under faults.lock */

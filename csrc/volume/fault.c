@@ -1,5 +1,6 @@
 #include "volume/fault.h"
 
+#include "volume/changed.h"
 #include "volume/io.h"
 #include "volume/volume.h"
 
@@ -8,11 +9,14 @@
 struct fault {
     struct list link;
     uint64_t cookie, block, stamp, order;
-    uint32_t chunks; /* see struct glide_fault */
+    uint32_t chunks; /* see struct glide_fault, also for the next two */
+    uint64_t ticket, snapshot;
 };
 
 /* With a chunk: a key of volume->faults, of those that ask what of it is zero. */
 #define HOLES_KEY ((uint64_t)1 << 62)
+/* With a ticket: of those that ask what changed. */
+#define CHANGED_KEY ((uint64_t)1 << 61)
 
 struct event {
     struct list link;
@@ -61,7 +65,7 @@ static void take_neighbours(struct outbox *o, struct glide_fault *out, uint32_t 
         next = at->next;
         looked++;
         bool after = f->block == out->block + out->count, before = f->block + 1 == out->block;
-        if (f->cookie != out->volume || f->chunks || (!after && !before))
+        if (f->cookie != out->volume || f->chunks || f->ticket || (!after && !before))
             continue;
         if (before)
             out->block = f->block;
@@ -80,11 +84,16 @@ int glide_faults_next(glide_engine *engine, uint32_t max_blocks, int timeout_ms,
 
     if (got > 0) {
         struct fault *f = container_of(list_pop(&o->items), struct fault, link);
-        *out = (struct glide_fault){
-            .volume = f->cookie, .block = f->block, .stamp = f->stamp, .count = 1, .chunks = f->chunks};
+        *out = (struct glide_fault){.volume = f->cookie,
+                                    .block = f->block,
+                                    .stamp = f->stamp,
+                                    .count = 1,
+                                    .chunks = f->chunks,
+                                    .ticket = f->ticket,
+                                    .snapshot = f->snapshot};
         o->count--;
         free(f);
-        if (!out->chunks)
+        if (!out->chunks && !out->ticket)
             take_neighbours(o, out, max_blocks);
     }
     pthread_mutex_unlock(&o->lock);
@@ -139,7 +148,9 @@ int glide_news_next(glide_engine *engine, int timeout_ms, uint32_t linger_us, st
                                                 .stamp = f->stamp,
                                                 .count = 1,
                                                 .chunks = f->chunks,
-                                                .order = f->order};
+                                                .order = f->order,
+                                                .ticket = f->ticket,
+                                                .snapshot = f->snapshot};
         o->count--;
         free(f);
     }
@@ -265,6 +276,26 @@ void fault_resolve(struct volume *v, uint64_t block, int err)
 }
 
 void fault_resolve_holes(struct volume *v, uint64_t chunk, int err) { fault_resolve(v, HOLES_KEY | chunk, err); }
+
+int fault_wait_changed(struct volume *v, const struct changed *context, uint64_t block, struct io_req *req)
+{
+    return wait_for(v, CHANGED_KEY | context->ticket, req,
+                    (struct fault){.cookie = v->cookie,
+                                   .block = block,
+                                   .stamp = atomic_load(&v->stamp),
+                                   .ticket = context->ticket,
+                                   .snapshot = context->snapshot});
+}
+
+struct changed *fault_changed(struct volume *v, uint64_t ticket)
+{
+    const uint64_t *entry = table_find(&v->faults, CHANGED_KEY | ticket);
+    const struct waiter *first = entry ? ((struct waiting *)(uintptr_t)*entry)->first : NULL;
+
+    return first ? first->req->changed : NULL;
+}
+
+void fault_resolve_changed(struct volume *v, uint64_t ticket, int err) { fault_resolve(v, CHANGED_KEY | ticket, err); }
 
 uint64_t fault_waiting(const struct volume *v) { return v->waiting; }
 

@@ -11,6 +11,7 @@
 
 struct volume;
 struct io_req;
+struct changed;
 
 /* ---- worker ---- */
 /* Let the piece of req in `block` wait; ask Python unless somebody waits already. -ENOMEM. */
@@ -19,6 +20,12 @@ int fault_wait(struct volume *v, uint64_t block, struct io_req *req);
  * it as well. -ENOMEM. */
 int fault_wait_holes(struct volume *v, uint64_t chunk, uint32_t chunks, struct io_req *req);
 void fault_resolve_holes(struct volume *v, uint64_t chunk, int err);
+/* Let an IO_STATUS wait until what changed from `block` on is known; others with the same context wait with it.
+ * -ENOMEM. */
+int fault_wait_changed(struct volume *v, const struct changed *context, uint64_t block, struct io_req *req);
+/* The context that the waiters of a ticket ask of, NULL: nobody waits any more. */
+struct changed *fault_changed(struct volume *v, uint64_t ticket);
+void fault_resolve_changed(struct volume *v, uint64_t ticket, int err);
 /* Wake the waiters of a block: err = 0 looks the block up again, else their piece fails. */
 void fault_resolve(struct volume *v, uint64_t block, int err);
 void fault_resolve_range(struct volume *v, uint64_t block, uint64_t count, int err);

@@ -11,6 +11,7 @@
 
 struct volume;
 struct rmw;
+struct changed;
 
 #define IO_HERE 0x20  /* READ: ENODATA, not a fault, for what is neither in the log nor in the cache */
 #define IO_LOCAL 0x40 /* FLUSH: the local disk is enough, whatever the volume's flush option */
@@ -19,13 +20,16 @@ struct rmw;
 
 /* An op beside those of enum glide_op: buf is a struct io_extents, to be filled. */
 #define IO_STATUS GLIDE_OPS
+/* Of such a request, at most, what is answered: there is a look for each 64 blocks, in one step of the worker. */
+#define IO_STATUS_BYTES ((uint64_t)1 << 40)
 
-/* Which parts of a range are zeros, from its beginning on; neighbours differ. It may end before the range does. */
+/* What an IO_STATUS asks of the parts of a range, from its beginning on; neighbours differ. It may end before the range
+ * does. */
 struct io_extents {
     uint32_t max, count; /* of list; max is the submitter's */
     struct io_extent {
-        uint32_t length; /* bytes */
-        uint32_t zero;   /* 0: data, or unknown until it is read */
+        uint64_t length; /* bytes */
+        uint64_t is;     /* 1: zeros, or changed since the snapshot. 0: not, or not known to be zeros */
     } list[];
 };
 
@@ -35,7 +39,7 @@ struct io_req {
     uint8_t *buf;            /* WRITE: data; READ: where to put it; valid until done(), but see own() */
     uint64_t offset, length; /* bytes, multiples of 512, within the volume */
     const void *tag;         /* chosen by the submitter, for io_cancel */
-    uint8_t op;              /* enum glide_op, or IO_STATUS (length below 4 GiB) */
+    uint8_t op;              /* enum glide_op, or IO_STATUS */
     uint8_t flags;           /* GLIDE_FUA and the flags above */
     void (*done)(struct io_req *req, int err); /* 0 or a positive errno; may free the request */
     /*
@@ -49,6 +53,7 @@ struct io_req {
      * the request's part of the sector is zeros, and buf was not written.
      */
     uint64_t *holes;
+    struct changed *changed; /* IO_STATUS: what may have changed is asked, of this; NULL: what is zeros */
 
     /* ---- private to io.c, io_read.c and sync.c ---- */
     uint64_t start_ns;
@@ -95,6 +100,8 @@ void io_read_piece(struct io_req *req, uint64_t block);
 
 /* io_status.c: carry out an IO_STATUS, from its beginning. */
 void io_status(struct io_req *req);
+/* One more extent of `length` bytes; false: there is no room for it. */
+bool io_add_extent(struct io_extents *out, uint64_t length, bool is);
 
 /* io_unaligned.c. Carry out an unaligned ZERO as up to three aligned requests. -ENOMEM: not started. */
 int io_zero_split(struct io_req *req);

@@ -78,6 +78,7 @@ static int lost_in_log(struct read_op *x, uint64_t seq, int err)
         return EIO;
     atomic_fetch_add(&v->stamp, 1);
     v->lent = NULL; /* an older answer, too */
+    v->forgotten_seq = v->committed_seq;
     if (log_map_forget_block(&v->map, x->block, v->committed_seq))
         return EIO;
     block_map_drop(&v->base, x->block, 1);

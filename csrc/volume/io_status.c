@@ -8,6 +8,7 @@
  * The work grows with what is found: runs of the base, extents of zeros, and runs within at most LEAVES blocks that
  * the log has parts of. Where nothing is found there is one look for each 64 blocks.
  */
+#include "volume/changed.h"
 #include "volume/fault.h"
 #include "volume/io.h"
 #include "volume/volume.h"
@@ -62,18 +63,17 @@ static struct run next_run(const struct volume *v, uint64_t at, uint64_t end, ui
     return (struct run){log_map_next_leaf(&v->map, block + 1, stop) * GLIDE_BLOCK, state};
 }
 
-/* False: there is no room for it. */
-static bool add(struct io_extents *out, uint64_t length, bool zero)
+bool io_add_extent(struct io_extents *out, uint64_t length, bool is)
 {
     struct io_extent *last = out->count ? &out->list[out->count - 1] : NULL;
 
-    if (last && (last->zero != 0) == zero) {
-        last->length += (uint32_t)length;
+    if (last && (last->is != 0) == is) {
+        last->length += length;
         return true;
     }
     if (out->count == out->max)
         return false;
-    out->list[out->count++] = (struct io_extent){(uint32_t)length, zero};
+    out->list[out->count++] = (struct io_extent){length, is};
     return true;
 }
 
@@ -81,16 +81,20 @@ void io_status(struct io_req *req)
 {
     struct volume *v = req->volume;
     struct io_extents *out = (struct io_extents *)(void *)req->buf;
-    uint64_t at = req->offset, end = req->offset + req->length;
+    uint64_t at = req->offset, end = at + min_u64(req->length, IO_STATUS_BYTES);
     uint32_t leaves = LEAVES;
     bool known = !v->failed;
 
+    if (req->changed) {
+        changed_status(req);
+        return;
+    }
     out->count = 0;
     while (known && at < end && leaves) {
         struct run run = next_run(v, at, end, &leaves);
         uint64_t stop = min_u64(run.end, end);
         known = run.state != ZERO_UNKNOWN;
-        if (!known || !add(out, stop - at, run.state == ZERO_IS))
+        if (!known || !io_add_extent(out, stop - at, run.state == ZERO_IS))
             break;
         at = stop;
     }

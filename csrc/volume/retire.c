@@ -84,6 +84,7 @@ void retire_failed(struct volume *v)
     if (!seq)
         return;
     atomic_fetch_add(&v->stamp, 1);
+    v->forgotten_seq = max_u64(v->forgotten_seq, seq);
     log_map_forget_upto(&v->map, seq, forgot, v); /* what it has no memory to forget is checked when it is read */
     volume_count_memory(v);
 }
@@ -124,6 +125,7 @@ static void start_forget(struct call *call, struct worker *w)
     struct retire *r = call->arg;
 
     atomic_fetch_add(&r->v->stamp, 1);
+    r->v->forgotten_seq = max_u64(r->v->forgotten_seq, r->seq);
     r->at = 0;
     r->err = 0;
     list_init(&r->task.link);

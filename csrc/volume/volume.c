@@ -16,7 +16,7 @@ void volume_want_flush(struct volume *v) { worker_at_end(v->worker, ROUND_APPEND
 
 void volume_count_memory(struct volume *v)
 {
-    uint64_t now = log_map_table_bytes(&v->map) + block_map_bytes(&v->base) + v->faults.bytes;
+    uint64_t now = log_map_table_bytes(&v->map) + block_map_bytes(&v->base) + v->faults.bytes + v->changed_bytes;
 
     if (now != v->counted_bytes) {
         atomic_fetch_add(&v->engine->table_bytes, now - v->counted_bytes); /* wraps the right way */
@@ -187,7 +187,7 @@ static struct volume *volume_new(struct engine *e, const struct glide_volume_con
     v->cookie = c->cookie;
     v->read_only = c->read_only;
     v->flush_store = c->flush_store;
-    v->committed_seq = c->committed_seq;
+    v->committed_seq = v->forgotten_seq = c->committed_seq;
     v->frozen = c->standby;
     atomic_init(&v->size, c->size);
     atomic_init(&v->stamp, 1);

@@ -45,6 +45,8 @@ struct volume {
 
     struct write_log log;
     uint64_t committed_seq;
+    uint64_t forgotten_seq;          /* of segments up to here the map may lack entries: see changed.h */
+    uint64_t tickets, changed_bytes; /* changed.c: of contexts, and memory for their windows */
     struct log_map map;
     struct block_map base;
     const uint8_t *lent; /* while waiters of `lent_block` look again: its data, which the cache could not take */

@@ -28,7 +28,7 @@ ZERO = int(lib.GLIDE_PLAN_ZERO)
 FAULTS_AT_ONCE = 512
 CARRIED_AT_ONCE = 256
 
-_FAULT = struct.Struct("=QQQIIQ")
+_FAULT = struct.Struct("=QQQIIQQQ")
 _CARRIED = struct.Struct("=QiIQQQ")
 _PLAN = struct.Struct("=Q16sIIII")
 _ENTRY_SIZE = 40
@@ -68,10 +68,13 @@ Row = tuple[int, bytes, int, int, int, int]
 
 
 class Batch(NamedTuple):
-    """What happened since the last: blocks that are waited for, questions about holes, tasks that ended."""
+    """What happened since the last: blocks that are waited for, questions, tasks that ended.
+
+    Questions are about zeros and about what changed.
+    """
 
     faults: list[AbsentBlock]
-    holes: list[Fault]
+    questions: list[Fault]
     carried: list[Carried]
 
 
@@ -97,15 +100,15 @@ class News:
                 "faults",
             )
         absent: list[AbsentBlock] = []
-        holes: list[Fault] = []
+        questions: list[Fault] = []
         faults = bytes(ffi.buffer(self._faults, counts[0] * _FAULT.size))
-        for volume, block, stamp, count, chunks, order in _FAULT.iter_unpack(faults):
-            if chunks:
-                holes.append(Fault(volume, block, stamp, count, chunks))
+        for volume, block, stamp, count, chunks, order, ticket, snapshot in _FAULT.iter_unpack(faults):
+            if chunks or ticket:
+                questions.append(Fault(volume, block, stamp, count, chunks, ticket, snapshot))
             else:
                 absent.append(AbsentBlock(volume, block, stamp, order))
         carried = bytes(ffi.buffer(self._carried, counts[1] * _CARRIED.size))
-        return Batch(absent, holes, [Carried._make(raw) for raw in _CARRIED.iter_unpack(carried)])
+        return Batch(absent, questions, [Carried._make(raw) for raw in _CARRIED.iter_unpack(carried)])
 
     def poke(self) -> None:
         """Let :meth:`next` return at once, now or the next time. Any thread; of a closed engine nothing."""

@@ -40,7 +40,8 @@ class Fault(msgspec.Struct, frozen=True):
     """``count`` absent blocks from ``block`` of the volume with this cookie; hand ``stamp`` back.
 
     With ``chunks`` the question is not for data but which blocks of so many chunks, from that of ``block``
-    on, are zeros. The first chunk must be answered.
+    on, are zeros. The first chunk must be answered. With a ``ticket`` it is what may have changed from
+    ``block`` on since the snapshot with this number; see :class:`glidefs.core.volume.Changed`.
     """
 
     volume: int
@@ -48,6 +49,8 @@ class Fault(msgspec.Struct, frozen=True):
     stamp: int
     count: int
     chunks: int = 0
+    ticket: int = 0
+    snapshot: int = 0
 
 
 class EventKind(enum.IntEnum):
@@ -172,7 +175,7 @@ class Engine(Handle):
         with self._use() as engine:
             if not check(lib.glide_faults_next(engine, max_blocks, timeout_ms, raw), "faults"):
                 return None
-        return Fault(raw.volume, raw.block, raw.stamp, raw.count, raw.chunks)
+        return Fault(raw.volume, raw.block, raw.stamp, raw.count, raw.chunks, raw.ticket, raw.snapshot)
 
     def events_next(self, timeout_ms: int) -> list[Event]:
         """Events in order, or an empty list after the timeout. Raises Closed."""

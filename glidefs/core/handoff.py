@@ -32,7 +32,7 @@ class Connection(msgspec.Struct, frozen=True):
     """An NBD connection of a frozen volume.
 
     ``received``: bytes that the new process receives before those of the socket, then it throws ``skip``
-    bytes away; ``unsent``: bytes that it sends first. ``structured``, ``allocation`` and ``kernel`` as in
+    bytes away; ``unsent``: bytes that it sends first. ``structured`` and what follows as in
     :class:`glidefs.core.volume.NbdModes`; a process that does not know them takes no such connection over.
     """
 
@@ -44,11 +44,15 @@ class Connection(msgspec.Struct, frozen=True):
     structured: bool = False
     allocation: bool = False
     kernel: bool = False
+    changed: tuple[int, ...] = ()
+    extended: bool = False
 
     @property
     def modes(self) -> NbdModes:
         """What its handshake came to."""
-        return NbdModes(self.read_only, self.structured, self.allocation, self.kernel)
+        return NbdModes(
+            self.read_only, self.structured, self.allocation, self.kernel, self.changed, self.extended
+        )
 
 
 def freeze(volume: CoreVolume) -> Position:
@@ -109,15 +113,18 @@ def _exported(pointer: Any, state: Any) -> tuple[int, Connection]:
         if error.errno in (errno.EAGAIN, errno.ENOENT):
             raise _Changed from error
         raise
+    modes = state.handshake.modes
     connection = Connection(
         int(state.conn_id),
-        bool(state.modes & lib.GLIDE_NBD_READ_ONLY),
+        bool(modes & lib.GLIDE_NBD_READ_ONLY),
         int(state.skip),
         bytes(received),
         bytes(unsent),
-        bool(state.modes & lib.GLIDE_NBD_STRUCTURED),
-        bool(state.modes & lib.GLIDE_NBD_ALLOCATION),
-        bool(state.modes & lib.GLIDE_NBD_KERNEL),
+        bool(modes & lib.GLIDE_NBD_STRUCTURED),
+        bool(modes & lib.GLIDE_NBD_ALLOCATION),
+        bool(modes & lib.GLIDE_NBD_KERNEL),
+        tuple(int(state.handshake.changed[i]) for i in range(state.handshake.snapshots)),
+        bool(modes & lib.GLIDE_NBD_EXTENDED),
     )
     return int(state.fd), connection
 
@@ -126,7 +133,7 @@ def adopt(volume: CoreVolume, fd: int, connection: Connection) -> None:
     """Serve such a connection once the volume is unfrozen. C owns ``fd`` from here, also on error."""
     raw = ffi.new("struct glide_nbd_state *")
     raw.conn_id = connection.conn_id
-    raw.modes = connection.modes.to_c()
+    raw.handshake = connection.modes.to_c()[0]
     raw.skip = connection.skip
     raw.in_bytes = len(connection.received)
     raw.out_bytes = len(connection.unsent)

@@ -113,6 +113,20 @@ def holes_error(chunk: int, err: int) -> Holes:
     return Holes(lib.GLIDE_HOLES_ERROR, chunk, 0, err)
 
 
+class Changed(NamedTuple):
+    """What may have changed since a snapshot: sectors of 4 KiB from ``first`` up to ``end``.
+
+    ``changed`` is of the first one; at each of ``edges``, ascending sectors between the two, it turns into
+    its opposite. ``last_segment`` of the log is the last one that the manifest includes which was compared.
+    """
+
+    first: int
+    end: int
+    changed: bool
+    edges: Sequence[int]
+    last_segment: int
+
+
 class Fill(NamedTuple):
     """A block that was fetched: 128 KiB, its key in the cache and the hash of its content (16 bytes)."""
 
@@ -127,27 +141,43 @@ class NbdModes(msgspec.Struct, frozen=True):
 
     ``structured`` replies, and ``allocation``, which needs them: the context ``base:allocation``, under the
     id :data:`ALLOCATION_ID`. ``kernel``: the client is the kernel's driver, which sends again what had no
-    answer when its connection ended; so nothing of an ended one is still carried out.
+    answer when its connection ended; so nothing of an ended one is still carried out. ``extended`` headers
+    need ``structured``. ``changed`` are
+    snapshots, at most :data:`MAX_SNAPSHOTS`: each has a context, under the ids after :data:`ALLOCATION_ID`.
     """
 
     read_only: bool = False
     structured: bool = False
     allocation: bool = False
     kernel: bool = False
+    changed: tuple[int, ...] = ()
+    extended: bool = False
 
-    def to_c(self) -> int:
-        """The flags of ``enum glide_nbd_mode``."""
-        return (
+    def to_c(self) -> Any:
+        """The ``struct glide_nbd_handshake *``. Raises ValueError for too many snapshots."""
+        if len(self.changed) > MAX_SNAPSHOTS:
+            raise ValueError(f"{len(self.changed)} snapshots, at most {MAX_SNAPSHOTS}")
+        raw = ffi.new("struct glide_nbd_handshake *")
+        raw.modes = (
             self.read_only * int(lib.GLIDE_NBD_READ_ONLY)
             | self.structured * int(lib.GLIDE_NBD_STRUCTURED)
             | self.allocation * int(lib.GLIDE_NBD_ALLOCATION)
             | self.kernel * int(lib.GLIDE_NBD_KERNEL)
+            | self.extended * int(lib.GLIDE_NBD_EXTENDED)
         )
+        raw.snapshots = len(self.changed)
+        for i, snapshot in enumerate(self.changed):
+            raw.changed[i] = snapshot
+        return raw
 
 
 READ_WRITE = NbdModes()
 ALLOCATION_ID = int(lib.GLIDE_NBD_CONTEXT)
 """The id of the context ``base:allocation`` in replies."""
+MAX_SNAPSHOTS = int(lib.GLIDE_NBD_SNAPSHOTS)
+"""Contexts of snapshots that a connection can have."""
+MAX_SNAPSHOT = (1 << 64) - 1
+"""The largest number of a snapshot that has a context."""
 
 
 class CoreVolume(Handle):
@@ -243,6 +273,21 @@ class CoreVolume(Handle):
             ffi.memmove(to.zeros, one.zeros.to_bytes(GROUP // 8, "little"), GROUP // 8)
         with self._use() as volume:
             check(lib.glide_volume_install_holes(volume, stamp, raw, len(holes)), "install holes")
+
+    def install_changed(self, ticket: int, answer: Changed | None, err: int = 0) -> None:
+        """Answer a fault with this ticket, without waiting for that. Raises CoreError (ENOMEM).
+
+        With None the requests that wait fail with the positive errno ``err``, or ask again if it is 0.
+        """
+        raw = ffi.new("struct glide_changed *")
+        raw.ticket, raw.err = ticket, err
+        edges: Sequence[int] = ()
+        if answer is not None:
+            raw.first, raw.end, raw.changed = answer.first, answer.end, answer.changed
+            raw.last_segment, edges = answer.last_segment, answer.edges
+        listed = ffi.new("uint64_t[]", list(edges))
+        with self._use() as volume:
+            check(lib.glide_volume_install_changed(volume, raw, listed, len(edges)), "install changes")
 
     def fill(self, stamp: int, fills: Sequence[Fill], *, through: bool = False) -> int:
         """Put blocks into the block cache and answer their faults; how many, from the first on.

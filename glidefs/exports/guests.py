@@ -8,17 +8,25 @@ from collections.abc import Mapping
 from glidefs.errors import GlideError
 from glidefs.exports.table import Entry, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
+from glidefs.reading.changed import VolumeSnapshots
+from glidefs.store.resilient import ResilientStore
 from glidefs.transport.base import Attachment, Choice, Transport, choose_transport
 
 log = logging.getLogger(__name__)
+
+SNAPSHOT_PATIENCE = 3.0
+"""Seconds that the store may take for a request while an NBD client waits to hear of snapshots."""
 
 
 class Guests:
     """The transports by kind. The caller holds the lock of the entry."""
 
-    def __init__(self, transports: Mapping[str, Transport], records: RecordDirectory) -> None:
+    def __init__(
+        self, transports: Mapping[str, Transport], records: RecordDirectory, store: ResilientStore
+    ) -> None:
         self._transports = transports
         self._records = records
+        self._store = store.view("read", SNAPSHOT_PATIENCE)
 
     def attachment(self, entry: Entry) -> Attachment:
         """The export as transports see it."""
@@ -33,6 +41,7 @@ class Guests:
             core=volume.core,
             device_id=record.device_id,
             waits_for_store=record.flush == "store",
+            snapshots=VolumeSnapshots(volume, self._store),
         )
 
     def choose(self, kind: str, last: str = "") -> Choice:

@@ -77,7 +77,7 @@ class Opener:
         self._records = records
         self._host = host
         self._store = store
-        self.guests = Guests(transports, records)
+        self.guests = Guests(transports, records, store)
         self.places = places
         self.logs = ExportLogs(places)
         self.roots = Roots(places, store, self.logs)

@@ -239,6 +239,10 @@ def _beyond(connection: Connection, capabilities: frozenset[str]) -> str:
         return "has structured replies"
     if connection.kernel and "nbd-device" not in capabilities:
         return "is the kernel's"
+    if connection.changed and "nbd-changed" not in capabilities:
+        return "has contexts of snapshots"
+    if connection.extended and "nbd-extended" not in capabilities:
+        return "has extended headers"
     return ""
 
 

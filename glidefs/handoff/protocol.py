@@ -26,7 +26,9 @@ from glidefs.handoff.history import Totals
 
 VERSION = 1
 """Of the messages; a successor says which is the oldest that it speaks, too."""
-CAPABILITIES = frozenset({"nbd-connections", "nbd-structured", "ublk", "nbd-device"})
+CAPABILITIES = frozenset(
+    {"nbd-connections", "nbd-structured", "ublk", "nbd-device", "nbd-changed", "nbd-extended"}
+)
 """What this program can hand over or take over; what the other side cannot, is not handed over."""
 
 

@@ -26,6 +26,10 @@ class Manifest:
         self._store = store
         self._local = local
 
+    def beside(self, root: Root) -> Manifest:
+        """The manifest of another root under the same prefix; no copy of its pages is kept on the disk."""
+        return Manifest(root, self.prefix, self._meta, self._store)
+
     def page(self, number: int) -> Page:
         """Page ``number``; an absent one is empty."""
         root = self.root

@@ -30,6 +30,7 @@ from glidefs.errors import GlideError, StoreError
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS
 from glidefs.reading.ahead import Pace, ReadAhead, Window
 from glidefs.reading.carry import Carrier, Request
+from glidefs.reading.changed import Changes
 from glidefs.reading.reader import Reader, Runs
 from glidefs.reading.shares import Shares
 from glidefs.store.resilient import ResilientStore, StoreView
@@ -78,6 +79,7 @@ class FaultService:
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue(PREFETCH_QUEUE)
         self.reader = Reader(engine.cache, settings, self._helpers)
         self.reader.flights.tell = self._again
+        self.changes = Changes(self._helpers)
         self.carrier = Carrier(engine, settings, self.reader.flights, self.reader.chunk_holes)
         self._faults: Shares[tuple[AbsentBlock, bool]] = Shares(
             settings.carried_blocks
@@ -143,7 +145,7 @@ class FaultService:
             try:
                 many = self._faults.total >= _MANY or self._ahead_bytes
                 linger = self._linger_us if many else 0
-                faults, holes, carried = self._news.next(self._settings.poll_ms, linger)
+                faults, questions, carried = self._news.next(self._settings.poll_ms, linger)
             except Closed:
                 return
             except GlideError as error:
@@ -152,7 +154,7 @@ class FaultService:
                 continue
             if carried:
                 self._guarded(partial(self._landed, carried))
-            for fault in holes:
+            for fault in questions:
                 self._queue_slow(_Slow(fault, True))
             windows = self._take(faults)
             while self._redo:
@@ -308,12 +310,16 @@ class FaultService:
         volume = self._find(fault.volume)
         if volume is None:
             return
-        for window in [] if fault.chunks else self._read_ahead(volume, fault.block, fault.count):
-            self.prefetch_window(volume, window)
+        if not fault.chunks and not fault.ticket:
+            for window in self._read_ahead(volume, fault.block, fault.count):
+                self.prefetch_window(volume, window)
         self._resolve(volume, fault)
 
     def _resolve(self, volume: Volume, fault: Fault) -> None:
         try:
+            if fault.ticket:
+                self.changes.answer(volume, self._reads, fault)
+                return
             if fault.chunks:
                 chunk = fault.block // CHUNK_BLOCKS
                 self.reader.resolve_holes(volume, self._reads, chunk, fault.chunks, fault.stamp)
@@ -345,9 +351,11 @@ class FaultService:
             if retry
             else install_error(fault.block, fault.count, errno.EIO)
         )
+        err = 0 if retry else errno.EIO
         with contextlib.suppress(Closed):
-            if fault.chunks:
-                err = 0 if retry else errno.EIO
+            if fault.ticket:
+                volume.core.install_changed(fault.ticket, None, err)
+            elif fault.chunks:
                 volume.core.install_holes(fault.stamp, [holes_error(fault.block // CHUNK_BLOCKS, err)])
             else:
                 volume.core.install(fault.stamp, [answer])
@@ -436,7 +444,7 @@ class FaultService:
 
 
 class _Slow(NamedTuple):
-    """A run of blocks, or a question about holes, for a thread that may wait.
+    """A run of blocks, or a question about zeros or changes, for a thread that may wait.
 
     ``prepared``: the core cannot carry it all the same.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from msgspec import Struct
@@ -11,6 +11,17 @@ from glidefs.errors import ConfigError, NotSupported
 
 if TYPE_CHECKING:
     from glidefs.core.volume import CoreVolume
+
+
+class Snapshots(Protocol):
+    """The snapshots of a volume. Methods may block for seconds, and raise GlideError."""
+
+    def listed(self) -> Sequence[int]:
+        """Those that clients are told of, ascending."""
+
+    def has(self, sequence: int) -> bool:
+        """Whether there is one of this number, told of or not."""
+        ...
 
 
 class Attachment(Struct, frozen=True):
@@ -26,6 +37,7 @@ class Attachment(Struct, frozen=True):
     core: CoreVolume
     device_id: int | None = None
     waits_for_store: bool = False
+    snapshots: Snapshots | None = None
 
 
 class Endpoint(Struct, frozen=True):

@@ -8,6 +8,7 @@ in a few lines: gather sealed segments, apply them to the base, tell the core.
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import itertools
 import os
@@ -27,6 +28,7 @@ from glidefs.core.payloads import overlay
 from glidefs.core.shadow import ShadowFile
 from glidefs.core.volume import (
     GROUP,
+    Changed,
     CoreVolume,
     Fill,
     Holes,
@@ -121,6 +123,8 @@ class Vol:
         self.core: CoreVolume
         self.recovery: Recovery
         self.fault_errno = 0
+        self.windows: Callable[[Fault], Changed | int] = lambda fault: errno.ENOENT
+        """What changed since a snapshot, or the errno of the answer."""
         self.shadow: ShadowFile | None = None
         """Given to the next open."""
 
@@ -178,6 +182,11 @@ class Vol:
         """What the base has for a fault. Zeros are told by page and chunk at once."""
         found: list[Install] = []
         base = self.base
+        if fault.ticket:
+            answer = self.windows(fault)
+            told, err = (None, answer) if isinstance(answer, int) else (answer, 0)
+            self.core.install_changed(fault.ticket, told, err)
+            return []
         if fault.chunks:
             chunk = fault.block // GROUP
             told = [] if self.fault_errno else [hole_at(base, fault.block)]

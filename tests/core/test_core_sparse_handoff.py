@@ -5,9 +5,23 @@ from __future__ import annotations
 import socket
 
 import pytest
-from core_handoff_rig import Pair
+from core_handoff_rig import MakeRig, Pair
 from core_rig import BLOCK, MIB, SECTOR, Vol, pattern, wait_for
-from nbd_client import BLOCK_STATUS, DF, OFFSET_DATA, READ, REQ_ONE, Extent, RawClient, RequestFailed
+from nbd_client import (
+    BLOCK_STATUS,
+    DF,
+    FUA,
+    NONE,
+    OFFSET_DATA,
+    READ,
+    REQ_ONE,
+    STATUS_EXT,
+    WRITE,
+    Extent,
+    RawClient,
+    RequestFailed,
+    extended_request,
+)
 
 from glidefs.core import handoff
 from glidefs.core.volume import NbdModes
@@ -90,3 +104,48 @@ def test_a_reply_in_parts_that_is_half_sent(pair: Pair) -> None:
                 data[at : at + len(chunk.data) - 8] = chunk.data[8:]
         assert data == want
     assert client.block_status(0, MIB) == [Extent(BLOCK, 0), Extent(MIB - BLOCK, 3)]
+
+
+def test_extended_headers_go_on(pair: Pair) -> None:
+    """What waits is written out again with its 64 bits, and half a header is received to its end."""
+    pair.vol.base = {3: pattern(5, BLOCK)}
+    client = connect(pair.vol, NbdModes(structured=True, allocation=True, extended=True))
+    client.extended = True
+    with pair.old.hold():
+        asked = [
+            client.submit(BLOCK_STATUS, 0, 64 * MIB),
+            client.submit(READ, 3 * BLOCK, BLOCK, DF),
+            client.submit(WRITE, 4 * BLOCK + 512, 512, data=b"w" * 512),
+        ]
+        wait_for(lambda: pair.vol.core.info().parked >= 3, "they wait")
+        handoff.freeze(pair.vol.core)
+        ((_, connection),) = handoff.connections(pair.vol.core)
+        assert connection.modes == NbdModes(structured=True, allocation=True, extended=True)
+        assert len(connection.received) == 3 * 32 + 512
+        handoff.unfreeze(pair.vol.core)
+        client.send(extended_request(READ, 9, 3 * BLOCK, SECTOR)[:17])
+        client.offsets[9] = 3 * BLOCK
+        pair.warm()
+        pair.move()
+    client.send(extended_request(READ, 9, 3 * BLOCK, SECTOR)[17:])
+    heard = {chunk.cookie: chunk for chunk in (client.chunk() for _ in range(4))}
+    assert heard[asked[0]].kind == STATUS_EXT
+    assert heard[asked[1]].data[8:] == pattern(5, BLOCK)
+    assert heard[asked[2]].kind == NONE
+    assert heard[9].data[8:] == pattern(5, SECTOR)
+    assert client.pread(4 * BLOCK, 2 * SECTOR) == bytes(512) + b"w" * 512 + bytes(2 * SECTOR - 1024)
+
+
+def test_a_logged_write_with_an_extended_header(make_rig: MakeRig) -> None:
+    """Its FLUSH has the offset of the write, which the reply must repeat."""
+    pair = Pair(make_rig, flush_store=True)
+    client = connect(pair.vol, NbdModes(structured=True, extended=True))
+    client.extended = True
+    cookie = client.submit(WRITE, 5 * SECTOR, SECTOR, FUA, pattern(1, SECTOR))
+    wait_for(lambda: pair.vol.core.info().parked, "it waits for the store")
+    pair.warm()
+    pair.move()
+    pair.next.commit()
+    (chunk,) = client.chunks(cookie)
+    assert chunk.kind == NONE
+    assert client.pread(5 * SECTOR, SECTOR) == pattern(1, SECTOR)

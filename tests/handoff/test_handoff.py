@@ -90,6 +90,28 @@ def test_a_structured_connection_goes_on(daemon: Generations) -> None:
         assert client.read_sparse(0, 2 * MIB)[1] == [Extent(MIB, 3), Extent(BLOCK, 0), Extent(MIB - BLOCK, 3)]
 
 
+def test_a_connection_with_all_there_is_goes_on(daemon: Generations) -> None:
+    """Extended headers and contexts of snapshots, over handoffs, commits and what they leave in the log."""
+    snapshot = daemon.json("snapshot", "vm")["sequence"]
+    with RawClient(str(daemon.base / "nbd.sock")) as client:
+        client.greet().extend()
+        assert client.contexts("vm", f"glidefs:changed:{snapshot}") == {f"glidefs:changed:{snapshot}": 2}
+        client.context = 2
+        client.go("vm")
+        want = [Extent(64 * MIB, 0)]
+        for generation in range(3):
+            assert client.allocation(64 * MIB) == want
+            client.pwrite(MIB + generation * 4096, b"c" * 4096)
+            want = [Extent(MIB, 0), Extent((generation + 1) * 4096, 1)]
+            want.append(Extent(63 * MIB - want[1].length, 0))
+            assert client.allocation(64 * MIB) == want
+            if generation == 1:
+                daemon.run("drain", "vm")
+            daemon.handoff()
+        assert client.allocation(64 * MIB) == want
+        assert client.pread(MIB, 3 * 4096) == b"c" * 3 * 4096
+
+
 def test_a_rehearsal_changes_nothing(daemon: Generations) -> None:
     with daemon.nbd("vm") as client:
         client.pwrite(0, b"a" * 4096)

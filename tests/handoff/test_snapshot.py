@@ -34,6 +34,8 @@ NEEDS = {
     "": "",
     "nbd-structured": "has structured replies",
     "nbd-device": "is the kernel's",
+    "nbd-changed": "has contexts of snapshots",
+    "nbd-extended": "has extended headers",
 }
 """What of a connection needs a capability, and what is said where that is not there."""
 
@@ -46,7 +48,10 @@ def test_a_connection_that_the_successor_does_not_understand(
     """What a connection needs goes to who has it, or the handoff does not take place."""
     known = CAPABILITIES if understood else CAPABILITIES - {capability}
     structured, kernel = capability == "nbd-structured", capability == "nbd-device"
-    connection = Connection(7, False, 0, b"", b"", structured=structured, kernel=kernel)
+    extended = capability == "nbd-extended"
+    changed = (1, 2) if capability == "nbd-changed" else ()
+    modes = {"structured": structured, "kernel": kernel, "extended": extended}
+    connection = Connection(7, False, 0, b"", b"", changed=changed, **modes)
     made, fd = coordinator(connection, monkeypatch)
     before = len(os.listdir("/proc/self/fd"))
     if capability and not understood:

@@ -13,7 +13,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, settings
 
 TESTS = Path(__file__).parents[1]
-for directory in ("core", "volume", "forks", "gc"):
+for directory in ("core", "volume", "forks", "gc", "nbd"):
     sys.path.insert(0, str(TESTS / directory))
 
 from model_length import RANDOM  # noqa: E402

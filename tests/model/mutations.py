@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from mutation import Mutation
+from mutations_changed import CHANGED
 from mutations_core import CORE
 from mutations_durable import DURABLE
 from mutations_limits import LIMITS
@@ -31,7 +32,7 @@ from mutations_sim import SIM  # noqa: E402
 BUILD_ARGS = ["setup.py", "-q", "build_ext", "-i"]
 BUILD_TIMEOUT = 600
 TEST_TIMEOUT = 900
-MUTATIONS = DURABLE + CORE + LIMITS + OFFLINE + VOLUME + SIM
+MUTATIONS = DURABLE + CORE + LIMITS + OFFLINE + VOLUME + CHANGED + SIM
 
 
 def run(mutation: Mutation, tree: Path, python: str) -> tuple[bool, str]:

@@ -15,14 +15,17 @@ REQUEST_MAGIC = 0x25609513
 REPLY_MAGIC = 0x67446698
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
-FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO = (1 << bit for bit in range(5))
+FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
 
 REQUEST = struct.Struct(">IHHQQI")
 SIMPLE_REPLY = struct.Struct(">IIQ")
 CHUNK = struct.Struct(">IHHQI")
 CHUNK_MAGIC = 0x668E33EF
+EXTENDED = struct.Struct(">IHHQQQ")  # of a request, and of a chunk of a reply
+EXTENDED_MAGIC = 0x21E41C71
+EXTENDED_CHUNK_MAGIC = 0x6E8A278C
 DONE = 1
-NONE, OFFSET_DATA, OFFSET_HOLE, STATUS = 0, 1, 2, 5
+NONE, OFFSET_DATA, OFFSET_HOLE, STATUS, STATUS_EXT = 0, 1, 2, 5, 6
 ERROR, ERROR_OFFSET = 32769, 32770
 
 
@@ -80,6 +83,11 @@ def request(kind: int, cookie: int, offset: int = 0, length: int = 0, flags: int
     return REQUEST.pack(REQUEST_MAGIC, flags, kind, cookie, offset, length)
 
 
+def extended_request(kind: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0) -> bytes:
+    """The same with an extended header."""
+    return EXTENDED.pack(EXTENDED_MAGIC, flags, kind, cookie, offset, length)
+
+
 def export_request(name: str, infos: tuple[int, ...] = ()) -> bytes:
     """Data of INFO and GO."""
     encoded = name.encode()
@@ -109,6 +117,9 @@ class RawClient:
         self._cookie = 0
         self._unheard = 0
         self.context = 0
+        self.extended = False
+        self.offsets: dict[int, int] = {}
+        """Of requests with extended headers, by cookie: replies repeat them."""
 
     def __enter__(self) -> Self:
         return self
@@ -196,6 +207,12 @@ class RawClient:
         assert self.ask(Option.STRUCTURED_REPLY)[-1].kind == Reply.ACK
         return self
 
+    def extend(self) -> Self:
+        """Negotiate extended headers."""
+        assert self.ask(Option.EXTENDED_HEADERS)[-1].kind == Reply.ACK
+        self.extended = True
+        return self
+
     def contexts(self, name: str, *queries: str, option: int = Option.SET_META_CONTEXT) -> dict[str, int]:
         """Ids of meta contexts by name. Raises Refused."""
         *found, last = self.ask(option, context_request(name, *queries))
@@ -223,6 +240,11 @@ class RawClient:
     def submit(self, kind: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b"") -> int:
         """Send a request; returns its cookie."""
         self._cookie += 1
+        if self.extended:
+            self.offsets[self._cookie] = offset
+            flags |= PAYLOAD_LEN if kind == WRITE else 0
+            self.send(extended_request(kind, self._cookie, offset, length, flags) + data)
+            return self._cookie
         self.send(request(kind, self._cookie, offset, length, flags) + data)
         return self._cookie
 
@@ -233,7 +255,12 @@ class RawClient:
         return cookie, error
 
     def chunk(self) -> Chunk:
-        """Hear one chunk of a structured reply."""
+        """Hear one chunk of a structured reply, or of an extended one."""
+        if self.extended:
+            magic, flags, kind, cookie, offset, length = EXTENDED.unpack(self.read(EXTENDED.size))
+            assert magic == EXTENDED_CHUNK_MAGIC, hex(magic)
+            assert offset == self.offsets[cookie]
+            return Chunk(flags, kind, cookie, self.read(length))
         magic, flags, kind, cookie, length = CHUNK.unpack(self.read(CHUNK.size))
         assert magic == CHUNK_MAGIC, hex(magic)
         return Chunk(flags, kind, cookie, self.read(length))
@@ -276,24 +303,38 @@ class RawClient:
         assert sum(part.length for part in parts.values()) == length
         return bytes(data), [parts[at] for at in sorted(parts)]
 
+    def statuses(self, offset: int, length: int, flags: int = 0) -> dict[int, list[Extent]]:
+        """The extents of each context from ``offset`` on, at most ``length`` bytes of them, by its id."""
+        found: dict[int, list[Extent]] = {}
+        for chunk in self.ask_chunks(BLOCK_STATUS, offset, length, flags):
+            assert chunk.kind == (STATUS_EXT if self.extended else STATUS)
+            (context,) = struct.unpack_from(">I", chunk.data)
+            form, at = (">QQ", 8) if self.extended else (">II", 4)
+            extents = [Extent(*pair) for pair in struct.iter_unpack(form, chunk.data[at:])]
+            assert not self.extended or struct.unpack_from(">I", chunk.data, 4) == (len(extents),)
+            assert extents
+            assert all(extent.length for extent in extents)
+            assert sum(extent.length for extent in extents) <= length
+            assert context not in found
+            found[context] = extents
+        return found
+
     def block_status(self, offset: int, length: int, flags: int = 0) -> list[Extent]:
-        """The extents of base:allocation from ``offset`` on, at most ``length`` bytes of them."""
-        (chunk,) = self.ask_chunks(BLOCK_STATUS, offset, length, flags)
-        assert chunk.kind == STATUS
-        (context,) = struct.unpack_from(">I", chunk.data)
+        """The extents of the only context."""
+        ((context, extents),) = self.statuses(offset, length, flags).items()
         assert context == self.context
-        extents = [Extent(*pair) for pair in struct.iter_unpack(">II", chunk.data[4:])]
-        assert extents
-        assert all(extent.length for extent in extents)
-        assert sum(extent.length for extent in extents) <= length
         return extents
 
     def allocation(self, size: int, step: int = 1 << 31) -> list[Extent]:
         """base:allocation of a whole export, neighbours of one kind together."""
+        return self.map_of(self.context, size, step)
+
+    def map_of(self, context: int, size: int, step: int = 1 << 31) -> list[Extent]:
+        """What a context says of a whole export, neighbours of one kind together."""
         found: list[Extent] = []
         at = 0
         while at < size:
-            for extent in self.block_status(at, min(step, size - at)):
+            for extent in self.statuses(at, min(step, size - at))[context]:
                 if found and found[-1].flags == extent.flags:
                     found[-1] = Extent(found[-1].length + extent.length, extent.flags)
                 else:
@@ -303,6 +344,12 @@ class RawClient:
 
     def call(self, kind: int, offset: int = 0, length: int = 0, **more: Any) -> bytes:
         """One request at a time: its data, if a read. Raises RequestFailed."""
+        if self.extended and kind == READ:
+            return self.read_sparse(offset, length, **more)[0]
+        if self.extended:
+            (chunk,) = self.chunks(self.submit(kind, offset, length, **more))
+            assert (chunk.kind, chunk.data) == (NONE, b"")
+            return b""
         sent = self.submit(kind, offset, length, **more)
         cookie, error = self.reply()
         assert cookie == sent

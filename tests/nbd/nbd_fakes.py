@@ -19,6 +19,33 @@ from glidefs.transport.nbd.server import HandshakeLimits, NbdServer
 GIB = 1 << 30
 
 
+class FakeSnapshots:
+    """Snapshots of an export; with `fail` the store is away. `asked` counts questions."""
+
+    def __init__(self, *sequences: int) -> None:
+        self.sequences = sequences
+        self.fail: Exception | None = None
+        self.gate: threading.Event | None = None
+        self.entered = threading.Event()
+        self.asked = 0
+
+    def listed(self) -> tuple[int, ...]:
+        self._ask()
+        return self.sequences
+
+    def has(self, sequence: int) -> bool:
+        self._ask()
+        return sequence in self.sequences
+
+    def _ask(self) -> None:
+        self.asked += 1
+        self.entered.set()
+        if self.gate is not None:
+            assert self.gate.wait(20)
+        if self.fail is not None:
+            raise self.fail
+
+
 class FakeCore:
     """Keeps what it is given; `fail` makes it refuse, `gate` makes it wait."""
 
@@ -78,7 +105,10 @@ class Bench:
     def __init__(self, directory: Path, limits: HandshakeLimits | None = None) -> None:
         self.path = str(directory / "run" / "nbd.sock")
         self.core = FakeCore()
-        self.disk = NbdExport(name="disk", size=GIB, read_only=False, core=self.core)
+        self.snapshots = FakeSnapshots(3, 17, 2**64 - 1)
+        self.disk = NbdExport(
+            name="disk", size=GIB, read_only=False, core=self.core, snapshots=self.snapshots
+        )
         self.base = NbdExport(name="base", size=2 * GIB, read_only=True, core=self.core)
         self.exports = Exports(self.disk, self.base)
         self.server = NbdServer(NbdSettings(socket=self.path), self.exports, limits=limits)

@@ -6,6 +6,7 @@ So a volume is empty at first and holds exactly what clients wrote, all of it in
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,16 @@ from typing import Any, Self
 
 from glidefs.config import NbdSettings
 from glidefs.core.check import Closed
-from glidefs.core.engine import Engine, EngineConfig, EventKind
-from glidefs.core.volume import GROUP, CoreVolume, VolumeConfig, holes_error, install_zero, page_holes
+from glidefs.core.engine import Engine, EngineConfig, EventKind, Fault
+from glidefs.core.volume import (
+    GROUP,
+    Changed,
+    CoreVolume,
+    VolumeConfig,
+    holes_error,
+    install_zero,
+    page_holes,
+)
 from glidefs.transport.nbd.negotiation import NbdExport
 from glidefs.transport.nbd.server import NbdServer
 
@@ -43,6 +52,8 @@ class Served:
         )
         self.volumes: dict[int, CoreVolume] = {}
         self.exports: dict[str, NbdExport] = {}
+        self.windows: Callable[[Fault], Changed | int] = lambda fault: errno.ENOENT
+        """What changed since a snapshot, or the errno of the answer."""
         self.answering = threading.Event()
         self.answering.set()
         self.problems: list[BaseException] = []
@@ -106,7 +117,11 @@ class Served:
         self.answering.wait()
         with contextlib.suppress(Closed):  # the volume: its requests were failed
             core = self.volumes[fault.volume]
-            if fault.chunks:
+            if fault.ticket:
+                answer = self.windows(fault)
+                told, err = (None, answer) if isinstance(answer, int) else (answer, 0)
+                core.install_changed(fault.ticket, told, err)
+            elif fault.chunks:
                 core.install_holes(fault.stamp, [page_holes(fault.block // GROUP // GROUP, (1 << GROUP) - 1)])
                 core.install_holes(fault.stamp, [holes_error(fault.block // GROUP, 0)])
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from nbd_client import RawClient, Refused, context_request
 from nbd_fakes import GIB, Bench
 
-from glidefs.core.volume import ALLOCATION_ID, NbdModes
+from glidefs.core.volume import ALLOCATION_ID, MAX_SNAPSHOTS, NbdModes
+from glidefs.errors import StoreUnavailable
 from glidefs.transport.nbd import proto
 from glidefs.transport.nbd.proto import Option, Reply, TransmissionFlag
 
@@ -70,7 +72,7 @@ def test_what_is_listed_and_what_is_chosen(
 def test_a_list_needs_no_structured_replies(bench: Bench) -> None:
     with bench.connect() as client:
         client.greet()
-        assert set(client.contexts("disk", option=Option.LIST_META_CONTEXT)) == {BASE}
+        assert set(client.contexts("disk", option=Option.LIST_META_CONTEXT)) == {BASE, *CHANGED}
         with pytest.raises(Refused) as caught:
             client.contexts("disk", BASE)
         assert caught.value.kind == Reply.ERR_INVALID
@@ -105,6 +107,131 @@ def test_a_set_that_fails_leaves_none(bench: Bench) -> None:
         assert caught.value.kind == Reply.ERR_UNKNOWN
         client.go("disk")
         assert modes(bench) == NbdModes(structured=True)
+
+
+# ---- contexts of snapshots ----
+
+CHANGED = [f"glidefs:changed:{sequence}" for sequence in (3, 17, 2**64 - 1)]
+
+
+@pytest.mark.parametrize(
+    ("queries", "listed"),
+    [
+        ((), [BASE, *CHANGED]),
+        (("glidefs:",), CHANGED),
+        (("glidefs:changed:",), CHANGED),
+        (("base:", "glidefs:changed:", CHANGED[0]), [BASE, *CHANGED]),
+        ((CHANGED[1],), CHANGED[1:2]),
+        ((CHANGED[1], "glidefs:changed:4", CHANGED[0]), [CHANGED[1], CHANGED[0]]),
+        (("base:",), [BASE]),
+        (("glidefs", "glidefs:chang", "glidefs:changed", "glidefs:other:3", "changed:3"), []),
+    ],
+)
+def test_snapshots_are_listed(bench: Bench, queries: tuple[str, ...], listed: list[str]) -> None:
+    with bench.connect() as client:
+        client.greet()
+        found = client.contexts("disk", *queries, option=Option.LIST_META_CONTEXT)
+        assert list(found) == listed
+        assert not any(found.values())
+
+
+def test_snapshots_are_chosen_by_their_names(bench: Bench) -> None:
+    """In the order in which they were asked for, each once, behind base:allocation."""
+    with bench.connect() as client:
+        client.greet().structured()
+        found = client.contexts("disk", CHANGED[1], "glidefs:changed:4", CHANGED[0], BASE, CHANGED[1])
+        assert found == {BASE: ALLOCATION_ID, CHANGED[1]: ALLOCATION_ID + 1, CHANGED[0]: ALLOCATION_ID + 2}
+        client.go("disk")
+        assert modes(bench) == NbdModes(structured=True, allocation=True, changed=(17, 3))
+
+
+def test_a_snapshot_alone(bench: Bench) -> None:
+    with bench.connect() as client:
+        client.greet().structured()
+        assert client.contexts("disk", CHANGED[2]) == {CHANGED[2]: ALLOCATION_ID + 1}
+        client.go("disk")
+        assert modes(bench) == NbdModes(structured=True, changed=(2**64 - 1,))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "03",
+        "+3",
+        "3 ",
+        "-3",
+        "x",
+        "3:",
+        "3.0",
+        "0x3",
+        "\u0663",
+        "9" * 21,
+        "9" * 4000,
+        "18446744073709551616",
+    ],
+)
+def test_a_context_has_one_name(bench: Bench, name: str) -> None:
+    with bench.connect() as client:
+        client.greet().structured()
+        for option in (Option.SET_META_CONTEXT, Option.LIST_META_CONTEXT):
+            wide = not name and option == Option.LIST_META_CONTEXT
+            found = client.contexts("disk", f"glidefs:changed:{name}", option=option)
+            assert list(found) == (CHANGED if wide else [])
+        client.go("disk")
+
+
+def test_at_most_so_many_snapshots_are_chosen(bench: Bench) -> None:
+    bench.snapshots.sequences = tuple(range(1, 100))
+    with bench.connect() as client:
+        client.greet().structured()
+        found = client.contexts("disk", *(f"glidefs:changed:{number}" for number in range(1, 100)))
+        assert list(found) == [f"glidefs:changed:{number}" for number in range(1, 1 + MAX_SNAPSHOTS)]
+        client.go("disk")
+        assert modes(bench).changed == tuple(range(1, 1 + MAX_SNAPSHOTS))
+
+
+def test_an_export_without_snapshots(bench: Bench) -> None:
+    with bench.connect() as client:
+        client.greet().structured()
+        assert client.contexts("base", BASE, *CHANGED) == {BASE: ALLOCATION_ID}
+        assert client.contexts("base", option=Option.LIST_META_CONTEXT) == {BASE: 0}
+
+
+def test_the_store_is_asked_only_for_snapshots(bench: Bench) -> None:
+    with bench.connect() as client:
+        client.greet().structured()
+        client.contexts("disk", BASE, "qemu:dirty-bitmap:x")
+        client.contexts("disk", "base:", option=Option.LIST_META_CONTEXT)
+        client.contexts("disk")
+        client.go("disk")
+    assert bench.snapshots.asked == 0
+
+
+def test_while_the_store_is_away_there_are_none(bench: Bench) -> None:
+    bench.snapshots.fail = StoreUnavailable("away")
+    with bench.connect() as client:
+        client.greet().structured()
+        assert client.contexts("disk", BASE, *CHANGED) == {BASE: ALLOCATION_ID}
+        assert client.contexts("disk", option=Option.LIST_META_CONTEXT) == {BASE: 0}
+        client.go("disk")
+        assert modes(bench) == NbdModes(structured=True, allocation=True)
+
+
+def test_who_waits_for_the_store_holds_nobody_up(bench: Bench) -> None:
+    bench.snapshots.gate = threading.Event()
+    waiting = [bench.connect() for _ in range(6)]
+    for client in waiting:
+        client.greet().structured()
+        client.option(Option.LIST_META_CONTEXT, context_request("disk"))
+    assert bench.snapshots.entered.wait(20)
+    with bench.connect() as client:
+        assert client.greet().go("disk").size == GIB
+        assert bench.core.wait_attached()
+    bench.snapshots.gate.set()
+    for client in waiting:
+        assert client.option_reply().kind == Reply.META_CONTEXT
+        client.close()
 
 
 GOOD = context_request("disk", BASE)
@@ -158,7 +285,10 @@ def test_as_many_queries_as_there_may_be(bench: Bench) -> None:
                 st.binary(max_size=40),
                 st.builds(
                     lambda queries, cut, more: context_request("disk", *queries)[:cut] + more,
-                    st.lists(st.sampled_from([BASE, "base:", "", "q", "x" * 4097]), max_size=4),
+                    st.lists(
+                        st.sampled_from([BASE, "base:", "", "x" * 4097, "glidefs:changed:", *CHANGED]),
+                        max_size=4,
+                    ),
                     st.integers(0, 80) | st.just(1 << 20),
                     st.binary(max_size=3),
                 ),

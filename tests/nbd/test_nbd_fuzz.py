@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nbd_client import REQUEST_MAGIC, RawClient
+from nbd_client import EXTENDED, EXTENDED_MAGIC, REQUEST_MAGIC, RawClient
+from nbd_fakes import FakeSnapshots
 from nbd_serve import MIB, Served
+
+from glidefs.core.engine import Fault
+from glidefs.core.volume import Changed
 
 SIZE = 16 * MIB
 PATTERN = os.urandom(4096)
@@ -59,10 +65,58 @@ FRAMES = st.one_of(
 )
 
 
+def _extended(magic: int, flags: int, kind: int, offset: int, length: int, payload: bytes) -> bytes:
+    return EXTENDED.pack(magic, flags, kind, 7, offset, length) + payload
+
+
+def _payload(flags: int, kind: int, offset: int, length: int) -> bytes:
+    return _extended(EXTENDED_MAGIC, flags | 32, kind, offset, length, b"\xa5" * length)
+
+
+LONG = st.one_of(
+    LENGTHS,
+    st.integers(0, (1 << 64) - 1),
+    st.sampled_from([1 << 32, (1 << 32) + 512, SIZE, 1 << 40, (1 << 63), (1 << 64) - 512, (1 << 64) - 1]),
+)
+EXTENDED_MAGICS = st.sampled_from([EXTENDED_MAGIC] * 30 + [0, REQUEST_MAGIC])
+EXTENDED_FRAMES = st.one_of(
+    st.builds(_extended, EXTENDED_MAGICS, FLAGS, KINDS, OFFSETS, LONG, PAYLOADS),
+    st.builds(
+        _payload,
+        st.sampled_from([0, 1, 16]),
+        st.integers(0, 8),
+        st.integers(0, 1000).map(lambda n: n * 512),
+        st.integers(0, 40).map(lambda n: n * 512),
+    ),
+    st.builds(
+        _extended,
+        st.just(EXTENDED_MAGIC),
+        st.sampled_from([0, 4, 8]),
+        st.sampled_from([0, 3, 4, 5, 6, 7]),
+        OFFSETS,
+        LONG,
+        st.just(b""),
+    ),
+    st.binary(max_size=100),
+)
+
+
+def _window(fault: Fault) -> Changed | int:
+    """Of one snapshot windows of any length, of the other none."""
+    first = fault.block * 32
+    if fault.snapshot == 2:
+        return errno.ENOENT
+    return Changed(first, first + 64, fault.block % 2 == 1, (first + 1, first + 40), 0)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with Served(tmp_path_factory.mktemp("fuzz")) as made:
         made.add("victim", SIZE)
+        made.exports["victim"] = msgspec.structs.replace(
+            made.exports["victim"], snapshots=FakeSnapshots(1, 2)
+        )
+        made.windows = _window
         made.add("other", SIZE).pwrite(0, PATTERN)
         yield made
 
@@ -83,11 +137,37 @@ def test_any_bytes(served: Served, frames: list[bytes], cut: int, reads: bool, m
         if modes != "simple":
             client.structured()
         if modes == "sparse":
-            client.contexts("victim", "base:allocation")
-        client.go("victim")
-        client.socket.settimeout(20)
-        with contextlib.suppress(ConnectionError):
-            _converse(client.socket, stream, reads)
+            client.contexts("victim", "base:allocation", "glidefs:changed:1", "glidefs:changed:2")
+        _let_loose(served, client, stream, reads)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    frames=st.lists(EXTENDED_FRAMES, max_size=12),
+    cut=st.integers(0, 1 << 16),
+    reads=st.booleans(),
+    contexts=st.booleans(),
+)
+def test_any_bytes_with_extended_headers(
+    served: Served, frames: list[bytes], cut: int, reads: bool, contexts: bool
+) -> None:
+    stream = b"".join(frames)
+    if cut < len(stream):
+        stream = stream[:cut]
+    with RawClient(served.path) as client:
+        client.greet().extend()
+        if contexts:
+            client.contexts("victim", "base:allocation", "glidefs:changed:1", "glidefs:changed:2")
+        _let_loose(served, client, stream, reads)
+
+
+def _let_loose(served: Served, client: RawClient, stream: bytes, reads: bool) -> None:
+    """Say all of it, and see that the server and other clients go on."""
+    client.go("victim")
+    client.socket.settimeout(20)
+    with contextlib.suppress(ConnectionError):
+        _converse(client.socket, stream, reads)
+    client.close()
     end = time.monotonic() + 20
     while served.server.connections("victim"):
         assert time.monotonic() < end, "the connection does not end"

@@ -170,7 +170,6 @@ def test_abort_is_acknowledged(bench: Bench) -> None:
     "option",
     [
         Option.STARTTLS,
-        Option.EXTENDED_HEADERS,
         0,
         4,
         4711,

@@ -21,7 +21,7 @@ static void on_cancelled(struct ring_op *op, int res, uint32_t flags);
 
 /* ---- memory ------------------------------------------------------------------------------------ */
 
-struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, uint32_t modes)
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, const struct glide_nbd_handshake *handshake)
 {
     struct nbd_conn *c = calloc(1, sizeof(*c));
 
@@ -32,7 +32,10 @@ struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, uint32_t mo
     c->volume = v;
     c->fd = fd;
     c->id = id;
-    c->modes = modes;
+    c->modes = handshake->modes;
+    c->snapshots = (uint32_t)min_u64(handshake->snapshots, GLIDE_NBD_SNAPSHOTS);
+    for (uint32_t i = 0; i < c->snapshots; i++)
+        c->changed[i].snapshot = handshake->changed[i];
     c->cancel_op.complete = on_cancelled;
     struct list *lists[] = {&c->requests, &c->replies, &c->send_task.link, &c->detach_calls, &c->resume_task.link};
     for (size_t i = 0; i < ARRAY_LEN(lists); i++)
@@ -67,6 +70,8 @@ static void conn_free(struct nbd_conn *c)
     list_remove(&c->resume_task.link);
     if (c->filling)
         nbd_req_free(c->filling);
+    for (uint32_t i = 0; i < c->snapshots; i++)
+        changed_end(v, &c->changed[i]);
     nbd_conn_discard(c);
     event_post(v->engine, v->cookie, GLIDE_EV_CONN_CLOSED, id, error);
     for (struct list *e; (e = list_pop(&calls));)
@@ -244,9 +249,9 @@ static int do_attach(struct worker *w, void *arg)
     return err;
 }
 
-int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, uint32_t modes)
+int glide_nbd_attach(glide_volume *volume, int fd, uint64_t conn_id, const struct glide_nbd_handshake *handshake)
 {
-    struct nbd_conn *c = nbd_conn_new(volume, fd, conn_id, modes);
+    struct nbd_conn *c = nbd_conn_new(volume, fd, conn_id, handshake);
     int err = c ? worker_call(volume->worker, do_attach, c) : -ENOMEM;
 
     if (!err)

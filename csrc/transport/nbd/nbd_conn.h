@@ -9,16 +9,18 @@
 #ifndef GLIDE_NBD_CONN_H
 #define GLIDE_NBD_CONN_H
 
+#include "volume/changed.h"
 #include "volume/io.h"
 #include "volume/volume.h"
 #include "transport/nbd/nbd_memory.h"
 #include "loop/worker.h"
 
 #define NBD_REQUEST_BYTES 28u
-#define NBD_HEAD_BYTES 32u         /* of the longest head of a reply, or of one of its chunks */
+#define NBD_EXTENDED_BYTES 32u     /* of a request with an extended header, and of the header of each chunk then */
+#define NBD_HEAD_BYTES 48u         /* of the longest head of a reply, or of one of its chunks */
 #define NBD_MAX_LENGTH (32u << 20) /* of a READ or WRITE */
 #define NBD_CACHE_BYTES (8u << 20) /* of a CACHE; what is behind them is not fetched */
-#define NBD_MAX_EXTENTS 2048u      /* of the answer to a BLOCK_STATUS */
+#define NBD_MAX_EXTENTS 2048u      /* of each context in the answer to a BLOCK_STATUS */
 #define NBD_MAX_HELD 1024u         /* requests of a connection; then it is not read from */
 #define NBD_RECEIVE_BYTES (1u << 20)
 
@@ -30,9 +32,11 @@ struct nbd_conn {
     int fd;
     uint64_t id;
     uint32_t modes; /* enum glide_nbd_mode */
+    struct changed changed[GLIDE_NBD_SNAPSHOTS];
+    uint32_t snapshots; /* of them in use */
 
     /* receiving: a request that is not complete yet */
-    uint8_t head[NBD_REQUEST_BYTES];
+    uint8_t head[NBD_EXTENDED_BYTES];
     uint32_t head_length;    /* bytes of a header */
     struct nbd_req *filling; /* a WRITE whose payload is being received... */
     uint64_t filled;         /* ...so far */
@@ -94,8 +98,10 @@ struct nbd_req {
     struct nbd_conn *conn;
     struct list all; /* conn->requests */
     uint16_t type, flags;
-    uint64_t cookie; /* as received */
-    bool answered;   /* in conn->replies */
+    uint64_t cookie;  /* as received */
+    uint64_t offset;  /* as it was asked for */
+    bool answered;    /* in conn->replies */
+    uint32_t context; /* BLOCK_STATUS: which of the connection's it is at */
     enum nbd_account account;
     uint64_t charged;       /* to conn->memory[account] */
     struct nbd_part first;  /* of the reply, if it has one part; no head: bytes that an earlier process had to send */
@@ -110,6 +116,28 @@ static inline const struct nbd_part *nbd_part(const struct nbd_req *r, uint32_t 
 {
     return r->parts ? &r->parts[i] : &r->first;
 }
+
+static inline bool nbd_extended(const struct nbd_conn *c) { return c->modes & GLIDE_NBD_EXTENDED; }
+/* Of the header of a request. */
+static inline uint32_t nbd_request_bytes(const struct nbd_conn *c)
+{
+    return nbd_extended(c) ? NBD_EXTENDED_BYTES : NBD_REQUEST_BYTES;
+}
+
+/* ---- contexts: base:allocation if it was chosen, then those of snapshots ---- */
+static inline uint32_t nbd_contexts(const struct nbd_conn *c)
+{
+    return c->snapshots + ((c->modes & GLIDE_NBD_ALLOCATION) != 0);
+}
+/* Of the context with this number; NULL: it is base:allocation. */
+static inline struct changed *nbd_changed(struct nbd_conn *c, uint32_t context)
+{
+    bool allocation = c->modes & GLIDE_NBD_ALLOCATION;
+
+    return allocation && !context ? NULL : &c->changed[context - allocation];
+}
+/* Where the extents of a context go. */
+struct io_extents *nbd_extents(const struct nbd_req *r, uint32_t context);
 
 /* ---- worker ---- */
 extern const struct transport_ops NBD_OPS;
@@ -153,12 +181,12 @@ void nbd_give_up(struct nbd_conn *c, int error);
 /* Go on after something has ended. May free the connection. */
 void nbd_advance(struct nbd_conn *c);
 /* A connection without a worker yet, which owns fd. NULL = no memory, and fd is closed. */
-struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, uint32_t modes);
+struct nbd_conn *nbd_conn_new(struct volume *v, int fd, uint64_t id, const struct glide_nbd_handshake *handshake);
 /* Free one that never reached a worker. */
 void nbd_conn_discard(struct nbd_conn *c);
 /* On the worker: the connection belongs to its volume. -errno. */
 int nbd_enter(struct worker *w, struct nbd_conn *c);
-/* The 28 bytes of the request that would be answered as `r`. */
+/* The header, nbd_request_bytes(), of the request that would be answered as `r`. */
 void nbd_encode(const struct nbd_req *r, uint8_t *out);
 
 #endif

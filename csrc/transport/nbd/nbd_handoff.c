@@ -36,7 +36,7 @@ static uint64_t in_bytes(const struct nbd_conn *c)
     list_each(at, &c->requests) {
         const struct nbd_req *r = container_of(at, struct nbd_req, all);
         if (!r->answered)
-            bytes += NBD_REQUEST_BYTES + payload_bytes(c, r);
+            bytes += nbd_request_bytes(c) + payload_bytes(c, r);
     }
     return bytes;
 }
@@ -58,6 +58,15 @@ struct handoff_call {
     uint8_t *in, *out;
 };
 
+static struct glide_nbd_handshake handshake_of(const struct nbd_conn *c)
+{
+    struct glide_nbd_handshake out = {.modes = c->modes, .snapshots = c->snapshots};
+
+    for (uint32_t i = 0; i < c->snapshots; i++)
+        out.changed[i] = c->changed[i].snapshot;
+    return out;
+}
+
 static int list_conns(struct worker *w, void *arg)
 {
     struct handoff_call *h = arg;
@@ -76,7 +85,7 @@ static int list_conns(struct worker *w, void *arg)
                                                     .out_bytes = out_bytes(c),
                                                     .skip = c->skip + c->skip_after_rest,
                                                     .fd = c->fd,
-                                                    .modes = c->modes};
+                                                    .handshake = handshake_of(c)};
         n++;
     }
     return (int)n;
@@ -94,7 +103,7 @@ static void write_in(const struct nbd_conn *c, uint8_t *at)
         if (r->answered)
             continue;
         nbd_encode(r, at);
-        at = put(at + NBD_REQUEST_BYTES, r->io.buf, payload_bytes(c, r));
+        at = put(at + nbd_request_bytes(c), r->io.buf, payload_bytes(c, r));
     }
     at = put(at, c->rest, c->rest ? c->rest_length : 0);
     put(at, c->head, c->head_length);
@@ -199,7 +208,7 @@ static struct nbd_req *raw_reply(struct nbd_conn *c, const void *data, uint64_t 
 
 int glide_nbd_adopt(glide_volume *volume, int fd, const struct glide_nbd_state *state, const void *in, const void *out)
 {
-    struct nbd_conn *c = nbd_conn_new(volume, fd, state->conn_id, state->modes);
+    struct nbd_conn *c = nbd_conn_new(volume, fd, state->conn_id, &state->handshake);
     struct adopt a = {.conn = c};
     int err = c ? 0 : -ENOMEM;
 

@@ -13,12 +13,21 @@
 
 #define SIMPLE_MAGIC 0x67446698u
 #define CHUNK_MAGIC 0x668e33efu
+#define EXTENDED_MAGIC 0x6e8a278cu
 #define CHUNK_DONE 1u
-enum chunk_type { CHUNK_NONE = 0, CHUNK_DATA = 1, CHUNK_HOLE = 2, CHUNK_STATUS = 5, CHUNK_ERROR = 32769 };
+enum chunk_type {
+    CHUNK_NONE = 0,
+    CHUNK_DATA = 1,
+    CHUNK_HOLE = 2,
+    CHUNK_STATUS = 5,
+    CHUNK_STATUS_EXT = 6,
+    CHUNK_ERROR = 32769
+};
 #define SECTOR_BYTES GLIDE_SECTOR
 #define HOLE_SECTORS 8u
 #define HOLE_PART 64u          /* no hole shorter than this part of a READ */
 #define STATE_HOLE_AND_ZERO 3u /* of base:allocation */
+#define STATE_CHANGED 1u       /* of glidefs:changed: */
 
 static uint32_t error_code(int err, uint16_t type)
 {
@@ -33,6 +42,7 @@ static uint32_t error_code(int err, uint16_t type)
     case ENOMEM:
         return 12;
     case EINVAL:
+    case ENOENT:
         return 22;
     case ENOTSUP:
         return 95;
@@ -43,8 +53,10 @@ static uint32_t error_code(int err, uint16_t type)
     }
 }
 
-static const char *error_text(uint32_t code)
+static const char *error_text(uint32_t code, int err)
 {
+    if (err == ENOENT)
+        return "the snapshot of a context glidefs:changed: was deleted";
     switch (code) {
     case 1:
         return "the export is read-only";
@@ -88,14 +100,28 @@ static uint8_t *put64(uint8_t *at, uint64_t value)
 
 static uint8_t *put_chunk(uint8_t *at, const struct nbd_req *r, uint16_t flags, enum chunk_type type, uint32_t length)
 {
-    at = put32(at, CHUNK_MAGIC);
+    bool extended = nbd_extended(r->conn);
+
+    at = put32(at, extended ? EXTENDED_MAGIC : CHUNK_MAGIC);
     at = put16(at, flags);
     at = put16(at, (uint16_t)type);
     memcpy(at, &r->cookie, 8);
-    return put32(at + 8, length);
+    return extended ? put64(put64(at + 8, r->offset), length) : put32(at + 8, length);
 }
 
 static void set_head(struct nbd_part *p, const uint8_t *end) { p->head_length = (uint32_t)(end - p->head); }
+
+/* Room for a reply of several parts; NULL: there is no memory. */
+static struct nbd_part *new_parts(struct nbd_req *r, uint32_t count)
+{
+    r->parts = calloc(count, sizeof(*r->parts));
+    if (!r->parts)
+        return NULL;
+    r->part_count = count;
+    r->charged += count * sizeof(*r->parts);
+    nbd_memory_add(r->conn, r->account, count * sizeof(*r->parts));
+    return r->parts;
+}
 
 /* ---- one part --------------------------------------------------------------------------------- */
 
@@ -107,9 +133,9 @@ static void simple(struct nbd_req *r, uint32_t code)
     set_head(&r->first, at + 8);
 }
 
-static void error_chunk(struct nbd_req *r, uint32_t code)
+static void error_chunk(struct nbd_req *r, uint32_t code, int err)
 {
-    const char *text = error_text(code);
+    const char *text = error_text(code, err);
     uint16_t length = (uint16_t)strlen(text);
     uint8_t *at = put_chunk(r->first.head, r, CHUNK_DONE, CHUNK_ERROR, 6u + length);
 
@@ -118,21 +144,43 @@ static void error_chunk(struct nbd_req *r, uint32_t code)
     r->first.length = length;
 }
 
-/* The extents are turned to the order of bytes of the network where they are; the context goes where their count was.
- */
-static void status_chunk(struct nbd_req *r)
+/* The id of a context with its number among those of the connection. */
+static uint32_t id_of(const struct nbd_req *r, uint32_t context)
 {
-    struct io_extents *out = (struct io_extents *)(void *)r->buf;
-    uint32_t length = 4 + out->count * (uint32_t)sizeof(out->list[0]);
+    return GLIDE_NBD_CONTEXT + context + !(r->conn->modes & GLIDE_NBD_ALLOCATION);
+}
 
-    for (uint32_t i = 0; i < out->count; i++) {
-        out->list[i].length = htobe32(out->list[i].length);
-        out->list[i].zero = htobe32(out->list[i].zero ? STATE_HOLE_AND_ZERO : 0);
+/* One context. The extents become those of the network where they are. In front of them are the id and, with extended
+ * headers, their number, where `max` and `count` were. */
+static void status_part(const struct nbd_req *r, struct nbd_part *p, uint32_t context, bool last)
+{
+    struct io_extents *out = nbd_extents(r, context);
+    uint32_t state = nbd_changed(r->conn, context) ? STATE_CHANGED : STATE_HOLE_AND_ZERO, count = out->count;
+    bool extended = nbd_extended(r->conn);
+    uint8_t *begin = (uint8_t *)(extended ? &out->max : &out->count), *to = put32(begin, id_of(r, context));
+
+    if (extended)
+        to = put32(to, count);
+    for (uint32_t i = 0; i < count; i++) { /* what is written here ends before what is read next */
+        struct io_extent extent = out->list[i];
+        uint32_t is = extent.is ? state : 0;
+        to = extended ? put64(put64(to, extent.length), is) : put32(put32(to, (uint32_t)extent.length), is);
     }
-    out->count = htobe32(GLIDE_NBD_CONTEXT);
-    set_head(&r->first, put_chunk(r->first.head, r, CHUNK_DONE, CHUNK_STATUS, length));
-    r->first.data = (const uint8_t *)&out->count;
-    r->first.length = length;
+    p->data = begin;
+    p->length = (uint64_t)(to - begin);
+    set_head(p, put_chunk(p->head, r, last ? CHUNK_DONE : 0, extended ? CHUNK_STATUS_EXT : CHUNK_STATUS,
+                          (uint32_t)p->length));
+}
+
+static void status_chunks(struct nbd_req *r)
+{
+    uint32_t count = nbd_contexts(r->conn);
+    struct nbd_part *parts = count == 1 ? &r->first : new_parts(r, count);
+
+    if (!parts)
+        error_chunk(r, error_code(ENOMEM, r->type), ENOMEM);
+    for (uint32_t i = 0; parts && i < count; i++)
+        status_part(r, &parts[i], i, i + 1 == count);
 }
 
 /* ---- a READ in chunks -------------------------------------------------------------------------- */
@@ -208,8 +256,7 @@ static void read_chunks(struct nbd_req *r)
         read_parts(r, sectors, &r->first);
         return;
     }
-    r->parts = calloc(count, sizeof(*r->parts));
-    if (!r->parts) { /* all of it as data */
+    if (!new_parts(r, count)) { /* all of it as data */
         for (uint32_t s = 0; s < sectors; s++)
             if (is_hole(r, s))
                 fill_zeros(r, s, s + 1);
@@ -217,9 +264,6 @@ static void read_chunks(struct nbd_req *r)
         return;
     }
     read_parts(r, sectors, r->parts);
-    r->part_count = count;
-    r->charged += count * sizeof(*r->parts);
-    nbd_memory_add(r->conn, r->account, count * sizeof(*r->parts));
 }
 
 /* ---- for the others -------------------------------------------------------------------------------- */
@@ -231,17 +275,17 @@ void nbd_build_reply(struct nbd_req *r, int err)
 
     r->part_count = 1;
     if (chunks && code) {
-        error_chunk(r, code);
+        error_chunk(r, code, err);
     } else if (r->type == NBD_BLOCK_STATUS && !code) {
-        status_chunk(r);
-    } else if (!chunks || r->type != NBD_READ) {
+        status_chunks(r);
+    } else if (chunks && r->type == NBD_READ && r->io.length) {
+        read_chunks(r);
+    } else if (chunks && (r->type == NBD_READ || nbd_extended(r->conn))) {
+        set_head(&r->first, put_chunk(r->first.head, r, CHUNK_DONE, CHUNK_NONE, 0));
+    } else {
         simple(r, code);
         r->first.data = r->buf;
         r->first.length = r->type == NBD_READ && !code ? r->io.length : 0;
-    } else if (r->io.length) {
-        read_chunks(r);
-    } else {
-        set_head(&r->first, put_chunk(r->first.head, r, CHUNK_DONE, CHUNK_NONE, 0));
     }
     for (uint32_t i = 0; i < r->part_count; i++)
         r->reply_bytes += nbd_part(r, i)->head_length + nbd_part(r, i)->length;

@@ -6,17 +6,18 @@
 #include <string.h>
 
 #define NBD_REQUEST_MAGIC 0x25609513u
+#define NBD_EXTENDED_MAGIC 0x21e41c71u
 #define NBD_FLAG_FUA 1u
 #define NBD_FLAG_NO_HOLE 2u
 #define NBD_FLAG_DF 4u
 #define NBD_FLAG_REQ_ONE 8u
 #define NBD_FLAG_FAST_ZERO 16u
+#define NBD_FLAG_PAYLOAD_LEN 32u /* with extended headers: the length is that of a payload */
 
 struct nbd_header {
     uint16_t flags, type;
     uint64_t cookie; /* as received */
-    uint64_t offset;
-    uint32_t length;
+    uint64_t offset, length;
 };
 
 /* ---- memory: a few sizes, kept by malloc's thread cache or reused here ------------------------ */
@@ -43,10 +44,44 @@ void nbd_req_free(struct nbd_req *r)
 
 /* ---- a request --------------------------------------------------------------------------------- */
 
+static uint32_t extents_of(uint16_t flags, uint64_t length)
+{
+    uint64_t most = length / 512 + 1;
+
+    return flags & NBD_FLAG_REQ_ONE ? 1 : (uint32_t)min_u64(most, NBD_MAX_EXTENTS);
+}
+
+static uint64_t status_bytes(uint32_t extents)
+{
+    return sizeof(struct io_extents) + extents * sizeof(struct io_extent);
+}
+
+struct io_extents *nbd_extents(const struct nbd_req *r, uint32_t context)
+{
+    uint64_t each = status_bytes(extents_of(r->flags, r->io.length));
+
+    return (struct io_extents *)(void *)(r->buf + context * each);
+}
+
+/* Ask for the extents of the context that a BLOCK_STATUS is at. */
+static void submit_status(struct nbd_req *r)
+{
+    struct io_extents *out = nbd_extents(r, r->context);
+
+    *out = (struct io_extents){.max = extents_of(r->flags, r->io.length)};
+    r->io.changed = nbd_changed(r->conn, r->context);
+    r->io.buf = (uint8_t *)out;
+    io_submit(&r->io);
+}
+
 static void on_done(struct io_req *io, int err)
 {
     struct nbd_req *r = container_of(io, struct nbd_req, io);
 
+    if (!err && io->op == IO_STATUS && ++r->context < nbd_contexts(r->conn)) {
+        submit_status(r);
+        return;
+    }
     nbd_build_reply(r, err);
     nbd_reply(r);
 }
@@ -62,13 +97,6 @@ static int own(struct io_req *io)
     memcpy(r->buf, io->buf, io->length);
     io->buf = r->buf;
     return 0;
-}
-
-static uint32_t extents_of(const struct nbd_header *h)
-{
-    uint64_t most = h->length / 512 + 1;
-
-    return h->flags & NBD_FLAG_REQ_ONE ? 1 : (uint32_t)min_u64(most, NBD_MAX_EXTENTS);
 }
 
 /* Whether a READ is asked which sectors are holes; not one whose answer must be in one piece. */
@@ -93,7 +121,7 @@ static uint64_t data_of(const struct nbd_conn *c, const struct nbd_header *h)
     case NBD_CACHE:
         return min_u64(h->length, NBD_CACHE_BYTES);
     case NBD_BLOCK_STATUS:
-        return sizeof(struct io_extents) + extents_of(h) * sizeof(struct io_extent);
+        return nbd_contexts(c) * status_bytes(extents_of(h->flags, h->length));
     default:
         return 0;
     }
@@ -122,6 +150,7 @@ static struct nbd_req *new_request(struct nbd_conn *c, const struct nbd_header *
     r->type = h->type;
     r->flags = h->flags;
     r->cookie = h->cookie;
+    r->offset = h->offset;
     r->io.volume = c->volume;
     r->io.offset = h->offset;
     r->io.length = h->length;
@@ -145,9 +174,20 @@ static uint32_t flags_of(const struct nbd_conn *c, uint16_t type)
         return NBD_FLAG_FUA | NBD_FLAG_NO_HOLE | NBD_FLAG_FAST_ZERO;
     case NBD_BLOCK_STATUS:
         return NBD_FLAG_FUA | NBD_FLAG_REQ_ONE;
+    case NBD_WRITE:
+        return NBD_FLAG_FUA | (nbd_extended(c) ? NBD_FLAG_PAYLOAD_LEN : 0);
     default:
         return NBD_FLAG_FUA;
     }
+}
+
+/* Bytes that follow a header. A client that leaves the flag out of a WRITE breaks the protocol; what it means is clear.
+ */
+static uint64_t payload_of(const struct nbd_conn *c, const struct nbd_header *h)
+{
+    bool told = nbd_extended(c) && h->flags & NBD_FLAG_PAYLOAD_LEN;
+
+    return told || h->type == NBD_WRITE ? h->length : 0;
 }
 
 static bool writes(uint16_t type) { return type == NBD_WRITE || type == NBD_TRIM || type == NBD_WRITE_ZEROES; }
@@ -159,7 +199,7 @@ static int check(const struct nbd_conn *c, const struct nbd_header *h)
 
     if (h->type > NBD_BLOCK_STATUS || (h->flags & ~flags_of(c, h->type)))
         return EINVAL;
-    if (status && (!(c->modes & GLIDE_NBD_ALLOCATION) || !h->length))
+    if (status && (!nbd_contexts(c) || !h->length))
         return EINVAL;
     if (h->type == NBD_CACHE && (h->offset > size || h->length > size - h->offset))
         return EINVAL; /* beyond what is fetched of it, too */
@@ -188,23 +228,27 @@ static uint8_t op_of(uint16_t type)
 void nbd_encode(const struct nbd_req *r, uint8_t *out)
 {
     /* What is in the log must not be written again: a later write may have replaced it since. */
+    bool extended = nbd_extended(r->conn);
     uint16_t type = io_logged(&r->io) ? NBD_FLUSH : r->type;
     uint16_t flags = type == NBD_FLUSH ? 0 : r->flags;
-    uint64_t offset = type == NBD_FLUSH ? 0 : r->io.offset;
-    uint32_t magic = htobe32(NBD_REQUEST_MAGIC), length = type == NBD_FLUSH ? 0 : htobe32((uint32_t)r->io.length);
+    uint64_t offset = htobe64(r->offset), length64 = type == NBD_FLUSH ? 0 : htobe64(r->io.length);
+    uint32_t magic = htobe32(extended ? NBD_EXTENDED_MAGIC : NBD_REQUEST_MAGIC);
+    uint32_t length32 = type == NBD_FLUSH ? 0 : htobe32((uint32_t)r->io.length);
 
     flags = htobe16(flags);
     type = htobe16(type);
-    offset = htobe64(offset);
     memcpy(out, &magic, 4);
     memcpy(out + 4, &flags, 2);
     memcpy(out + 6, &type, 2);
     memcpy(out + 8, &r->cookie, 8);
-    memcpy(out + 16, &offset, 8);
-    memcpy(out + 24, &length, 4);
+    memcpy(out + 16, &offset, 8); /* an extended reply repeats it */
+    if (extended)
+        memcpy(out + 24, &length64, 8);
+    else
+        memcpy(out + 24, &length32, 4);
 }
 
-static void decode(const uint8_t *p, struct nbd_header *h)
+static void decode(const struct nbd_conn *c, const uint8_t *p, struct nbd_header *h)
 {
     uint16_t u16;
     uint32_t u32;
@@ -217,8 +261,13 @@ static void decode(const uint8_t *p, struct nbd_header *h)
     memcpy(&h->cookie, p + 8, 8);
     memcpy(&u64, p + 16, 8);
     h->offset = be64toh(u64);
-    memcpy(&u32, p + 24, 4);
-    h->length = be32toh(u32);
+    if (nbd_extended(c)) {
+        memcpy(&u64, p + 24, 8);
+        h->length = be64toh(u64);
+    } else {
+        memcpy(&u32, p + 24, 4);
+        h->length = be32toh(u32);
+    }
 }
 
 /* A WRITE with `have` of its payload at data. Returns bytes used, -EPROTO. */
@@ -266,10 +315,8 @@ static bool prepare(struct nbd_conn *c, struct nbd_req *r, const struct nbd_head
         r->io.offset = r->io.length = 0;
     if (h->type == NBD_CACHE)
         r->io.length = bytes;
-    if (h->type == NBD_BLOCK_STATUS) {
+    if (h->type == NBD_BLOCK_STATUS)
         r->io.flags |= IO_INTERNAL;
-        *(struct io_extents *)(void *)r->buf = (struct io_extents){.max = extents_of(h)};
-    }
     if (wants_holes(c, h)) {
         r->io.holes = (uint64_t *)(void *)(r->buf + div_up(h->length, 8) * 8);
         memset(r->io.holes, 0, hole_words(h) * 8);
@@ -284,9 +331,11 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
     uint32_t magic;
 
     memcpy(&magic, header, 4);
-    if (be32toh(magic) != NBD_REQUEST_MAGIC)
+    if (be32toh(magic) != (nbd_extended(c) ? NBD_EXTENDED_MAGIC : NBD_REQUEST_MAGIC))
         return -EPROTO;
-    decode(header, &h);
+    decode(c, header, &h);
+    if (payload_of(c, &h) > UINT32_MAX)
+        return -EPROTO; /* nobody has that much to say, or to listen to */
     if (h.type == NBD_DISC) {
         c->ended = true;
         return 0;
@@ -298,7 +347,7 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
     if (!err && !prepare(c, r, &h))
         err = ENOMEM;
     if (err) {
-        uint64_t throw = h.type == NBD_WRITE ? h.length : 0;
+        uint64_t throw = payload_of(c, &h);
         uint64_t now = min_u64(throw, have);
         c->skip = throw -now;
         on_done(&r->io, err);
@@ -306,22 +355,25 @@ static int64_t start(struct nbd_conn *c, const uint8_t *header, const uint8_t *p
     }
     if (h.type == NBD_WRITE)
         return start_write(c, r, payload, have);
-    io_submit(&r->io);
+    if (h.type == NBD_BLOCK_STATUS)
+        submit_status(r);
+    else
+        io_submit(&r->io);
     return 0;
 }
 
 int64_t nbd_parse(struct nbd_conn *c, const uint8_t *data, uint64_t length)
 {
-    uint64_t at = 0;
+    uint64_t at = 0, bytes = nbd_request_bytes(c);
 
-    while (!c->ended && !nbd_too_busy(c) && length - at >= NBD_REQUEST_BYTES) {
-        const uint8_t *payload = data + at + NBD_REQUEST_BYTES;
-        int64_t used = start(c, data + at, payload, length - at - NBD_REQUEST_BYTES);
+    while (!c->ended && !nbd_too_busy(c) && length - at >= bytes) {
+        const uint8_t *payload = data + at + bytes;
+        int64_t used = start(c, data + at, payload, length - at - bytes);
         if (used == -EAGAIN)
             break;
         if (used < 0)
             return used;
-        at += NBD_REQUEST_BYTES + (uint64_t)used;
+        at += bytes + (uint64_t)used;
     }
     return (int64_t)(c->ended ? length : at);
 }

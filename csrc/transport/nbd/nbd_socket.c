@@ -52,7 +52,7 @@ static bool consume(struct nbd_conn *c, const uint8_t *data, uint64_t length)
     }
     data += skip + (uint64_t)used;
     length -= skip + (uint64_t)used;
-    if (length < NBD_REQUEST_BYTES) {
+    if (length < nbd_request_bytes(c)) {
         c->head_length = (uint32_t)length;
         memcpy(c->head, data, length);
         return !c->ended;

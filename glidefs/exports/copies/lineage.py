@@ -28,15 +28,14 @@ from glidefs.exports.copies.pins import kept_copy, pinned
 from glidefs.exports.table import ExportTable
 from glidefs.formats.manifest import Root, decode_root, encode_root
 from glidefs.names import (
-    MAX_SEQUENCE,
     Source,
     check_name,
     pins_prefix,
     snapshot_key,
-    snapshots_prefix,
     tag_key,
     tags_prefix,
 )
+from glidefs.reading.changed import stored_sequences
 from glidefs.store.base import ObjectStore
 from glidefs.store.checked import get_checked
 from glidefs.store.resilient import ResilientStore
@@ -161,7 +160,7 @@ class Lineage:
         Raises StoreError.
         """
         view, copy = self._view(), kept_copy(root)
-        sequence = max([copy.sequence, *(kept + 1 for kept in self._sequences(view, prefix, root.name))])
+        sequence = max([copy.sequence, *(kept + 1 for kept in stored_sequences(view, prefix, root.name))])
         while True:
             key = snapshot_key(prefix, root.name, sequence)
             data = encode_root(copy, key)
@@ -179,15 +178,6 @@ class Lineage:
             return store.get(key).data == data
         except NotFound:
             return False
-
-    @staticmethod
-    def _sequences(store: ObjectStore, prefix: str, name: str) -> list[int]:
-        found: list[int] = []
-        for info in store.list(snapshots_prefix(prefix, name)):
-            last = info.key.rsplit("/", 1)[-1]
-            if len(last) == len(str(MAX_SEQUENCE)) and last.isascii() and last.isdigit():
-                found.append(int(last))
-        return sorted(found)
 
     def tag(self, prefix: str, tag: str, root: Root) -> None:
         """Put a copy of ``root`` under a tag, over what the tag named before. Raises StoreError."""
@@ -227,7 +217,7 @@ class Lineage:
         """The snapshots of a volume, oldest first, with the time of each (unix seconds)."""
         view = self._store.view("read", PATIENCE)
         found = []
-        for sequence in self._sequences(view, prefix, check_name("volume", name)):
+        for sequence in stored_sequences(view, prefix, check_name("volume", name)):
             key = snapshot_key(prefix, name, sequence)
             try:
                 root, _ = get_checked(view, key, decode_root)
@@ -258,7 +248,7 @@ class Lineage:
     def delete_snapshots(self, prefix: str, name: str) -> int:
         """Delete all of a volume; returns how many there were. Raises StoreError."""
         view = self._view()
-        sequences = self._sequences(view, prefix, name)
+        sequences = stored_sequences(view, prefix, name)
         for sequence in sequences:
             view.delete(snapshot_key(prefix, name, sequence))
         return len(sequences)

@@ -7,19 +7,26 @@ stays in the kernel's socket buffer for the core. It bounds bytes and options; i
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from glidefs.core.volume import ALLOCATION_ID, NbdModes
+from glidefs.core.volume import ALLOCATION_ID, MAX_SNAPSHOTS, NbdModes
+from glidefs.errors import GlideError
+from glidefs.transport.base import Snapshots
 from glidefs.transport.nbd import proto
 from glidefs.transport.nbd.proto import Option, Reply
 
 if TYPE_CHECKING:
     from glidefs.core.volume import CoreVolume
+
+log = logging.getLogger(__name__)
 
 _SKIP_CHUNK = 64 * 1024
 _LIST_BATCH = 256  # exports whose entries are built and sent at a time
@@ -34,6 +41,7 @@ class NbdExport(Struct, frozen=True):
     size: int  # bytes
     read_only: bool
     core: CoreVolume
+    snapshots: Snapshots | None = None
 
     @property
     def description(self) -> str:
@@ -58,18 +66,33 @@ class ExportLookup(Protocol):
         """Every export, in the order to list them."""
 
 
-class Negotiation:
-    """Haggles on a non-blocking socket that its caller owns; look-ups run in `pool`."""
+class _Contexts(Struct, frozen=True):
+    """The meta contexts that were chosen, and the name of the export that they are of."""
 
-    def __init__(self, connection: socket.socket, exports: ExportLookup, pool: Executor) -> None:
+    export: str = ""
+    allocation: bool = False
+    changed: tuple[int, ...] = ()
+
+
+class Negotiation:
+    """Haggles on a non-blocking socket that its caller owns; look-ups run in `pool`.
+
+    Questions to the store run in `slow`: while it does not answer, nobody waits behind them.
+    """
+
+    def __init__(
+        self, connection: socket.socket, exports: ExportLookup, pool: Executor, slow: Executor
+    ) -> None:
         self._connection = connection
         self._exports = exports
         self._pool = pool
+        self._slow = slow
         self._loop = asyncio.get_running_loop()
         self._budget = proto.MAX_HANDSHAKE
         self._zeroes = True
         self._structured = False
-        self._allocation: str | None = None  # name of the export that the context was chosen for
+        self._extended = False  # then _structured, too
+        self._contexts = _Contexts()
 
     async def run(self) -> Chosen | None:
         """The export that the client now waits to use, told so; None when it aborted.
@@ -90,10 +113,15 @@ class Negotiation:
                 return None
             chosen = await self._answer(header.option, data)
             if chosen is not None:
-                allocation = self._structured and self._allocation == chosen.name
-                return Chosen(chosen, NbdModes(chosen.read_only, self._structured, allocation))
+                return Chosen(chosen, self._modes(chosen))
             await asyncio.sleep(0)  # reads that never wait must not starve other clients
         raise proto.ProtocolViolation("too many options")
+
+    def _modes(self, chosen: NbdExport) -> NbdModes:
+        modes = NbdModes(chosen.read_only, self._structured, extended=self._extended)
+        if not self._structured or self._contexts.export != chosen.name:
+            return modes
+        return replace(modes, allocation=self._contexts.allocation, changed=self._contexts.changed)
 
     async def _answer(self, option: int, data: bytes) -> NbdExport | None:
         """Answer one option; returns the export when it starts transmission."""
@@ -107,6 +135,8 @@ class Negotiation:
                 await self._list(data)
             elif option == Option.STRUCTURED_REPLY:
                 await self._structured_reply(data)
+            elif option == Option.EXTENDED_HEADERS:
+                await self._extended_headers(data)
             elif option in (Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT):
                 await self._meta_context(option, data)
             else:
@@ -118,7 +148,12 @@ class Negotiation:
         return None
 
     async def _export_name(self, data: bytes) -> NbdExport:
-        """EXPORT_NAME cannot be refused in words: a wrong name ends the connection."""
+        """EXPORT_NAME cannot be refused in words: a wrong name ends the connection.
+
+        So do extended headers, with which the protocol forbids it.
+        """
+        if self._extended:
+            raise proto.ProtocolViolation("EXPORT_NAME after extended headers")
         try:
             name = proto.parse_name(data)
         except proto.BadOption as error:
@@ -150,14 +185,26 @@ class Negotiation:
     async def _structured_reply(self, data: bytes) -> None:
         if data:
             raise proto.BadOption("a request for structured replies has no data")
+        if self._extended:
+            kind, why = Reply.ERR_EXT_HEADER_REQD, "extended headers are chosen already"
+            await self._error(Option.STRUCTURED_REPLY, kind, why)
+            return
         self._structured = True
         await self._send(proto.reply(Option.STRUCTURED_REPLY, Reply.ACK))
+
+    async def _extended_headers(self, data: bytes) -> None:
+        if data:
+            raise proto.BadOption("a request for extended headers has no data")
+        if self._extended:
+            raise proto.BadOption("extended headers are chosen already")
+        self._structured = self._extended = True
+        await self._send(proto.reply(Option.EXTENDED_HEADERS, Reply.ACK))
 
     async def _meta_context(self, option: int, data: bytes) -> None:
         """Contexts count for the export that they were set for, and the last SET alone, even if it fails."""
         setting = option == Option.SET_META_CONTEXT
         if setting:
-            self._allocation = None
+            self._contexts = _Contexts()
             if not self._structured:
                 raise proto.BadOption("ask for structured replies first")
         request = proto.parse_context_request(data)
@@ -165,11 +212,39 @@ class Negotiation:
         if export is None:
             await self._error(option, Reply.ERR_UNKNOWN, why)
             return
-        if proto.wants_allocation(option, request.queries):
-            if setting:
-                self._allocation = export.name
-            await self._send(proto.meta_context(option, ALLOCATION_ID if setting else 0))
-        await self._send(proto.reply(option, Reply.ACK))
+        found = _Contexts(
+            export.name,
+            proto.wants_allocation(option, request.queries),
+            await self._snapshots(export, option, request.queries),
+        )
+        if setting:
+            self._contexts = found
+        names = [(ALLOCATION_ID, proto.ALLOCATION)] if found.allocation else []
+        names += [
+            (context, f"{proto.CHANGED}{sequence}")
+            for context, sequence in enumerate(found.changed, ALLOCATION_ID + 1)
+        ]
+        answers = [proto.meta_context(option, context if setting else 0, name) for context, name in names]
+        await self._send(b"".join(answers) + proto.reply(option, Reply.ACK))
+
+    async def _snapshots(self, export: NbdExport, option: int, queries: Sequence[str]) -> tuple[int, ...]:
+        """The snapshots whose contexts are offered. The store is asked only if the queries name some."""
+        lookup, asked = export.snapshots, proto.asked_snapshots(queries)
+        if lookup is None:
+            return ()
+        try:
+            if proto.wants_every_snapshot(option, queries):
+                return tuple(await self._call(lookup.listed, self._slow))
+            offered: list[int] = []
+            for sequence in asked:
+                if len(offered) == MAX_SNAPSHOTS:
+                    break
+                if await self._call(partial(lookup.has, sequence), self._slow):
+                    offered.append(sequence)
+            return tuple(offered)
+        except GlideError as error:
+            log.info("NBD export %s: contexts of snapshots cannot be offered: %s", export.name, error)
+            return ()
 
     async def _list(self, data: bytes) -> None:
         if data:
@@ -200,8 +275,8 @@ class Negotiation:
             header.option, Reply.ERR_TOO_BIG, f"option data is limited to {proto.MAX_OPTION} bytes"
         )
 
-    async def _call(self, function: Callable[[], _T]) -> _T:
-        return await self._loop.run_in_executor(self._pool, function)
+    async def _call(self, function: Callable[[], _T], pool: Executor | None = None) -> _T:
+        return await self._loop.run_in_executor(pool or self._pool, function)
 
     async def _error(self, option: int, kind: Reply, message: str) -> None:
         await self._send(proto.error(option, kind, message))

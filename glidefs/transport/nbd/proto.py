@@ -36,7 +36,9 @@ MAX_OPTIONS = 4096  # options of one handshake
 MAX_QUERIES = 256  # meta contexts that one option asks for
 
 ALLOCATION = "base:allocation"
-"""The one meta context there is: which parts of an export are zeros."""
+"""The meta context that says which parts of an export are zeros."""
+CHANGED = "glidefs:changed:"
+"""With the number of a snapshot behind it: the meta context of what may have changed since."""
 
 MINIMUM_BLOCK = 512
 PREFERRED_BLOCK = 4096
@@ -108,6 +110,7 @@ class Reply(IntEnum):
     ERR_UNKNOWN = (1 << 31) + 6
     ERR_SHUTDOWN = (1 << 31) + 7
     ERR_TOO_BIG = (1 << 31) + 9
+    ERR_EXT_HEADER_REQD = (1 << 31) + 10
 
 
 class Info(IntEnum):
@@ -240,9 +243,23 @@ def wants_allocation(option: int, queries: Sequence[str]) -> bool:
     return ALLOCATION in queries
 
 
-def meta_context(option: int, context: int) -> bytes:
-    """The context under its id: u32 id · name. In an answer to LIST the id means nothing."""
-    return reply(option, Reply.META_CONTEXT, _U32.pack(context) + ALLOCATION.encode())
+def wants_every_snapshot(option: int, queries: Sequence[str]) -> bool:
+    """Whether the contexts of all snapshots are asked for, which only LIST can do."""
+    wide = not queries or CHANGED in queries or CHANGED.partition(":")[0] + ":" in queries
+    return option == Option.LIST_META_CONTEXT and wide
+
+
+def asked_snapshots(queries: Sequence[str]) -> list[int]:
+    """The numbers of the snapshots whose contexts are asked for by name, each once, in their order."""
+    numbers = [query[len(CHANGED) :] for query in queries if query.startswith(CHANGED)]
+    # A context has one name: no signs, no leading zeros, no digits of other scripts.
+    good = [text for text in numbers if len(text) <= 20 and text.isascii() and text.isdigit()]
+    return [int(text) for text in dict.fromkeys(good) if text == str(int(text))]
+
+
+def meta_context(option: int, context: int, name: str) -> bytes:
+    """A context under its id: u32 id · name. In an answer to LIST the id means nothing."""
+    return reply(option, Reply.META_CONTEXT, _U32.pack(context) + name.encode())
 
 
 def transmission_flags(read_only: bool, structured: bool = False) -> TransmissionFlag:

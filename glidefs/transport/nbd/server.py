@@ -3,7 +3,7 @@
 One thread runs every negotiation as a coroutine on a non-blocking socket, so a slow client delays
 nobody. A negotiation is bounded in time, bytes and options, and when too many run at once the
 oldest gives way, so that idle connections cannot lock others out. Calls that may wait (the export
-look-up, attaching to the core) run in a pool of two threads.
+look-up, attaching to the core) run in a pool of two threads, what is asked of the store in another.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class NbdServer:
         self._kept_files: set[str] = set()
         self._table = ConnectionTable(exports)
         self._pool = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="nbd-attach")
+        self._slow = ThreadPoolExecutor(_POOL_THREADS, thread_name_prefix="nbd-contexts")
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
@@ -118,6 +119,7 @@ class NbdServer:
         else:
             self._table.detach()
         self._pool.shutdown(wait=True)
+        self._slow.shutdown(wait=True, cancel_futures=True)
         self._close_listeners()
 
     def forget(self) -> None:
@@ -290,7 +292,7 @@ class NbdServer:
         try:
             nbd_listen.tune_connection(connection)
             async with asyncio.timeout(self._limits.seconds):
-                return await Negotiation(connection, self._exports, self._pool).run()
+                return await Negotiation(connection, self._exports, self._pool, self._slow).run()
         except TimeoutError:
             log.debug("NBD client %s did not finish the handshake in %g s", peer, self._limits.seconds)
         except (ProtocolViolation, EOFError, OSError) as error:

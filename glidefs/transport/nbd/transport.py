@@ -46,7 +46,13 @@ class NbdTransport:
             return [self._exports[name] for name in sorted(self._exports)]
 
     def _put(self, export: Attachment) -> None:
-        entry = NbdExport(name=export.name, size=export.size, read_only=export.read_only, core=export.core)
+        entry = NbdExport(
+            name=export.name,
+            size=export.size,
+            read_only=export.read_only,
+            core=export.core,
+            snapshots=export.snapshots,
+        )
         with self._lock:
             self._exports[export.name] = entry
 

@@ -1,0 +1,8 @@
+"""What changed since a snapshot, against the model: see changed_machine.py."""
+
+from __future__ import annotations
+
+from changed_machine import ChangedMachine
+from model_length import sized
+
+TestChangedModel = sized(ChangedMachine.TestCase, 30, quick=40, normal=200, long=1000)
