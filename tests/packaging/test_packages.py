@@ -1,0 +1,189 @@
+"""What `scripts/package` makes: the source archive by its list, the others on a fresh root (long)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = os.environ.get("GLIDEFS_TEST_LENGTH") == "long"
+MIRROR = "http://deb.debian.org/debian"
+NEEDED = (
+    "csrc/glide_core.h",
+    "csrc/blake3/blake3_avx2_x86-64_unix.S",
+    "glidefs/core/build.py",
+    "docs/packages.md",
+    "packaging/glidefs.service",
+    "packaging/debian/postinst",
+    "scripts/install-service",
+    "scripts/package",
+    "tests/conftest.py",
+    "vm-test/run",
+    "Containerfile",
+    "LICENSE",
+)
+
+
+def test_a_source_archive_has_all_that_is_kept_here(tmp_path: Path) -> None:
+    """Also what setuptools would not think of: headers, units, documents, tests; programs stay programs."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a git checkout: what is kept is not known")
+    tree = tmp_path / "tree"
+    for name in done.stdout.splitlines():
+        if (ROOT / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path / "out")],
+        cwd=tree,
+        capture_output=True,
+        check=True,
+    )
+    (archive,) = (tmp_path / "out").iterdir()
+    with tarfile.open(archive) as tar:
+        members = {member.name.partition("/")[2]: member for member in tar.getmembers()}
+    for name in NEEDED:
+        assert name in members, name
+        assert bool(members[name].mode & 0o100) == os.access(ROOT / name, os.X_OK), name
+
+
+@contextlib.contextmanager
+def fresh_root(path: Path, release: str) -> Iterator[Path]:
+    """A minimal Debian, with what the kernel shows of itself."""
+    subprocess.run(
+        ["debootstrap", "--variant=minbase", "--include=ca-certificates", release, str(path), MIRROR],
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    shutil.copy("/etc/resolv.conf", path / "etc/resolv.conf")
+    mounted = [path / name for name in ("proc", "dev")]
+    try:
+        for target in mounted:
+            subprocess.run(["mount", "--bind", f"/{target.name}", str(target)], check=True)
+        yield path
+    finally:
+        for target in mounted:
+            subprocess.run(["umount", "--lazy", str(target)], check=False)
+
+
+def built(into: Path, *what: str) -> Path:
+    """A package made of this tree."""
+    if not LONG:
+        pytest.skip("takes minutes: runs with GLIDEFS_TEST_LENGTH=long")
+    if os.geteuid() or not shutil.which("debootstrap") or not shutil.which("qemu-io"):
+        pytest.skip("needs root, debootstrap and qemu-io")
+    subprocess.run([str(ROOT / "scripts/package"), "--dist", str(into), *what], check=True, cwd=ROOT)
+    (made,) = into.iterdir()
+    return made
+
+
+SERVE = """
+glidefs run --init-store >/tmp/daemon.log 2>&1 &
+for i in $(seq 100); do glidefs list >/dev/null 2>&1 && break; sleep 0.2; done
+glidefs create vm1 --size 64MiB --transport nbd
+"""
+
+
+class Inside:
+    """Commands in a root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def run(self, command: str, timeout: float = 600) -> str:
+        done = subprocess.run(
+            ["chroot", str(self.root), "sh", "-c", command],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def apt_install(self, what: str) -> None:
+        self.run(f"apt-get update -q && apt-get install -y -q --no-install-recommends {what}")
+
+    def end_all(self) -> None:
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.path.samefile(process / "root", self.root):
+                    os.kill(int(process.name), signal.SIGTERM)
+        time.sleep(1)
+
+
+def check_it_serves(inside: Inside) -> None:
+    """A volume, a client of the host, two handoffs, a drain: nothing is lost. Ends the daemon."""
+    uri = f"nbd+unix:///vm1?socket={inside.root}/run/glidefs/nbd.sock"
+
+    def guest(command: str) -> None:
+        done = subprocess.run(
+            ["qemu-io", "-f", "raw", uri, "-c", command], capture_output=True, text=True, check=True
+        )
+        assert "failed" not in done.stdout, done.stdout
+
+    try:
+        inside.run(SERVE)
+        guest("write -P 7 0 1M")
+        assert "succeeded" in inside.run("glidefs handoff")
+        assert inside.run("glidefs drain vm1") == "vm1: drained\n"
+        assert "succeeded" in inside.run("glidefs handoff")
+        guest("read -P 7 0 1M")
+    finally:
+        inside.end_all()
+
+
+@pytest.mark.parametrize(("release", "python"), [("bookworm", "3.11"), ("trixie", "3.13")])
+def test_the_debian_package_serves_on_a_fresh_debian(release: str, python: str, tmp_path: Path) -> None:
+    package = built(tmp_path / "made", "deb", "--python", python)
+    with fresh_root(tmp_path / "root", release) as root:
+        inside = Inside(root)
+        shutil.copy(package, root / "tmp/glidefs.deb")
+        inside.apt_install("/tmp/glidefs.deb")
+        check_it_serves(inside)
+        for name in ("bash-completion/completions/glidefs", "man/man1/glidefs-list.1.gz"):
+            assert (root / "usr/share" / name).exists(), name
+        unit = (root / "usr/lib/systemd/system/glidefs.service").read_text()
+        assert "ExecStart=/usr/bin/glidefs run -c /etc/glidefs/glidefs.toml" in unit
+        inside.run("dpkg --purge glidefs")
+        assert not (root / "usr/bin/glidefs").exists()
+        assert (root / "var/lib/glidefs/store").is_dir()  # data is nobody's to delete
+
+
+def test_the_wheel_needs_no_compiler(tmp_path: Path) -> None:
+    wheel = built(tmp_path / "made", "wheel")
+    assert "-cp311-abi3-manylinux" in wheel.name
+    with fresh_root(tmp_path / "root", "bookworm") as root:
+        inside = Inside(root)
+        kept = str(root / "tmp")
+        get = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--only-binary",
+            ":all:",
+            "-d",
+            kept,
+            str(wheel),
+        ]
+        subprocess.run(get, check=True)
+        inside.apt_install("python3-venv")
+        inside.run("python3 -m venv /opt/g")
+        inside.run(f"/opt/g/bin/pip install -q --no-index -f /tmp /tmp/{wheel.name}")
+        inside.run("! command -v gcc && ln -s /opt/g/bin/glidefs /usr/bin/")
+        inside.run("mkdir -p /etc/glidefs && glidefs init /etc/glidefs/glidefs.toml")
+        check_it_serves(inside)
