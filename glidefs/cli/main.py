@@ -104,7 +104,9 @@ def create(
         str | None,
         typer.Option("--from", help="Fork base:B, volume:V, snapshot:V@SEQ or tag:T.", show_default=False),
     ] = None,
-    transport: Annotated[str, typer.Option("--transport", help="auto, ublk, nbd-device or nbd.")] = "auto",
+    transport: Annotated[
+        str, typer.Option("--transport", help="auto, ublk, nbd-device, nbd or vhost-user.")
+    ] = "auto",
     read_only: Annotated[bool, typer.Option("--read-only", help="Guests cannot write.")] = False,
     prefix: Prefix = None,
     new_prefix: NewPrefix = False,
@@ -203,7 +205,8 @@ def resize(
 def transport(
     name: Name,
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="auto, ublk, nbd-device or nbd.", show_default=False)
+        str,
+        typer.Argument(metavar="KIND", help="auto, ublk, nbd-device, nbd or vhost-user.", show_default=False),
     ],
     config: ConfigOption = None,
     as_json: Json = False,
@@ -296,7 +299,9 @@ def attach(
         bool, typer.Option("--accept-older", help="The store went back in time: take what it has now.")
     ] = False,
     prefix: Prefix = None,
-    transport: Annotated[str, typer.Option("--transport", help="auto, ublk, nbd-device or nbd.")] = "auto",
+    transport: Annotated[
+        str, typer.Option("--transport", help="auto, ublk, nbd-device, nbd or vhost-user.")
+    ] = "auto",
     config: ConfigOption = None,
     as_json: Json = False,
 ) -> None:

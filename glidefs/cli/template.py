@@ -57,6 +57,12 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #request_timeout = "10s"            # /dev/nbdN: the kernel asks again, over a new connection, after this long
 #dead_timeout = "7d"                # its guests wait this long for a daemon that is away, then get errors
 
+[vhost_user]
+#dir = "/run/glidefs/vhost"         # NAME.sock: where a hypervisor finds an export with this transport
+#mode = "0660"                      # of the sockets
+#group = "kvm"                      # and their group; default: that of the daemon
+#queues = 4                         # that a front-end may use
+
 [upload]
 #sync_interval = "30s"              # a dirty log is uploaded when it is this old
 #max_dirty_age = "5m"               # the latest, whatever else goes on
