@@ -126,7 +126,7 @@ class NbdDeviceSettings(Struct, frozen=True, forbid_unknown_fields=True):
 class VhostUserSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """[vhost_user]: the sockets of exports with this transport, and who may connect."""
 
-    dir: str = "/run/glidefs/vhost"
+    dir: PathText = "/run/glidefs/vhost"
     mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
     group: str | None = None
     queues: Annotated[int, Meta(ge=1, le=16)] = 4

@@ -94,13 +94,15 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 
 
 def render(cache_dir: str | None = None, store_url: str | None = None, run_dir: str | None = None) -> str:
-    """The template with its three places replaced where given."""
+    """The template with its places replaced where given."""
     text = TEMPLATE
+    vhost = '#dir = "/run/glidefs/vhost"         #'
     for old, new in (
         ('dir = "/var/cache/glidefs" ', cache_dir and f"dir = {_quote(cache_dir)} "),
         ('url = "file:///var/lib/glidefs/store"', store_url and f"url = {_quote(store_url)}"),
         ('socket = "/run/glidefs/api.sock"', run_dir and f"socket = {_quote(run_dir + '/api.sock')}"),
         ('socket = "/run/glidefs/nbd.sock"', run_dir and f"socket = {_quote(run_dir + '/nbd.sock')}"),
+        (vhost, run_dir and f"dir = {_quote(run_dir + '/vhost')} #"),
     ):
         if new:
             text = text.replace(old, new)

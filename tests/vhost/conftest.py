@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))  # core_rig.py
+sys.path.insert(0, str(Path(__file__).parents[1] / "handoff"))  # handoff_rig.py
 
 from core_rig import CoreRig, inject_nothing
 from vhost_rig import VhostRig
