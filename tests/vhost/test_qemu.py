@@ -1,4 +1,4 @@
-"""QEMU's own front-end: its firmware boots from an export, and copies sectors while the daemon comes and goes.
+"""QEMU's own front-end: its firmware boots from an export, and copies sectors while daemons come and go.
 
 The boot sector is machine code, assembled here by hand: it copies sectors, from number 1 on, to COPY sectors
 behind each, by INT 13h, and ends QEMU.

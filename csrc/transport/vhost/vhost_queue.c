@@ -214,8 +214,11 @@ static int do_start(struct worker *w, void *arg)
     int err = vhost_ring_map(r);
     if (!err)
         err = vhost_ring_recover(r);
-    if (err)
+    if (err) {
+        r->again = NULL; /* the caller's still */
+        r->again_count = 0;
         return err;
+    }
     r->busy = c->busy;
     r->kick = c->kick;
     r->call = c->call;
