@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from core_rig import BLOCK, MIB, Background, pattern, wait_for
-from front_end import FLUSH, IN, INFLIGHT, IOERR, OK, OUT, FrontEnd, Pending, Ring
+from front_end import ALL_PROTOCOL, FLUSH, IN, INFLIGHT, IOERR, OK, OUT, FrontEnd, Pending, Ring
 from vhost_rig import VhostRig
 
 from glidefs.transport.vhost_user.messages import Request
@@ -220,7 +220,7 @@ def test_a_process_that_died_within_an_answer(vhost: VhostRig, step: str) -> Non
 def test_a_record_of_something_else(vhost: VhostRig, field: str, value: int) -> None:
     guest = vhost.front_end()
     stop_all(guest)
-    write_record(guest, {}, **{field: value})
+    write_record(guest, {5: (0, 1)}, **{field: value})
     guest.sock.close()
     guest.sock = guest.connect()
     guest.negotiate()
@@ -232,6 +232,19 @@ def test_a_record_of_something_else(vhost: VhostRig, field: str, value: int) -> 
     write_record(guest, {}, version=0)
     guest.start(0, guest.rings[0])
     assert guest.read(0, 512) == bytes(512)
+
+
+@pytest.mark.parametrize("protocol", [0, ALL_PROTOCOL])
+def test_a_driver_with_another_size_of_queue(vhost: VhostRig, protocol: int) -> None:
+    """As a firmware before an operating system, in one session."""
+    guest = vhost.front_end(num=64, protocol=protocol)
+    for num in (16, 64, 16):
+        guest.base(0)
+        guest.rings[0] = Ring(guest.memory, num)
+        guest.start(0, guest.rings[0], base=0)
+        for at in range(3):
+            guest.write(at * 4096, pattern(num + at, 4096))
+        assert guest.read(4096, 4096) == pattern(num + 1, 4096)
 
 
 def test_an_absurd_record(vhost: VhostRig) -> None:

@@ -149,6 +149,15 @@ static void begin_record(struct vhost_ring *r)
     r->next_available = (uint16_t)r->at.base;
 }
 
+/* A record of a ring of another size tells nothing where nothing is in flight: a firmware had it, or a guest before. */
+static bool is_empty(const struct vhost_record *record, uint32_t depth, uint32_t most)
+{
+    for (uint32_t head = 0; head < depth && head < most; head++)
+        if (record->entries[head].inflight)
+            return false;
+    return depth <= most;
+}
+
 /* Whoever had it died between two of the steps of its last answers: those are answers. */
 static void end_last_batch(struct vhost_ring *r)
 {
@@ -178,7 +187,7 @@ int vhost_ring_recover(struct vhost_ring *r)
     r->used_index = load(r->used + 2);
     r->again_count = r->again_at = 0;
     r->counter = 0;
-    if (!version) {
+    if (!version || (version == 1 && depth != r->num && is_empty(record, depth, r->device->record_depth))) {
         begin_record(r);
         return 0;
     }

@@ -122,7 +122,10 @@ class VhostUserTransport:
         for index, (own, listener) in enumerate(self._inherited):
             if own == path:
                 del self._inherited[index]
-                return checked_listener(listener)
+                if os.path.exists(path):
+                    return checked_listener(listener)
+                listener.close()  # nobody can connect to it any more
+                break
         listener = listen_unix(path)
         try:
             if self._settings.group is not None:
