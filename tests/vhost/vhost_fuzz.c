@@ -47,6 +47,7 @@ static uint8_t *memory, *record;
 static int memory_fd, record_fd, kick, called;
 static uint64_t seed, descriptors, devices, broken, answered;
 static atomic_bool over, scribbling;
+static pthread_mutex_t view_lock = PTHREAD_MUTEX_INITIALIZER; /* memory does not move */
 static uint16_t next_available;
 static bool wild; /* else the device is given what is almost always right */
 
@@ -86,11 +87,14 @@ static void *scribble(void *arg)
             usleep(200);
             continue;
         }
-        uint64_t r = random_of(&state);
-        volatile uint8_t *at = memory + (r >> 8) % (r & 1 ? DATA : DATA + 65536);
-        *at = (uint8_t)(r >> 40);
-        if (!(r & 0xff0000))
-            ((volatile uint8_t *)record)[(r >> 8) % RECORD] = (uint8_t)(r >> 44);
+        pthread_mutex_lock(&view_lock);
+        for (int i = 0; i < 16; i++) {
+            uint64_t r = random_of(&state);
+            ((volatile uint8_t *)memory)[(r >> 8) % (r & 1 ? DATA : DATA + 65536)] = (uint8_t)(r >> 40);
+            if (!(r & 0xff0000))
+                ((volatile uint8_t *)record)[(r >> 8) % RECORD] = (uint8_t)(r >> 44);
+        }
+        pthread_mutex_unlock(&view_lock);
     }
     return NULL;
 }
@@ -338,14 +342,12 @@ int main(int argc, char **argv)
         atomic_store(&scribbling, wild && chance(50));
         run_device();
         if (atomic_load(&torn)) { /* pages of ours are not the file's any more */
-            atomic_store(&scribbling, false);
-            usleep(1000);
-            struct vhost_map old = view;
+            pthread_mutex_lock(&view_lock);
+            vhost_map_close(&view);
+            atomic_store(&torn, false);
             MUST(vhost_map_open(memory_fd, MEMORY, &torn, &view));
             memory = view.base;
-            usleep(1000);
-            vhost_map_close(&old);
-            atomic_store(&torn, false);
+            pthread_mutex_unlock(&view_lock);
         }
         upload();
     }
