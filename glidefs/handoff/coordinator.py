@@ -206,7 +206,7 @@ class HandoffCoordinator:
         """Its volume is frozen. One that cannot be adopted is cut off: it connects again."""
         try:
             self._vhost.take_over(cut.name, cut.front_end, descriptors)
-        except (GlideError, OSError, ValueError) as error:
+        except (GlideError, OSError) as error:
             log.error("%s: its vhost-user front-end was lost: %s", cut.name, error)
 
     def adopt_connections(

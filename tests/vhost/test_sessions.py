@@ -182,6 +182,7 @@ def test_what_a_dead_process_left_is_done_again_in_its_order(vhost: VhostRig) ->
 
 
 def test_a_write_that_is_in_the_log_is_not_done_again(vhost: VhostRig) -> None:
+    vhost.vol.base[3] = pattern(3, BLOCK)
     guest = vhost.front_end()
     guest.write(0, pattern(9, 4096))
     stop_all(guest)
@@ -193,10 +194,17 @@ def test_a_write_that_is_in_the_log_is_not_done_again(vhost: VhostRig) -> None:
     assert guest.finish(write)[0] == OK
     assert vhost.vol.core.stats().syncs == syncs + 1
     assert guest.read(0, 4096) == pattern(9, 4096)
-    later = guest.prepare(OUT, 0, out=pattern(2, 4096))
-    guest.submit(later)
-    assert guest.finish(later)[0] == OK
-    assert guest.read(0, 4096) == pattern(2, 4096), "the mark went with its request"
+
+    free = guest.rings[0].free  # the mark goes with its request: the next with the same head is another
+    free.remove(write.head)
+    free.insert(0, write.head)
+    with vhost.rig.hold():
+        later = guest.prepare(IN, 3 * BLOCK // 512, room=4096)
+        assert later.head == write.head
+        guest.submit(later)
+        wait_for(lambda: under_way(guest), "the request")
+        guest.reconnect()
+    assert guest.finish(later) == (OK, pattern(3, BLOCK)[:4096])
 
 
 @pytest.mark.parametrize("step", ["used", "cleared"])

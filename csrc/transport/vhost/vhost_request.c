@@ -217,14 +217,18 @@ static int read_ranges(struct vhost_req *r, const struct vhost_chain *c, const s
     return 0;
 }
 
-static bool is_direct(const struct vhost_chain *c) { return c->pieces[c->out_count].iov_len >= c->in_bytes - 1; }
+/* A filter compares what was read, so nobody else may write there. */
+static bool is_direct(const struct vhost_device *d, const struct vhost_chain *c)
+{
+    return !d->volume->filter && c->pieces[c->out_count].iov_len >= c->in_bytes - 1;
+}
 
 /* Data that it holds in memory of ours. */
-static uint64_t own_bytes(const struct vhost_chain *c, const struct header *h)
+static uint64_t own_bytes(const struct vhost_device *d, const struct vhost_chain *c, const struct header *h)
 {
-    uint64_t data = h->type == VIRTIO_BLK_T_OUT                   ? c->out_bytes - HEADER_BYTES
-                    : h->type == VIRTIO_BLK_T_IN && !is_direct(c) ? c->in_bytes - 1
-                                                                  : 0;
+    uint64_t data = h->type == VIRTIO_BLK_T_OUT                      ? c->out_bytes - HEADER_BYTES
+                    : h->type == VIRTIO_BLK_T_IN && !is_direct(d, c) ? c->in_bytes - 1
+                                                                     : 0;
     return data <= VHOST_MAX_LENGTH ? data : 0;
 }
 
@@ -233,7 +237,7 @@ static int prepare_read(struct vhost_req *r, const struct vhost_chain *c)
     uint32_t count = c->count - c->out_count;
 
     r->written = (uint32_t)c->in_bytes;
-    if (is_direct(c)) {
+    if (is_direct(r->ring->device, c)) {
         r->io.buf = c->pieces[c->out_count].iov_base;
         r->io.flags |= IO_SHARED;
         return 0;
@@ -322,7 +326,7 @@ int vhost_begin(struct vhost_ring *ring, uint16_t head)
     vhost_gather(c->pieces, 0, &h, HEADER_BYTES);
     h.type = le32toh(h.type);
     h.sector = le64toh(h.sector);
-    uint64_t bytes = own_bytes(c, &h);
+    uint64_t bytes = own_bytes(d, c, &h);
     struct vhost_req *r = fits(d, bytes) ? req_new(d) : NULL;
     if (!r) {
         d->starved = true;

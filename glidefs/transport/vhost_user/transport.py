@@ -454,12 +454,15 @@ class VhostUserTransport:
 
         The export was started. Raises GlideError, OSError.
         """
-        cut = msgspec.msgpack.decode(data, type=SessionCut)
         served = self._find(name)
-        if served is None:
+        try:
+            cut = msgspec.msgpack.decode(data, type=SessionCut)
+            if served is None:
+                raise GlideError(f"{name} is not served by vhost-user here")
+        except (GlideError, msgspec.MsgspecError) as error:
             for fd in descriptors:
                 os.close(fd)
-            raise GlideError(f"{name} is not served by vhost-user here")
+            raise GlideError(f"it cannot be taken over: {error}") from error
         with self._turn, served.lock:
             session = adopt(cut, descriptors, served.export, next(self._ids))
             self._use(served, session)
