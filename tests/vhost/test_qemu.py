@@ -7,6 +7,7 @@ behind each, by INT 13h, and ends QEMU.
 from __future__ import annotations
 
 import shutil
+import signal
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
@@ -84,7 +85,10 @@ def test_firmware_reads_and_writes(make_vhost: Callable[..., VhostRig]) -> None:
     vhost = make_vhost()
     data = pattern(1, 100 * 512)
     vhost.vol.core.pwrite(0, boot_sector(100) + data)
-    assert end(start(vhost.path)) == DONE
+    qemu = start(vhost.path)
+    wait_for(lambda: vhost.vol.core.stats().ops[0], "the firmware reads")
+    assert vhost.resize(128 * MIB) == "", "QEMU is told"
+    assert end(qemu) == DONE
     assert vhost.vol.core.pread(512 * (COPY + 1), len(data)) == data
     wait_for(lambda: vhost.transport.in_use("v") == "", "the end of the session")
 
@@ -121,8 +125,7 @@ def test_a_guest_outlives_handoffs_and_crashes(node: Generations, tmp_path: Path
         for _ in range(2):
             assert node.handoff()["outcome"] == "succeeded"
             copies()
-        node.kill_all()
-        node.process = None
+        node.stop(signal.SIGKILL, -signal.SIGKILL)
         node.start()
         copies()
     finally:
