@@ -1,6 +1,6 @@
 /*
- * The boundary between the C core and Python. The cffi definition (glidefs/core/build.py) reads this and glide_packs.h,
- * so both hold plain declarations.
+ * The boundary between the C core and Python. The cffi definition (glidefs/core/build.py) reads this, glide_packs.h
+ * and glide_vhost.h, so they hold plain declarations.
  *
  * Rules of the boundary:
  * - A function returns 0 (or a count) or -errno. glide_error() then tells, for
@@ -133,6 +133,7 @@ enum glide_event_kind {
     GLIDE_EV_UBLK_DOWN,   /* every tag of the volume's ublk queue was given back */
     GLIDE_EV_READ_LOST,   /* segment a did not have what was written: b = errno, 0 = other data. Asked of the store if
                              it is committed, else EIO */
+    GLIDE_EV_VHOST_DOWN,  /* vhost-user device a (its id) serves no more: see glide_vhost_trouble */
 };
 struct glide_event {
     uint64_t volume;

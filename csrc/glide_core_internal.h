@@ -1,6 +1,6 @@
 /*
- * glide_core.h and glide_packs.h for C: they hold bare declarations because cffi reads them, so the include guard and
- * the types they rely on are here.
+ * glide_core.h, glide_packs.h and glide_vhost.h for C: they hold bare declarations because cffi reads them, so the
+ * include guard and the types they rely on are here.
  */
 #ifndef GLIDE_CORE_INTERNAL_H
 #define GLIDE_CORE_INTERNAL_H
@@ -10,5 +10,6 @@
 
 #include "glide_core.h"
 #include "glide_packs.h"
+#include "glide_vhost.h"
 
 #endif

@@ -124,6 +124,15 @@ class NbdDeviceSettings(Struct, frozen=True, forbid_unknown_fields=True):
     dead_timeout: Annotated[float, Meta(ge=1, extra={"unit": "duration"})] = 7 * 86400.0
 
 
+class VhostUserSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[vhost_user]: the sockets of exports with this transport, and who may connect."""
+
+    dir: PathText = "/run/glidefs/vhost"
+    mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] = "0660"
+    group: str | None = None
+    queues: Annotated[int, Meta(ge=1, le=16)] = 4
+
+
 class UploadSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """[upload]: how fast and in what pieces the log reaches the store."""
 
@@ -177,6 +186,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     nbd: NbdSettings = NbdSettings()
     ublk: UblkSettings = UblkSettings()
     nbd_device: NbdDeviceSettings = NbdDeviceSettings()
+    vhost_user: VhostUserSettings = VhostUserSettings()
     upload: UploadSettings = UploadSettings()
     reader: ReaderSettings = ReaderSettings()
     daemon: DaemonSettings = DaemonSettings()

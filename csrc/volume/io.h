@@ -13,8 +13,9 @@ struct volume;
 struct rmw;
 struct changed;
 
-#define IO_HERE 0x20  /* READ: ENODATA, not a fault, for what is neither in the log nor in the cache */
-#define IO_LOCAL 0x40 /* FLUSH: the local disk is enough, whatever the volume's flush option */
+#define IO_SHARED 0x10 /* READ: others may change buf, or take it away, meanwhile: it is no evidence against a disk */
+#define IO_HERE 0x20   /* READ: ENODATA, not a fault, for what is neither in the log nor in the cache */
+#define IO_LOCAL 0x40  /* FLUSH: the local disk is enough, whatever the volume's flush option */
 /* Made by the core itself, or neither READ, WRITE, FLUSH nor ZERO: not counted as a guest's request. */
 #define IO_INTERNAL 0x80
 

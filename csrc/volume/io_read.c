@@ -135,6 +135,14 @@ static int finish_read(struct read_op *x, int err)
         err = disk_injected(x->segment ? DISK_READ : DISK_CACHE_READ);
     bool good = !err && is_good(x);
 
+    if (!good && x->req->flags & IO_SHARED && !x->bounce) { /* once more, where nobody else can write */
+        x->bounce = malloc(x->total);
+        x->got = 0;
+        if (x->bounce)
+            return read_later(x);
+        unpin(v, x->segment, x->slot);
+        return ENOMEM;
+    }
     if (!good && x->segment && x->segment->seq > v->committed_seq && ++x->tries < DISK_TRIES) {
         x->got = 0;
         return read_later(x);

@@ -17,7 +17,9 @@ from glidefs.errors import ConfigError
 
 COUNTED = "{}"
 """What stands for the number in a name of `create --count`."""
-TransportOption = Annotated[str, typer.Option("--transport", help="auto, ublk, nbd-device or nbd.")]
+TransportOption = Annotated[
+    str, typer.Option("--transport", help="auto, ublk, nbd-device, nbd or vhost-user.")
+]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -170,7 +172,8 @@ def resize(
 def transport(
     name: Name,
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="auto, ublk, nbd-device or nbd.", show_default=False)
+        str,
+        typer.Argument(metavar="KIND", help="auto, ublk, nbd-device, nbd or vhost-user.", show_default=False),
     ],
     config: ConfigOption = None,
     as_json: Json = False,

@@ -58,6 +58,12 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #request_timeout = "10s"            # /dev/nbdN: the kernel asks again, over a new connection, after this long
 #dead_timeout = "7d"                # its guests wait this long for a daemon that is away, then get errors
 
+[vhost_user]
+#dir = "/run/glidefs/vhost"         # NAME.sock: where a hypervisor finds an export with this transport
+#mode = "0660"                      # of the sockets
+#group = "kvm"                      # and their group; default: that of the daemon
+#queues = 4                         # that a front-end may use
+
 [upload]
 #sync_interval = "30s"              # a dirty log is uploaded when it is this old
 #max_dirty_age = "5m"               # the latest, whatever else goes on
@@ -89,13 +95,15 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 
 
 def render(cache_dir: str | None = None, store_url: str | None = None, run_dir: str | None = None) -> str:
-    """The template with its three places replaced where given."""
+    """The template with its places replaced where given."""
     text = TEMPLATE
+    vhost = '#dir = "/run/glidefs/vhost"         #'
     for old, new in (
         ('dir = "/var/cache/glidefs" ', cache_dir and f"dir = {_quote(cache_dir)} "),
         ('url = "file:///var/lib/glidefs/store"', store_url and f"url = {_quote(store_url)}"),
         ('socket = "/run/glidefs/api.sock"', run_dir and f"socket = {_quote(run_dir + '/api.sock')}"),
         ('socket = "/run/glidefs/nbd.sock"', run_dir and f"socket = {_quote(run_dir + '/nbd.sock')}"),
+        (vhost, run_dir and f"dir = {_quote(run_dir + '/vhost')} #"),
     ):
         if new:
             text = text.replace(old, new)

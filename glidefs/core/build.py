@@ -1,6 +1,6 @@
 """The cffi definition of the C core, which ``setup.py`` builds as ``glidefs.core._core`` (API mode).
 
-The declarations are read from ``csrc/glide_core.h`` and ``csrc/glide_packs.h``, so these headers stay the
+The declarations are read from the headers ``csrc/glide_*.h`` that are named below, so these stay the
 only contract: their constants become ``#define NAME ...``, for the compiler to fill in, and the rest is taken
 as it is.
 """
@@ -18,7 +18,7 @@ _ROOT = Path(os.path.abspath(__file__)).parents[2]
 _SOURCES = _ROOT / "csrc"
 LIBRARIES = ["uring", "zstd", "ssl", "crypto"]
 """What the core is linked with."""
-_HEADERS = ("glide_core.h", "glide_packs.h")
+_HEADERS = ("glide_core.h", "glide_packs.h", "glide_vhost.h")
 
 
 def declarations(header: str) -> str:

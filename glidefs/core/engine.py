@@ -66,6 +66,7 @@ class EventKind(enum.IntEnum):
     CONN_CLOSED = lib.GLIDE_EV_CONN_CLOSED
     UBLK_DOWN = lib.GLIDE_EV_UBLK_DOWN
     READ_LOST = lib.GLIDE_EV_READ_LOST
+    VHOST_DOWN = lib.GLIDE_EV_VHOST_DOWN
 
 
 class Event(NamedTuple):

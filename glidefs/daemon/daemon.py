@@ -126,12 +126,14 @@ class Daemon:
         try:
             self._prepare(locks or [])
             self._open_core(standby=False)
+            self.core.vhost.inherit(_duplicates(listeners or [], "vhost-user"))
             assert self._store is not None
             marker = self.cache_dir / "store-probed"
             check = StoreCheck(self._store, self.config.store, marker, self._stopping)
             check.run(has_exports=self.router.has_records())
             self._store.patient = True
             self._open_exports()
+            self.core.vhost.close_inherited()
             self._listen(listeners or [])
         except BaseException:
             self._stopping.set()
@@ -272,6 +274,10 @@ class Daemon:
         listeners = [
             (ListenerInfo("nbd", path), os.dup(at.fileno())) for path, at in server.named_listeners()
         ]
+        listeners += [
+            (ListenerInfo("vhost-user", path), os.dup(at.fileno()))
+            for path, at in self.core.vhost.listeners()
+        ]
         return locks, listeners + [
             (ListenerInfo("api", path), os.dup(fd)) for path, fd in self._api.descriptors()
         ]
@@ -280,6 +286,7 @@ class Daemon:
         """The successor is dead: open everything again, as after a crash, with these connections."""
         self.core.close()
         self._open_core(standby=False)
+        self.core.vhost.inherit(_duplicates(listeners, "vhost-user"))
         self._open_exports()
         served = [entry for entry in self.router.table.all() if entry.serves()]
         coordinator = self.core.coordinator(served)
@@ -302,6 +309,8 @@ class Daemon:
         assert self._store is not None
         self._store.patient = True
         self._open_core(standby=True)
+        self.core.vhost.pause()
+        self.core.vhost.inherit(_duplicates(listeners, "vhost-user"))
         self._inherit(listeners)
         self._prepare_api(listeners)
         self.host.pause(0.0)
@@ -323,6 +332,8 @@ class Daemon:
             ("uploads do not resume", self.host.resume),
             ("exports that were not handed over are not opened", self.router.end_standby),
             ("NBD does not listen", self.core.server.start),
+            ("vhost-user does not listen", self.core.vhost.resume),
+            ("vhost-user sockets are left over", self.core.vhost.close_inherited),
             (
                 "the control API does not listen; send SIGHUP to hand over again",
                 lambda: self._listen(listeners),
@@ -340,12 +351,14 @@ class Daemon:
             self._api.close(handed_over=True)
         if self._core is not None:
             self._core.server.discard()
+            self._core.vhost.forget()
 
     def leave_standby(self) -> None:
         """Forget what was opened in standby."""
         if self._core is not None:
             self._core.engine.shutdown()
             self._core.server.close(handed_over=True)
+            self._core.vhost.forget()
             self._core.router.abandon()
             self._core.close()
             self._core = None

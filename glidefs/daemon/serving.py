@@ -21,6 +21,7 @@ from glidefs.transport.nbd.server import NbdServer
 from glidefs.transport.nbd.transport import NbdTransport
 from glidefs.transport.nbd_device.device import NbdDeviceTransport
 from glidefs.transport.ublk.device import UblkTransport
+from glidefs.transport.vhost_user.transport import VhostUserTransport
 from glidefs.volume.settings import HostSettings
 
 
@@ -70,7 +71,7 @@ def host_settings(config: Config) -> HostSettings:
 
 
 class Core:
-    """What serves the exports: engine, host, router, NBD server. A daemon may have one after another."""
+    """What serves the exports: engine, host, router, servers. A daemon may have one after another."""
 
     def __init__(
         self, config: Config, store: ResilientStore, identity: CacheIdentity, *, standby: bool
@@ -91,6 +92,7 @@ class Core:
         self._nbd_device = NbdDeviceTransport(
             config.nbd_device, config.cache.state, self.server.table, self._device_down
         )
+        self.vhost = VhostUserTransport(config.vhost_user)
         settings = RouterSettings(
             owner=Owner(identity.host_id, config.daemon.node_name),
             exports_dir=Path(config.cache.dir) / "exports",
@@ -101,7 +103,7 @@ class Core:
         )
         bases = BaseLibrary(store, grace=self.host.settings.gc_grace, stopping=self.stopping)
         self.router = ExportRouter(
-            self.host, store, (nbd, ublk, self._nbd_device), settings, bases, self.stopping
+            self.host, store, (nbd, ublk, self._nbd_device, self.vhost), settings, bases, self.stopping
         )
         self.host.on_event(self._on_event)
         self.host.start()
@@ -109,11 +111,14 @@ class Core:
         self._undo.callback(self.router.close)
         self._undo.callback(self.server.close)
         self._undo.callback(self._nbd_device.close)
+        self._undo.callback(self.vhost.close)
 
     def _on_event(self, event: Event) -> None:
         """On the host's event thread: must not block."""
         if event.kind == EventKind.CONN_CLOSED:
             self._nbd_device.connection_ended(self.server.connection_closed(event.a, event.b))
+        elif event.kind == EventKind.VHOST_DOWN:
+            self.vhost.trouble(event.a)
         elif event.kind == EventKind.UBLK_DOWN:
             volume = self.host.find(event.volume)
             if volume is not None:
@@ -124,7 +129,7 @@ class Core:
 
     def coordinator(self, entries: list[Entry]) -> HandoffCoordinator:
         """For a handoff of these exports."""
-        return HandoffCoordinator(self.router, self.host, self.engine, self.server, entries)
+        return HandoffCoordinator(self.router, self.host, self.engine, self.server, self.vhost, entries)
 
     def close(self) -> None:
         """Close everything, in the reverse order. Safe to call twice."""

@@ -10,7 +10,7 @@ from glidefs.exports.table import Entry, RecordDirectory
 from glidefs.formats.export_record import ExportRecord
 from glidefs.reading.changed import VolumeSnapshots
 from glidefs.store.resilient import ResilientStore
-from glidefs.transport.base import Attachment, Choice, Transport, choose_transport
+from glidefs.transport.base import KINDS, Attachment, Choice, Transport, choose_transport
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,8 @@ class Guests:
         by now: its guests are there.
         """
         choice = choose_transport(kind, self._transports)
-        kept = self._transports.get(last) if kind == "auto" and choice.kind != last else None
+        stays = kind == "auto" and choice.kind != last and last in KINDS
+        kept = self._transports.get(last) if stays else None
         if kept is None or kept.missing() is not None:
             return choice
         why = f"it had {last} before, though this host has {choice.kind}; 'glidefs transport' changes it"

@@ -18,7 +18,7 @@ SIZE_UNIT = 4096
 """Sizes are rounded up to whole sectors."""
 
 Seconds = Annotated[float, Meta(ge=0, le=30 * 86400)]
-TransportChoice = Literal["auto", "ublk", "nbd-device", "nbd"]
+TransportChoice = Literal["auto", "ublk", "nbd-device", "nbd", "vhost-user"]
 
 
 class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -6,6 +6,7 @@ The same class serves either side. Neither decides anything here: `predecessor.p
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,10 @@ from glidefs.handoff.protocol import CAPABILITIES, ConnectionCut, ExportCut
 from glidefs.host.host import Host
 from glidefs.transport.nbd.connections import NbdConnection
 from glidefs.transport.nbd.server import NbdServer
+from glidefs.transport.vhost_user.transport import VhostUserTransport
 from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -39,12 +43,19 @@ class HandoffCoordinator:
     """``entries``: the exports that move; their locks are held by the caller."""
 
     def __init__(
-        self, router: ExportRouter, host: Host, engine: Engine, server: NbdServer, entries: Sequence[Entry]
+        self,
+        router: ExportRouter,
+        host: Host,
+        engine: Engine,
+        server: NbdServer,
+        vhost: VhostUserTransport,
+        entries: Sequence[Entry],
     ) -> None:
         self._router = router
         self._host = host
         self._engine = engine
         self._server = server
+        self._vhost = vhost
         self.entries = list(entries)
         self._threads = _Threads(len(self.entries))
         self._positions: dict[str, Position] = {}
@@ -59,7 +70,8 @@ class HandoffCoordinator:
         self._threads.each(lambda pair: pair[1].core.sync(), self._volumes())
 
     def pause_listeners(self) -> None:
-        """New NBD clients wait in the kernel; those that negotiate get a moment to end it."""
+        """New clients wait in the kernel; NBD's that negotiate get a moment to end it."""
+        self._vhost.pause()
         self._server.pause(NEGOTIATION)
 
     def freeze_all(self) -> None:
@@ -81,18 +93,22 @@ class HandoffCoordinator:
         handoff.take_cache(self._engine)
         self.set_all_logs_freeze(frozen=False)
         self._server.resume()
+        self._vhost.resume()
 
     def snapshot(self, capabilities: frozenset[str] = CAPABILITIES) -> tuple[list[ExportCut], list[int]]:
         """Where every export stands now that all are frozen, and the sockets of their connections, in order.
+
+        Behind those are the descriptors of vhost-user front-ends.
 
         The descriptors are the caller's. Raises GlideError for an export that was fenced meanwhile, and for a
         connection that a successor with these capabilities cannot go on with.
         """
         cuts: list[ExportCut] = []
         sockets: list[int] = []
+        behind: list[int] = []
         for entry, volume in self._volumes():
             if volume.fenced:  # since the successor read the records: it would serve the volume
-                close_all(sockets)
+                close_all(sockets + behind)
                 raise GlideError(f"{entry.name} was fenced meanwhile: {volume.fenced}")
             connections = []
             for fd, state in [] if _has_device(entry) else handoff.connections(volume.core):
@@ -101,13 +117,21 @@ class HandoffCoordinator:
                     continue  # it has ended, and the event is on its way
                 beyond = _beyond(state, capabilities)
                 if beyond:
-                    close_all(sockets)
+                    close_all(sockets + behind)
                     raise GlideError(
                         f"the other program cannot go on with the NBD connection of {about.peer} to "
                         f"{entry.name}, which {beyond}; end it, or stop this daemon and start the other one"
                     )
                 sockets.append(os.dup(fd))
                 connections.append(ConnectionCut(state, about.peer, about.since))
+            front_end, fds = self._front_end(entry)
+            behind += fds
+            if front_end and "vhost-user" not in capabilities:
+                close_all(sockets + behind)
+                raise GlideError(
+                    f"the other program cannot go on with the vhost-user front-end of {entry.name}; end it, "
+                    "or stop this daemon and start the other one"
+                )
             cuts.append(
                 ExportCut(
                     name=entry.name,
@@ -116,9 +140,14 @@ class HandoffCoordinator:
                     sequence=volume.root.sequence,
                     transport=entry.transport.kind if entry.transport else "",
                     connections=tuple(connections),
+                    front_end=front_end,
+                    front_end_fds=len(fds),
                 )
             )
-        return cuts, sockets
+        return cuts, sockets + behind
+
+    def _front_end(self, entry: Entry) -> tuple[bytes, list[int]]:
+        return self._vhost.hand_over(entry.name) if _is(entry, "vhost-user") else (b"", [])
 
     def has_devices(self) -> bool:
         """Whether a ublk device is among the exports: then the successor waits for this process to let go."""
@@ -132,6 +161,7 @@ class HandoffCoordinator:
         """
         handoff.end_cache(self._engine)
         self._server.forget()
+        self._vhost.forget()
         self._engine.end_workers()
 
     def forget(self) -> None:
@@ -150,11 +180,14 @@ class HandoffCoordinator:
         DeviceError, and GlideError where a volume is not what it was: then this process must end.
         """
         devices_first = sorted(cuts, key=lambda cut: cut.transport != "ublk")  # theirs is the longest way
-        steps: list[Callable[[], None]] = [partial(self._take_up, cut) for cut in devices_first]
+        front_ends = _front_ends(cuts, sockets)
+        steps: list[Callable[[], None]] = [
+            partial(self._take_up, cut, front_ends[cut.name]) for cut in devices_first
+        ]
         steps.append(partial(self.adopt_connections, cuts, sockets))
         self._threads.each(_run, steps)
 
-    def _take_up(self, cut: ExportCut) -> None:
+    def _take_up(self, cut: ExportCut, front_end: list[int]) -> None:
         entry = self.get_handler_sync(cut.name)
         volume = entry.volume
         assert volume is not None
@@ -166,6 +199,15 @@ class HandoffCoordinator:
         if cut.transport == "ublk":
             handoff.unfreeze(volume.core)  # the kernel has what guests asked for meanwhile
         self._router.opener.guests.start(entry)
+        if cut.front_end:
+            self._adopt_front_end(cut, front_end)
+
+    def _adopt_front_end(self, cut: ExportCut, descriptors: list[int]) -> None:
+        """Its volume is frozen. One that cannot be adopted is cut off: it connects again."""
+        try:
+            self._vhost.take_over(cut.name, cut.front_end, descriptors)
+        except (GlideError, OSError) as error:
+            log.error("%s: its vhost-user front-end was lost: %s", cut.name, error)
 
     def adopt_connections(
         self, cuts: Iterable[ExportCut], sockets: list[int], *, kernel: bool = True
@@ -195,15 +237,20 @@ class HandoffCoordinator:
     def readopt(self, cuts: Iterable[ExportCut], sockets: list[int]) -> None:
         """After the revival: give the volumes, which are served again, the connections that they had."""
         mine = {entry.name: entry for entry in self.entries}
+        cuts = list(cuts)
+        front_ends = _front_ends(cuts, sockets)
         for cut in cuts:
             own, sockets = sockets[: len(cut.connections)], sockets[len(cut.connections) :]
             entry = mine.get(cut.name)
             if entry is None or entry.volume is None:
-                close_all(own)
-            elif own:
+                close_all([*own, *front_ends[cut.name]])
+            elif own or cut.front_end:
                 handoff.freeze(entry.volume.core)
                 self.adopt_connections([cut], own, kernel=False)
+                if cut.front_end:
+                    self._adopt_front_end(cut, front_ends[cut.name])
                 handoff.unfreeze(entry.volume.core)
+        self._vhost.resume()
 
     def go_on(self) -> None:
         """All guests are served from here on."""
@@ -229,8 +276,12 @@ class HandoffCoordinator:
             return False
 
 
+def _is(entry: Entry, kind: str) -> bool:
+    return entry.transport is not None and entry.transport.kind == kind
+
+
 def _has_device(entry: Entry) -> bool:
-    return entry.transport is not None and entry.transport.kind == "ublk"
+    return _is(entry, "ublk")
 
 
 def _beyond(connection: Connection, capabilities: frozenset[str]) -> str:
@@ -244,6 +295,17 @@ def _beyond(connection: Connection, capabilities: frozenset[str]) -> str:
     if connection.extended and "nbd-extended" not in capabilities:
         return "has extended headers"
     return ""
+
+
+def _front_ends(cuts: Sequence[ExportCut], sockets: list[int]) -> dict[str, list[int]]:
+    """Takes the descriptors of vhost-user front-ends, by export, off the end of all."""
+    at = sum(len(cut.connections) for cut in cuts)
+    behind = sockets[at:]
+    del sockets[at:]
+    found: dict[str, list[int]] = {}
+    for cut in cuts:
+        found[cut.name], behind = behind[: cut.front_end_fds], behind[cut.front_end_fds :]
+    return found
 
 
 def _run(step: Callable[[], None]) -> None:

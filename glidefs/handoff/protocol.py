@@ -27,7 +27,7 @@ from glidefs.handoff.history import Totals
 VERSION = 1
 """Of the messages; a successor says which is the oldest that it speaks, too."""
 CAPABILITIES = frozenset(
-    {"nbd-connections", "nbd-structured", "ublk", "nbd-device", "nbd-changed", "nbd-extended"}
+    {"nbd-connections", "nbd-structured", "ublk", "nbd-device", "nbd-changed", "nbd-extended", "vhost-user"}
 )
 """What this program can hand over or take over; what the other side cannot, is not handed over."""
 
@@ -44,7 +44,7 @@ class Hello(Struct, frozen=True, tag="hello", tag_field="type"):
 
 
 class ListenerInfo(Struct, frozen=True):
-    """A listening socket, "nbd" or "api"; `path` is its file, if that is ours to remove."""
+    """A listening socket, "nbd", "vhost-user" or "api"; `path` is its file, if that is ours to remove."""
 
     role: str
     path: str = ""
@@ -84,6 +84,9 @@ class ExportCut(Struct, frozen=True):
     sequence: int
     transport: str
     connections: tuple[ConnectionCut, ...]
+    front_end: bytes = b""
+    """Of vhost-user: what its transport needs to go on, and how many descriptors: those come last."""
+    front_end_fds: int = 0
 
 
 class CutOver(Struct, frozen=True, tag="cut-over", tag_field="type"):

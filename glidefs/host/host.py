@@ -301,7 +301,7 @@ class Host:
     # -- for handoff and tests -----------------------------------------------------------
 
     def on_event(self, handler: EventHandler) -> None:
-        """Call ``handler`` for each CONN_CLOSED and UBLK_DOWN event, on the event thread."""
+        """Call ``handler`` for each CONN_CLOSED, UBLK_DOWN and VHOST_DOWN event, on the event thread."""
         self.scheduler.on_event.append(handler)
 
     def pause(self, timeout: float) -> None:

@@ -41,7 +41,7 @@ class Attachment(Struct, frozen=True):
 
 
 class Endpoint(Struct, frozen=True):
-    """Where guests find the export: a device path or an NBD URI; `device_id`: the number of a device."""
+    """Where guests find the export: a path, of device or socket, or an NBD URI; `device_id`: of a device."""
 
     device: str
     device_id: int | None = None
@@ -95,6 +95,9 @@ class Choice(Struct, frozen=True):
 
 KINDS = ("ublk", "nbd-device", "nbd")
 """By preference: a device that any program can open, before a socket for those that speak NBD."""
+ON_REQUEST = ("vhost-user",)
+"""Those that "auto" never takes: only hypervisors can use them."""
+_ALL = (*KINDS, *ON_REQUEST)
 
 
 def choose_transport(wanted: str, transports: Mapping[str, Transport]) -> Choice:
@@ -103,9 +106,9 @@ def choose_transport(wanted: str, transports: Mapping[str, Transport]) -> Choice
     Loads drivers once if root. Raises NotSupported for one that is asked for and cannot be had, ConfigError
     for another word.
     """
-    if wanted not in ("auto", *KINDS):
+    if wanted not in ("auto", *_ALL):
         raise ConfigError(
-            f"transport {wanted[:40]!r} is not known; it is auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+            f"transport {wanted[:40]!r} is not known; it is auto, {', '.join(_ALL[:-1])} or {_ALL[-1]}"
         )
     lacking: list[str] = []
     for kind in KINDS if wanted == "auto" else (wanted,):

@@ -366,7 +366,7 @@ class Scheduler:
                     log.exception("event %s of volume %d", event.kind, event.volume)
 
     def _handle(self, event: Event) -> None:
-        if event.kind in (EventKind.CONN_CLOSED, EventKind.UBLK_DOWN):
+        if event.kind in (EventKind.CONN_CLOSED, EventKind.UBLK_DOWN, EventKind.VHOST_DOWN):
             for handler in self.on_event:
                 handler(event)
             return

@@ -23,6 +23,7 @@ OPTIONAL = {
     ("api", "token_file"),
     ("nbd", "listen"),
     ("nbd", "socket_group"),
+    ("vhost_user", "group"),
     ("daemon", "node"),
     ("debug", "shadow_dir"),
 }
@@ -49,6 +50,7 @@ def test_template_with_places() -> None:
     assert config.cache.dir == '/c "x"'
     assert config.store.url == "s3://bucket/root"
     assert (config.api.socket, config.nbd.socket) == ("/run/x/api.sock", "/run/x/nbd.sock")
+    assert config.vhost_user.dir == "/run/x/vhost"
 
 
 def test_relative_paths_count_from_the_file(tmp_path: Path) -> None:

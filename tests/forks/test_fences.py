@@ -17,6 +17,7 @@ from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.manifest import lease
 from glidefs.names import manifest_key
 from glidefs.transport.nbd.server import NbdServer
+from glidefs.transport.vhost_user.transport import VhostUserTransport
 from glidefs.volume.volume import Volume
 
 MakeNode = Callable[..., Node]
@@ -353,7 +354,9 @@ def test_a_handoff_does_not_move_what_was_fenced_meanwhile(make_node: MakeNode) 
     """! The successor read the record before, and would serve the volume."""
     node, _ = lose(make_node)
     entry = node.router.table.get("v")
-    coordinator = HandoffCoordinator(node.router, node.host, node.engine, cast(NbdServer, None), [entry])
+    coordinator = HandoffCoordinator(
+        node.router, node.host, node.engine, cast(NbdServer, None), cast(VhostUserTransport, None), [entry]
+    )
     with pytest.raises(GlideError, match="v was fenced meanwhile"):
         coordinator.snapshot()
 

@@ -24,7 +24,7 @@ def coordinator(connection: Connection, monkeypatch: pytest.MonkeyPatch) -> tupl
     server: Any = SimpleNamespace(table=SimpleNamespace(about=lambda conn_id: about))
     nobody: Any = None
     entries: Any = [entry]
-    made = HandoffCoordinator(nobody, nobody, nobody, server, entries)
+    made = HandoffCoordinator(nobody, nobody, nobody, server, nobody, entries)
     made._positions = {"vm": Position(0, 0, 0)}
     monkeypatch.setattr(module.handoff, "connections", lambda core: [(fd, connection)])
     return made, fd

@@ -23,6 +23,7 @@ from mutations_core import CORE
 from mutations_durable import DURABLE
 from mutations_limits import LIMITS
 from mutations_offline import OFFLINE
+from mutations_vhost import VHOST
 from mutations_volume import VOLUME
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ from mutations_sim import SIM  # noqa: E402
 BUILD_ARGS = ["setup.py", "-q", "build_ext", "-i"]
 BUILD_TIMEOUT = 600
 TEST_TIMEOUT = 900
-MUTATIONS = DURABLE + CORE + LIMITS + OFFLINE + VOLUME + CHANGED + SIM
+MUTATIONS = DURABLE + CORE + LIMITS + OFFLINE + VHOST + VOLUME + CHANGED + SIM
 
 
 def run(mutation: Mutation, tree: Path, python: str) -> tuple[bool, str]:
