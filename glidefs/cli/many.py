@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -74,7 +75,9 @@ def carry_out(
 
 
 def _say(line: str, result: dict[str, Any]) -> None:
-    print(output.printable(line), flush=True)
+    # In one piece: others print meanwhile.
+    sys.stdout.write(output.printable(line) + "\n")
+    sys.stdout.flush()
     if result.get("note"):
         output.say(f"note: {result['note']}")
 

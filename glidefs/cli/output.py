@@ -38,7 +38,7 @@ def emit(value: Any) -> None:
 
 def say(text: str) -> None:
     """A line for people, on stderr: stdout is for results."""
-    print(printable(text), file=sys.stderr)
+    sys.stderr.write(printable(text) + "\n")  # in one piece: threads do this
 
 
 def printable(text: str) -> str:

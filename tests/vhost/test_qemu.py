@@ -112,9 +112,9 @@ def test_a_guest_outlives_handoffs_and_crashes(node: Generations, tmp_path: Path
     qemu = start(path)
 
     def copies() -> None:
-        before = node.total("glidefs_operations_total", export="vm", op="write")
+        before = node.total("glidefs_operations_total", op="write")
         wait_for(
-            lambda: node.total("glidefs_operations_total", export="vm", op="write") > before + 100,
+            lambda: node.total("glidefs_operations_total", op="write") > before + 100,
             f"the guest copies\n{node.log_text}",
             30,
         )
