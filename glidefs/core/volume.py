@@ -142,8 +142,8 @@ class NbdModes(msgspec.Struct, frozen=True):
     ``structured`` replies, and ``allocation``, which needs them: the context ``base:allocation``, under the
     id :data:`ALLOCATION_ID`. ``kernel``: the client is the kernel's driver, which sends again what had no
     answer when its connection ended; so nothing of an ended one is still carried out. ``extended`` headers
-    need ``structured``. ``changed`` are
-    snapshots, at most :data:`MAX_SNAPSHOTS`: each has a context, under the ids after :data:`ALLOCATION_ID`.
+    need ``structured``. ``changed`` are snapshots, at most :data:`MAX_SNAPSHOTS`: each has a context, under
+    the ids after :data:`ALLOCATION_ID`.
     """
 
     read_only: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,17 +23,37 @@ AT_ONCE = 20
 IDENTITY_COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 40, "long": 2_000}.get(LENGTH, 100))
 ROOT = Path(__file__).parents[2]
 
-counts: Counter[str] = Counter()
-identity_counts: Counter[str] = Counter()
+
+@pytest.fixture(scope="session")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory of this run, that of all its processes: what happened in the seeds that were run."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "simulated"
+    place.mkdir(exist_ok=True)
+    return place
 
 
-def run(seed: int, *, identity: bool = False) -> None:
-    """One seed; if it fails, once more with a trace."""
+def run(seed: int, *, identity: bool = False) -> Counter[str]:
+    """What happened in one seed; if it fails, once more with a trace."""
     try:
-        (identity_counts if identity else counts).update(simulate(seed, identity=identity).counts)
+        return Counter(simulate(seed, identity=identity).counts)
     except Exception as error:
         simulate(seed, keep_trace=True, identity=identity)
         raise AssertionError(f"seed {seed} failed, and not when it was run again: {error}") from error
+
+
+def happened(told: Path, first: int, count: int, *, identity: bool = False) -> Counter[str]:
+    """What happened in the seeds of one test, which are run unless a process of this run has done so."""
+    file = told / f"{'identity-' * identity}{first}"
+    if file.exists():
+        return Counter(json.loads(file.read_text()))
+    counts: Counter[str] = Counter()
+    for seed in range(first, min(first + AT_ONCE, FIRST + count)):
+        counts.update(run(seed, identity=identity))
+    own = file.with_suffix(f".{os.getpid()}")
+    own.write_text(json.dumps(counts))
+    own.rename(file)
+    return counts
 
 
 @pytest.mark.parametrize("seed", sorted(REGRESSIONS))
@@ -41,9 +62,8 @@ def test_a_seed_that_failed_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("first", range(FIRST, FIRST + COUNT, AT_ONCE))
-def test_seeds(first: int) -> None:
-    for seed in range(first, min(first + AT_ONCE, FIRST + COUNT)):
-        run(seed)
+def test_seeds(told: Path, first: int) -> None:
+    assert happened(told, first, COUNT)
 
 
 @pytest.mark.parametrize("seed", sorted(IDENTITY_REGRESSIONS))
@@ -52,28 +72,29 @@ def test_a_seed_of_clones_and_stores_that_failed_once(seed: int) -> None:
 
 
 @pytest.mark.parametrize("first", range(FIRST, FIRST + IDENTITY_COUNT, AT_ONCE))
-def test_seeds_of_clones_and_stores(first: int) -> None:
+def test_seeds_of_clones_and_stores(told: Path, first: int) -> None:
     """Two hosts of one name, cloned hosts, other stores, and stores that go back in time."""
-    for seed in range(first, min(first + AT_ONCE, FIRST + IDENTITY_COUNT)):
-        run(seed, identity=True)
+    assert happened(told, first, IDENTITY_COUNT, identity=True)
 
 
 @pytest.mark.skipif(IDENTITY_COUNT < 100, reason="not enough seeds")
-def test_everything_happened_to_clones_and_stores() -> None:
-    if not any(name.startswith("step") for name in identity_counts):
-        pytest.skip("no seeds were run")
+def test_everything_happened_to_clones_and_stores(told: Path) -> None:
+    counts: Counter[str] = Counter()
+    for first in range(FIRST, FIRST + IDENTITY_COUNT, AT_ONCE):
+        counts.update(happened(told, first, IDENTITY_COUNT, identity=True))
     wanted = {f"step {name}" for name in IDENTITY_WEIGHTS}
     wanted |= {f"cloned {how}" for how in CLONED} | {f"store {kind}" for kind in STORES}
     wanted |= {"hosts of one name", "twin fenced", "store went back", "store brought forward"}
     wanted |= {"older state accepted", "drain StoreWentBack"}
-    assert not wanted - set(identity_counts), f"never: {sorted(wanted - set(identity_counts))}"
+    assert not wanted - set(counts), f"never: {sorted(wanted - set(counts))}"
 
 
 @pytest.mark.skipif(COUNT < 500, reason="not enough seeds")
-def test_everything_happened() -> None:
+def test_everything_happened(told: Path) -> None:
     """! What never happens is not tested: every step, every fault, every way to crash, and what follows."""
-    if not any(name.startswith("step") for name in counts):
-        pytest.skip("no seeds were run")
+    counts: Counter[str] = Counter()
+    for first in range(FIRST, FIRST + COUNT, AT_ONCE):
+        counts.update(happened(told, first, COUNT))
     wanted = {f"step {name}" for name in WEIGHTS}
     wanted |= {f"store {kind}" for kind in (*KINDS, "down")}
     wanted |= {f"handoff {variant}" for variant in VARIANTS}
