@@ -78,6 +78,9 @@ class Snapshot:
         return first >= end
 
 
+LIMITS = (changed.MAX_EDGES, changed.MAX_CHUNKS)
+
+
 class ChangedMachine(RuleBasedStateMachine):
     """Rules drive a volume on the real host; contexts are compared at any time, and in the end."""
 
@@ -90,13 +93,14 @@ class ChangedMachine(RuleBasedStateMachine):
         self.numbers = itertools.count(1)
         self.size = SIZE
         self.client: RawClient | None = None
-        changed.MAX_EDGES, changed.MAX_CHUNKS = 4096, 256
+        changed.MAX_EDGES, changed.MAX_CHUNKS = LIMITS
 
     @initialize()
     def create(self) -> None:
         self.volume = self.rig.create(self.host, SIZE)
 
     def teardown(self) -> None:
+        changed.MAX_EDGES, changed.MAX_CHUNKS = LIMITS  # other tests of this process come after
         if not hasattr(self, "volume"):
             return
         try:
