@@ -63,6 +63,22 @@ def inject(kind: int, err: int, *, skip: int = 0, count: int = 1) -> None:
     assert lib.glide_disk_inject(kind, err, skip, count) == 0
 
 
+@contextlib.contextmanager
+def rigs(directory: Path) -> Iterator[Callable[..., CoreRig]]:
+    """Makes engines with options of the test's choice; closed in the end, with what was injected undone."""
+    made: list[CoreRig] = []
+
+    def make(**config: Any) -> CoreRig:
+        made.append(CoreRig(directory, **config))
+        return made[-1]
+
+    yield make
+    inject_nothing()
+    trace(None)
+    for rig in made:
+        rig.close()
+
+
 def inject_nothing() -> None:
     for kind in range(CREATE, CACHE_SYNC + 1):
         inject(kind, 0, count=0)

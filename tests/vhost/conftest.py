@@ -12,23 +12,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))  # core_rig.py
 sys.path.insert(0, str(Path(__file__).parents[1] / "handoff"))  # handoff_rig.py
 
-from core_rig import CoreRig, inject_nothing
+from core_rig import CoreRig, rigs
 from vhost_rig import VhostRig
 
 
 @pytest.fixture
 def make_rig(tmp_path: Path) -> Iterator[Callable[..., CoreRig]]:
-    """Engines with options of the test's choice; closed at its end."""
-    rigs: list[CoreRig] = []
-
-    def make(**config: Any) -> CoreRig:
-        rigs.append(CoreRig(tmp_path, **config))
-        return rigs[-1]
-
-    yield make
-    inject_nothing()
-    for rig in rigs:
-        rig.close()
+    with rigs(tmp_path) as make:
+        yield make
 
 
 @pytest.fixture

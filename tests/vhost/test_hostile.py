@@ -357,12 +357,17 @@ def test_what_a_queue_that_runs_cannot_be_told(vhost: VhostRig) -> None:
         wait_for(lambda: vhost.transport.in_use("v") == "", "the end of the session")
 
 
-def test_an_error_that_is_acknowledged_ends_nothing(vhost: VhostRig) -> None:
+def test_an_error_that_is_acknowledged_ends_nothing(
+    vhost: VhostRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line in the log says why, too."""
     guest = vhost.front_end()
     with open(__file__, "rb") as file:
         region = bytes(8) + struct.pack("<QQQQ", 1 << 40, PAGE, USER + (1 << 40), 0)
         assert guest.tell(Request.ADD_MEM_REG, region, [file.fileno()]) == 1
     assert guest.read(0, 512) == bytes(512)
+    (line,) = [text for text in caplog.messages if text.startswith("v: the vhost-user front-end (")]
+    assert len(line.partition("): ")[2]) > 20, line
 
 
 def test_a_second_front_end_is_told_no(vhost: VhostRig) -> None:

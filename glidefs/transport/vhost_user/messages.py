@@ -8,11 +8,12 @@ whatever is beyond it is refused before anything looks at the rest.
 from __future__ import annotations
 
 import array
+import contextlib
 import enum
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from msgspec import Struct
 
@@ -271,6 +272,13 @@ CONFIG_CHANGED = HEADER.pack(2, VERSION, 0)
 # -- receiving -----------------------------------------------------------------------------------------
 
 
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close what came with messages."""
+    for fd in descriptors:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
 class Receiver:
     """Puts messages together from a socket that does not block. What is not complete stays here."""
 
@@ -280,8 +288,7 @@ class Receiver:
 
     def close(self) -> None:
         """Give up what is not complete."""
-        for fd in self.descriptors:
-            os.close(fd)
+        close_all(self.descriptors)
         self.descriptors = []
 
     def next(self, sock: socket.socket) -> Message | None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import socket
-from collections.abc import Iterable
 
 from msgspec import Struct
 
@@ -85,12 +82,12 @@ def adopt(cut: SessionCut, descriptors: list[int], export: Attachment, device_id
         session = Session(sock, export, device_id, len(cut.queues), cut.peer)
     except BaseException:
         sock.close()
-        _close(left)
+        messages.close_all(left)
         raise
     try:
         _restore(session, cut, left)
     except BaseException:
-        _close(left)
+        messages.close_all(left)
         session.close()
         raise
     return session
@@ -133,9 +130,3 @@ def _cut_queue(queue: Queue) -> QueueCut:
         running=queue.running,
         has=(kick, call, error),
     )
-
-
-def _close(descriptors: Iterable[int]) -> None:
-    for fd in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(fd)

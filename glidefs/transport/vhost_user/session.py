@@ -91,9 +91,9 @@ class Session:
             self.channel.close()
         self.receiver.close()
         if self.unanswered is not None:
-            _close(self.unanswered.descriptors)
-        _close([fd for _, fd in self.regions])
-        _close([fd for queue in self.queues for fd in queue.events if fd is not None])
+            messages.close_all(self.unanswered.descriptors)
+        messages.close_all([fd for _, fd in self.regions])
+        messages.close_all([fd for queue in self.queues for fd in queue.events if fd is not None])
         if self.inflight_fd >= 0:
             os.close(self.inflight_fd)
 
@@ -109,13 +109,13 @@ class Session:
             answer = self._answer(message, kept)
         except BadMessage:
             raise
-        except GlideError:
+        except GlideError as error:
             if not self._acknowledges(message) or self.device.closed or self.device.trouble():
                 raise
             self.send(messages.reply(message.request, messages.number(1)))
-            raise Refused from None
+            raise Refused(str(error)) from error
         finally:
-            _close([fd for fd in message.descriptors if fd not in kept])
+            messages.close_all([fd for fd in message.descriptors if fd not in kept])
         if answer is None and message.request is Request.GET_VRING_BASE:
             self.unanswered = message
             return False
@@ -253,7 +253,7 @@ class Session:
         self.regions = regions
         fds = [fd for _, fd in regions]
         kept += [fd for fd in given if fd in fds]
-        _close([fd for _, fd in old if fd not in fds])
+        messages.close_all([fd for _, fd in old if fd not in fds])
 
     # -- what is in flight ---------------------------------------------------------------------------
 
@@ -397,9 +397,3 @@ class Refused(GlideError):
 
 def _place(region: Region) -> tuple[int, int, int]:
     return region.guest, region.user, region.size
-
-
-def _close(descriptors: list[int] | tuple[int, ...]) -> None:
-    for fd in descriptors:
-        with contextlib.suppress(OSError):
-            os.close(fd)

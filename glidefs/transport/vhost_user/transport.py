@@ -36,7 +36,7 @@ from glidefs.transport.nbd.listen import (
     socket_identity,
     unlink_own,
 )
-from glidefs.transport.vhost_user.messages import BadMessage
+from glidefs.transport.vhost_user.messages import BadMessage, close_all
 from glidefs.transport.vhost_user.moving import SessionCut, adopt, cut_session
 from glidefs.transport.vhost_user.session import Refused, Session
 
@@ -320,7 +320,7 @@ class VhostUserTransport:
                         self._wait(served, session)
                         return
                 except Refused as error:
-                    log.warning("%s: the vhost-user front-end (%s): %s", name, peer, error.__cause__ or error)
+                    log.warning("%s: the vhost-user front-end (%s): %s", name, peer, error)
         except (EOFError, ConnectionError):
             log.info("%s: the vhost-user front-end has left (%s)", name, peer)
             self._end(served)
@@ -460,8 +460,7 @@ class VhostUserTransport:
             if served is None:
                 raise GlideError(f"{name} is not served by vhost-user here")
         except (GlideError, msgspec.MsgspecError) as error:
-            for fd in descriptors:
-                os.close(fd)
+            close_all(descriptors)
             raise GlideError(f"it cannot be taken over: {error}") from error
         with self._turn, served.lock:
             session = adopt(cut, descriptors, served.export, next(self._ids))
