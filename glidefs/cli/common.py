@@ -50,6 +50,6 @@ def show_result(value: dict[str, Any], as_json: bool, line: str) -> None:
     if as_json:
         output.emit(value)
     else:
-        print(output.printable(line))
+        print(f"{output.printable(line)}\n", end="", flush=True)  # in one piece: threads do this
     if value.get("note"):
         output.say(f"note: {value['note']}")

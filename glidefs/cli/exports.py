@@ -17,9 +17,8 @@ from glidefs.errors import ConfigError
 
 COUNTED = "{}"
 """What stands for the number in a name of `create --count`."""
-TransportOption = Annotated[
-    str, typer.Option("--transport", help="auto, ublk, nbd-device, nbd or vhost-user.")
-]
+TRANSPORTS = "auto, ublk, nbd-device, nbd or vhost-user."
+TransportOption = Annotated[str, typer.Option("--transport", help=TRANSPORTS)]
 
 
 def add_commands(app: typer.Typer) -> None:
@@ -100,7 +99,7 @@ def create(
             line,
             done="created",
             as_json=as_json,
-            single=count is None,
+            several=count is not None,
         )
 
 
@@ -173,7 +172,7 @@ def transport(
     name: Name,
     kind: Annotated[
         str,
-        typer.Argument(metavar="KIND", help="auto, ublk, nbd-device, nbd or vhost-user.", show_default=False),
+        typer.Argument(metavar="KIND", help=TRANSPORTS, show_default=False),
     ],
     config: ConfigOption = None,
     as_json: Json = False,
@@ -229,7 +228,7 @@ def _drained(
                 lambda name, _: f"{name}: {done}",
                 done=done,
                 as_json=as_json,
-                single=len(meant) == 1 and not every,
+                several=every,
             )
 
 
@@ -283,15 +282,14 @@ def attach(
             raise ConfigError("name volumes, or use --all, with --node for another node than this one")
         client = connect(config)
         meant = list(dict.fromkeys(names)) if names else of_node(client, node, prefix)
-        if not meant:
-            output.say("nothing to attach: the store has no other volume of that node")
         carry_out(
             meant,
             lambda name: client.call("POST", export_path(name, "attach"), wanted),
             lambda _, status: f"{status['name']}: {status['transport']} {status['device']}",
             done="attached",
             as_json=as_json,
-            single=len(meant) == 1 and not every,
+            several=every,
+            nothing="nothing to attach: the store has no other volume of that node",
         )
 
 
@@ -318,7 +316,7 @@ def remove(
             lambda name, result: f"{name}: {'removed' if result.get('removed') else 'nothing to remove'}",
             done="removed",
             as_json=as_json,
-            single=len(meant) == 1 and not every,
+            several=every,
         )
 
 

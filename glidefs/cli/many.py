@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from glidefs.api.client import Client
 from glidefs.cli import output
+from glidefs.cli.common import show_result
 from glidefs.errors import ConfigError, GlideError
 
 AT_ONCE = 8
@@ -32,20 +32,19 @@ def carry_out(
     *,
     done: str,
     as_json: bool,
-    single: bool,
+    several: bool,
+    nothing: str = "nothing to do: this host has no exports",
 ) -> None:
     """Call ``call`` for each name and say what became of it; exit status 1 if one failed.
 
-    ``single``: one export was named and not ``--all``; its answer is the JSON document. Otherwise that is
-    ``{done: [answers], "failed": [{"name", "error", "hint"}]}``. Raises what ``call`` does for a single one.
+    The answer for one name is the JSON document, unless ``several`` could have been meant. Otherwise that is
+    ``{done: [answers], "failed": [{"name", "error", "hint"}]}``. ``nothing`` is said where there are no
+    names. Raises what ``call`` does for the one name.
     """
-    if single:
+    if len(names) == 1 and not several:
         (name,) = names
         result = call(name)
-        if as_json:
-            output.emit(result)
-        else:
-            _say(line(name, result), result)
+        show_result(result, as_json, line(name, result))
         return
     answers: dict[str, dict[str, Any]] = {}
     failed: dict[str, dict[str, Any]] = {}
@@ -54,7 +53,7 @@ def carry_out(
         try:
             answers[name] = result = call(name)
             if not as_json:
-                _say(line(name, result), result)
+                show_result(result, False, line(name, result))
         except (GlideError, OSError) as error:
             reason, hint = output.split_reason(error)
             failed[name] = {"name": name, "error": reason, "hint": hint}
@@ -69,17 +68,9 @@ def carry_out(
             }
         )
     elif not names:
-        output.say("nothing to do: this host has no exports")
+        output.say(nothing)
     if failed:
         raise SystemExit(1)
-
-
-def _say(line: str, result: dict[str, Any]) -> None:
-    # In one piece: others print meanwhile.
-    sys.stdout.write(output.printable(line) + "\n")
-    sys.stdout.flush()
-    if result.get("note"):
-        output.say(f"note: {result['note']}")
 
 
 def side_by_side(names: Sequence[str], one: Callable[[str], None]) -> None:

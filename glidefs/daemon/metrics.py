@@ -39,16 +39,11 @@ def figures_of(exports: list[Seen], *, counters: bool) -> list[ExportFigures]:
     open_ones = [
         (of.status, of.core, of.info) for of in exports if of.core is not None and of.info is not None
     ]
-    if not counters:
-        return [
-            ExportFigures(name=status.name, transport=status.transport, info=info)
-            for status, _, info in open_ones
-        ]
-    found = stats([core for _, core, _ in open_ones])
+    found = stats([core for _, core, _ in open_ones]) if counters else [None] * len(open_ones)
     return [
         ExportFigures(name=status.name, transport=status.transport, info=info, stats=counts)
         for (status, _, info), counts in zip(open_ones, found, strict=True)
-        if counts is not None  # closed meanwhile
+        if counts is not None or not counters  # closed meanwhile
     ]
 
 

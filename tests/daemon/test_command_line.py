@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -60,6 +61,17 @@ def test_all_is_asked_for(daemon: Daemon) -> None:
     daemon.run("remove", "--all", "--force")
     assert names(daemon) == []
     assert daemon.json("drain", "--all") == {"drained": [], "failed": []}
+
+
+def test_what_there_is_to_say_is_said_once(daemon: Daemon) -> None:
+    """Notes go to stderr beside a JSON document, too."""
+    told = daemon.run("attach", "--all").stderr
+    assert told == "nothing to attach: the store has no other volume of that node\n"
+    daemon.run("create", "a", "--size", "8MiB")
+    removed = daemon.run("remove", "a", "--json")
+    note = json.loads(removed.stdout)["note"]
+    assert note
+    assert removed.stderr == f"note: {note}\n"
 
 
 def test_names_with_numbers(daemon: Daemon) -> None:
