@@ -1,6 +1,8 @@
 """Build of the C core, and the commit it is built from; metadata and settings live in pyproject.toml."""
 
+import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -30,10 +32,18 @@ def bake_commit() -> None:
 
 
 class BuildCore(build_ext):
-    """The C compiler takes assembly, too; setuptools does not know."""
+    """The C compiler takes assembly, too, and several files at once; setuptools does not know."""
 
     def build_extensions(self) -> None:
         self.compiler.src_extensions = [*self.compiler.src_extensions, ".S"]
+        compile_all = self.compiler.compile
+
+        def compile_side_by_side(sources: list[str], *args: object, **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                made = pool.map(lambda source: compile_all([source], *args, **options), sources)
+                return [name for names in made for name in names]
+
+        self.compiler.compile = compile_side_by_side
         super().build_extensions()
 
 

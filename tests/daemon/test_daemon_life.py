@@ -119,12 +119,9 @@ def test_second_daemon_is_refused(daemon: Daemon) -> None:
 )
 def test_a_bad_configuration_is_one_line(make_daemon: Make, section: str, said: str) -> None:
     daemon = make_daemon()
-    head = section.split("\n", 1)[0]
-    text = daemon.config.read_text()
-    lines = [
-        line for line in text.splitlines() if not (line.startswith(("dir =", "url =")) and head in section)
-    ]
-    body = section.split("\n", 1)[1]
+    head, body = section.split("\n", 1)
+    key = body.partition("=")[0]
+    lines = [line for line in daemon.config.read_text().splitlines() if not line.startswith(key)]
     daemon.config.write_text("\n".join(lines).replace(head, f"{head}\n{body}", 1))
     assert said in daemon.fails("run")
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from hole_machine import HoleMachine
-from model_length import sized
+from model_length import model_test
 
-TestHoleModel = sized(HoleMachine.TestCase, 40, quick=100, normal=600, long=20000)
+test_hole_model = model_test(HoleMachine, 40, quick=100, normal=600, long=20000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from model_length import sized
+from model_length import model_test
 from volume_machine import VolumeMachine
 
-TestVolumeModel = sized(VolumeMachine.TestCase, 25, quick=15, normal=300, long=10000)
+test_volume_model = model_test(VolumeMachine, 25, quick=15, normal=300, long=10000)

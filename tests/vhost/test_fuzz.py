@@ -8,25 +8,18 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from core_archive import ROOT, link_command
 from core_rig import SANITIZED
 
-from glidefs.core.build import LIBRARIES, sources
-
-ROOT = Path(__file__).resolve().parents[2]
 QUICK = os.environ.get("GLIDEFS_TEST_LENGTH") == "quick"
-SECONDS = int(os.environ.get("GLIDEFS_FUZZ_SECONDS", "4" if QUICK else "30"))
-FLAGS = "-std=gnu11 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Werror -fno-strict-aliasing -pthread -Icsrc"
-SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
+SECONDS = int(os.environ.get("GLIDEFS_FUZZ_SECONDS", "4" if QUICK else "15"))
 
 
 @pytest.mark.skipif(SANITIZED, reason="it has sanitizers of its own")
 @pytest.mark.timeout(300 + SECONDS)
 def test_a_hostile_driver(tmp_path: Path) -> None:
     program = tmp_path / "vhost_fuzz"
-    files = ["tests/vhost/vhost_fuzz.c", *sources()]
-    libraries = [f"-l{name}" for name in LIBRARIES]
-    command = ["cc", *FLAGS.split(), *SANITIZERS.split(), "-o", str(program), *files, *libraries]
-    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run(link_command("asan", program, "tests/vhost/vhost_fuzz.c"), cwd=ROOT, check=True)
     (tmp_path / "data").mkdir()
     seed = os.environ.get("GLIDEFS_FUZZ_SEED") or str(int.from_bytes(os.urandom(3), "little"))
     done = subprocess.run(
