@@ -7,16 +7,16 @@
  * that Python does at run time goes on at once: faults are answered (from a
  * base that never changes), segments sealed, gathered, "committed" (the base
  * keeps what was gathered) and retired, slots evicted, statistics read, NBD
- * clients come and go, volumes are closed and opened again. Two of the volumes have
- * shadow verify on.
+ * clients and a guest on vhost-user come and go, volumes are closed and opened
+ * again. Two of the volumes have shadow verify on.
  */
-#include "base/data_hash.h"
 #include "base/disk.h"
 #include "glide_core_internal.h"
 #include "stress_common.h"
 #include "stress_nbd.h"
 #include "stress_shadow.h"
 #include "stress_upload.h"
+#include "stress_vhost.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -28,11 +28,9 @@
 #include <time.h>
 #include <unistd.h>
 
-#define XXH_INLINE_ALL
-#include <xxhash.h>
-
 #define VOLUMES 3
 #define CLIENTS 3
+#define STRIPES (CLIENTS + 1) /* the last is that of the guest on vhost-user */
 #define BLOCKS 24
 #define SECTORS (BLOCKS * GLIDE_BLOCK_SECTORS)
 #define END_SECONDS 100 /* for all to end once the time is over */
@@ -57,7 +55,7 @@ static const char *directory;
 static atomic_ullong compared; /* by shadow verify, in sectors */
 static atomic_bool stop;
 static atomic_int clients_left; /* the uploaders go on until it is 0 */
-static atomic_ullong operations;
+static atomic_ullong operations, visits;
 
 static void open_volume(struct volume_state *s)
 {
@@ -90,20 +88,6 @@ static void close_volume(struct volume_state *s)
 }
 
 /* ---- what Python does -------------------------------------------------------------------- */
-
-static void block_key(uint8_t *key, const uint8_t *data)
-{
-    uint64_t a = 0xcbf29ce484222325u, b = 0x9e3779b97f4a7c15u;
-
-    for (int i = 0; i < GLIDE_BLOCK; i += 8) {
-        uint64_t w;
-        memcpy(&w, data + i, 8);
-        a = (a ^ w) * 0x100000001b3u;
-        b = (b + w) * 0xd6e8feb86659fd93u ^ b >> 29;
-    }
-    memcpy(key, &a, 8);
-    memcpy(key + 8, &b, 8);
-}
 
 static const uint8_t zeros[GLIDE_BLOCK];
 
@@ -162,7 +146,7 @@ static void answer(struct volume_state *s, const struct glide_fault *fault)
         memcpy(copy, s->base[block], GLIDE_BLOCK);
         pthread_mutex_unlock(&s->base_lock);
         if (memcmp(copy, zeros, GLIDE_BLOCK)) {
-            block_key(f.key, copy);
+            stress_key(f.key, copy);
             if (!glide_cache_lookup(engine, f.key, 1, &slot)) {
                 int got;
                 f.block = block;
@@ -373,14 +357,14 @@ static void zero_some(struct client *c, uint64_t sector, uint32_t count)
     }
 }
 
-/* Each client owns every CLIENTS-th group of 8 sectors. */
+/* Each client owns every STRIPES-th group of 8 sectors. */
 static void *client_thread(void *arg)
 {
     struct client *c = arg;
 
     while (!atomic_load(&stop)) {
-        uint64_t groups = SECTORS / 8 / CLIENTS;
-        uint64_t sector = ((stress_draw(&c->seed) % groups) * CLIENTS + c->index) * 8 + stress_draw(&c->seed) % 4;
+        uint64_t groups = SECTORS / 8 / STRIPES;
+        uint64_t sector = ((stress_draw(&c->seed) % groups) * STRIPES + c->index) * 8 + stress_draw(&c->seed) % 4;
         uint32_t count = 1 + stress_draw(&c->seed) % 4, what = stress_draw(&c->seed) % 16;
         enter(c->s);
         if (what < 7)
@@ -418,6 +402,29 @@ static void *nbd_thread(void *arg)
     return NULL;
 }
 
+static void *vhost_thread(void *arg)
+{
+    struct volume_state *s = arg;
+    struct stress_guest g = {.written = s->written, .first = CLIENTS, .step = STRIPES, .seed = 33 + s->id[0]};
+
+    g.positions = SECTORS / 8 / STRIPES;
+    stress_guest_begin(&g);
+    while (!atomic_load(&stop)) {
+        enter(s);
+        glide_vhost *device = stress_guest_visit(&g, s->volume);
+        atomic_fetch_add(&visits, 1);
+        bool early = stress_draw(&g.seed) % 2; /* else the volume may be closed before it */
+        if (early)
+            MUST(glide_vhost_close(device));
+        pthread_rwlock_unlock(&s->open);
+        if (!early)
+            MUST(glide_vhost_close(device));
+    }
+    stress_guest_end(&g);
+    atomic_fetch_sub(&clients_left, 1);
+    return NULL;
+}
+
 /* ---- main ----------------------------------------------------------------------------------------------- */
 
 static void start(struct volume_state *s, int index, const char *dir)
@@ -430,20 +437,9 @@ static void start(struct volume_state *s, int index, const char *dir)
     open_volume(s);
 }
 
-/* The hash of a record is the same on every CPU, whatever computes it. */
-static void check_hash(void)
-{
-    static uint8_t data[GLIDE_BLOCK];
-
-    for (size_t i = 0; i < sizeof(data); i++)
-        data[i] = (uint8_t)(i * i >> 3);
-    for (size_t length = 0; length <= sizeof(data); length += length < 2048 ? 1 : 1021)
-        MUST(data_hash(data, length) == XXH3_64bits(data, length) ? 0 : -EUCLEAN);
-}
-
 int main(int argc, char **argv)
 {
-    pthread_t threads[3 + VOLUMES * (CLIENTS + 2)];
+    pthread_t threads[3 + VOLUMES * (CLIENTS + 3)];
     static struct client clients[VOLUMES][CLIENTS];
     int n = 0;
 
@@ -461,17 +457,18 @@ int main(int argc, char **argv)
                                          .busy_poll_us = 50,
                                          .cache_dir = argv[1]};
     directory = argv[1];
-    check_hash();
+    stress_check_hash();
     MUST(glide_engine_open(&config, &engine));
     for (int i = 0; i < VOLUMES; i++)
         start(&states[i], i, argv[1]);
-    atomic_store(&clients_left, VOLUMES * (CLIENTS + 1));
+    atomic_store(&clients_left, VOLUMES * (CLIENTS + 2));
     pthread_create(&threads[n++], NULL, fault_thread, NULL);
     pthread_create(&threads[n++], NULL, event_thread, NULL);
     pthread_create(&threads[n++], NULL, shadow_thread, NULL);
     for (int i = 0; i < VOLUMES; i++) {
         pthread_create(&threads[n++], NULL, upload_thread, &states[i]);
         pthread_create(&threads[n++], NULL, nbd_thread, &states[i]);
+        pthread_create(&threads[n++], NULL, vhost_thread, &states[i]);
         for (uint32_t k = 0; k < CLIENTS; k++) {
             clients[i][k] = (struct client){.s = &states[i], .index = k, .seed = seed + (uint64_t)i * 100 + k + 1};
             pthread_create(&threads[n++], NULL, client_thread, &clients[i][k]);
@@ -490,7 +487,9 @@ int main(int argc, char **argv)
     for (int i = 0; i < VOLUMES; i++)
         free(states[i].shadow.base);
     glide_engine_close(engine);
-    printf("stress: %llu operations, %llu sectors compared with a second source, no difference\n",
-           (unsigned long long)atomic_load(&operations), (unsigned long long)atomic_load(&compared));
+    printf("stress: %llu operations, %llu visits over vhost-user, %llu sectors compared with a second source, no "
+           "difference\n",
+           (unsigned long long)atomic_load(&operations), (unsigned long long)atomic_load(&visits),
+           (unsigned long long)atomic_load(&compared));
     return 0;
 }

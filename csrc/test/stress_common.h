@@ -1,13 +1,18 @@
-/* What all parts of stress.c use: calls that must succeed, random numbers, and what a sector contains. */
+/* What all parts of stress.c use: calls that must succeed, random numbers, what a sector contains, and hashes. */
 #ifndef STRESS_COMMON_H
 #define STRESS_COMMON_H
 
 #include "../glide_core_internal.h"
+#include "base/data_hash.h"
 
+#include <errno.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
 
 #define MUST(x)                                                                                                        \
     do {                                                                                                               \
@@ -50,6 +55,31 @@ static void stress_check(const uint8_t *buf, uint64_t sector, uint64_t generatio
                 (unsigned long long)got[1]);
         abort();
     }
+}
+
+static void stress_key(uint8_t *key, const uint8_t *data)
+{
+    uint64_t a = 0xcbf29ce484222325u, b = 0x9e3779b97f4a7c15u;
+
+    for (int i = 0; i < GLIDE_BLOCK; i += 8) {
+        uint64_t w;
+        memcpy(&w, data + i, 8);
+        a = (a ^ w) * 0x100000001b3u;
+        b = (b + w) * 0xd6e8feb86659fd93u ^ b >> 29;
+    }
+    memcpy(key, &a, 8);
+    memcpy(key + 8, &b, 8);
+}
+
+/* The hash of a record is the same on every CPU, whatever computes it. */
+static void stress_check_hash(void)
+{
+    static uint8_t data[GLIDE_BLOCK];
+
+    for (size_t i = 0; i < sizeof(data); i++)
+        data[i] = (uint8_t)(i * i >> 3);
+    for (size_t length = 0; length <= sizeof(data); length += length < 2048 ? 1 : 1021)
+        MUST(data_hash(data, length) == XXH3_64bits(data, length) ? 0 : -EUCLEAN);
 }
 
 #endif
