@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "handoff"))  # handoff_rig.py
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import figures

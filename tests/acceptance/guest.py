@@ -24,6 +24,9 @@ import kernels  # noqa: E402
 IMAGE_SIZE = 1280 << 20
 KERNEL = "6.12"
 PATIENCE = 420.0
+MEMORY = 512
+"""MiB of a guest."""
+VHOST_USER = "vhost-user:"
 READS = 160
 """Files that the boot reads, in an order that is the same each time."""
 MODULES = ("virtio_blk", "crc16", "crc32c_generic", "libcrc32c", "mbcache", "jbd2", "ext4")
@@ -160,27 +163,43 @@ def _copy_python(tree: Path) -> None:
             (tree / name).symlink_to(f"usr/{name}")
 
 
-class Guest:
-    """One QEMU with the export ``uri`` as its disk, started at once."""
+def disk_options(address: str) -> list[str]:
+    """QEMU's options for a disk at the URI of an NBD export, or at ``vhost-user:SOCKET``."""
+    if not address.startswith(VHOST_USER):
+        return ["-drive", f"file={address},format=raw,if=virtio,cache=none"]
+    return [
+        *(
+            "-object",
+            f"memory-backend-memfd,id=ram,size={MEMORY}M,share=on",
+            "-machine",
+            "memory-backend=ram",
+        ),
+        *("-chardev", f"socket,id=disk,path={address.removeprefix(VHOST_USER)},reconnect=1"),
+        *("-device", "vhost-user-blk-pci,chardev=disk"),
+    ]
 
-    def __init__(self, name: str, uri: str, files: Files, where: Path) -> None:
+
+class Guest:
+    """One QEMU with the export at ``address`` as its disk (see ``disk_options``), started at once."""
+
+    def __init__(self, name: str, address: str, files: Files, where: Path) -> None:
         self.name = name
         self.console = where / f"{name}.console"
         self.began = time.monotonic()
         self.process = subprocess.Popen(
             [
-                "qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-m", "512",
+                "qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-m", str(MEMORY),
                 "-kernel", files.kernel, "-initrd", files.initramfs,
                 "-append", f"console=ttyS0 quiet panic=-1 guest={name}",
-                "-drive", f"file={uri},format=raw,if=virtio,cache=none",
+                *disk_options(address),
                 "-serial", f"file:{self.console}",
             ],
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
 
-    def wait(self) -> float:
+    def wait(self, patience: float = PATIENCE) -> float:
         """Until it has powered itself off; seconds from its start to that. Raises AssertionError."""
-        self.process.wait(PATIENCE)
+        self.process.wait(patience)
         took = time.monotonic() - self.began
         text = self.console.read_text(errors="replace")
         assert "PYTHON IS UP" in text, text[-3000:]
