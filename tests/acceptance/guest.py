@@ -190,7 +190,7 @@ class Guest:
             [
                 "qemu-system-x86_64", "-nodefaults", "-no-reboot", "-display", "none", "-m", str(MEMORY),
                 "-kernel", files.kernel, "-initrd", files.initramfs,
-                "-append", f"console=ttyS0 quiet panic=-1 guest={name}",
+                "-append", f"console=ttyS0 quiet panic=-1 no_timer_check guest={name}",
                 *disk_options(address),
                 "-serial", f"file:{self.console}",
             ],
