@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
+import trustme
 from daemon_harness import DEADLINE, Daemon
 
 from glidefs.api.errors import MEDIA_TYPE, URN, Problem
@@ -107,6 +108,25 @@ def configure(daemon: Daemon, section: str, lines: str) -> None:
     daemon.config.write_text(text.replace(f"[{section}]\n", f"[{section}]\n{lines}\n", 1))
 
 
-def tokens_file(directory: Path) -> Path:
-    """Where a test's tokens are."""
-    return directory / "tokens.toml"
+class Certificates:
+    """A CA with a certificate for this host and one for a client, as files."""
+
+    def __init__(self, directory: Path) -> None:
+        authority = trustme.CA()
+        server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("ci@test")
+        self.ca, self.cert, self.key = (directory / name for name in ("ca.pem", "cert.pem", "key.pem"))
+        authority.cert_pem.write_to_path(str(self.ca))
+        server.cert_chain_pems[0].write_to_path(str(self.cert))
+        server.private_key_pem.write_to_path(str(self.key))
+        self.client_cert, self.client_key = directory / "client.pem", directory / "client.key"
+        client.cert_chain_pems[0].write_to_path(str(self.client_cert))
+        client.private_key_pem.write_to_path(str(self.client_key))
+        self.anybody = ssl.create_default_context(cafile=str(self.ca))
+        self.client = ssl.create_default_context(cafile=str(self.ca))
+        client.configure_cert(self.client)
+        self.stranger = ssl.create_default_context(cafile=str(self.ca))
+        trustme.CA().issue_cert("ci@test").configure_cert(self.stranger)
+
+    def lines(self, *, clients: bool) -> str:
+        found = f'tls_cert = "{self.cert}"\ntls_key = "{self.key}"\n'
+        return found + (f'client_ca = "{self.ca}"\n' if clients else "")

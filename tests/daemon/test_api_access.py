@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import servers
-import trustme
-from api_rig import Answer, Door, configure, local, place_of
+from api_rig import Answer, Certificates, Door, configure, local, place_of
 from daemon_harness import Daemon, wait_for
 from hypothesis import given
 from hypothesis import strategies as st
@@ -196,27 +195,6 @@ def test_an_audit_log_that_cannot_be_written_stops_nothing(make_daemon: Make) ->
 
 
 # ---- TLS ----
-
-
-class Certificates:
-    """A CA with a certificate for this host and one for a client, as files."""
-
-    def __init__(self, directory: Path) -> None:
-        authority = trustme.CA()
-        server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("ci@test")
-        self.ca, self.cert, self.key = (directory / name for name in ("ca.pem", "cert.pem", "key.pem"))
-        authority.cert_pem.write_to_path(str(self.ca))
-        server.cert_chain_pems[0].write_to_path(str(self.cert))
-        server.private_key_pem.write_to_path(str(self.key))
-        self.anybody = ssl.create_default_context(cafile=str(self.ca))
-        self.client = ssl.create_default_context(cafile=str(self.ca))
-        client.configure_cert(self.client)
-        self.stranger = ssl.create_default_context(cafile=str(self.ca))
-        trustme.CA().issue_cert("ci@test").configure_cert(self.stranger)
-
-    def lines(self, *, clients: bool) -> str:
-        found = f'tls_cert = "{self.cert}"\ntls_key = "{self.key}"\n'
-        return found + (f'client_ca = "{self.ca}"\n' if clients else "")
 
 
 def test_tls(make_daemon: Make, tmp_path: Path) -> None:
