@@ -166,11 +166,11 @@ def _checked(entry: _Entry, before: Sequence[Token]) -> Token:
         raise ValueError("another entry has the same name or the same sha256")
     if unknown := [word for word in entry.scopes if word not in WORDS]:
         raise ValueError(f"there is no scope {unknown[0][:40]!r}; there is {', '.join(WORDS)}")
-    expires = None if entry.expires is None else _time(entry.expires)
+    expires = None if entry.expires is None else unix_time(entry.expires)
     return Token(entry.name, digest, highest(entry.scopes), expires)
 
 
-def _time(value: object) -> float:
+def unix_time(value: object) -> float:
     """Unix seconds of a time of TOML, or of RFC 3339 as text. Raises ValueError."""
     if isinstance(value, str):
         try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated
 
 import typer
 
 from glidefs.cli import output
-from glidefs.cli.common import reported, seconds
+from glidefs.cli.common import reported
 from glidefs.cli.options import Json
 
 
@@ -21,7 +22,8 @@ def token(
         typer.Option("--scope", help="metrics, read, operate or admin; may be repeated.", show_default=False),
     ],
     expires: Annotated[
-        str | None, typer.Option("--expires", help='How long it is good, such as "30d"; else for ever.')
+        str | None,
+        typer.Option("--expires", help='When: days from now, such as "90d", or a time; else never.'),
     ] = None,
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="Add its entry to this tokens_file.")
@@ -43,8 +45,7 @@ def token(
             raise ConfigError(f"{name[:64]!r} cannot be the name of a token: {error}") from None
         if unknown := [word for word in scope if word not in WORDS]:
             raise ConfigError(f"there is no scope {unknown[0][:40]!r}; choose of {', '.join(WORDS)}")
-        lasts = seconds(expires)
-        until = None if lasts is None else float(int(time.time() + lasts))
+        until = None if expires is None else _time(expires)
         made = tokens.new_token()
         entry = tokens.entry_text(name, made, list(dict.fromkeys(scope)), until)
         if file is not None:
@@ -58,6 +59,20 @@ def token(
             print(f"\n{entry}", end="")
         else:
             output.say(f"{file} has its entry; the token is not printed again")
+
+
+def _time(text: str) -> float:
+    """Unix seconds of "90d" from now, or of a time of RFC 3339. Raises ConfigError."""
+    from glidefs.api.tokens import unix_time
+    from glidefs.errors import ConfigError
+
+    if found := re.fullmatch(r"(\d{1,5})d", text.strip(), re.ASCII):
+        return float(int(time.time()) + int(found[1]) * 86400)
+    try:
+        return unix_time(text)
+    except ValueError:
+        why = "write days as '90d', or a time as '2027-01-31T00:00:00Z'"
+        raise ConfigError(f"{text[:40]!r} is not when a token can expire; {why}") from None
 
 
 def add_commands(app: typer.Typer) -> None:

@@ -111,9 +111,9 @@ def configure(daemon: Daemon, section: str, lines: str) -> None:
 class Certificates:
     """A CA with a certificate for this host and one for a client, as files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
         authority = trustme.CA()
-        server, client = authority.issue_cert("127.0.0.1"), authority.issue_cert("ci@test")
+        server, client = authority.issue_cert(host), authority.issue_cert("ci@test")
         self.ca, self.cert, self.key = (directory / name for name in ("ca.pem", "cert.pem", "key.pem"))
         authority.cert_pem.write_to_path(str(self.ca))
         server.cert_chain_pems[0].write_to_path(str(self.cert))
