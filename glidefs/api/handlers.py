@@ -177,7 +177,10 @@ class Handlers:
         return reply(await self.pools.local.run(self.life.verb("transport", call.name, change)))
 
     async def drain(self, call: Call, wanted: DrainRequest) -> Response:
-        """Upload everything that was written until now. Ends when the client goes away."""
+        """Upload everything that was written until now.
+
+        Ends when the client goes away.
+        """
         drain = self.life.verb("drain", call.name, self.control.router.drain, call.name, wanted.timeout)
         return reply(await self.wait(call, drain))
 
@@ -202,7 +205,10 @@ class Handlers:
     # -- forks -------------------------------------------------------------------------------------
 
     async def snapshot(self, call: Call, wanted: SnapshotRequest) -> Response:
-        """Keep a volume as it is now; guests keep running. Each call makes one."""
+        """Keep a volume as it is now; guests keep running.
+
+        Each request makes a snapshot, and answers 201.
+        """
         self.control.router.check_changes()
         snapshot = self.life.verb(
             "snapshot", call.name, self.control.router.forks.snapshot, call.name, wanted
@@ -250,7 +256,10 @@ class Handlers:
         return reply(await self.change(self.pools.stores, promote))
 
     async def profile(self, call: Call, wanted: ProfileRequest) -> Response:
-        """Record what a fork of a base reads, as the hot set of the base. Answers when the profile ends."""
+        """Record what a fork of a base reads, as the hot set of the base.
+
+        Answers when the profile ends; a client that goes away ends it, and nothing is kept.
+        """
         self.control.router.check_changes()
         profile = self.life.verb("profile", call.name, self.control.router.forks.profile, call.name, wanted)
         return reply(await self.wait(call, profile))

@@ -21,7 +21,7 @@ from glidefs.api.routes import OPEN
 from glidefs.api.tls import server_context
 from glidefs.api.tokens import Tokens
 from glidefs.config import ApiSettings, parse_listen
-from glidefs.errors import GlideError
+from glidefs.errors import ConfigError, GlideError
 from glidefs.transport.nbd.listen import (
     Inherited,
     activated_listeners,
@@ -66,7 +66,7 @@ class ApiServer:
             door = TokenDoor(self._app, Tokens(settings.token_file, settings.tokens_file), OPEN)
             tls = server_context(settings)
         unix = [at for path, at in inherited if at.family == socket.AF_UNIX and not path]
-        unix = unix or activated_listeners("api", os.environ)
+        unix = unix or _activated()
         try:
             if not unix:
                 unix = [keep_or_listen_unix(inherited, settings.socket)]
@@ -163,6 +163,18 @@ class ApiServer:
         if self._identity is not None:
             unlink_own(self._settings.socket, self._identity)
             self._identity = None
+
+
+def _activated() -> list[socket.socket]:
+    """Unix sockets of the service manager. Raises ConfigError for one that is not: it would ask nobody."""
+    found = activated_listeners("api", os.environ)
+    if any(at.family != socket.AF_UNIX for at in found):
+        for at in found:
+            at.close()
+        raise ConfigError(
+            "the socket unit for the API has a port; give it a path, and use [api] listen for TCP"
+        )
+    return found
 
 
 def _server(app: AsgiApp, tls: ssl.SSLContext | None = None) -> uvicorn.Server:

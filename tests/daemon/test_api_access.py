@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import ssl
 import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import servers
@@ -22,8 +24,9 @@ from hypothesis import strategies as st
 from glidefs.api.access import WORDS, Scope
 from glidefs.api.errors import URN
 from glidefs.api.routes import ROUTES, Route
+from glidefs.api.server import ApiServer
 from glidefs.api.tokens import Expired, Tokens, append_entry, entry_text, new_token, read_tokens
-from glidefs.config import parse_config
+from glidefs.config import ApiSettings, parse_config
 from glidefs.errors import ConfigError
 
 pytest.importorskip("glidefs.core._core")
@@ -267,6 +270,16 @@ def test_settings_that_go_together(lines: str, said: str) -> None:
     assert "\n" not in str(raised.value)
 
 
+def test_a_port_of_a_socket_unit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a Unix socket everybody is an admin: nobody else may come in there."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr("glidefs.api.server.activated_listeners", lambda *_: [listener])
+    server = ApiServer(ApiSettings(), Mock())
+    with pytest.raises(ConfigError, match=r"use \[api\] listen for TCP"):
+        server.prepare()
+    assert listener.fileno() == -1
+
+
 # ---- the file of tokens ----
 
 
@@ -296,6 +309,22 @@ def test_a_token_expires(tmp_path: Path) -> None:
     append_entry(str(path), "a", entry_text("a", token, ["read"], time.time() - 1))
     with pytest.raises(Expired, match="the token a has expired"):
         Tokens(None, str(path)).find(token.encode())
+
+
+def test_when_a_token_expires_is_said_in_days_or_as_a_time(make_daemon: Make) -> None:
+    daemon = make_daemon()
+    now = time.time()
+    for text, seconds in (("90d", now + 90 * 86400), ("2100-01-31T00:00:00Z", 4105036800.0)):
+        entry = daemon.json("token", "a", "--scope", "read", "--expires", text)["entry"]
+        path = daemon.base / "entry.toml"
+        path.touch(0o600)
+        path.write_text(entry)
+        (token,) = read_tokens(str(path))
+        assert token.expires is not None
+        assert abs(token.expires - seconds) < 120
+    assert "write days as '90d'" in daemon.fails("token", "a", "--scope", "read", "--expires", "soon")
+    assert "there is no scope 'reed'" in daemon.fails("token", "a", "--scope", "reed")
+    assert "cannot be the name of a token" in daemon.fails("token", "a b", "--scope", "read")
 
 
 HASH = "0" * 64

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -13,7 +15,7 @@ from unittest.mock import Mock
 import msgspec
 import pytest
 from api_rig import Answer, Door, local, place_of
-from daemon_harness import Daemon
+from daemon_harness import DEADLINE, Daemon
 from fastapi import FastAPI
 from openapi_spec_validator import validate
 from starlette.routing import Route as Mounted
@@ -208,6 +210,27 @@ def test_the_page_needs_nothing_else(daemon: Daemon) -> None:
     assert page.headers["Content-Security-Policy"] == pages.HEADERS["Content-Security-Policy"]
 
 
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    """From a file, without a network: each operation and each schema has its place."""
+    page, doc = tmp_path / "api.html", as_read()
+    page.write_bytes(pages.docs(msgspec.json.encode(doc)))
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}/profile",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        ["chromium", *flags, page.as_uri()], capture_output=True, text=True, timeout=DEADLINE * 2, check=True
+    )
+    shown = set(re.findall(r'<section id="([\w-]+)"', done.stdout))
+    names = {one["operationId"] for methods in doc["paths"].values() for one in methods.values()}
+    assert shown == names | {f"schema-{name}" for name in doc["components"]["schemas"]}
+    assert "curl --unix-socket /run/glidefs/api.sock -X PUT http://glidefs/v1/exports/vm1" in done.stdout
+
+
 def test_nothing_in_a_document_ends_the_script() -> None:
     assert b"</script><b>" not in pages.docs(b'{"title": "</script><b>"}').split(b'id="document">')[1][:60]
 
@@ -242,8 +265,6 @@ def test_what_is_wrong_is_a_problem(daemon: Daemon) -> None:
 
 
 def test_what_is_not_http_is_a_problem(daemon: Daemon) -> None:
-    import socket
-
     with socket.socket(socket.AF_UNIX) as raw:
         raw.connect(str(daemon.base / "api.sock"))
         raw.settimeout(60)
