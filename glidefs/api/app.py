@@ -11,8 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.requests import ClientDisconnect
 
 from glidefs.api.access import Caller, Scope, caller_of
-from glidefs.api.audit import Audit
-from glidefs.api.audit import Request as AuditLine
+from glidefs.api.audit import Audit, Record
 from glidefs.api.errors import (
     MEDIA_TYPE,
     BadRequest,
@@ -61,7 +60,7 @@ def _endpoint(routes: Mapping[str, Route], handlers: Handlers, audit: Audit) -> 
         finally:
             if route.changes:
                 handlers.scrape.changed()  # the next one shows what a verb did, even if it failed half-way
-                await audit.note(done.line(route, request))
+                await audit.note(done.record(route, request))
 
     return answer
 
@@ -75,9 +74,9 @@ class _Done:
         self.status = 500
         self.reason = ""
 
-    def line(self, route: Route, request: Request) -> AuditLine:
-        """The line that says it."""
-        return AuditLine(
+    def record(self, route: Route, request: Request) -> Record:
+        """What the audit keeps of it."""
+        return Record(
             caller=caller_of(request.scope),
             method=request.method,
             path=request.scope["path"][:MAX_PATH],

@@ -24,7 +24,7 @@ from glidefs.formats.atomic import write_all
 log = logging.getLogger("glidefs.audit")
 
 
-class Request(Struct, frozen=True, kw_only=True):
+class Record(Struct, frozen=True, kw_only=True):
     """A request that ended. ``wanted`` is its query or body, if it came so far; ``reason`` why it failed."""
 
     caller: Caller
@@ -61,11 +61,11 @@ class Audit:
         self._failed = False
         self._writer = Pool(1)
 
-    async def note(self, request: Request) -> None:
+    async def note(self, record: Record) -> None:
         """Write the line of a request; in the file when this returns."""
-        _say(request)
+        _say(record)
         if self._path is not None:
-            await self._writer.run(self._write, (json.dumps(_fields(request)) + "\n").encode())
+            await self._writer.run(self._write, (json.dumps(_fields(record)) + "\n").encode())
 
     def _write(self, line: bytes) -> None:
         """Opened each time: the file may be moved away at any moment, and another process may write it."""
@@ -84,44 +84,44 @@ class Audit:
             self._failed = False
 
 
-def _fields(request: Request) -> dict[str, Any]:
-    caller = request.caller
+def _fields(record: Record) -> dict[str, Any]:
+    caller = record.caller
     fields: dict[str, Any] = {
         "time": datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds"),
         "by": caller.who,
         "token": caller.token,
         "from": caller.address,
         "scope": caller.scope.word,
-        "method": request.method,
-        "path": request.path,
-        "verb": request.verb,
-        "options": request.options,
-        "outcome": request.outcome,
-        "status": request.status,
-        "seconds": round(request.seconds, 3),
+        "method": record.method,
+        "path": record.path,
+        "verb": record.verb,
+        "options": record.options,
+        "outcome": record.outcome,
+        "status": record.status,
+        "seconds": round(record.seconds, 3),
     }
-    return fields | ({"reason": request.reason} if request.reason else {})
+    return fields | ({"reason": record.reason} if record.reason else {})
 
 
-def _say(request: Request) -> None:
+def _say(record: Record) -> None:
     fields = {
-        "by": request.caller.who,
-        "verb": request.verb,
-        "method": request.method,
-        "path": request.path,
-        "outcome": request.outcome,
-        "status": request.status,
-        "seconds": round(request.seconds, 3),
+        "by": record.caller.who,
+        "verb": record.verb,
+        "method": record.method,
+        "path": record.path,
+        "outcome": record.outcome,
+        "status": record.status,
+        "seconds": round(record.seconds, 3),
     }
-    options = "".join(f" {name}={value}" for name, value in request.options.items())
+    options = "".join(f" {name}={value}" for name, value in record.options.items())
     log.info(
         "%s%s, %s %s: %d in %.3f s; by %s",
-        request.verb,
+        record.verb,
         options,
-        request.method,
-        request.path,
-        request.status,
-        request.seconds,
-        request.caller.who,
+        record.method,
+        record.path,
+        record.status,
+        record.seconds,
+        record.caller.who,
         extra={"event": fields},
     )
