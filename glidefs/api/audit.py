@@ -21,6 +21,8 @@ from glidefs.api.access import Caller
 from glidefs.api.pools import Pool
 from glidefs.formats.atomic import write_all
 
+MAX_VALUE = 200
+"""Characters of an option that are kept."""
 log = logging.getLogger("glidefs.audit")
 
 
@@ -50,7 +52,11 @@ class Record(Struct, frozen=True, kw_only=True):
             return {}
         asked = msgspec.structs.asdict(self.wanted)
         usual = {field.name: field.default for field in msgspec.structs.fields(self.wanted)}
-        return {name: value for name, value in asked.items() if value != usual[name]}
+        return {
+            name: value[:MAX_VALUE] if isinstance(value, str) else value
+            for name, value in asked.items()
+            if value != usual[name]
+        }
 
 
 class Audit:

@@ -55,11 +55,14 @@ def remote(config: str | None) -> Client | None:
     ``config``: the configuration that the command names, which is one of this host.
     """
     place = _place(config)
+    files = {name: value for name, value in given.place._asdict().items() if value and name != "host"}
     if place is None:
+        if files:
+            raise ConfigError("--token-file and --ca are for a daemon on another host; add --host")
         return None
     from glidefs.api.remote import RemoteClient
 
-    return RemoteClient(*_filled(place))
+    return RemoteClient(*place._replace(**files))
 
 
 def _place(config: str | None) -> Place | None:
@@ -67,11 +70,11 @@ def _place(config: str | None) -> Place | None:
     if given.place.host or given.context:
         if config is not None:
             raise ConfigError("--config is for the daemon of this host; leave it or --host out")
-        return given.place if given.place.host else _of_context(given.context or "")
+        return _with_environment(given.place) if given.place.host else _of_context(given.context or "")
     if config is not None:
         return None
     if environment.get("GLIDEFS_HOST"):
-        return Place(environment["GLIDEFS_HOST"])
+        return _with_environment(Place(environment["GLIDEFS_HOST"]))
     if environment.get("GLIDEFS_CONTEXT"):
         return _of_context(environment["GLIDEFS_CONTEXT"])
     if environment.get("GLIDEFS_SOCKET") or environment.get("GLIDEFS_CONFIG"):
@@ -80,14 +83,12 @@ def _place(config: str | None) -> Place | None:
     return _of_context(str(read_contexts(path)["current"])) if os.path.exists(path) else None
 
 
-def _filled(place: Place) -> Place:
-    """With what options and environment say beside the host."""
+def _with_environment(place: Place) -> Place:
+    """With the files that the environment names. A context has its own: no host gets another's token."""
     names = ("token_file", "ca", "cert", "key")
-    found = {
-        name: getattr(given.place, name) or os.environ.get(f"GLIDEFS_{name.upper()}") or getattr(place, name)
-        for name in names
-    }
-    return place._replace(**found)
+    return Place(
+        place.host, *(getattr(place, name) or os.environ.get(f"GLIDEFS_{name.upper()}") for name in names)
+    )
 
 
 def _of_context(name: str) -> Place | None:

@@ -169,6 +169,7 @@ def test_who_did_what(make_daemon: Make) -> None:
     door.ask("GET", "/v1/exports")
     door.ask("DELETE", "/v1/exports/v1", query={"purge": "true"})
     door.ask("POST", "/v1/exports/none/drain", {})
+    door.ask("POST", "/v1/exports/none/tag", {"tag": "x" * 9000})
     audit.rename(daemon.base / "audit.1")  # as what keeps logs small does
     local(daemon).ask("DELETE", "/v1/exports/v1")
     lines = [json.loads(line) for name in ("audit.1", "audit.jsonl") for line in (daemon.base / name).open()]
@@ -177,11 +178,12 @@ def test_who_did_what(make_daemon: Make) -> None:
         ("create", "done", 201, {"size": "1GiB"}),
         ("remove", "refused", 403, {"purge": True}),
         ("drain", "failed", 404, {}),
+        ("tag", "failed", 400, {"tag": "x" * 200}),
         ("remove", "done", 200, {}),
     ]
-    assert {line["token"] for line in lines[:3]} == {"ci"}
-    assert all(line["by"].startswith("token ci at 127.0.0.1:") for line in lines[:3])
-    assert lines[3]["by"] == f"uid {os.getuid()} pid {os.getpid()}"
+    assert {line["token"] for line in lines[:4]} == {"ci"}
+    assert all(line["by"].startswith("token ci at 127.0.0.1:") for line in lines[:4])
+    assert lines[4]["by"] == f"uid {os.getuid()} pid {os.getpid()}"
     assert stat.S_IMODE(audit.stat().st_mode) == 0o600
     text = [line for line in daemon.log_text.splitlines() if "glidefs.audit" in line]
     assert sum("remove purge=True, DELETE /v1/exports/v1: 403 in" in line for line in text) == 1

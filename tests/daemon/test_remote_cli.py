@@ -82,6 +82,11 @@ def test_options_environment_and_contexts(make_daemon: Make, tmp_path: Path) -> 
     far.json("context", "use", "prod")
     assert far.json("drain", "v1")["name"] == "v1"
     assert far.json("list", env={"GLIDEFS_CONTEXT": "look"})[0]["name"] == "v1"
+    # A token that the environment names is for the host that it names.
+    other = {"GLIDEFS_TOKEN_FILE": far.tokens["read"]}
+    assert far.json("drain", "v1", env=other)["name"] == "v1"
+    assert far.json("--token-file", far.tokens["read"], "list")[0]["name"] == "v1"
+    assert "takes the scope operate" in far.fails("--token-file", far.tokens["read"], "drain", "v1")
     shown = far.run("context", "list").stdout
     assert f"{far.url}\n" in shown
     assert "*" in next(line for line in shown.splitlines() if "prod" in line)
@@ -124,6 +129,7 @@ def test_what_is_wrong_is_said_in_one_line(make_daemon: Make, tmp_path: Path) ->
         assert said in line, (options, line)
         assert "gfs_" not in line
     assert "leave it or --host out" in far.fails("--host", far.url, "list", "-c", str(far.daemon.config))
+    assert "add --host" in far.fails(*token, "list")
     assert "works on this host alone" in far.fails("--host", far.url, "gc")
     assert "cannot be the name" in far.fails("context", "set", "local", "--host", far.url)
     assert "Traceback" not in far.daemon.log_text
