@@ -12,8 +12,10 @@ import os
 import re
 import socket
 import tomllib
+from collections.abc import Callable
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -91,11 +93,17 @@ class StoreSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ApiSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """[api]: the control socket; TCP only together with a token."""
+    """[api]: the control socket; TCP only together with tokens, and beyond this host only with TLS."""
 
     socket: PathText = DEFAULT_SOCKET
     listen: str | None = None
     token_file: PathText | None = None
+    tokens_file: PathText | None = None
+    tls_cert: PathText | None = None
+    tls_key: PathText | None = None
+    client_ca: PathText | None = None
+    allow_plaintext: bool = False
+    audit_log: PathText | None = None
     export_metrics: bool = False
 
 
@@ -312,7 +320,7 @@ def _in_unit(value: Any, unit: str | None, base: Path | None) -> Any:
 def _check(source: str, config: Config) -> None:
     """Rules that join more than one key, or that a type cannot say."""
 
-    def refuse(section: str, key: str, why: str) -> None:
+    def refuse(section: str, key: str, why: str) -> NoReturn:
         raise ConfigError(f"{source}: [{section}] {key}: {why}")
 
     if not config.store.prefixes:
@@ -334,14 +342,13 @@ def _check(source: str, config: Config) -> None:
     if config.store.gc_grace < MIN_GC_GRACE:
         # An upload has half of it from its first pack to its commit, a fork a quarter.
         refuse("store", "gc_grace", "must be at least 1m")
-    if config.api.listen and not config.api.token_file:
-        refuse("api", "listen", "the control API listens on TCP only with a token; set token_file too")
     for section, listen in (("api", config.api.listen), ("nbd", config.nbd.listen)):
         if listen is not None:
             try:
                 parse_listen(listen)
             except ValueError as error:
                 refuse(section, "listen", str(error))
+    _check_api(refuse, config.api)
     for section, path in (("api", config.api.socket), ("nbd", config.nbd.socket)):
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             refuse(section, "socket", f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
@@ -364,6 +371,28 @@ def _check(source: str, config: Config) -> None:
         refuse("upload", "pack_size", "must be from 1MiB to 1GiB")
     if not 4 * KIB <= config.ublk.max_io <= 32 * MIB or config.ublk.max_io % 4096:
         refuse("ublk", "max_io", "must be a multiple of 4KiB from 4KiB to 32MiB")
+
+
+def _check_api(refuse: Callable[[str, str, str], NoReturn], api: ApiSettings) -> None:
+    """Over TCP a client has a token, and beyond this host nobody on the way reads it."""
+    if api.listen and not (api.token_file or api.tokens_file):
+        refuse("api", "listen", "the control API listens on TCP only with tokens; set tokens_file too")
+    if (api.tls_cert is None) != (api.tls_key is None):
+        refuse("api", "tls_cert", "a certificate has a key; set tls_cert and tls_key")
+    if api.client_ca and not api.tls_cert:
+        refuse("api", "client_ca", "certificates of clients are for TLS; set tls_cert and tls_key too")
+    if api.listen and not api.tls_cert and not api.allow_plaintext and not _is_loopback(api.listen):
+        why = "tokens would cross the network as plain text; set tls_cert and tls_key"
+        refuse("api", "listen", f"{why}, or allow_plaintext = true")
+
+
+def _is_loopback(listen: str) -> bool:
+    """Whether only this host can connect to an address. Of a name nobody knows, but of localhost."""
+    host = listen.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_listen(text: str) -> tuple[str, int]:

@@ -85,6 +85,10 @@ class Fenced(GlideError):
         super().__init__(f"volume {volume} is fenced: {why}; its local log is kept, see `glidefs logs`")
 
 
+class NotOpen(GlideError):
+    """An export is not served here now, or cannot be known: `glidefs show` says why."""
+
+
 class NotServed(GlideError):
     """A verb did what it should, but the export cannot be served, for ``reason``."""
 

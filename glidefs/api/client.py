@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -44,7 +45,7 @@ def export_path(name: str, verb: str = "") -> str:
 
 
 class Client:
-    """One daemon. Every call opens its own connection, so any thread may use it."""
+    """The daemon at the socket ``path``. Every call opens its own connection, so any thread may use it."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -63,10 +64,20 @@ class Client:
         payload = None if body is None else json.dumps(body).encode()
         headers = {} if payload is None else {"Content-Type": "application/json"}
         try:
-            status, raw = request(self.path, method, path, payload, headers, timeout)
+            status, raw = self._send(method, path, payload, headers, timeout)
         except (OSError, BadAnswer) as error:
             raise self._unreachable(error) from error
         return _decoded(status, raw)
+
+    def _send(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        timeout: float | None,
+    ) -> tuple[int, bytes]:
+        return request(self.path, method, target, body, headers, timeout)
 
     def _unreachable(self, error: Exception) -> CommandError:
         if isinstance(error, PermissionError):

@@ -1,4 +1,4 @@
-"""Who is at the other end of a request: process and user on the Unix socket, the address on TCP."""
+"""uvicorn's protocol as we want it: it knows who is at the other end, and says what is wrong as we do."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import socket
 import struct
 from typing import cast
 
-from fastapi import Request
+import h11
+import msgspec
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from glidefs.api.errors import MEDIA_TYPE, BadRequest, problem_of
 
 _UCRED = struct.Struct("3i")
 """pid, uid, gid: struct ucred of unix(7)."""
 
 
 class PeerProtocol(H11Protocol):
-    """uvicorn's protocol, which knows who connected over a Unix socket."""
+    """A connection. On a Unix socket ``client`` is the user and the process at the other end."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A client connected."""
@@ -26,8 +29,18 @@ class PeerProtocol(H11Protocol):
             pid, uid, _ = _UCRED.unpack(data)
             self.client = (f"uid {uid} pid {pid}", 0)
 
-
-def asked_from(request: Request) -> str:
-    """Who made a request, in words."""
-    host, port = request.scope.get("client") or ("unknown", 0)
-    return f"{host}:{port}" if port else str(host)
+    def send_400_response(self, msg: str) -> None:
+        """What came is not HTTP: said as any other problem, with nothing of the request in it."""
+        body = msgspec.json.encode(problem_of(BadRequest("the request is not valid HTTP"), "/"))
+        headers = [
+            (b"content-type", MEDIA_TYPE.encode()),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (
+            h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

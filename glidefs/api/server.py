@@ -1,4 +1,4 @@
-"""Where the API listens: a Unix socket of mode 0600, and TCP for clients that present the token.
+"""Where the API listens: a Unix socket of mode 0600, and TCP for clients that present a token.
 
 One thread with one event loop serves all listeners; the router's calls run in its thread pool.
 """
@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import socket
+import ssl
 import threading
-from collections.abc import Awaitable, Callable, MutableMapping
-from pathlib import Path
-from typing import Any
 
 import uvicorn
 
+from glidefs.api.guard import AsgiApp, LocalDoor, TokenDoor
 from glidefs.api.peer import PeerProtocol
+from glidefs.api.routes import OPEN
+from glidefs.api.tls import server_context
+from glidefs.api.tokens import Tokens
 from glidefs.config import ApiSettings, parse_listen
 from glidefs.errors import ConfigError, GlideError
 from glidefs.transport.nbd.listen import (
@@ -33,52 +34,9 @@ from glidefs.transport.nbd.listen import (
 
 log = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-MIN_TOKEN = 16
 START_TIMEOUT = 120.0
 """Seconds. Guests are served by then and may leave little CPU time: not a reason to end the daemon soon."""
 STOP_TIMEOUT = 10.0
-
-
-class TokenGuard:
-    """Lets a request through only with `Authorization: Bearer TOKEN`."""
-
-    def __init__(self, app: AsgiApp, token: str) -> None:
-        self._app = app
-        self._expected = f"bearer {token}".encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            return
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        scheme, _, rest = given.partition(b" ")
-        if hmac.compare_digest(scheme.lower() + b" " + rest.strip(), self._expected):
-            await self._app(scope, receive, send)
-            return
-        headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        answer = b'{"error":"a bearer token is required","hint":"send the content of [api] token_file"}'
-        await send({"type": "http.response.body", "body": answer})
-
-
-def read_token(path: str) -> str:
-    """The token in a file that only its owner may read. Raises ConfigError; never shows the token."""
-    try:
-        status = os.stat(path)
-        token = Path(path).read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not ASCII text"
-        raise ConfigError(f"[api] token_file {path}: {reason}") from None
-    if status.st_mode & 0o077:
-        raise ConfigError(f"[api] token_file {path}: others can read it; chmod 600 {path}")
-    if len(token) < MIN_TOKEN or not token.isprintable() or " " in token:
-        raise ConfigError(f"[api] token_file {path}: a token has at least {MIN_TOKEN} characters, no spaces")
-    return token
 
 
 class ApiServer:
@@ -97,24 +55,27 @@ class ApiServer:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def prepare(self, inherited: Inherited = ()) -> None:
-        """Open what `start()` serves, and read the token: whatever can be wrong with it is found here.
+        """Open what `start()` serves, read tokens and certificates: what is wrong with them is found here.
 
         Listeners of the process before are used where the configuration still names them. Raises
         ListenError, ConfigError.
         """
         settings = self._settings
-        guarded = TokenGuard(self._app, read_token(settings.token_file or "")) if settings.listen else None
+        door = tls = None
+        if settings.listen:
+            door = TokenDoor(self._app, Tokens(settings.token_file, settings.tokens_file), OPEN)
+            tls = server_context(settings)
         unix = [at for path, at in inherited if at.family == socket.AF_UNIX and not path]
-        unix = unix or activated_listeners("api", os.environ)
+        unix = unix or _activated()
         try:
             if not unix:
                 unix = [keep_or_listen_unix(inherited, settings.socket)]
                 self._made = all(path != settings.socket for path, _ in inherited)
                 self._identity = socket_identity(settings.socket)
-            self._servers.append((_server(self._app), unix))
-            if settings.listen and guarded:
+            self._servers.append((_server(LocalDoor(self._app)), unix))
+            if settings.listen and door:
                 tcp = keep_or_listen_tcp(inherited, *parse_listen(settings.listen))
-                self._servers.append((_server(guarded), [tcp]))
+                self._servers.append((_server(door, tls), [tcp]))
         except BaseException:
             self.close(handed_over=True)
             raise
@@ -204,19 +165,32 @@ class ApiServer:
             self._identity = None
 
 
-def _server(app: AsgiApp) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            loop="asyncio",
-            http=PeerProtocol,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=5,
+def _activated() -> list[socket.socket]:
+    """Unix sockets of the service manager. Raises ConfigError for one that is not: it would ask nobody."""
+    found = activated_listeners("api", os.environ)
+    if any(at.family != socket.AF_UNIX for at in found):
+        for at in found:
+            at.close()
+        raise ConfigError(
+            "the socket unit for the API has a port; give it a path, and use [api] listen for TCP"
         )
+    return found
+
+
+def _server(app: AsgiApp, tls: ssl.SSLContext | None = None) -> uvicorn.Server:
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=PeerProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=5,
     )
+    config.load()
+    config.ssl = tls  # uvicorn would make one of its own, with files that may be wrong by then
+    return uvicorn.Server(config)

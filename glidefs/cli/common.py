@@ -9,6 +9,7 @@ from typing import Any
 
 from glidefs.api.client import Client, socket_path
 from glidefs.cli import output
+from glidefs.cli.target import remote
 
 
 @contextmanager
@@ -30,8 +31,8 @@ def reported(as_json: bool) -> Iterator[None]:
 
 
 def connect(config: str | None) -> Client:
-    """The daemon that the environment or the configuration names."""
-    return Client(socket_path(config))
+    """The daemon that options, environment, context or configuration name, in this order."""
+    return remote(config) or Client(socket_path(config))
 
 
 def seconds(text: str | None) -> float | None:

@@ -17,11 +17,22 @@ def narrow(app: typer.Typer, args: Sequence[str]) -> None:
 
     So `--help` and what is said about an unknown command are complete.
     """
-    asked = args[0] if args else ""
+    asked = _asked(args)
     commands = [command for command in app.registered_commands if _name(command) == asked]
     groups = [group for group in app.registered_groups if group.name == asked]
     if commands or groups:
         app.registered_commands, app.registered_groups = commands, groups
+
+
+def _asked(args: Sequence[str]) -> str:
+    """The command that is named: the first word that is neither an option before it nor the value of one."""
+    words = iter(args)
+    for word in words:
+        if not word.startswith("-"):
+            return word
+        if "=" not in word:
+            next(words, None)
+    return ""
 
 
 def _name(command: Any) -> str:

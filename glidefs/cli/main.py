@@ -9,14 +9,22 @@ from typing import Annotated
 import typer
 
 from glidefs.api.client import absolute
-from glidefs.cli import completion, exports, forks
+from glidefs.cli import completion, exports, forks, token
 from glidefs.cli.common import connect, reported, seconds, show_result
+from glidefs.cli.contexts import app as contexts_app
 from glidefs.cli.devices import app as devices_app
 from glidefs.cli.lean import narrow
 from glidefs.cli.logs import app as logs_app
 from glidefs.cli.options import ConfigOption, Json, NewPrefix, Prefix
+from glidefs.cli.target import Given, Place, give
+from glidefs.errors import ConfigError
 
 HANDOFF_TIMEOUT = 600.0
+ON_THIS_HOST = frozenset(
+    {"init", "run", "completion", "doctor", "inspect", "export-image", "bless", "bases", "gc", "devices"}
+    | {"token", "context"}
+)
+"""Commands that ask no daemon."""
 
 app = typer.Typer(
     name="glidefs",
@@ -30,9 +38,11 @@ app = typer.Typer(
 app.add_typer(logs_app, name="logs")
 exports.add_commands(app)
 forks.add_commands(app)
+token.add_commands(app)
 bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
 app.add_typer(bases_app, name="bases")
 app.add_typer(devices_app, name="devices")
+app.add_typer(contexts_app, name="context")
 
 
 def _say_version(wanted: bool) -> None:
@@ -45,12 +55,31 @@ def _say_version(wanted: bool) -> None:
 
 @app.callback()
 def glidefs(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", "-V", help="Print the version.", is_eager=True, callback=_say_version),
     ] = False,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", help="Daemon on another host: https://HOST:PORT; else GLIDEFS_HOST."),
+    ] = None,
+    token_file: Annotated[
+        str | None, typer.Option("--token-file", help="File with the token for it; else GLIDEFS_TOKEN_FILE.")
+    ] = None,
+    ca: Annotated[
+        str | None, typer.Option("--ca", help="CA to trust instead of the system's; else GLIDEFS_CA.")
+    ] = None,
+    named: Annotated[
+        str | None,
+        typer.Option("--context", help="The same by name, see 'glidefs context'; else GLIDEFS_CONTEXT."),
+    ] = None,
 ) -> None:
     """Fast local disks backed by an object store."""
+    with reported(False):
+        if (host or named) and context.invoked_subcommand in ON_THIS_HOST:
+            raise ConfigError(f"{context.invoked_subcommand} works on this host alone; leave --host out")
+        give(Given(Place(host or "", token_file, ca), named))
 
 
 @app.command()

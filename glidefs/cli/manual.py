@@ -20,7 +20,11 @@ Made from the commands themselves by `python -m glidefs.cli.manual`; a test comp
 Every command but `run` has `--json`: one JSON document on stdout. Progress and notes go to stderr. A
 command that fails prints one line with the reason and what to do about it, and exits non-zero. Commands
 that speak to the daemon find it through `GLIDEFS_SOCKET`, or through the configuration: `--config`,
-`GLIDEFS_CONFIG`, or the system-wide file. `GLIDEFS_TRACEBACK=1` shows where an error came from.
+`GLIDEFS_CONFIG`, or the system-wide file. With `--host https://HOST:PORT` before the command, or with
+`GLIDEFS_HOST`, they speak to a daemon on another host; `--token-file` (`GLIDEFS_TOKEN_FILE`) names the file
+with the token, `--ca` (`GLIDEFS_CA`) the CA to trust, `GLIDEFS_CERT` and `GLIDEFS_KEY` a certificate for a
+daemon that wants one. `--context` (`GLIDEFS_CONTEXT`) takes all of this from a context. Paths of `logs
+export` are those of the daemon's host. `GLIDEFS_TRACEBACK=1` shows where an error came from.
 
 `ls` and `rm` are `list` and `remove`. `drain`, `detach`, `attach`, `remove` and `create --count` take several
 exports, eight at a time: one that fails is a line on stderr and keeps no other from it, and the exit status

@@ -38,8 +38,14 @@ url = "file:///var/lib/glidefs/store"   # or "s3://bucket/root"; credentials com
 
 [api]
 socket = "/run/glidefs/api.sock"    # mode 0600
-#listen = "127.0.0.1:8440"          # TCP as well; needs token_file
-#token_file = "/etc/glidefs/token"  # clients send 'Authorization: Bearer ...'
+#listen = "127.0.0.1:8440"          # TCP as well; needs tokens, and TLS unless it is this host alone
+#tokens_file = "/etc/glidefs/tokens.toml"   # who may do what: 'glidefs token NAME --file' adds to it
+#token_file = "/etc/glidefs/token"  # one token that may do everything; 'Authorization: Bearer ...'
+#tls_cert = "/etc/glidefs/api.crt"  # TLS on TCP: certificate with those that vouch for it, PEM
+#tls_key = "/etc/glidefs/api.key"
+#client_ca = "/etc/glidefs/clients.crt"     # clients must have a certificate of this CA, besides a token
+#allow_plaintext = false            # true: TCP without TLS also beyond this host
+#audit_log = "/var/log/glidefs/audit.jsonl" # who asked for what goes here, too, not to the log alone
 #export_metrics = false            # true: /metrics has series of each export, else sums over all of them
 
 [nbd]

@@ -492,6 +492,8 @@ def _duplicates(listeners: Listeners, role: str) -> list[tuple[str, socket.socke
 def _api_server(daemon: Daemon) -> ApiServer:
     # Its imports take as long as the rest of a start, so guests are served before.
     from glidefs.api.app import build_app
+    from glidefs.api.audit import Audit
     from glidefs.api.server import ApiServer
 
-    return ApiServer(daemon.config.api, build_app(daemon))
+    settings = daemon.config.api
+    return ApiServer(settings, build_app(daemon, Audit(settings.audit_log)))

@@ -22,7 +22,7 @@ TransportChoice = Literal["auto", "ublk", "nbd-device", "nbd", "vhost-user"]
 
 
 class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of PUT /api/exports/{name}. `size` in bytes, or text such as "10GiB".
+    """A volume to make. `size` in bytes, or text such as "10GiB".
 
     `source` ("base:B", "volume:V", "snapshot:V@SEQ", "tag:T") makes a fork, by default of its size.
     `prefetch`: make the hot set of its base resident in the background. `new_prefix`: also in a prefix
@@ -41,7 +41,7 @@ class CreateRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class ResizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../resize. Text that begins with + or - changes the size by that much.
+    """A new size in bytes, or as text; text that begins with + or - changes it by that much.
 
     `shrink` confirms that a smaller size cuts data off.
     """
@@ -51,19 +51,19 @@ class ResizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class TransportRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../transport."""
+    """How guests are to reach the volume."""
 
     transport: TransportChoice
 
 
 class DrainRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../drain. Without `timeout` it waits as long as it takes."""
+    """Seconds to wait; without `timeout` as long as it takes."""
 
     timeout: Seconds | None = None
 
 
 class DetachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../detach. Without `timeout` it waits as long as it takes, except with `force`.
+    """Seconds to wait; without `timeout` as long as it takes, except with `force`.
 
     `force`: even while guests use the export, or when something cannot be uploaded.
     """
@@ -73,27 +73,27 @@ class DetachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class UndeleteRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../undelete."""
+    """The prefix that the volume was in; default: the first of the configuration."""
 
     prefix: str | None = None
 
 
 class SnapshotRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../snapshot. `tag` names the snapshot's manifest too."""
+    """A snapshot to make. `tag` names it, too; `timeout` in seconds."""
 
     tag: str | None = None
     timeout: Seconds | None = None
 
 
 class TagRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../tag: the volume as it is, or its snapshot `sequence`."""
+    """What the tag is to name: the volume as it is, or its snapshot `sequence`."""
 
     tag: str
     sequence: int | None = None
 
 
 class BlessRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST /api/bases/{name}. `image`: the absolute path of a raw image on the daemon's host."""
+    """An image to make a base of: the absolute path of a raw image on the daemon's host."""
 
     image: str
     prefix: str | None = None
@@ -101,7 +101,7 @@ class BlessRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class PromoteRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../promote.
+    """What is to become of an export.
 
     Without `base` a read-only export becomes read-write. With it the volume, or its snapshot
     `sequence`, becomes a base; `prefix` is for a volume that is not served here.
@@ -113,7 +113,7 @@ class PromoteRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class ProfileRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../profile.
+    """How long to record.
 
     It ends after `stop_after` seconds, or `idle` seconds after the last new block.
     """
@@ -123,7 +123,7 @@ class ProfileRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 class AttachRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Body of POST .../attach.
+    """How to get the volume.
 
     ``take_over`` fences the host that has the volume. ``accept_older`` takes the store's state if the store
     went back in time: what this host has beyond it stays in its log, set aside.

@@ -20,7 +20,16 @@ from typing import Any
 import msgspec
 
 from glidefs.core.figures import VolumeInfo
-from glidefs.errors import CorruptObject, ExportExists, Fenced, GlideError, NotServed, Refused, UnknownExport
+from glidefs.errors import (
+    CorruptObject,
+    ExportExists,
+    Fenced,
+    GlideError,
+    NotOpen,
+    NotServed,
+    Refused,
+    UnknownExport,
+)
 from glidefs.events import happened
 from glidefs.exports.requests import ExportStatus
 from glidefs.formats import export_record
@@ -260,16 +269,16 @@ class Entry:
         return bool(self.fence_reason())
 
     def check_served(self) -> None:
-        """Raises Fenced, or GlideError where guests cannot use it now."""
+        """Raises Fenced, or NotOpen where guests cannot use it now."""
         if self.is_fenced():
             raise Fenced(self.name, self.fence_reason())
         if not self.serves():
-            raise GlideError(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
+            raise NotOpen(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
 
     def known_record(self) -> ExportRecord:
-        """The record. Raises GlideError where that on this host is damaged."""
+        """The record. Raises NotOpen where that on this host is damaged."""
         if self.record is None:
-            raise GlideError(f"{self.name}: its record on this host is damaged; {self.reason}")
+            raise NotOpen(f"{self.name}: its record on this host is damaged; {self.reason}")
         return self.record
 
     def served_status(self) -> ExportStatus:
@@ -284,7 +293,7 @@ class Entry:
         if self.is_fenced():
             raise Fenced(self.name, self.fence_reason())
         if volume is None:
-            raise GlideError(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
+            raise NotOpen(f"{self.name} is not served here now; 'glidefs show {self.name}' says why")
         volume.drain(timeout)
 
     def status(

@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 import msgspec
 
 from glidefs.core.gather import Gather, LogDamage, log_segments
-from glidefs.errors import CorruptLog, GlideError, UnknownExport
+from glidefs.errors import CorruptLog, InUse, UnknownExport
 from glidefs.formats.atomic import fsync_dir
 from glidefs.formats.pack import BLOCK, FULL_MASK, SECTOR, SECTORS_PER_BLOCK
 from glidefs.volume import log_damage
@@ -190,11 +190,11 @@ def _copy(gather: Gather, out: IO[bytes]) -> list[LogExtent]:
 
 
 def delete_log(log_root: Path, volume_id: str, log_id: str, live: Collection[tuple[bytes, bytes]]) -> None:
-    """Delete a log that was set aside. Raises GlideError for one in use, UnknownExport for none."""
+    """Delete a log that was set aside. Raises InUse for one in use, UnknownExport for none."""
     if not (_HEX_ID.match(volume_id) and _HEX_ID.match(log_id)):
         raise UnknownExport(f"{volume_id}/{log_id}", "a log is named by two ids of 32 hex digits")
     if (bytes.fromhex(volume_id), bytes.fromhex(log_id)) in live:
-        raise GlideError(f"log {log_id} belongs to a volume that is served here; remove the volume instead")
+        raise InUse(f"log {log_id} belongs to a volume that is served here; remove the volume instead")
     path = log_root / volume_id / log_id
     if not path.is_dir():
         raise UnknownExport(f"{volume_id}/{log_id}", "no such log; `glidefs logs` lists them")

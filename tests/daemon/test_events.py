@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 from daemon_harness import Daemon, wait_for
-from fastapi import Request
 
+from glidefs.api.access import Caller, Scope, address_of
 from glidefs.api.client import CommandError, export_path
-from glidefs.api.peer import asked_from
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed")
@@ -155,4 +154,5 @@ def test_who_asks_over_tcp_is_an_address() -> None:
         (("uid 0 pid 7", 0), "uid 0 pid 7"),
         (None, "unknown"),
     ):
-        assert asked_from(Request({"type": "http", "client": client})) == said
+        assert address_of({"type": "http", "client": client}) == said
+    assert Caller(Scope.READ, "10.0.0.7:40312", "ci").who == "token ci at 10.0.0.7:40312"

@@ -111,7 +111,7 @@ def test_bad_bodies(daemon: Daemon) -> None:
         assert caught.value.reason
     with pytest.raises(CommandError) as caught:
         daemon.client.call("PUT", "/api/exports/v1", {"size": "x" * 100_000})
-    assert caught.value.status == 400
+    assert caught.value.status == 413
     with pytest.raises(CommandError) as caught:
         daemon.client.call("GET", "/api/nothing")
     assert caught.value.status == 404

@@ -15,7 +15,7 @@ from glidefs.bases.manifest_cache import BaseLibrary
 from glidefs.bases.profile import IDLE, recording, wait
 from glidefs.bases.stored import list_bases, remove_base
 from glidefs.bless.bless import bless
-from glidefs.errors import ConfigError, Fenced, GlideError, NotSupported
+from glidefs.errors import ConfigError, Fenced, GlideError, NotOpen, NotSupported
 from glidefs.exports.copies.lineage import PATIENCE, Lineage
 from glidefs.exports.opener import Opener
 from glidefs.exports.requests import (
@@ -69,7 +69,7 @@ class ForkVerbs:
         if entry.is_fenced():
             raise Fenced(name, entry.fence_reason())
         if volume is None or entry.record is None:
-            raise GlideError(f"{name} is not served here now; 'glidefs show {name}' says why")
+            raise NotOpen(f"{name} is not served here now; 'glidefs show {name}' says why")
         return entry, volume
 
     def _prefix(self, name: str, prefix: str | None) -> str:

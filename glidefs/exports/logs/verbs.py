@@ -126,13 +126,13 @@ class LogVerbs:
     def delete(self, volume_id: str, log_id: str, *, force: bool = False) -> dict[str, Any]:
         """Delete a log that was set aside.
 
-        Raises InUse, unless ``force``, where it holds what the store does not have, or may be that of an
-        export whose record is damaged; UnknownExport, GlideError for one that an export uses.
+        Raises InUse for one that an export uses; also, unless ``force``, where it holds what the store does
+        not have, or may be that of an export whose record is damaged. Raises UnknownExport.
         """
         known, damaged = self._known()
         for (volume, log), name in known.items():
             if (volume.hex(), log.hex()) == (volume_id, log_id) and self._is_fenced(name):
-                raise GlideError(f"log {log_id} belongs to {name}, which is fenced; detach {name} first")
+                raise InUse(f"log {log_id} belongs to {name}, which is fenced; detach {name} first")
         lost = self._lost(volume_id, log_id, known, damaged)
         if lost and not force:
             raise InUse(
