@@ -25,6 +25,8 @@ pytestmark = [
     pytest.mark.skipif(bool(guest.missing()), reason=guest.missing() or "-"),
     pytest.mark.skipif(EMULATED, reason="no QEMU inside an emulated VM"),
     pytest.mark.root,
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
 ]
 
 KERNEL = os.environ.get("GLIDEFS_VM_KERNEL", "6.12")
