@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request, Response
 
 from glidefs.api.errors import ErrorAnswer, describe
 from glidefs.api.life import Lives
+from glidefs.api.looking import looking_routes
 from glidefs.api.peer import asked_from
 from glidefs.api.pools import Pool, Pools
 from glidefs.api.shared import Shared
@@ -78,6 +79,14 @@ class Control(Protocol):
 
     def metrics(self) -> bytes:
         """The Prometheus text."""
+        ...
+
+    def live(self) -> bytes:
+        """What all exports do now, as JSON."""
+        ...
+
+    def live_of(self, name: str) -> bytes:
+        """What one did in the last hour, as JSON. Raises UnknownExport."""
         ...
 
 
@@ -382,6 +391,7 @@ def build_app(control: Control) -> FastAPI:
         ("GET", "/metrics", routes.metrics),
         ("GET", "/health", routes.health),
         ("GET", "/health/ready", routes.ready),
+        *looking_routes(control.live, control.live_of, routes.pools.looks),
     )
     for method, path, handler in table:
         looks = method in ("GET", "HEAD")

@@ -18,6 +18,7 @@ from typing import Any
 
 import uvicorn
 
+from glidefs.api.looking import UI_PATHS
 from glidefs.api.peer import PeerProtocol
 from glidefs.config import ApiSettings, parse_listen
 from glidefs.errors import ConfigError, GlideError
@@ -45,7 +46,10 @@ STOP_TIMEOUT = 10.0
 
 
 class TokenGuard:
-    """Lets a request through only with `Authorization: Bearer TOKEN`."""
+    """Lets a request through only with `Authorization: Bearer TOKEN`.
+
+    The files of the dashboard need none: its page asks for it.
+    """
 
     def __init__(self, app: AsgiApp, token: str) -> None:
         self._app = app
@@ -57,7 +61,8 @@ class TokenGuard:
             return
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, rest = given.partition(b" ")
-        if hmac.compare_digest(scheme.lower() + b" " + rest.strip(), self._expected):
+        known = hmac.compare_digest(scheme.lower() + b" " + rest.strip(), self._expected)
+        if known or (scope["method"] in ("GET", "HEAD") and scope["path"] in UI_PATHS):
             await self._app(scope, receive, send)
             return
         headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
