@@ -52,6 +52,7 @@ function askForToken() {
   const form = byId("token-form");
   const again = sessionStorage.getItem(KEPT);
   form.hidden = false;
+  byId("main").classList.add("locked");
   if (again) say(byId("token-note"), "The daemon does not know this token. Take that of its token file.");
   sessionStorage.removeItem(KEPT);
   pill("lost", "needs a token");
@@ -74,6 +75,7 @@ function show(live) {
   latest = live;
   const host = live.host;
   byId("token-form").hidden = true;
+  byId("main").classList.remove("locked");
   document.title = live.wrong.length ? `(${live.wrong.length}) ${host.node} – GlideFS` : `${host.node} – GlideFS`;
   say(byId("node"), host.node);
   pill(host.status, host.status);
@@ -108,7 +110,8 @@ function showCards({ totals, store, log, cache, states }) {
     `${short(totals.waiting_requests)} requests wait`);
   const away = store.state !== "up";
   byId("store").classList.toggle("bad", away);
-  say(byId("store"), away ? `away for ${age(store.down_seconds)}` : `up, ${latency(store.latency_seconds)}`);
+  say(byId("store"), away ? `away for ${age(store.down_seconds)}`
+    : store.latency_seconds === null ? "up" : `up, ${latency(store.latency_seconds)}`);
   const failed = store.last_error ? `; last error ${day(store.last_error_at)}: ${store.last_error}` : "";
   byId("store-more").title = store.url + failed;
   say(byId("store-more"),
