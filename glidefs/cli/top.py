@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from glidefs.api.client import CommandError
@@ -69,7 +68,7 @@ def top_command(
             output.emit({**live, "exports": screen.chosen(live)})
         elif once or not (sys.stdin.isatty() and sys.stdout.isatty()):
             console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
-            console.print(screen.frame(ask(), None))
+            console.print(screen.frame(ask(), console.width))
         else:
             try:
                 _watch(screen, ask, interval)
@@ -88,7 +87,7 @@ def _watch(screen: Screen, ask: Callable[[], dict[str, Any]], interval: float) -
                 screen.trouble = f"{error.reason}; {error.hint}"
             until = time.monotonic() + interval
             while True:
-                shown.update(screen.frame(live, console.size.height), refresh=True)
+                shown.update(screen.frame(live, *console.size), refresh=True)
                 key = next_key(until - time.monotonic())
                 if key == "q":
                     return
@@ -124,7 +123,7 @@ class Screen:
         exports = sorted(live["exports"], key=lambda e: (-SORTS[self.sort](e), e["name"]))
         return exports if self._count is None else exports[: self._count]
 
-    def frame(self, live: dict[str, Any] | None, height: int | None) -> Group:
+    def frame(self, live: dict[str, Any] | None, width: int, height: int | None = None) -> Group:
         """One frame. With a ``height`` the table has what is left of it, and the last line names the keys."""
         if live is None:
             return Group(Text(self.trouble, style="red"))
@@ -134,15 +133,15 @@ class Screen:
         exports = self.chosen(live)
         self._all = len(exports)
         if height is None:
-            return Group(*lines, Text(), _table(exports, self.sort))
+            return Group(*lines, Text(), _table(exports, self.sort, width))
         self._page = max(1, height - len(lines) - 3)
         self._first = max(0, min(self._first, self._all - self._page))
         shown = exports[self._first : self._first + self._page]
-        return Group(*(_cut(line) for line in lines), _table(shown, self.sort), self._foot(len(shown)))
+        return Group(*(_cut(line) for line in lines), _table(shown, self.sort, width), self._foot(len(shown)))
 
     def _foot(self, shown: int) -> Text:
         where = f"{self._first + 1}-{self._first + shown} of {self._all}" if shown else "no exports"
-        return Text(f"{where}   ↑ ↓ move   s or ← → sort by another column   q ends", style="dim")
+        return _cut(Text(f"{where}   ↑ ↓ move   s or ← → sort by another column   q ends", style="dim"))
 
 
 def _cut(line: Text) -> Text:
@@ -211,16 +210,36 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Export], str]], ...] = (
 _WORDS = ("NAME", "STATE", "TROUBLE")
 
 
-def _table(exports: Sequence[Export], sort: str) -> Table:
-    table = Table(box=None, pad_edge=False, expand=False, header_style="bold")
-    for title, key, _ in _COLUMNS:
-        shown = f"{title}*" if key == sort else title
-        justify: Any = "left" if title in _WORDS else "right"
-        table.add_column(shown, justify=justify, no_wrap=True, overflow="ellipsis")
-    for export in exports:
-        cells = [Text(output.printable(text(export)).replace("\n", " ")) for _, _, text in _COLUMNS]
-        table.add_row(*cells, style="red" if export["state"] in ("failed", "fenced") else None)
-    return table
+_OPTIONAL = ("CACHE", "LOG", "WRITE", "READ", "UPLOAD", "AGE", "STATE")
+"""Left out where the terminal is narrow, the first of them first. What is wrong may be cut in any case."""
+_GAP = "  "
+
+
+def _table(exports: Sequence[Export], sort: str, width: int) -> Group:
+    """The heading and a line for each export, none wider than ``width``."""
+    columns: dict[str, list[str]] = {}
+    for title, key, text in _COLUMNS:
+        cells = [output.printable(text(export)).replace("\n", " ") for export in exports]
+        columns[title] = [f"{title}*" if key == sort else title, *cells]
+    widths = {title: max(map(len, cells)) for title, cells in columns.items() if title != "TROUBLE"}
+    for title in _OPTIONAL:
+        if sum(widths.values()) + len(_GAP) * len(widths) <= width:
+            break
+        del widths[title], columns[title]
+    lines = []
+    for at in range(len(exports) + 1):
+        cells = [
+            cells[at] if title == "TROUBLE" else _justified(cells[at], title, widths[title])
+            for title, cells in columns.items()
+        ]
+        bad = at > 0 and exports[at - 1]["state"] in ("failed", "fenced")
+        style = "bold" if at == 0 else "red" if bad else ""
+        lines.append(_cut(Text(_GAP.join(cells).rstrip(), style=style)))
+    return Group(*lines)
+
+
+def _justified(cell: str, title: str, width: int) -> str:
+    return cell.ljust(width) if title in _WORDS else cell.rjust(width)
 
 
 def _number(value: float) -> str:

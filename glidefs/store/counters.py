@@ -58,8 +58,8 @@ class Counters:
         with self.lock:
             self.requests[op] += 1
             self.seconds[op] += took  # type: ignore[assignment]  # a Counter counts fractions, too
+            self.errors[op] += bool(failed)  # a series from the first request on
             if failed:
-                self.errors[op] += 1
                 self.last_error, self.last_error_at = failed, time.time()
             self.retries[op] += again
             self.bytes_in += got
