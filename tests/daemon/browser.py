@@ -19,6 +19,7 @@ CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
 PATIENCE = 120.0
+CATEGORIES = ["toplevel", "devtools.timeline", "disabled-by-default-devtools.timeline"]
 FLAGS = (
     "--headless=new",
     "--no-sandbox",
@@ -45,6 +46,8 @@ class Page:
         self.asked: list[str] = []
         self.said: list[str] = []
         self._loaded = 0
+        self._events: list[dict[str, Any]] = []
+        self._traced = False
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
@@ -82,6 +85,10 @@ class Page:
             self.asked.append(given["request"]["url"])
         elif method == "Page.loadEventFired":
             self._loaded += 1
+        elif method == "Tracing.dataCollected":
+            self._events += given["value"]
+        elif method == "Tracing.tracingComplete":
+            self._traced = True
         elif method == "Runtime.exceptionThrown":
             self.said.append(json.dumps(given["exceptionDetails"]))
         elif method == "Log.entryAdded":
@@ -113,6 +120,34 @@ class Page:
         """What people see of an element."""
         return str(self.value(f"document.querySelector({json.dumps(selector)}).innerText"))
 
+    @contextlib.contextmanager
+    def tasks(self) -> Iterator[list[tuple[float, float]]]:
+        """Of the block: milliseconds of CPU, and on the clock, of each task of the page's main thread."""
+        found: list[tuple[float, float]] = []
+        self._events = []
+        self.call(
+            "Tracing.start", transferMode="ReportEvents", traceConfig={"includedCategories": CATEGORIES}
+        )
+        yield found
+        self.call("Tracing.end")
+        until = time.monotonic() + PATIENCE
+        while not self._traced:
+            self._note(self._next(until))
+        self._traced = False
+        main = {
+            (event["pid"], event["tid"])
+            for event in self._events
+            if event.get("name") == "thread_name" and event["args"].get("name") == "CrRendererMain"
+        }
+        found += [
+            (event.get("tdur", event["dur"]) / 1e3, event["dur"] / 1e3)
+            for event in self._events
+            if event.get("name", "").endswith("RunTask")
+            and event["ph"] == "X"
+            and (event["pid"], event["tid"]) in main
+        ]
+        assert found, "the browser traced no task"
+
     def dark(self, on: bool) -> None:
         """What the system prefers."""
         feature = {"name": "prefers-color-scheme", "value": "dark" if on else "light"}
@@ -132,7 +167,7 @@ def browser(profile: Path) -> Iterator[Page]:
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"]
     script = f'exec "$@" 3<&{its_input} 4>&{its_output}'
     process = subprocess.Popen(
-        ["sh", "-c", script, "sh", *command],
+        ["bash", "-c", script, "bash", *command],
         pass_fds=(its_input, its_output),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -6,6 +6,7 @@ Pictures are left in build/ui, for people to look at.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socketserver
@@ -79,7 +80,8 @@ def used(daemon: Daemon, *names: str) -> None:
 
 def rows(page: Page) -> list[str]:
     found: list[str] = page.value(
-        "[...document.querySelectorAll('#rows tr:not(.space)')].map(row => row.innerText.replace(/\\s+/g, ' '))"
+        "[...document.querySelectorAll('#rows tr:not(.space)')]"
+        ".map(row => row.innerText.replace(/\\s+/g, ' '))"
     )
     return found
 
@@ -123,8 +125,8 @@ def test_all_is_well(page: Page, daemon: Daemon) -> None:
             page.dark(dark)
             assert_readable(page)
             page.shot(PICTURES / f"healthy-{'dark' if dark else 'light'}.png")
-        paints = []
-        for _ in range(5):
+        paints: list[float] = []
+        while len(paints) < 10 and min(paints, default=FIRST_PAINT + 1) > FIRST_PAINT:
             page.open("about:blank")
             page.open(url)
             paints.append(page.wait("performance.getEntriesByName('first-contentful-paint')[0]?.startTime"))
@@ -257,6 +259,8 @@ def made_up(daemon: Daemon, count: int, trouble: str = "") -> Callable[[str], di
     began = time.monotonic()
 
     def documents(path: str) -> dict[str, Any] | None:
+        if path.startswith("/api/live/"):
+            return hour(path.rpartition("/")[2])
         if path != "/api/live":
             return None
         turn = int((time.monotonic() - began) * 10)
@@ -269,43 +273,68 @@ def made_up(daemon: Daemon, count: int, trouble: str = "") -> Callable[[str], di
         )
         events = [{**event, "text": trouble or event["text"], "by": trouble} for event in view["events"]]
         store = {**view["store"], "last_error": trouble, "last_error_at": 1.0 if trouble else 0.0}
-        return {**view, "exports": exports, "wrong": wrong, "events": events, "store": store}
+        host = {**view["host"], "time": time.time()}
+        return {**view, "host": host, "exports": exports, "wrong": wrong, "events": events, "store": store}
 
     return documents
 
 
+def hour(name: str) -> dict[str, Any]:
+    """Waves, and a quarter of an hour that nobody saw."""
+
+    def wave(top: float, phase: float) -> list[float | None]:
+        values: list[float | None] = [top * (1.1 + math.sin(at / 25 + phase)) for at in range(360)]
+        values[100:190] = [None] * 90
+        return values
+
+    series = {key: wave(top, at) for at, (key, top) in enumerate(TOPS.items())}
+    return {"name": name, "step_seconds": 10, "until": time.time(), "series": series}
+
+
+TOPS = {
+    "read_iops": 4000.0,
+    "write_iops": 900.0,
+    "read_bytes_per_second": 3e7,
+    "write_bytes_per_second": 2e7,
+    "read_p99_seconds": 2e-3,
+    "write_p99_seconds": 4e-4,
+    "dirty_bytes": 3e8,
+}
 SCROLL = """new Promise((done) => {
   const scroll = document.getElementById('scroll');
-  const tasks = [], frames = [];
-  new PerformanceObserver((list) => tasks.push(...list.getEntries().map((e) => e.duration)))
-    .observe({ type: 'longtask' });
-  let step = 0, before = performance.now();
-  const next = (now) => {
-    frames.push(now - before);
-    before = now;
+  let step = 0;
+  const next = () => {
     scroll.scrollTop = (step * 1237) % (scroll.scrollHeight - scroll.clientHeight);
     step += 1;
-    if (step < 300) requestAnimationFrame(next);
-    else setTimeout(() => done({ tasks, frames: frames.sort((a, b) => a - b) }), 200);
+    if (step < 200) requestAnimationFrame(next);
+    else setTimeout(done, 200);
   };
   requestAnimationFrame(next);
 })"""
 
 
 def test_three_thousand_exports_scroll_smoothly(page: Page, daemon: Daemon) -> None:
-    """While answers go on to come; the best of three rounds, because other tests may have the CPUs."""
+    """While answers go on to come. In CPU time of a task: other tests may have the CPUs."""
     with served(Stub(made_up(daemon, 3000))) as port:
         page.open(f"http://127.0.0.1:{port}/ui")
         page.wait("document.getElementById('count').innerText === '3000'")
         assert page.value("document.querySelectorAll('#rows tr').length") < 60
-        rounds = [page.value(SCROLL) for _ in range(3)]
-        longest = [max(one["tasks"], default=0.0) for one in rounds]
-        medians = [one["frames"][len(one["frames"]) // 2] for one in rounds]
-        told = f"longest tasks {longest} ms, median frames {medians} ms, load {os.getloadavg()[0]:.1f}\n"
+        with page.tasks() as tasks:
+            shown = page.text("#updated")
+            page.value(SCROLL)
+            page.wait(f"document.getElementById('updated').innerText !== {json.dumps(shown)}")
+        longest, on_the_clock = max(cpu for cpu, _ in tasks), max(wall for _, wall in tasks)
+        told = f"longest task {longest:.1f} ms of CPU, {on_the_clock:.1f} ms; load {os.getloadavg()[0]:.1f}\n"
         (PICTURES / "scroll.txt").write_text(told)
-        assert min(longest) < LONG_TASK, told
+        assert longest < LONG_TASK, told
         page.value("document.getElementById('scroll').scrollTop = 1e9")
         page.wait("[...document.querySelectorAll('#rows tr:not(.space)')].at(-1).ariaRowIndex === '3001'")
+        page.value("document.querySelector('#rows td button').click()")
+        page.wait("document.querySelectorAll('#charts svg path').length === 7")
+        (gap,) = page.value(
+            "[document.querySelector('#charts path').getAttribute('d').split('M').length - 1]"
+        )
+        assert gap == 2  # what nobody saw is no line
         page.shot(PICTURES / "many-light.png")
 
 
@@ -316,7 +345,7 @@ def test_hostile_text_is_text(page: Page, daemon: Daemon) -> None:
         page.value("document.querySelector('#rows td button').click()")
         assert EVIL[:60] in page.text("#wrong .what")
         assert EVIL[:60] in page.text("#events")
-        assert EVIL[:60] in page.text("#rows td:last-child")
+        assert EVIL[:60] in page.text("#rows tr:not(.space) td:last-child")
         assert page.value("document.title").endswith("GlideFS")
         assert page.value("document.querySelectorAll('img, body script').length") == 0
         page.shot(PICTURES / "hostile.png")

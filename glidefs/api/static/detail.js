@@ -3,7 +3,7 @@
 import { byId, clock, element, latency, mibs, say, short, size } from "/ui/format.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const WIDTH = 359, HEIGHT = 80;
+const WIDTH = 360, HEIGHT = 80;
 const CHARTS = [
   ["IOPS", "read_iops", "write_iops", short],
   ["MiB/s", "read_bytes_per_second", "write_bytes_per_second", mibs],
@@ -13,12 +13,12 @@ const CHARTS = [
 
 function line(values, top, kind) {
   const path = document.createElementNS(SVG, "path");
-  const start = WIDTH + 1 - values.length;
+  const start = WIDTH - values.length;
   let drawn = "", on = false;
   values.forEach((value, at) => {
     if (value === null) { on = false; return; }
     const y = HEIGHT - 2 - (value / top) * (HEIGHT - 6);
-    drawn += `${on ? "L" : "M"}${start + at} ${y.toFixed(1)}`;
+    drawn += `${on ? "L" : "M"}${start + at} ${y.toFixed(1)}h1`;  // a sample is of some time, also alone
     on = true;
   });
   path.setAttribute("d", drawn);
@@ -53,7 +53,7 @@ function chart([title, first, second, text], document_) {
   tell(count - 1);
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect();
-    const at = Math.round(((event.clientX - box.left) / box.width) * WIDTH) - (WIDTH + 1 - count);
+    const at = Math.round(((event.clientX - box.left) / box.width) * WIDTH - 0.5) - (WIDTH - count);
     tell(Math.max(0, Math.min(count - 1, at)));
   });
   svg.addEventListener("pointerleave", () => tell(count - 1));
