@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from operator import sub
 from typing import Any, NamedTuple
 
 from glidefs.core._core import ffi, lib
@@ -16,7 +17,8 @@ _HISTOGRAMS = 8 * 3 * len(OPS)
 """Where they begin; those of READ and WRITE come first."""
 _USED = 8 * 2 * _BUCKETS
 _NUMBERS = struct.Struct(f"@12Q{8 * len(OPS) * _BUCKETS}x13Q")
-_HISTOGRAM = struct.Struct(f"@{_BUCKETS}Q")
+_HISTOGRAM = 8 * _BUCKETS
+_FIRST = [struct.Struct(f"@{count}Q") for count in range(_BUCKETS + 1)]
 
 
 class Brief(NamedTuple):
@@ -24,7 +26,7 @@ class Brief(NamedTuple):
 
     ``numbers``: ops, bytes and errors, each in the order of :data:`OPS`, the sums of latencies (ns) likewise,
     then faults, log_hits, cache_reads, zero_reads, rmw, syncs, log_full_waits, map_full_waits, paced.
-    ``latency``: the histograms of READ and WRITE as they lie in memory, see :func:`counts`.
+    ``latency``: the histograms of READ and WRITE as they lie in memory, see :func:`grown`.
     """
 
     numbers: tuple[int, ...]
@@ -53,6 +55,12 @@ def _read(raw: Any) -> list[Brief]:
     return found
 
 
-def counts(brief: Brief, op: int) -> tuple[int, ...]:
-    """The histogram of READ (0) or WRITE (1), in buckets as csrc/volume/stats.h has them."""
-    return _HISTOGRAM.unpack_from(brief.latency, op * _HISTOGRAM.size)
+def grown(before: Brief, after: Brief, op: int) -> list[int]:
+    """By how much each bucket of the histogram of READ (0) or WRITE (1) grew; see csrc/volume/stats.h.
+
+    Up to the last bucket that is not empty: most are.
+    """
+    begin = op * _HISTOGRAM
+    used = len(after.latency[begin : begin + _HISTOGRAM].rstrip(b"\0"))
+    first = _FIRST[-(-used // 8)]
+    return list(map(sub, first.unpack_from(after.latency, begin), first.unpack_from(before.latency, begin)))

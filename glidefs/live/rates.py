@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from operator import sub
 
 from msgspec import Struct
 
-from glidefs.core.brief import IDLE, Brief, counts
+from glidefs.core.brief import IDLE, Brief, grown
 
 BUCKET_UNIT = 256e-9
 """Seconds; see csrc/volume/stats.h."""
@@ -50,34 +50,39 @@ def lower_bound(bucket: int) -> float:
     return BUCKET_UNIT * (power if bucket % 2 == 0 else 1.5 * power)
 
 
+LAST = 63
 _BOUNDS = [lower_bound(bucket) for bucket in range(65)]
 
 
 def quantile(buckets: Sequence[int], part: float) -> float | None:
     """The latency below which this part of the requests was; evenly spread within a bucket. None: no request.
 
-    The last bucket has no upper bound: its lower one is the answer.
+    Bucket LAST has no upper bound: its lower one is the answer.
     """
     total = sum(buckets)
     if total <= 0:
         return None
     rank = part * total
-    for bucket, below in enumerate(accumulate(buckets)):
-        if below >= rank and buckets[bucket]:
-            if bucket == len(buckets) - 1:
-                return _BOUNDS[bucket]
-            inside = 1.0 - (below - rank) / buckets[bucket]
-            return _BOUNDS[bucket] + inside * (_BOUNDS[bucket + 1] - _BOUNDS[bucket])
-    return _BOUNDS[len(buckets) - 1]
+    below = total
+    # From the top: the percentiles that are asked for are high ones.
+    for bucket in range(len(buckets) - 1, -1, -1):
+        count = buckets[bucket]
+        if count > 0 and below - count < rank:
+            low = _BOUNDS[bucket]
+            if bucket == LAST:
+                return low
+            return low + (rank - below + count) / count * (_BOUNDS[bucket + 1] - low)
+        below -= count
+    return 0.0
 
 
 def rates(before: Brief, after: Brief, seconds: float) -> Rates:
     """What was done between two looks, ``seconds`` apart. A volume that was opened anew began at zero."""
     if after is before or seconds <= 0:
         return NOTHING
-    if any(new < old for new, old in zip(after.numbers, before.numbers, strict=True)):
-        before = IDLE
-    new = [a - b for a, b in zip(after.numbers, before.numbers, strict=True)]
+    new: Sequence[int] = list(map(sub, after.numbers, before.numbers))
+    if min(new) < 0:
+        before, new = IDLE, after.numbers
     if not any(new):
         return NOTHING
     faults, log, cache, zero = new[_OTHERS : _OTHERS + 4]
@@ -106,5 +111,4 @@ def _mean(new: Sequence[int], op: int) -> float | None:
 
 def _p99(before: Brief, after: Brief, op: int) -> float | None:
     # Counters are read while guests go on: one may be a request ahead of another.
-    pairs = zip(counts(after, op), counts(before, op), strict=True)
-    return quantile([max(0, new - old) for new, old in pairs], 0.99)
+    return quantile([max(0, count) for count in grown(before, after, op)], 0.99)
