@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from importlib.resources import files
+from pathlib import Path
 
 from fastapi import Request, Response
 
@@ -17,6 +17,7 @@ from glidefs.api.shared import Shared
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+STATIC = Path(__file__).parent / "static"
 UI_FILES = {
     "/ui": ("index.html", "text/html; charset=utf-8"),
     "/ui/style.css": ("style.css", "text/css; charset=utf-8"),
@@ -62,7 +63,7 @@ def looking_routes(
 def _file(name: str, kind: str) -> Handler:
     async def send(request: Request) -> Response:
         # Read when it is asked for: most daemons are never looked at, and the files are small.
-        data = (files("glidefs.api") / "static" / name).read_bytes()
+        data = (STATIC / name).read_bytes()
         return Response(data, headers={**UI_HEADERS, "Content-Type": kind})
 
     return send
