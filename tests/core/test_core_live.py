@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from core_rig import BLOCK, CoreRig, Vol, pattern
 
 from glidefs.core.brief import IDLE, briefs
@@ -75,9 +76,14 @@ def test_an_hour_of_samples(rig: CoreRig) -> None:
     assert 20 * 4096 <= first <= 21 * 4096
     assert watched.series("idle", "write_iops") == [0.0, 0.0, 0.0]
     assert ("idle", "id") not in watched.sampler._rings
+    watched.vols["idle", "id"].core.pread(0, 4096)
+    watched.step()
+    assert watched.series("idle", "read_iops")[-1] == pytest.approx(0.1, rel=1e-3)
     for _ in range(LENGTH):
         watched.step()
     assert watched.series("a", "write_iops") == [0.0] * LENGTH
+    assert watched.series("idle", "read_iops") == [0.0] * LENGTH
+    assert list(watched.sampler._rings) == [("a", "id")]  # which has data that is not uploaded
 
 
 def test_samples_that_were_missed_are_not_zeros(rig: CoreRig) -> None:
@@ -131,6 +137,10 @@ def test_exports_come_and_go(rig: CoreRig) -> None:
     assert watched.series("b", "write_iops") == [0.0, 2.0]
     assert ("a", "id") not in watched.sampler._rings
     assert watched.sampler.history(("a", "other"))[1]["write_iops"] == [0.0, 0.0]
+    watched.vols["new", "id"] = rig.vol()
+    watched.write("new", 8)
+    watched.clock.now += 4.0
+    assert watched.sampler.now().rates["new", "id"].write_iops == 2.0
 
 
 def test_what_the_store_got(rig: CoreRig) -> None:

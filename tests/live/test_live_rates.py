@@ -124,6 +124,14 @@ def test_what_was_done_between_two_looks() -> None:
     assert did.waits == 0.2
 
 
+def test_reads_and_writes_have_their_own_percentiles() -> None:
+    one = brief([1000] * 10, {1: 10, 13: 10**7})
+    both = Brief(one.numbers, one.latency[:512] + brief([10**6] * 10).latency[:512])
+    did = rates(IDLE, both, 1.0)
+    assert did.read_p99 == pytest.approx(1e-6, rel=0.5)
+    assert did.write_p99 == pytest.approx(1e-3, rel=0.5)
+
+
 def test_nothing_is_nothing() -> None:
     one = brief([1000])
     assert rates(one, one, 10.0) is NOTHING
