@@ -109,7 +109,9 @@ class Sampler:
         """Look once: the sample that belongs to this time, and none for those that were missed."""
         volumes = self._volumes()
         with self._lock:
-            number = max(self._number + 1, round((self._clock() - self._began) / STEP) - 1)
+            number = round((self._clock() - self._began) / STEP) - 1
+            if number <= self._number:
+                return  # woken early: a sample of no time says nothing
             look, dirty = self._look(volumes, self._tick)
             seconds = look.at - self._tick.at
             for missed in range(max(self._number + 1, number - LENGTH), number):

@@ -66,6 +66,10 @@ def test_an_hour_of_samples(rig: CoreRig) -> None:
     watched = Watched(rig, "a", "idle")
     watched.step()
     watched.write("a", 20)
+    watched.sampler.sample()
+    watched.clock.now += 0.001
+    watched.sampler.sample()
+    watched.clock.now -= 0.001
     watched.step()
     watched.step()
     assert watched.series("a", "write_iops") == [0.0, 2.0, 0.0]
