@@ -11,13 +11,32 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from glidefs.asked import Asker, asker
 
 log = logging.getLogger(__name__)
+
+KEPT = 200
+
+
+class Past(NamedTuple):
+    """An event that is over: when it ended (unix seconds), and what its line in the log says."""
+
+    at: float
+    verb: str
+    export: str
+    outcome: str
+    seconds: float
+    by: str
+    text: str
+
+
+recent: deque[Past] = deque(maxlen=KEPT)
+"""The last events of this process, oldest first. Any thread may append; copy it to iterate."""
 
 
 class Event:
@@ -72,4 +91,5 @@ def _say(what: Event, level: int, outcome: str, seconds: float, detail: str) -> 
         subject = f"{what.verb} {what.export}".rstrip()
         said = f"{outcome} {'in' if outcome == 'done' else 'after'} {seconds:.3f} s"
         detail = ": ".join(part for part in (subject, said, detail) if part)
+    recent.append(Past(time.time(), what.verb, what.export, outcome, seconds, what.by.who, detail))
     log.log(level, "%s; %sby %s", detail, whose, what.by.who, extra={"event": fields})

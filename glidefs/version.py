@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib import metadata
 
 UNKNOWN = "unknown"
 
 
+@functools.cache
 def version() -> str:
     """The installed version, or that of a source tree."""
     try:
@@ -16,6 +18,7 @@ def version() -> str:
         return "0+source"
 
 
+@functools.cache
 def commit() -> str:
     """What git said of the tree when this was built (`setup.py`); "unknown" if it was not built from git."""
     try:

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from glidefs.core.gather import LogDamage
+from glidefs.handoff.history import Past as PastHandoff
+from glidefs.live.view import Host, LiveExport
+from glidefs.live.wrong import Wrong
 from glidefs.volume.logs import LogExtent
 
 
@@ -242,6 +245,46 @@ class Health(Struct, forbid_unknown_fields=True, kw_only=True):
     exports: dict[str, int]
     store: StoreHealth
     waiting_verbs: int
+
+
+class Event(Struct, forbid_unknown_fields=True, kw_only=True):
+    """Something that ended at `at` (unix seconds); `text` is its line in the log, `by` who asked for it."""
+
+    at: float
+    verb: str
+    export: str
+    outcome: str
+    seconds: float
+    by: str
+    text: str
+
+
+class Live(Struct, forbid_unknown_fields=True, kw_only=True):
+    """What a host does now. `wrong`: what is wrong and what to do, the worst first.
+
+    `states` counts exports by state. `handoffs` and `events` have the newest first.
+    """
+
+    host: Host
+    store: dict[str, Any]
+    log: dict[str, int]
+    maps: dict[str, int]
+    cache: dict[str, int]
+    wrong: list[Wrong]
+    states: dict[str, int]
+    totals: dict[str, float]
+    handoffs: list[PastHandoff]
+    events: list[Event]
+    exports: list[LiveExport]
+
+
+class LiveHistory(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The last hour of an export: samples of `step_seconds`, the newest ends at `until` (unix seconds)."""
+
+    name: str
+    step_seconds: float
+    until: float
+    series: dict[str, list[float | None]]
 
 
 Document = dict[str, Any]

@@ -24,6 +24,7 @@ from glidefs.api.errors import (
 )
 from glidefs.api.handlers import Call, Control, Handlers
 from glidefs.api.openapi import document
+from glidefs.api.pages import ui_files
 from glidefs.api.routes import MAX_BODY, ROUTES, Route
 from glidefs.asked import Asker, asked_by
 
@@ -42,6 +43,8 @@ def build_app(control: Control, audit: Audit) -> FastAPI:
             places.setdefault(place, {})[route.method] = route
     for place, routes in places.items():
         app.router.add_route(place, _endpoint(routes, handlers, audit), methods=list(routes))
+    for place, send in ui_files():
+        app.router.add_route(place, send, methods=["GET"])
     for status in (404, 405):
         app.add_exception_handler(status, _no_route)
     return app

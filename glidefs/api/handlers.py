@@ -62,6 +62,14 @@ class Control(Protocol):
         """The Prometheus text."""
         ...
 
+    def live(self) -> bytes:
+        """What all exports do now, as JSON."""
+        ...
+
+    def live_of(self, name: str) -> bytes:
+        """What one did in the last hour, as JSON. Raises UnknownExport."""
+        ...
+
 
 class Call:
     """A request, by what a handler needs of it."""
@@ -112,6 +120,7 @@ class Handlers:
         self.pools = Pools()
         self.life = Lives(lambda: control.router.table)
         self.scrape = Shared(partial(self.pools.looks.run, control.metrics))
+        self.now = Shared(partial(self.pools.looks.run, control.live))
 
     async def change(self, pool: Pool, call: Callable[[], Any]) -> Any:
         """A call that changes something: refused while the daemon stops."""
@@ -321,6 +330,21 @@ class Handlers:
         """
         return reply(await self.pools.handoffs.run(self.control.hand_over, dry_run=wanted.dry_run))
 
+    async def live(self, call: Call, _: None) -> Response:
+        """Say what all exports do now, what is wrong and what to do.
+
+        Who asks within a second gets one answer.
+        """
+        return Response(await self.now.get(), media_type="application/json")
+
+    async def live_of(self, call: Call, _: None) -> Response:
+        """Say what an export did in the last hour.
+
+        The history begins with the process: a handoff or restart begins it anew.
+        """
+        document = await self.pools.looks.run(self.control.live_of, call.name)
+        return Response(document, media_type="application/json")
+
     async def metrics(self, call: Call, _: None) -> Response:
         """Metrics of the process as Prometheus reads them.
 
@@ -355,7 +379,7 @@ class Handlers:
 
     async def docs(self, call: Call, _: None) -> Response:
         """A page for people with what this document says. It needs no network, so it can be saved."""
-        return Response(pages.docs(self._document), headers=pages.HEADERS, media_type="text/html")
+        return Response(pages.docs(self._document), headers=pages.DOCS_HEADERS, media_type="text/html")
 
 
 async def _hang_up(request: Request, who: Asker) -> None:

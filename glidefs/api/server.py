@@ -16,6 +16,7 @@ import threading
 import uvicorn
 
 from glidefs.api.guard import AsgiApp, LocalDoor, TokenDoor
+from glidefs.api.pages import UI_PATHS
 from glidefs.api.peer import PeerProtocol
 from glidefs.api.routes import OPEN
 from glidefs.api.tls import server_context
@@ -63,7 +64,7 @@ class ApiServer:
         settings = self._settings
         door = tls = None
         if settings.listen:
-            door = TokenDoor(self._app, Tokens(settings.token_file, settings.tokens_file), OPEN)
+            door = TokenDoor(self._app, Tokens(settings.token_file, settings.tokens_file), OPEN | UI_PATHS)
             tls = server_context(settings)
         unix = [at for path, at in inherited if at.family == socket.AF_UNIX and not path]
         unix = unix or _activated()

@@ -15,7 +15,6 @@ import os
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,16 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from glidefs.config import Config
 from glidefs.core import heap
-from glidefs.core.figures import totals
 from glidefs.daemon import process
 from glidefs.daemon.disk_sizes import misfits
 from glidefs.daemon.identity import CacheIdentity
-from glidefs.daemon.metrics import Metrics, Snapshot, figures_of
+from glidefs.daemon.looking import Looks
 from glidefs.daemon.serving import Core
 from glidefs.daemon.store_check import StoreCheck
 from glidefs.errors import GlideError
 from glidefs.events import event
-from glidefs.exports.health import troubles
 from glidefs.exports.router import ExportRouter
 from glidefs.exports.table import Entry
 from glidefs.handoff.coordinator import HandoffCoordinator, close_all
@@ -42,7 +39,6 @@ from glidefs.handoff.protocol import ExportCut, ListenerInfo
 from glidefs.host.host import Host
 from glidefs.store import open_configured
 from glidefs.store.resilient import ResilientStore
-from glidefs.store.state import StoreState
 from glidefs.store.which import WhichStore
 from glidefs.version import commit, version
 from glidefs.volume.volume import Volume
@@ -95,7 +91,7 @@ class Daemon:
         self._identity: CacheIdentity | None = None
         self._core: Core | None = None
         self._api: ApiServer | None = None
-        self._metrics = Metrics(self._snapshot)
+        self.looks = Looks(self)
 
     @property
     def core(self) -> Core:
@@ -171,6 +167,7 @@ class Daemon:
         self._prepare_api(listeners).start()
         close_all(fd for _, fd in listeners)
         self._ready = True
+        self.looks.start()
         exports, url = len(self.router.listing()), self.config.store.url
         log.info("ready: glidefs %s (commit %s), %d exports, store %s", version(), commit(), exports, url)
 
@@ -365,58 +362,41 @@ class Daemon:
 
     # -- what the API asks ---------------------------------------------------------------------
 
+    @property
+    def serving(self) -> ExportRouter | None:
+        """The exports; None before they are there."""
+        return self._core.router if self._core else None
+
+    @property
+    def store(self) -> ResilientStore | None:
+        """The store; None before it is open."""
+        return self._store
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the end of the process has begun."""
+        return self._stopping.is_set()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it serves, every export was tried, and it goes on."""
+        return self._ready and not self.is_stopping
+
     def health(self) -> dict[str, Any]:
         """State of the process, for GET /health."""
-        router, store = self._core.router if self._core else None, self._store
-        exports = router.listing() if router else []
-        states = Counter(status.state for status in exports)
-        state = store.state if store else StoreState()
-        now = time.time()
-        wrong = troubles(exports, state, now)
-        ready = self._ready and not self._stopping.is_set()
-        serving = "degraded" if wrong else "ok"
-        return {
-            "status": serving if ready else "stopping" if self._stopping.is_set() else "starting",
-            "reasons": wrong,
-            "ready": ready,
-            "pid": os.getpid(),
-            "version": version(),
-            "commit": commit(),
-            "node": self.config.daemon.node_name,
-            "uptime_seconds": round(now - self.started_at, 3),
-            "exports": {"total": len(exports), **states, "failed": states.get("failed", 0)},
-            "store": {
-                "url": self.config.store.url,
-                "state": "down" if state.away or store is None else "up",
-                "down_seconds": round(now - state.since, 3) if state.away else 0.0,
-                "reason": state.reason,
-            },
-        }
+        return self.looks.health()
 
     def metrics(self) -> bytes:
         """The Prometheus text."""
-        return self._metrics.render()
+        return self.looks.metrics()
 
-    def _snapshot(self) -> Snapshot:
-        core = self._core
-        router = core.router if core else None
-        seen = router.survey() if router else []
-        statuses = [export.status for export in seen]
-        state = self._store.state if self._store else StoreState()
-        detailed = self.config.api.export_metrics
-        return Snapshot(
-            engine=core.engine.stats() if core else None,
-            exports=figures_of(seen, counters=detailed),
-            totals=totals(core.engine) if core and not detailed else None,
-            statuses=statuses,
-            troubles=len(troubles(statuses, state, time.time())),
-            store=self._store.metrics() if self._store else None,
-            started_at=self.started_at,
-            bases=router.bases.stats() if router else {},
-            fault_fetches=core.host.faults.fetches if core else 0,
-            handoffs=self.history.totals,
-            shadow=self.config.debug.shadow_dir is not None,
-        )
+    def live(self) -> bytes:
+        """What all exports do now, as JSON."""
+        return self.looks.live()
+
+    def live_of(self, name: str) -> bytes:
+        """What one did in the last hour, as JSON. Raises UnknownExport."""
+        return self.looks.live_of(name)
 
     # -- stop ----------------------------------------------------------------------------------
 
@@ -450,6 +430,7 @@ class Daemon:
         log.info("stopped")
 
     def _close(self) -> None:
+        self.looks.close()
         if self._api is not None:
             self._api.close()
         if self._core is not None:

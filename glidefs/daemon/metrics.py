@@ -18,6 +18,7 @@ from glidefs.exports.requests import ExportStatus
 from glidefs.exports.survey import Seen
 from glidefs.handoff.history import BOUNDS, OUTCOMES, Totals
 from glidefs.store.counters import StoreMetrics
+from glidefs.version import commit, version
 
 BUCKET_UNIT = 256e-9
 """Seconds; bucket b of the core covers [2**(b/2), 2**((b+1)/2)) units (csrc/volume/stats.h)."""
@@ -110,6 +111,8 @@ def _counter(name: str, text: str, value: float) -> str:
 
 
 def _process(snapshot: Snapshot) -> Iterator[str]:
+    built = labels(version=version(), commit=commit())
+    yield gauge("build_info", "1; the labels say what is running", [(built, 1)])
     yield _gauge("process_resident_memory_bytes", "Resident memory of the daemon", rss_bytes())
     yield _gauge("start_time_seconds", "When the daemon started, unix time", snapshot.started_at)
     states = Counter(status.state for status in snapshot.statuses)
@@ -153,6 +156,8 @@ def _store(figures: StoreMetrics) -> Iterator[str]:
         ("store_retries", "Requests to the object store that were tried again", figures.retries),
     ):
         yield counter(name, text, [(labels(op=op), count) for op, count in sorted(counts.items())])
+    took = [(labels(op=op), seconds) for op, seconds in sorted(figures.seconds.items())]
+    yield counter("store_request_seconds", "Time that requests to the object store took", took)
     yield _counter("store_received_bytes", "Payload bytes read from the object store", figures.bytes_in)
     yield _counter("store_sent_bytes", "Payload bytes written to the object store", figures.bytes_out)
     yield _gauge("store_waiting", "Calls that wait for a place, a retry or the store", figures.waiting)

@@ -130,10 +130,10 @@ class StoreView(ObjectStore):
         owner = self._owner
         started = time.monotonic() - seconds
         for i in range(gets):
-            owner.counters.count("get_range", failed=False, got=0 if i else got)
+            owner.counters.count("get_range", started, got=0 if i else got)
             owner.report("get_range", "ok", started)
         if failed:
-            owner.counters.count("get_range", failed=True, again=True)
+            owner.counters.count("get_range", started, failed="a range was not to be had", again=True)
             owner.report("get_range", "retry", started)
         elif gets:
             owner.settle(owner.breaker_of("get_range"), False, True, "")
@@ -190,12 +190,12 @@ class StoreView(ObjectStore):
             call.failed(error)
             if error.temporary:
                 call.waits(owner.waits, reason)
-            owner.counters.count(call.op, failed=True, again=again)
+            owner.counters.count(call.op, started, failed=reason, again=again)
             owner.report(call.op, "retry" if again else "error", started)
             raise
-        except CorruptObject:
+        except CorruptObject as error:
             ok = True  # the store answered
-            owner.counters.count(call.op, failed=True)
+            owner.counters.count(call.op, started, failed=str(error))
             owner.report(call.op, "error", started)
             raise
         finally:
@@ -204,7 +204,7 @@ class StoreView(ObjectStore):
             owner.settle(breaker, probe, ok, reason)
             if ok and owner.waits.any:
                 owner.waits.served(waiting(call.kind, call.op, call.key))
-        owner.counters.count(call.op, failed=False, got=size(result) if size else 0, sent=call.sent)
+        owner.counters.count(call.op, started, got=size(result) if size else 0, sent=call.sent)
         owner.report(call.op, "ok", started)
         return result
 
@@ -342,6 +342,9 @@ class ResilientStore(ObjectStore):
                 waiting=counters.waiting,
                 breaker=worst.state,
                 down_seconds=worst.open_for,
+                seconds=dict(counters.seconds),
+                last_error=counters.last_error,
+                last_error_at=counters.last_error_at,
             )
 
     @property

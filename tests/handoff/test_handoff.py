@@ -139,6 +139,19 @@ def test_the_command_line(daemon: Generations) -> None:
     wait_for(daemon.ready, "the successor is ready")
 
 
+def test_the_live_view_goes_on(daemon: Generations) -> None:
+    """The history of handoffs passes on, that of what exports did begins anew, and rates are not of both."""
+    for _ in range(2):
+        assert daemon.handoff()["outcome"] == "succeeded"
+        daemon.io("vm", "write -P 3 0 64k")
+    view = daemon.client.call("GET", "/api/live")
+    assert [past["outcome"] for past in view["handoffs"]] == ["succeeded"] * 2
+    assert view["handoffs"][0]["at"] > view["handoffs"][1]["at"]
+    assert 0 < view["handoffs"][0]["stall_seconds"] < 60
+    (vm,) = [export for export in view["exports"] if export["name"] == "vm"]
+    assert vm["write_bytes_per_second"] * view["host"]["seconds"] == pytest.approx(65536, rel=1e-2)
+
+
 def test_a_new_configuration_is_read(daemon: Generations) -> None:
     daemon.write_config('[reader]\nread_ahead = "1MiB"\n')
     assert daemon.handoff()["outcome"] == "succeeded"

@@ -1,0 +1,1 @@
+"""Tests of what is computed from counters: no daemon, no core's engine."""
