@@ -123,7 +123,7 @@ def after_a_lost_disk(node: Generations, base: Path) -> Generations:
     node.stop()
     fresh = Generations(base, settings={**SETTINGS, "store": {"url": f'"file://{node.store}"'}})
     fresh.start()
-    fresh.run("attach", "vm")
+    fresh.run("attach", "vm", "--transport", "nbd")
     return fresh
 
 

@@ -18,7 +18,7 @@ import pytest
 import servers
 from api_rig import Answer, Certificates, Door, configure, local, place_of
 from daemon_harness import Daemon, wait_for
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glidefs.api.access import WORDS, Scope
@@ -356,6 +356,7 @@ def test_a_file_that_is_wrong_is_refused_whole(tmp_path: Path, text: str) -> Non
     assert str(raised.value).startswith(f"[api] tokens_file {path}: ")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=80))
 def test_no_other_bytes_are_a_token(tmp_path_factory: pytest.TempPathFactory, given_bytes: bytes) -> None:
     path = tmp_path_factory.mktemp("tokens") / "tokens.toml"
