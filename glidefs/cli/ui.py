@@ -17,7 +17,8 @@ from typing import Any
 
 from glidefs.api.client import socket_path
 from glidefs.cli import output
-from glidefs.cli.common import reported
+from glidefs.cli.common import reported, show_result
+from glidefs.cli.target import remote
 from glidefs.errors import ConfigError
 from glidefs.places import config_path
 
@@ -32,6 +33,10 @@ PATIENCE = 60.0
 def ui_command(port: int | None, config: str | None, as_json: bool) -> None:
     """Say how to reach the dashboard, or with a port serve it until interrupted."""
     with reported(as_json):
+        if (elsewhere := remote(config)) is not None:
+            url = f"{elsewhere.path.rstrip('/')}/ui"
+            show_result({"url": url}, as_json, f"open {url}; it asks for a token with the scope read")
+            return
         if port is None:
             _say_how(config, as_json)
             return

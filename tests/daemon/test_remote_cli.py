@@ -72,6 +72,8 @@ def test_options_environment_and_contexts(make_daemon: Make, tmp_path: Path) -> 
     environment = {"GLIDEFS_HOST": far.url, "GLIDEFS_TOKEN_FILE": token, "GLIDEFS_CA": ca}
     assert [export["name"] for export in far.json("list", env=environment)] == ["v1"]
     assert far.json("show", "v1", env=environment)["size"] == 16 << 20
+    assert [export["name"] for export in far.json("top", env=environment)["exports"]] == ["v1"]
+    assert far.json("ui", env=environment)["url"] == f"{far.url}/ui"
     assert "no daemon answers" in far.fails("list")
 
     far.json("context", "set", "prod", *options)
