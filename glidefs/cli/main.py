@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from glidefs.api.client import absolute
-from glidefs.cli import completion, exports, forks
+from glidefs.cli import completion, cost, exports, forks
 from glidefs.cli.common import connect, reported, seconds, show_result
 from glidefs.cli.devices import app as devices_app
 from glidefs.cli.lean import narrow
@@ -30,6 +30,7 @@ app = typer.Typer(
 app.add_typer(logs_app, name="logs")
 exports.add_commands(app)
 forks.add_commands(app)
+cost.add_commands(app)
 bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
 app.add_typer(bases_app, name="bases")
 app.add_typer(devices_app, name="devices")
