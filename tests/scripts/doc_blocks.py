@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,20 +49,26 @@ def missing(blocks: Sequence[Block], programs: Sequence[str]) -> list[str]:
     return [p for p in programs if re.search(rf"\b{p}\b", code) and shutil.which(p, path=path) is None]
 
 
-def script_of(blocks: Sequence[Block], out: Path) -> str:
-    """One script; what each block prints goes to a file of its number in ``out``."""
+def script_of(blocks: Sequence[Block], out: Path, before: Mapping[str, str]) -> str:
+    """One script; what each block prints goes to a file of its number in ``out``.
+
+    ``before``: shell that comes before each block of a place.
+    """
     parts = ["set -eu", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"]
     for number, block in enumerate(blocks):
+        parts.append(before.get(block.place, ""))
         parts.append(f"{{\n{block.code}\n}} > {shlex.quote(str(out / str(number)))}")
     return "\n".join(parts) + "\n"
 
 
-def run_blocks(blocks: Sequence[Block], prologue: str = "") -> list[str]:
+def run_blocks(
+    blocks: Sequence[Block], prologue: str = "", before: Mapping[str, str] | None = None
+) -> list[str]:
     """Run them in an empty directory with a short path, with `glidefs` of this tree; what each printed.
 
-    Fails with what the shell and the daemons said.
+    ``prologue`` is shell that comes first. Fails with what the shell and the daemons said.
     """
-    with tempfile.TemporaryDirectory(prefix="doc-") as name:
+    with tempfile.TemporaryDirectory(prefix="doc-", dir=os.environ.get("GLIDEFS_VM_SCRATCH")) as name:
         base = Path(name)
         work, out, programs = base / "work", base / "out", base / "bin"
         for directory in (work, out, programs):
@@ -74,7 +80,7 @@ def run_blocks(blocks: Sequence[Block], prologue: str = "") -> list[str]:
         environment["PATH"] = f"{programs}:{os.environ.get('PATH', '')}"
         environment["PYTHONPATH"] = str(ROOT)
         done = subprocess.run(
-            ["bash", "-c", prologue + script_of(blocks, out)],
+            ["bash", "-c", prologue + script_of(blocks, out, before or {})],
             cwd=work,
             env=environment,
             stdin=subprocess.DEVNULL,
