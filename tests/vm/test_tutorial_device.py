@@ -1,4 +1,4 @@
-"""The tutorial of PostgreSQL as it is written, on devices of the kernel: a backup, restored by a second daemon.
+"""The tutorial of PostgreSQL as written, on devices of the kernel: a backup, restored by a second daemon.
 
 Both hosts are this machine: two daemons with one store. There is no udev in the VM, so what its rule does,
 `/dev/glidefs/NAME`, is done here.
@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "scripts"))
-
-from doc_blocks import Block, blocks_of, run_blocks
+from doc_blocks import ROOT, Block, blocks_of, run_blocks
 
 PROGRAMS = ("/usr/lib/postgresql/15/bin/initdb", "psql", "runuser", "mkfs.ext4")
 PLACES = ("device", "device, second host")
@@ -40,7 +34,8 @@ glidefs() {
     command glidefs "$@"
     if [ "$1" = create ]; then
         mkdir -p /dev/glidefs
-        ln -sfn "$(command glidefs show "$2" --json | grep -o '/dev/[a-z]*[0-9]*' | head -n 1)" "/dev/glidefs/$2"
+        device=$(command glidefs show "$2" --json | grep -o '/dev/[a-z]*[0-9]*' | head -n 1)
+        ln -sfn "$device" "/dev/glidefs/$2"
     fi
 }
 top=$PWD
