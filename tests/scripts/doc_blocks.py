@@ -7,10 +7,12 @@ the block before it prints ends with this.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -79,19 +81,28 @@ def run_blocks(
         environment = {key: value for key, value in os.environ.items() if not key.startswith("GLIDEFS_")}
         environment["PATH"] = f"{programs}:{os.environ.get('PATH', '')}"
         environment["PYTHONPATH"] = str(ROOT)
-        done = subprocess.run(
-            ["bash", "-c", prologue + script_of(blocks, out, before or {})],
-            cwd=work,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
+        with (base / "err").open("wb") as errors:
+            shell = subprocess.Popen(
+                ["bash", "-c", prologue + script_of(blocks, out, before or {})],
+                cwd=work,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                start_new_session=True,
+            )
+            try:
+                code: int | str = shell.wait(DEADLINE)
+            except subprocess.TimeoutExpired:
+                code = f"not ended after {DEADLINE:.0f} s"
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(shell.pid, signal.SIGKILL)  # the daemons too, if they are left
+                shell.wait()
         printed = [_text(out / str(number)) for number in range(len(blocks))]
         logs = "".join(path.read_text()[-3000:] for path in sorted(work.glob("**/daemon.log")))
-        assert done.returncode == 0, f"{done.stderr[-3000:]}\n{''.join(printed)[-3000:]}\n{logs}"
+        said = _text(base / "err")
+        assert code == 0, f"{code}: {said[-3000:]}\n{''.join(printed)[-3000:]}\n{logs}"
     for block, text in zip(blocks, printed, strict=True):
         assert block.prints is None or text.endswith(block.prints), f"{block.code}\nprinted:\n{text}"
     return printed
