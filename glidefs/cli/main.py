@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from glidefs.api.client import absolute
-from glidefs.cli import completion, exports, forks, token, watching
+from glidefs.cli import completion, cost, exports, forks, token, watching
 from glidefs.cli.common import connect, reported, seconds, show_result
 from glidefs.cli.contexts import app as contexts_app
 from glidefs.cli.devices import app as devices_app
@@ -22,7 +22,7 @@ from glidefs.errors import ConfigError
 HANDOFF_TIMEOUT = 600.0
 ON_THIS_HOST = frozenset(
     {"init", "run", "completion", "doctor", "inspect", "export-image", "bless", "bases", "gc", "devices"}
-    | {"token", "context"}
+    | {"token", "context", "cost"}
 )
 """Commands that ask no daemon."""
 
@@ -40,6 +40,7 @@ exports.add_commands(app)
 forks.add_commands(app)
 token.add_commands(app)
 watching.add_commands(app)
+cost.add_commands(app)
 bases_app = typer.Typer(help="Bases in the store: list, remove.", rich_markup_mode=None)
 app.add_typer(bases_app, name="bases")
 app.add_typer(devices_app, name="devices")

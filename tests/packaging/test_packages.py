@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from doc_blocks import blocks_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = os.environ.get("GLIDEFS_TEST_LENGTH") == "long"
@@ -26,6 +27,8 @@ NEEDED = (
     "packaging/prometheus/glidefs.rules.yml",
     "packaging/grafana/glidefs.json",
     "docs/packages.md",
+    "docs/pictures/fork.svg",
+    "docs/tutorials/qemu.md",
     "packaging/glidefs.service",
     "packaging/debian/postinst",
     "scripts/install-service",
@@ -33,6 +36,7 @@ NEEDED = (
     "tests/conftest.py",
     "vm-test/run",
     "Containerfile",
+    "mkdocs.yml",
     "LICENSE",
 )
 
@@ -190,3 +194,26 @@ def test_the_wheel_needs_no_compiler(tmp_path: Path) -> None:
         inside.run("! command -v gcc && ln -s /opt/g/bin/glidefs /usr/bin/")
         inside.run("mkdir -p /etc/glidefs && glidefs init /etc/glidefs/glidefs.toml")
         check_it_serves(inside)
+
+
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+def test_by_hand_works_as_the_readme_says(release: str, tmp_path: Path) -> None:
+    """The marked blocks of README's "By hand", one shell, on a root with nothing installed."""
+    if not LONG:
+        pytest.skip("takes minutes: runs with GLIDEFS_TEST_LENGTH=long")
+    if os.geteuid() or not shutil.which("debootstrap"):
+        pytest.skip("needs root and debootstrap")
+    blocks = [b for b in blocks_of((ROOT / "README.md").read_text()) if b.place == "fresh root"]
+    assert len(blocks) == 2
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    with fresh_root(tmp_path / "root", release) as root:
+        inside = Inside(root)
+        for name in kept.stdout.splitlines():
+            (root / "glidefs" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / "glidefs" / name)
+        script = root / "tmp/by-hand"
+        script.write_text("set -eu\ncd /glidefs\n" + "\n".join(block.code for block in blocks))
+        try:
+            assert "vm2: drained" in inside.run("bash /tmp/by-hand", timeout=1800)
+        finally:
+            inside.end_all()
