@@ -189,7 +189,8 @@ def test_many_guests_boot_through_a_handoff(node: Generations, tmp_path: Path, f
         def half_way() -> bool:
             """The first has its root file system, and reads files all over it."""
             assert all(one.process.poll() is None for one in running), "they were too fast"
-            return any("PYTHON IS UP" in one.console.read_text(errors="replace") for one in running)
+            consoles = [one.console for one in running if one.console.exists()]
+            return any("PYTHON IS UP" in console.read_text(errors="replace") for console in consoles)
 
         wait_for(half_way, "they boot", BOOT_SECONDS * GUESTS)
         assert node.handoff()["outcome"] == "succeeded"
