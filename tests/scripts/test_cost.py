@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from glidefs.cli import cost
 from glidefs.cli.cost import DAY, GIB, Load, Prices, Tuning, estimate, uploads
-from glidefs.compaction import compactor, merge, plan
+from glidefs.compaction import merge, plan
 from glidefs.config import CacheSettings, UploadSettings
 from glidefs.formats import manifest, pack
 from glidefs.host import watch
@@ -62,7 +62,6 @@ def test_constants_are_those_of_the_code() -> None:
     assert cost.SUPERSEDED == plan.BOTTOM_SHARE
     assert cost.SECTOR == pack.SECTOR
     assert cost.PAGE_SPAN == manifest.PAGE_CHUNKS * pack.CHUNK
-    assert compactor.Compactor is not None
 
 
 def test_what_scripts_bench_counted() -> None:
