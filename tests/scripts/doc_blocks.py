@@ -16,13 +16,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^<!-- (run|prints)(?:: ([^>]*))? -->\n```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DEADLINE = 1500.0 if os.environ.get("GLIDEFS_VM") else 300.0
+DEADLINE = 300.0
 
 
 class Block(NamedTuple):
@@ -51,26 +51,20 @@ def missing(blocks: Sequence[Block], programs: Sequence[str]) -> list[str]:
     return [p for p in programs if re.search(rf"\b{p}\b", code) and shutil.which(p, path=path) is None]
 
 
-def script_of(blocks: Sequence[Block], out: Path, before: Mapping[str, str]) -> str:
-    """One script; what each block prints goes to a file of its number in ``out``.
-
-    ``before``: shell that comes before each block of a place.
-    """
+def script_of(blocks: Sequence[Block], out: Path) -> str:
+    """One script; what each block prints goes to a file of its number in ``out``."""
     parts = ["set -eu", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"]
     for number, block in enumerate(blocks):
-        parts.append(before.get(block.place, ""))
         parts.append(f"{{\n{block.code}\n}} > {shlex.quote(str(out / str(number)))}")
     return "\n".join(parts) + "\n"
 
 
-def run_blocks(
-    blocks: Sequence[Block], prologue: str = "", before: Mapping[str, str] | None = None
-) -> list[str]:
+def run_blocks(blocks: Sequence[Block]) -> list[str]:
     """Run them in an empty directory with a short path, with `glidefs` of this tree; what each printed.
 
-    ``prologue`` is shell that comes first. Fails with what the shell and the daemons said.
+    Fails with what the shell and the daemons said.
     """
-    with tempfile.TemporaryDirectory(prefix="doc-", dir=os.environ.get("GLIDEFS_VM_SCRATCH")) as name:
+    with tempfile.TemporaryDirectory(prefix="doc-") as name:
         base = Path(name)
         work, out, programs = base / "work", base / "out", base / "bin"
         for directory in (work, out, programs):
@@ -83,7 +77,7 @@ def run_blocks(
         environment["PYTHONPATH"] = str(ROOT)
         with (base / "err").open("wb") as errors:
             shell = subprocess.Popen(
-                ["bash", "-c", prologue + script_of(blocks, out, before or {})],
+                ["bash", "-c", script_of(blocks, out)],
                 cwd=work,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -2,7 +2,7 @@
 
 Only the text of the section is used: its blocks are run, and what it promises that they print is compared.
 The two hosts are two daemons with one store. The database is SQLite in a file system that goes over NBD:
-PostgreSQL on a mounted device needs root and a driver, see tests/vm/test_tutorial_device.py.
+PostgreSQL on a mounted device needs root and a driver.
 """
 
 from __future__ import annotations

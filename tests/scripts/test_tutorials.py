@@ -1,6 +1,6 @@
 """The tutorials run as they are written: each block that is marked, in an empty directory, without root.
 
-That of PostgreSQL is run by test_newcomer.py and, in the VM, by tests/vm/test_tutorial_device.py.
+That of PostgreSQL is run by test_newcomer.py.
 """
 
 from __future__ import annotations
