@@ -115,6 +115,17 @@ install_project() {
     printf '%s\n' "$mode" >"$stamp"
 }
 
+# add_extra NAME MODULE: what an extra of pyproject.toml names, unless MODULE of it is there.
+add_extra() {
+    "$VENV/bin/python" -I -c "import $2" 2>/dev/null && return 0
+    local wanted
+    wanted=$("$VENV/bin/python" -I -c 'import sys, tomllib
+print("\n".join(tomllib.load(open(sys.argv[1], "rb"))["project"]["optional-dependencies"][sys.argv[2]]))' \
+        "$PROJECT/pyproject.toml" "$1") || die "no extra $1"
+    mapfile -t wanted <<<"$wanted"
+    quietly "$VENV/bin/pip" install "${wanted[@]}" || die "pip could not install: ${wanted[*]}"
+}
+
 # What vm-test/run takes. virtme-ng runs its parts by name, so it has to be in the PATH.
 prepare_vm() {
     apt_install qemu-system-x86 kmod busybox-static file

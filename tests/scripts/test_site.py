@@ -122,9 +122,10 @@ def test_dependencies_are_told_with_their_reasons() -> None:
     tables = {
         "To run": project["dependencies"],
         "To test": project["optional-dependencies"]["test"],
-        "To develop, and for this site": [
+        "To develop, to measure, and for this site": [
             *project["optional-dependencies"]["dev"],
             *project["optional-dependencies"]["docs"],
+            *project["optional-dependencies"]["bench"],
         ],
     }
     for heading, wanted in tables.items():
