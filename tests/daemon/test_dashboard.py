@@ -28,6 +28,7 @@ from glidefs.api.pages import UI_FILES, UI_HEADERS
 from glidefs.cli.ui import Forwarder
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not CHROMIUM, reason="no chromium: apt-get install chromium"),
     pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io is not installed"),
 ]

@@ -366,7 +366,10 @@ def test_an_error_that_is_acknowledged_ends_nothing(
         region = bytes(8) + struct.pack("<QQQQ", 1 << 40, PAGE, USER + (1 << 40), 0)
         assert guest.tell(Request.ADD_MEM_REG, region, [file.fileno()]) == 1
     assert guest.read(0, 512) == bytes(512)
-    (line,) = [text for text in caplog.messages if text.startswith("v: the vhost-user front-end (")]
+    begin = "v: the vhost-user front-end ("
+    # The front-end has its answer first.
+    wait_for(lambda: any(text.startswith(begin) for text in caplog.messages), "the line in the log")
+    (line,) = [text for text in caplog.messages if text.startswith(begin)]
     assert len(line.partition("): ")[2]) > 20, line
 
 
