@@ -17,6 +17,10 @@ SMOKE = {
 }
 """Tests of those directories that it has."""
 LONGEST = (
+    "test_changed_model",
+    "test_volume_model",
+    "test_core_model",
+    "test_fork_model",
     "test_either_side_stops_longer_than_the_other_waits",
     "test_a_hostile_driver",
     "test_one_mutation",

@@ -5,4 +5,4 @@ from __future__ import annotations
 from changed_machine import ChangedMachine
 from model_length import model_test
 
-test_changed_model = model_test(ChangedMachine, 30, quick=15, normal=200, long=1000)
+test_changed_model = model_test(ChangedMachine, 30, quick=15, normal=80, long=1000)
