@@ -14,7 +14,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
+
+from msgspec import Struct
 
 from glidefs.asked import Asker, asker
 
@@ -23,7 +25,7 @@ log = logging.getLogger(__name__)
 KEPT = 200
 
 
-class Past(NamedTuple):
+class PastEvent(Struct, frozen=True):
     """An event that is over: when it ended (unix seconds), and what its line in the log says."""
 
     at: float
@@ -35,7 +37,7 @@ class Past(NamedTuple):
     text: str
 
 
-recent: deque[Past] = deque(maxlen=KEPT)
+recent: deque[PastEvent] = deque(maxlen=KEPT)
 """The last events of this process, oldest first. Any thread may append; copy it to iterate."""
 
 
@@ -91,5 +93,5 @@ def _say(what: Event, level: int, outcome: str, seconds: float, detail: str) -> 
         subject = f"{what.verb} {what.export}".rstrip()
         said = f"{outcome} {'in' if outcome == 'done' else 'after'} {seconds:.3f} s"
         detail = ": ".join(part for part in (subject, said, detail) if part)
-    recent.append(Past(time.time(), what.verb, what.export, outcome, seconds, what.by.who, detail))
+    recent.append(PastEvent(time.time(), what.verb, what.export, outcome, seconds, what.by.who, detail))
     log.log(level, "%s; %sby %s", detail, whose, what.by.who, extra={"event": fields})

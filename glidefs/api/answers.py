@@ -10,7 +10,8 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from glidefs.core.gather import LogDamage
-from glidefs.handoff.history import Past as PastHandoff
+from glidefs.events import PastEvent
+from glidefs.handoff.history import PastHandoff
 from glidefs.live.view import Host, LiveExport
 from glidefs.live.wrong import Wrong
 from glidefs.volume.logs import LogExtent
@@ -144,24 +145,6 @@ class Profile(Struct, forbid_unknown_fields=True, kw_only=True):
     manifest_hash: str
 
 
-class Base(Struct, forbid_unknown_fields=True, kw_only=True):
-    """A base. `removed_at` (unix seconds) is 0 unless it is a tombstone.
-
-    `packs` and `stored_bytes` are null where its root does not list them.
-    """
-
-    name: str
-    size: int
-    created_at: int
-    removed_at: int
-    source: str
-    manifest_hash: str
-    content_hash: str
-    etag: str
-    packs: int | None
-    stored_bytes: int | None
-
-
 class Blessed(Struct, forbid_unknown_fields=True, kw_only=True):
     """A base that was made of an image; `created` is false where it was there with this content."""
 
@@ -247,18 +230,6 @@ class Health(Struct, forbid_unknown_fields=True, kw_only=True):
     waiting_verbs: int
 
 
-class Event(Struct, forbid_unknown_fields=True, kw_only=True):
-    """Something that ended at `at` (unix seconds); `text` is its line in the log, `by` who asked for it."""
-
-    at: float
-    verb: str
-    export: str
-    outcome: str
-    seconds: float
-    by: str
-    text: str
-
-
 class Live(Struct, forbid_unknown_fields=True, kw_only=True):
     """What a host does now. `wrong`: what is wrong and what to do, the worst first.
 
@@ -274,7 +245,7 @@ class Live(Struct, forbid_unknown_fields=True, kw_only=True):
     states: dict[str, int]
     totals: dict[str, float]
     handoffs: list[PastHandoff]
-    events: list[Event]
+    events: list[PastEvent]
     exports: list[LiveExport]
 
 

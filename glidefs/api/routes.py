@@ -12,6 +12,7 @@ from msgspec import Struct
 from glidefs.api import answers, inputs
 from glidefs.api.access import Scope
 from glidefs.api.handlers import Handler, Handlers
+from glidefs.bases.stored import BaseInfo
 from glidefs.exports import requests
 from glidefs.handoff.predecessor import Outcome
 
@@ -284,7 +285,7 @@ _COPIES = (
         scope=Scope.READ,
         group="store",
         takes=inputs.PrefixQuery,
-        gives=list[answers.Base],
+        gives=list[BaseInfo],
         errors=STORE,
     ),
     Route(

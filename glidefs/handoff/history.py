@@ -19,7 +19,7 @@ KEPT = 32
 """Handoffs that are remembered one by one."""
 
 
-class Past(Struct, frozen=True):
+class PastHandoff(Struct, frozen=True):
     """One handoff: when it ended (unix seconds), its outcome, and in seconds how long guests waited."""
 
     at: float
@@ -36,7 +36,7 @@ class Totals(Struct, frozen=True):
     outcomes: tuple[int, ...] = (0,) * len(OUTCOMES)
     buckets: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
     stall_seconds: float = 0.0
-    recent: tuple[Past, ...] = ()
+    recent: tuple[PastHandoff, ...] = ()
 
 
 class History:
@@ -57,7 +57,7 @@ class History:
         with self._lock:
             outcomes = list(self._totals.outcomes)
             outcomes[OUTCOMES.index(outcome)] += 1
-            recent = (*self._totals.recent, Past(time.time(), outcome, stall))[-KEPT:]
+            recent = (*self._totals.recent, PastHandoff(time.time(), outcome, stall))[-KEPT:]
             self._totals = replace(self._totals, outcomes=tuple(outcomes), recent=recent)
             if stall is not None:
                 buckets = list(self._totals.buckets)

@@ -9,9 +9,9 @@ from typing import Any
 from msgspec import Struct
 
 from glidefs.core.engine import EngineStats
-from glidefs.events import Past
+from glidefs.events import PastEvent
 from glidefs.exports.survey import Seen
-from glidefs.handoff.history import Past as PastHandoff
+from glidefs.handoff.history import PastHandoff
 from glidefs.live.rates import NOTHING
 from glidefs.live.ring import STEP
 from glidefs.live.sampler import Key, Now
@@ -206,7 +206,7 @@ def document(
     wrong: Sequence[Wrong],
     exports: Sequence[LiveExport],
     handoffs: Iterable[PastHandoff],
-    events: Sequence[Past],
+    events: Sequence[PastEvent],
 ) -> dict[str, Any]:
     """The answer of GET /v1/live; handoffs and events newest first."""
     return {
@@ -216,7 +216,7 @@ def document(
         "states": Counter(of.state for of in exports),
         "totals": totals(exports),
         "handoffs": list(handoffs)[::-1],
-        "events": [event._asdict() for event in events[: -EVENTS - 1 : -1]],
+        "events": events[: -EVENTS - 1 : -1],
         "exports": exports,
     }
 
