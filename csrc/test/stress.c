@@ -87,6 +87,15 @@ static void close_volume(struct volume_state *s)
     MUST(glide_volume_close(s->volume));
 }
 
+/* For good: whoever still has something for it to answer must not find it. */
+static void end_volume(struct volume_state *s)
+{
+    pthread_rwlock_wrlock(&s->open);
+    close_volume(s);
+    s->cookie = UINT64_MAX;
+    pthread_rwlock_unlock(&s->open);
+}
+
 /* ---- what Python does -------------------------------------------------------------------- */
 
 static const uint8_t zeros[GLIDE_BLOCK];
@@ -480,7 +489,7 @@ int main(int argc, char **argv)
     for (int i = 3; i < n; i++)
         pthread_join(threads[i], NULL);
     for (int i = 0; i < VOLUMES; i++)
-        close_volume(&states[i]);
+        end_volume(&states[i]);
     glide_engine_shutdown(engine);
     for (int i = 0; i < 3; i++)
         pthread_join(threads[i], NULL);

@@ -21,8 +21,11 @@ import glidefs.bases.manifest_cache
 import glidefs.bases.stored
 import glidefs.clock
 import glidefs.compaction.compactor
+import glidefs.exports.copies.lineage
 import glidefs.exports.copies.pins
+import glidefs.exports.leaving
 import glidefs.exports.opener
+import glidefs.exports.router
 import glidefs.exports.stored
 import glidefs.gc.run
 import glidefs.host.host
@@ -36,24 +39,30 @@ import glidefs.reading.service
 import glidefs.store.breaker
 import glidefs.store.call
 import glidefs.store.resilient
+import glidefs.store.state
 import glidefs.store.which
 import glidefs.volume.volume
 import glidefs.writing.pace
+import glidefs.writing.retire
 import glidefs.writing.scheduler
 import glidefs.writing.upload
 
 TIMED: tuple[Any, ...] = (
     glidefs.bases.stored,
     glidefs.exports.copies.pins,
+    glidefs.exports.leaving,
     glidefs.bases.manifest_cache,
     glidefs.store.breaker,
     glidefs.store.call,
     glidefs.store.resilient,
+    glidefs.store.state,
     glidefs.store.which,
     glidefs.manifest.commit,
     glidefs.compaction.compactor,
     glidefs.manifest.lease,
     glidefs.writing.pace,
+    glidefs.writing.retire,
+    glidefs.host.host,
     glidefs.reading.carry,
     glidefs.reading.reader,
     glidefs.writing.scheduler,
@@ -78,7 +87,9 @@ POOLED: tuple[Any, ...] = (
     glidefs.bases.manifest_cache,
     glidefs.gc.run,
     glidefs.bases.stored,
+    glidefs.exports.copies.lineage,
     glidefs.exports.opener,
+    glidefs.exports.router,
     glidefs.exports.stored,
     glidefs.host.host,
     glidefs.reading.prefetch,

@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -84,6 +85,7 @@ class World:
         self.tags = itertools.count(1)
         self.trace: list[str] = []
         self._keep_trace = keep_trace
+        self._thread = threading.current_thread()
         self._hash = hashlib.sha256()
         self.backlog = Backlog(self.clock)
         self._armed: dict[str, tuple[str, int]] = {}
@@ -396,7 +398,8 @@ class World:
     # -- the trace -------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Something that happened, for the trace and the digest."""
+        """Something that happened, for the trace and the digest: on one thread, or no seed is the same twice."""
+        assert threading.current_thread() is self._thread, f"{threading.current_thread().name}: {text}"
         text = text.replace(str(self.home), "")
         self._hash.update(text.encode() + b"\n")
         if self._keep_trace:
