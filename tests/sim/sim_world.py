@@ -398,7 +398,7 @@ class World:
     # -- the trace -------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
-        """Something that happened, for the trace and the digest: on one thread, or no seed is the same twice."""
+        """What happened, for trace and digest: on one thread, or no seed is the same twice."""
         assert threading.current_thread() is self._thread, f"{threading.current_thread().name}: {text}"
         text = text.replace(str(self.home), "")
         self._hash.update(text.encode() + b"\n")

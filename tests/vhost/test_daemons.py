@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import select
 import signal
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from front_end import FrontEnd
 from handoff_rig import Generations
-from load import Load
+from load import Load, Reads
 from node import wait_for
 
 from glidefs.api.client import CommandError
@@ -45,8 +46,8 @@ def make_daemon(tmp_path: Path) -> Iterator[Make]:
         node.kill_all()
 
 
-def path_of(node: Generations) -> str:
-    shown = node.json("show", "vm")
+def path_of(node: Generations, name: str = "vm") -> str:
+    shown = node.json("show", name)
     assert shown["transport"] == "vhost-user"
     return str(shown["device"])
 
@@ -190,3 +191,23 @@ def test_a_rehearsal(make_daemon: Make) -> None:
         first = node.pid
         wait_for(lambda: node.ready() and node.pid != first, f"the successor serves\n{node.log_text}")
         loaded.goes_on()
+
+
+def test_cold_reads_of_a_fork_through_handoffs(make_daemon: Make, tmp_path: Path) -> None:
+    """Reads that wait for the store when the daemon changes, of a disk that is larger than the cache."""
+    node = make_daemon()
+    content = random.Random(1).randbytes(48 << 20)
+    (tmp_path / "image").write_bytes(content)
+    node.run("bless", str(tmp_path / "image"), "--name", "linux")
+    node.run("create", "fork", "--from", "base:linux", "--transport", "vhost-user")
+    guest = FrontEnd(path_of(node, "fork"), queues=2, num=128).up()
+    load = Reads(guest, content, depth=32)
+    load.start()
+    try:
+        for _ in range(HANDOFFS):
+            done = load.done
+            assert node.handoff()["outcome"] == "succeeded"
+            wait_for(lambda done=done: load.error or load.done > done + 100, "reads are answered", 60)
+        load.finish()
+    finally:
+        guest.close()
