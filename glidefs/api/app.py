@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI, Request, Response
-from starlette.requests import ClientDisconnect
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from glidefs.api.access import Caller, Scope, caller_of
 from glidefs.api.audit import Audit, Record
@@ -33,9 +34,10 @@ MAX_PATH = 400
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-def build_app(control: Control, audit: Audit) -> FastAPI:
-    """The application. FastAPI's own document and pages are off: they would know nothing of our structs."""
-    app = FastAPI(title="GlideFS", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+def build_app(control: Control, audit: Audit) -> Starlette:
+    """The application."""
+    app = Starlette()
+    app.router.redirect_slashes = False
     handlers = Handlers(control, lambda: msgspec.json.encode(document(ROUTES)))
     places: dict[str, dict[str, Route]] = {}
     for route in ROUTES:

@@ -15,7 +15,8 @@ from functools import cached_property, partial
 from typing import Any, Protocol
 
 import msgspec
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from glidefs.api import pages
 from glidefs.api.errors import BadRequest

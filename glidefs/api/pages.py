@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator
 from importlib.resources import files
 
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 DOCS_HEADERS = {
     "Content-Security-Policy": (

@@ -168,7 +168,7 @@ class Daemon:
         close_all(fd for _, fd in listeners)
         self._ready = True
         self.looks.start()
-        exports, url = len(self.router.listing()), self.config.store.url
+        exports, url = len(self.router.table.all()), self.config.store.url
         log.info("ready: glidefs %s (commit %s), %d exports, store %s", version(), commit(), exports, url)
 
     def _inherit(self, listeners: Listeners) -> None:

@@ -108,12 +108,13 @@ def has_witness(path: Path) -> bool:
 
 def log_ids(log_root: Path) -> Iterator[tuple[bytes, bytes]]:
     """(volume id, log id) of all logs below ``log_root``, in order; nothing in them is looked at."""
-    for volume in _id_dirs(log_root):
-        for log in _id_dirs(log_root / volume):
+    root = os.fspath(log_root)
+    for volume in _id_dirs(root):
+        for log in _id_dirs(os.path.join(root, volume)):
             yield bytes.fromhex(volume), bytes.fromhex(log)
 
 
-def _id_dirs(path: Path) -> list[str]:
+def _id_dirs(path: str) -> list[str]:
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(path) as found:
         return sorted(entry.name for entry in found if _HEX_ID.match(entry.name) and entry.is_dir())
     return []

@@ -49,7 +49,6 @@ HEAVY = {
         "pydantic",
         "rich",
         "msgspec",
-        "fastapi",
         "uvicorn",
         "starlette",
         "anyio",
