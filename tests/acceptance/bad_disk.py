@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from ctypes import CDLL
 from pathlib import Path
 
-from daemon_harness import wait_for
 from nbd_client import RawClient, RequestFailed
 from node import MIB
+from waiting import wait_for
 
 SECTOR = 4 << 10
 BLOCK = 128 << 10

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from node import DEADLINE, MIB, Node, wait_for
+from node import MIB, Node
 from store_front import Front, Hold, Journal, Request
+from waiting import DEADLINE, wait_for
 
 VOLUME = "disk"
 GRACE = 0.25

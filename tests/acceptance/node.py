@@ -15,10 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from waiting import DEADLINE, wait_for
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "daemon"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nbd"))
 
-from daemon_harness import DEADLINE, Daemon, wait_for
+from daemon_harness import Daemon
 from daemon_harness import servers as servers
 from nbd_client import RawClient
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import pytest
 from figures import Figures
-from node import DEADLINE, MIB, Node, servers, stopwatch
+from node import MIB, Node, servers, stopwatch
+from waiting import DEADLINE
 
 from glidefs.api.client import CommandError
 from glidefs.formats.manifest import encode_root

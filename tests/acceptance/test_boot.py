@@ -13,8 +13,9 @@ import guest
 import pytest
 from figures import Figures
 from guest import Guest
-from node import BUCKET, EMULATED, MIB, Node, servers, wait_for
+from node import BUCKET, EMULATED, MIB, Node, servers
 from slow_store import SlowForwarder
+from waiting import wait_for
 
 from glidefs.formats.hot_set import decode_hot_set
 from glidefs.formats.manifest import decode_root

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 from figures import Figures
-from node import BUCKET, MIB, Node, servers, stopwatch, wait_for
+from node import BUCKET, MIB, Node, servers, stopwatch
 from slow_store import LATENCY, SlowForwarder
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

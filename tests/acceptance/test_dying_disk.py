@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from bad_disk import KINDS, BadDisk, Guest, why_not
 from figures import Figures
-from node import Node, wait_for
+from node import Node
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [pytest.mark.skipif(bool(why_not()), reason=why_not()), pytest.mark.timeout(1800)]

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from figures import Figures
-from node import BUCKET, KIB, MIB, Node, servers, stopwatch, wait_for
+from node import BUCKET, KIB, MIB, Node, servers, stopwatch
 from slow_store import LATENCY, SlowForwarder
+from waiting import wait_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "forks"))
 
@@ -120,4 +121,4 @@ def _many(node: Node, figure: Figures, data: bytes) -> None:
         assert all(e["state"] == "serving" for e in exports)
         return sum(not e["published"] for e in exports)
 
-    wait_for(lambda: unpublished() == 0, "all roots are in the store", timeout=180.0)
+    wait_for(lambda: unpublished() == 0, "all roots are in the store", deadline=180.0)

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from figures import Figures
-from node import GIB, MIB, TIB, Node, allocated, fio, fio_command, servers, wait_for
+from node import GIB, MIB, TIB, Node, allocated, fio, fio_command, servers
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from figures import Figures
-from node import BUCKET, DEADLINE, MIB, Node, fio, fio_command, fio_report, servers, stopwatch, wait_for
+from node import BUCKET, MIB, Node, fio, fio_command, fio_report, servers, stopwatch
+from waiting import DEADLINE, wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

@@ -22,8 +22,9 @@ import pytest
 import volatile_disk
 from figures import Figures
 from guest import ROOT
-from node import EMULATED, GIB, KIB, RawClient, wait_for
+from node import EMULATED, GIB, KIB, RawClient
 from volatile_disk import VolatileDisk
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from figures import Figures
 from nbd_client import RawClient, Refused
-from node import BUCKET, DEADLINE, GIB, MIB, Node, fio, servers, stopwatch, wait_for
+from node import BUCKET, GIB, MIB, Node, fio, servers, stopwatch
+from waiting import DEADLINE, wait_for
 
 from glidefs.api.client import CommandError
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import pytest
 from figures import Figures
-from node import BUCKET, DEADLINE, MIB, Node, servers, stopwatch, wait_for
+from node import BUCKET, MIB, Node, servers, stopwatch
 from store_front import Front
+from waiting import DEADLINE, wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import pytest
 from duel import GRACE, MOMENTS, VOLUME, Side, both_at_once, killed, stopped, taken_back_in_an_upload
 from figures import Figures
-from node import BUCKET, DEADLINE, MIB, Node, allocated, servers, wait_for
+from node import BUCKET, MIB, Node, allocated, servers
 from root_line import check_line, line_of
 from stamps import AREA, SECTOR, Guest, Habit, check_common_prefix
 from store_front import Front, Journal
+from waiting import DEADLINE, wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

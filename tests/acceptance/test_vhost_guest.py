@@ -18,7 +18,8 @@ import pytest
 from figures import Figures
 from guest import ROOT, VHOST_USER
 from handoff_rig import Generations, is_running
-from node import EMULATED, MIB, wait_for
+from node import EMULATED, MIB
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 pytestmark = [

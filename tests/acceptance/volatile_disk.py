@@ -13,7 +13,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from node import wait_for
+from waiting import wait_for
 
 
 def missing() -> str:

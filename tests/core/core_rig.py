@@ -97,13 +97,6 @@ def pattern(seed: int, length: int) -> bytes:
     return bytes(out[:length])
 
 
-def wait_for(condition: Callable[[], object], what: str, deadline: float = 20.0) -> None:
-    until = time.monotonic() + deadline
-    while not condition():
-        assert time.monotonic() < until, f"{what}: not within {deadline} s"
-        time.sleep(0.002)
-
-
 class Segment:
     """Byte offsets of a segment file, for tests that damage one."""
 

@@ -27,8 +27,8 @@ from core_rig import (
     apply_gather,
     inject,
     pattern,
-    wait_for,
 )
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.core.engine import EventKind

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
-from core_rig import BLOCK, SECTOR, Background, CoreRig, pattern, wait_for
+from core_rig import BLOCK, SECTOR, Background, CoreRig, pattern
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.core.volume import Fill, install_retry, install_slot, install_zero

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from core_handoff_rig import Pair
-from core_rig import BLOCK, MIB, SECTOR, CoreRig, Vol, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, CoreRig, Vol, pattern
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbd_client import BLOCK_STATUS, REQ_ONE, Extent, RawClient, RequestFailed
+from waiting import wait_for
 
 from glidefs.core import handoff
 from glidefs.core.check import CoreError

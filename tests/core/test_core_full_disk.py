@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, pattern
+from waiting import wait_for
 
 from glidefs.core.engine import EventKind
 from glidefs.formats import atomic, reserve

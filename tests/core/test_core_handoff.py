@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from core_handoff_rig import READ, WRITE, Client, MakeRig, Pair, request
-from core_rig import BLOCK, SECTOR, Background, CoreRig, Vol, pattern, wait_for
+from core_rig import BLOCK, SECTOR, Background, CoreRig, Vol, pattern
+from waiting import wait_for
 
 from glidefs.core import handoff
 from glidefs.core.check import Closed, CoreError

@@ -22,7 +22,8 @@ from core_handoff_rig import (
     Pair,
     request,
 )
-from core_rig import BLOCK, MIB, SECTOR, Background, Vol, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, Background, Vol, pattern
+from waiting import wait_for
 
 from glidefs.core import handoff
 from glidefs.core.volume import install_retry

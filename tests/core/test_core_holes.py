@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable
 
 import pytest
-from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, holes_of_page, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, holes_of_page, pattern
+from waiting import wait_for
 
 from glidefs.core.volume import GROUP, chunk_holes, install_retry, page_holes
 from glidefs.formats.manifest import PAGE_CHUNKS

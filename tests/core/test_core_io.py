@@ -9,7 +9,8 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, Background, CoreRig, pattern
+from waiting import wait_for
 
 from glidefs.core.check import Closed, CoreError
 

@@ -21,8 +21,8 @@ from core_rig import (
     inject,
     inject_nothing,
     pattern,
-    wait_for,
 )
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.core.engine import EventKind

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from core_rig import MIB, SECTOR, Background, CoreRig, pattern, wait_for
+from core_rig import MIB, SECTOR, Background, CoreRig, pattern
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from glidefs.core.check import Closed, CoreError
 from glidefs.core.figures import OPS

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
-from core_rig import BLOCK, MIB, SECTOR, SECTORS, Background, CoreRig, Vol, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, SECTORS, Background, CoreRig, Vol, pattern
 from shadow_rig import Shadows
+from waiting import wait_for
 
 from glidefs.core.gather import LogRecord, log_record
 from glidefs.core.handoff import freeze, unfreeze

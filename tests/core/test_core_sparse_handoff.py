@@ -6,7 +6,7 @@ import socket
 
 import pytest
 from core_handoff_rig import MakeRig, Pair
-from core_rig import BLOCK, MIB, SECTOR, Vol, pattern, wait_for
+from core_rig import BLOCK, MIB, SECTOR, Vol, pattern
 from nbd_client import (
     BLOCK_STATUS,
     DF,
@@ -22,6 +22,7 @@ from nbd_client import (
     RequestFailed,
     extended_request,
 )
+from waiting import wait_for
 
 from glidefs.core import handoff
 from glidefs.core.volume import NbdModes

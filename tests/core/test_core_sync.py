@@ -23,9 +23,9 @@ from core_rig import (
     inject,
     pattern,
     trace,
-    wait_for,
 )
 from power_cut import Record, read_trace
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.core.engine import EventKind

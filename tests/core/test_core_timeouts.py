@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from core_rig import BLOCK, MIB, SANITIZED, SECTOR, Background, CoreRig, wait_for
+from core_rig import BLOCK, MIB, SANITIZED, SECTOR, Background, CoreRig
+from waiting import wait_for
 
 from glidefs.core.check import Closed, CoreError
 from glidefs.errors import StoreUnavailable

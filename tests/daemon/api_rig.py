@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import trustme
-from daemon_harness import DEADLINE, Daemon
+from daemon_harness import Daemon
+from waiting import DEADLINE
 
 from glidefs.api.errors import MEDIA_TYPE, URN, Problem
 from glidefs.api.routes import Route

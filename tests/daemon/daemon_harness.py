@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import command_line
 import servers
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import DEADLINE, wait_for
 
 from glidefs.api import wire
 from glidefs.api.client import Client, CommandError
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = DEADLINE) -> Any:
-    """Poll until the condition is true; its value."""
-    until = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < until, f"timeout: {what}"
-        time.sleep(0.02)
 
 
 @contextlib.contextmanager

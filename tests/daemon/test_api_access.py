@@ -17,9 +17,10 @@ from unittest.mock import Mock
 import pytest
 import servers
 from api_rig import Answer, Certificates, Door, configure, local, place_of
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import wait_for
 
 from glidefs.api.access import WORDS, Scope
 from glidefs.api.errors import URN

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import servers
 from api_rig import Certificates, Door, configure
-from daemon_harness import DEADLINE, ROOT, Daemon
+from daemon_harness import ROOT, Daemon
+from waiting import DEADLINE
 
 from glidefs.api.access import WORDS
 from glidefs.api.errors import INTERNAL, KINDS

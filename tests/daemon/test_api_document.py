@@ -15,10 +15,11 @@ from unittest.mock import Mock
 import msgspec
 import pytest
 from api_rig import Answer, Door, local, place_of
-from daemon_harness import DEADLINE, Daemon
+from daemon_harness import Daemon
 from openapi_spec_validator import validate
 from starlette.applications import Starlette
 from starlette.routing import Route as Mounted
+from waiting import DEADLINE
 
 from glidefs.api import pages
 from glidefs.api.app import build_app

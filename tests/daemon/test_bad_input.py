@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from waiting import DEADLINE, wait_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nbd"))
 
-from daemon_harness import DEADLINE, ROOT, Daemon, servers, wait_for
+from daemon_harness import ROOT, Daemon, servers
 from nbd_client import RawClient, RequestFailed
 
 from glidefs.api.client import CommandError

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 

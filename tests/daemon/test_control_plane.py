@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import servers
 from command_line import INTERRUPTIBLE
-from daemon_harness import DEADLINE, ROOT, Daemon, wait_for
+from daemon_harness import ROOT, Daemon
+from waiting import DEADLINE, wait_for
 
 from glidefs.api import wire
 from glidefs.api.pools import Pools

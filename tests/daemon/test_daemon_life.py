@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from daemon_harness import DEADLINE, Daemon, servers, wait_for
+from daemon_harness import Daemon, servers
+from waiting import DEADLINE, wait_for
 
 from glidefs.api.client import CommandError, export_path
 

@@ -20,7 +20,8 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Page, browser
-from daemon_harness import ROOT, Daemon, wait_for
+from daemon_harness import ROOT, Daemon
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 

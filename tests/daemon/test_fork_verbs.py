@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon
+from waiting import wait_for
 
 from glidefs.api import wire
 

@@ -7,7 +7,8 @@ import subprocess
 from collections.abc import Callable
 
 import pytest
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon
+from waiting import wait_for
 
 from glidefs.exports.health import judged, troubles
 from glidefs.exports.requests import ExportStatus

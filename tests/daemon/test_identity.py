@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon
 from msgspec.structs import replace
+from waiting import wait_for
 
 from glidefs.daemon.identity import machine_id
 from glidefs.formats import identity

@@ -21,8 +21,9 @@ from typing import Any
 import command_line
 import pytest
 import servers
-from daemon_harness import DEADLINE, ROOT, Daemon, wait_for
+from daemon_harness import ROOT, Daemon
 from rich.console import Console
+from waiting import DEADLINE, wait_for
 
 pytest.importorskip("glidefs.core._core")
 

@@ -13,7 +13,8 @@ import command_line
 import pytest
 import servers
 from api_rig import Certificates, configure
-from daemon_harness import DEADLINE, ROOT, Daemon
+from daemon_harness import ROOT, Daemon
+from waiting import DEADLINE
 
 from glidefs.cli import lean
 from glidefs.cli.target import Place, read_contexts, write_contexts

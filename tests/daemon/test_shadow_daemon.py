@@ -6,8 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon
 from open_files import open_below
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 

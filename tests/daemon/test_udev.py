@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon_harness import ROOT, Daemon, no_devices_left, wait_for
+from daemon_harness import ROOT, Daemon, no_devices_left
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 

@@ -9,8 +9,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from daemon_harness import Daemon, wait_for
+from daemon_harness import Daemon
 from mutate import bit_flip
+from waiting import wait_for
 
 from glidefs.api.client import CommandError, export_path
 

@@ -6,8 +6,7 @@ import contextlib
 import faulthandler
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -197,13 +196,6 @@ def delayed(memory: MemoryStore, seconds: float) -> Iterator[None]:
         yield
     finally:
         memory.latency = 0.0
-
-
-def wait_for(condition: Callable[[], object], what: str, deadline: float = 20.0) -> None:
-    until = time.monotonic() + deadline
-    while not condition():
-        assert time.monotonic() < until, f"{what}: not within {deadline} s"
-        time.sleep(0.005)
 
 
 def attach(node: Node, name: str = "v", *, take_over: bool = False) -> None:

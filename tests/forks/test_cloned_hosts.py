@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Callable
 
 import pytest
-from fork_rig import MIB, PREFIX, CountingStore, Node, attach, wait_for
+from fork_rig import MIB, PREFIX, CountingStore, Node, attach
+from waiting import wait_for
 
 from glidefs.errors import Fenced, GlideError, InUse, OwnedElsewhere
 from glidefs.manifest import lease

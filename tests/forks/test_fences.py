@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from fork_rig import MIB, PREFIX, CountingStore, Node, attach, wait_for
+from fork_rig import MIB, PREFIX, CountingStore, Node, attach
+from waiting import wait_for
 
 from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, StoreError, UnknownExport
 from glidefs.exports.requests import PromoteRequest, SnapshotRequest

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed, wait_for
+from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed
+from waiting import wait_for
 
 from glidefs.bless.bless import bless
 from glidefs.errors import (

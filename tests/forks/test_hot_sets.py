@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed, wait_for
+from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed
+from waiting import wait_for
 
 from glidefs.errors import ConfigError, NotSupported
 from glidefs.exports.requests import ProfileRequest

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fork_rig import MIB, PREFIX, CountingStore, Node, wait_for
+from fork_rig import MIB, PREFIX, CountingStore, Node
 from stored_roots import put_root
+from waiting import wait_for
 
 import glidefs.exports.leaving
 import glidefs.exports.opener

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from waiting import DEADLINE, wait_for
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "acceptance"))
 
 from command_line import Started
-from node import DEADLINE, Node, wait_for
+from node import Node
 
 from glidefs.api.client import CommandError
 from glidefs.handoff.channel import DIE_VARIABLE, STOP_VARIABLE

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from handoff_rig import Generations, is_running, state_of
-from node import DEADLINE, wait_for
+from waiting import DEADLINE, wait_for
 
 from glidefs.api.client import Client, CommandError
 

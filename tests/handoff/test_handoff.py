@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 from handoff_rig import Generations, is_running
 from nbd_client import Extent, RawClient
-from node import BUCKET, MIB, servers, wait_for
+from node import BUCKET, MIB, servers
+from waiting import wait_for
 
 from glidefs.api.client import CommandError
 

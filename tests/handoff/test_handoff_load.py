@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from handoff_rig import Generations
-from node import DEADLINE
+from waiting import DEADLINE
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed"),

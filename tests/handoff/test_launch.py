@@ -12,7 +12,7 @@ import pytest
 import servers
 from daemon_harness import ROOT
 from handoff_rig import Generations
-from node import wait_for
+from waiting import wait_for
 
 from glidefs.handoff import launch
 

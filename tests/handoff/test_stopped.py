@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pytest
 from comparing_guest import Guest
 from handoff_rig import Generations, is_running, state_of
-from node import DEADLINE, wait_for
+from waiting import DEADLINE, wait_for
 
 from glidefs.api.client import CommandError
 

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import pytest
-from fork_rig import PREFIX, Node, wait_for
+from fork_rig import PREFIX, Node
 from fork_world import GRACE, NODES, Content, shared_world, show, tagged, want
 from history import SECTOR
 from hypothesis.stateful import RuleBasedStateMachine
+from waiting import wait_for
 
 from glidefs.core.volume import CoreVolume
 from glidefs.errors import ExportExists, GlideError, UnknownExport

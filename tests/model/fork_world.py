@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fork_rig import PREFIX, Node, wait_for
+from fork_rig import PREFIX, Node
 from gc_rig import START, ClockStore, InlinePool
 from history import SECTOR
 from stored import Stored
+from waiting import wait_for
 
 import glidefs.bases.stored
 import glidefs.clock

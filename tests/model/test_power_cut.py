@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from core_rig import BLOCK, SECTOR, Background, CoreRig, Vol, inject, inject_nothing, pattern, trace, wait_for
+from core_rig import BLOCK, SECTOR, Background, CoreRig, Vol, inject, inject_nothing, pattern, trace
 from power_cut import (
     CREATE,
     DIR,
@@ -31,6 +31,7 @@ from power_cut import (
     cut_power,
     read_trace,
 )
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 

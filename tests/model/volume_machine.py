@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from core_rig import trace, wait_for
+from core_rig import trace
 from core_world import AREAS, BLOCK, SECTORS, SIZE, areas, show
 from history import SECTOR, UNIT, ZERO, History, Span, Version, tag_bytes
 from hypothesis import note
@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from power_cut import KEEPS, cut_power, read_trace
 from volume_rig import PREFIX, Rig, demote_all, record_of
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.core.volume import VolumeConfig

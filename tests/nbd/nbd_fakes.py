@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 from nbd_client import RawClient
@@ -119,10 +117,3 @@ class Bench:
     def close(self) -> None:
         self.server.close()
         self.core.close()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "deadline passed"
-        time.sleep(0.005)

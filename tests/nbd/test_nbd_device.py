@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 from fake_nbd_kernel import Device, FakeKernel
 from nbd_client import FLUSH, READ, TRIM, WRITE
 from nbd_serve import MIB, Served
+from waiting import DEADLINE, wait_for
 
 from glidefs.config import NbdDeviceSettings
 from glidefs.core import handoff
@@ -28,14 +29,6 @@ from glidefs.transport.nbd_device.device import NbdDeviceTransport, path_of
 from glidefs.transport.nbd_device.netlink import DeviceShape
 
 SIZE = 64 * MIB
-DEADLINE = 20.0
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    until = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < until, what
-        time.sleep(0.01)
 
 
 class Host(Served):

@@ -21,7 +21,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbd_client import RawClient, Refused, export_request
-from nbd_fakes import GIB, Bench, wait_for
+from nbd_fakes import GIB, Bench
+from waiting import wait_for
 
 from glidefs.transport.nbd import proto
 from glidefs.transport.nbd.negotiation import NbdExport

@@ -13,18 +13,12 @@ from pathlib import Path
 import pytest
 from nbd_client import READ, WRITE, RawClient, request
 from nbd_serve import MIB, Served
+from waiting import wait_for
 
 SIZE = 64 * MIB
 MEMORY = 64 * MIB
 SLACK = 24 * MIB
 """Of the process besides: the allocator's, the receive buffers of workers, Python's."""
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "deadline passed"
-        time.sleep(0.005)
 
 
 @pytest.fixture

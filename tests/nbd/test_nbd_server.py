@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from nbd_client import RawClient, export_request
-from nbd_fakes import GIB, Bench, Exports, FakeCore, wait_for
+from nbd_fakes import GIB, Bench, Exports, FakeCore
+from waiting import wait_for
 
 from glidefs.config import NbdSettings
 from glidefs.errors import GlideError

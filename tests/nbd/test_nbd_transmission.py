@@ -28,6 +28,7 @@ from nbd_client import (
     request,
 )
 from nbd_serve import MIB, Served
+from waiting import wait_for
 
 SIZE = 64 * MIB
 MAX_PAYLOAD = 32 * MIB
@@ -44,13 +45,6 @@ def connect(served: Served, name: str = "disk", tcp: bool = False) -> RawClient:
     client = RawClient(served.tcp if tcp else served.path)
     client.greet().go(name)
     return client
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "deadline passed"
-        time.sleep(0.005)
 
 
 def in_time(work: Callable[[], object], seconds: float = 20.0) -> None:

@@ -10,14 +10,13 @@ import os
 import shutil
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from waiting import DEADLINE, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SYSTEMD = Path("/lib/systemd/systemd")
-DEADLINE = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0
 INNER = """\
 set -e
 mount -t proc proc /proc
@@ -55,17 +54,6 @@ def missing() -> str:
     probe = ["unshare", "--mount", "--pid", "--fork", "--cgroup", "sh", "-c", "mount -t cgroup2 c /mnt"]
     done = subprocess.run(probe, capture_output=True, text=True, check=False)
     return f"no namespaces or cgroup2 here: {done.stderr.strip()}" if done.returncode else ""
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout: float = DEADLINE) -> Any:
-    """Poll until the condition is true; its value."""
-    until = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < until, f"timeout: {what}"
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import systemd_rig as rig
-from systemd_rig import ROOT, Systemd, wait_for
+from systemd_rig import ROOT, Systemd
+from waiting import wait_for
 
 from glidefs.transport.ublk.driver import ublk_missing
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+from waiting import wait_for
 
 from glidefs.errors import (
     AccessDenied,
@@ -28,13 +29,6 @@ from glidefs.store.breaker import Breaker
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.state import StoreState, Waits, waiting
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "condition did not come true"
-        time.sleep(0.005)
 
 
 @pytest.fixture

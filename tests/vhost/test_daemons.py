@@ -14,7 +14,7 @@ import pytest
 from front_end import FrontEnd
 from handoff_rig import Generations
 from load import Load, Reads
-from node import wait_for
+from waiting import wait_for
 
 from glidefs.api.client import CommandError
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 
 import pytest
-from core_rig import BLOCK, MIB, pattern, wait_for
+from core_rig import BLOCK, MIB, pattern
 from front_end import INDIRECT, NEXT, OUT, PAGE, USER, WRITE, FrontEnd, Lost, Memory, Region, Ring
 from vhost_rig import VhostRig
+from waiting import wait_for
 
 from glidefs.transport.vhost_user.messages import Request
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from core_rig import BLOCK, pattern, wait_for
+from core_rig import BLOCK, pattern
 from front_end import (
     ALL_PROTOCOL,
     DISCARD,
@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_sessions import under_way
 from vhost_rig import VhostRig
+from waiting import wait_for
 
 SIZE = 4 * BLOCK
 SECTORS = SIZE // 512

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from core_handoff_rig import Pair
-from core_rig import BLOCK, CoreRig, pattern, wait_for
+from core_rig import BLOCK, CoreRig, pattern
 from front_end import ALL_PROTOCOL, FLUSH, IN, OK, OUT, FrontEnd
 from load import Load
 from test_sessions import record, under_way
 from vhost_rig import VhostRig
+from waiting import wait_for
 
 from glidefs.core import handoff
 from glidefs.transport.vhost_user.messages import Request

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from core_rig import MIB, pattern, wait_for
+from core_rig import MIB, pattern
 from handoff_rig import Generations
 from test_daemons import SETTINGS
 from vhost_rig import VhostRig
+from waiting import wait_for
 
 QEMU = shutil.which("qemu-system-x86_64")
 pytestmark = pytest.mark.skipif(QEMU is None, reason="qemu-system-x86_64 is not installed")

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Callable
 
 import pytest
-from core_rig import BLOCK, MIB, Background, pattern, wait_for
+from core_rig import BLOCK, MIB, Background, pattern
 from front_end import ALL_PROTOCOL, FLUSH, IN, INFLIGHT, IOERR, OK, OUT, FrontEnd, Pending, Ring
 from vhost_rig import VhostRig
+from waiting import wait_for
 
 from glidefs.transport.vhost_user.messages import Request
 

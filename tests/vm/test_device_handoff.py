@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "handoff"))
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "handoff"))
 import device_rig as rig
 from figures import Figures
 from handoff_rig import Generations
-from node import MIB, fio_command, wait_for
+from node import MIB, fio_command
 from null_server import NullServer, build
 
 from glidefs.api.client import CommandError

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 import device_rig as rig
 from figures import Figures
-from node import GIB, MIB, Node, stopwatch, wait_for
+from node import GIB, MIB, Node, stopwatch
 from null_server import NullServer, build, control, info
 
 from glidefs.core import ublk

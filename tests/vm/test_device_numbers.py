@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "core"))
 
 import device_rig as rig
 from core_rig import MIB, SECTOR, CoreRig
-from node import Node, wait_for
+from node import Node
 
 from glidefs.core import ublk
 from glidefs.core.ublk import UblkConfig, UblkDevice

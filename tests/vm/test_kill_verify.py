@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 import device_rig as rig
 from figures import Figures
-from node import MIB, Node, wait_for
+from node import MIB, Node
 
 pytestmark = [
     pytest.mark.skipif(rig.REASON is not None, reason=str(rig.REASON)),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "handoff"))
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "handoff"))
 import device_rig as rig
 from figures import Figures
 from handoff_rig import Generations
-from node import MIB, Node, wait_for
+from node import MIB, Node
 from test_device_handoff import Load
 from test_kill_verify import SETTINGS, Verify, kill_and_start, report_kills, serve_again
 

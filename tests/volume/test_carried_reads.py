@@ -14,7 +14,8 @@ from bad_s3 import BUCKET, BadS3
 from certificates import Tls
 from hypothesis import given
 from hypothesis import strategies as st
-from volume_rig import BLOCK, MIB, Rig, wait_for
+from volume_rig import BLOCK, MIB, Rig
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.host.host import Host

@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbd_client import BLOCK_STATUS, Extent, RawClient, RequestFailed
-from volume_rig import BLOCK, MIB, PREFIX, Rig, wait_for
+from volume_rig import BLOCK, MIB, PREFIX, Rig
+from waiting import wait_for
 
 from glidefs.core.volume import NbdModes
 from glidefs.errors import GlideError

@@ -8,7 +8,8 @@ import threading
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from volume_rig import BLOCK, MIB, Rig, wait_for
+from volume_rig import BLOCK, MIB, Rig
+from waiting import wait_for
 
 from glidefs.compaction.plan import Layer, choose_run, layers_of, merge_blocks, runs_of
 from glidefs.formats.manifest import EMPTY_PAGE, PackRef

@@ -8,7 +8,8 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from volume_rig import BLOCK, MIB, Rig, demote_all, wait_for
+from volume_rig import BLOCK, MIB, Rig, demote_all
+from waiting import wait_for
 
 from glidefs.core.carry import BlockPlans
 from glidefs.core.check import CoreError

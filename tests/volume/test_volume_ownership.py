@@ -10,7 +10,8 @@ import time
 import msgspec
 import pytest
 from stored_roots import owner_of, put_root
-from volume_rig import MIB, PREFIX, Rig, record_of, wait_for
+from volume_rig import MIB, PREFIX, Rig, record_of
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.core.engine import Engine

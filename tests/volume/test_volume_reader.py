@@ -13,7 +13,8 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
+from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
+from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.errors import AccessDenied

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from open_files import open_below
-from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
+from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
+from waiting import wait_for
 
 from glidefs.compaction import merge as merge_module
 from glidefs.core import payloads

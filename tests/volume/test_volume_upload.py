@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
 
 from power_cut import read_trace
-from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of, wait_for
+from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
 
 from glidefs.core.check import CoreError
 from glidefs.core.gather import log_segments

@@ -6,8 +6,6 @@ import faulthandler
 import itertools
 import logging
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +149,3 @@ def demote_all(host: Host, volume: Volume) -> int:
             done += host.demoter.demote(volume, segment)
             volume.core.retire(segment)
     return done
-
-
-def wait_for(condition: Callable[[], object], what: str, deadline: float = 20.0) -> None:
-    until = time.monotonic() + deadline
-    while not condition():
-        assert time.monotonic() < until, f"{what}: not within {deadline} s"
-        time.sleep(0.005)
