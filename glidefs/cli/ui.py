@@ -58,8 +58,8 @@ def _say_how(config: str | None, as_json: bool) -> None:
         "here": "glidefs ui --port 8080",
         "from another host": f"ssh -t -L 8080:{LOOPBACK}:8080 HOST glidefs ui --port 8080",
     }
-    if listen := _listens(config):
-        ways["over TCP"] = f"http://{listen}/ui, with the token of [api] token_file"
+    if over := _over_tcp(config):
+        ways["over TCP"] = over
     if as_json:
         output.emit(ways)
         return
@@ -67,14 +67,21 @@ def _say_how(config: str | None, as_json: bool) -> None:
         print(f"{where + ':':<19} {way}")
 
 
-def _listens(config: str | None) -> str | None:
-    """Where the API listens on TCP, if the configuration can be read."""
+def _over_tcp(config: str | None) -> str | None:
+    """The address and what opens it, where the API listens on TCP and the configuration can be read."""
     from glidefs.config import load_config
 
     try:
-        return load_config(config_path(config)).api.listen
+        api = load_config(config_path(config)).api
     except (ConfigError, OSError):
         return None
+    if api.listen is None:
+        return None
+    tokens = {"a token of [api] tokens_file ('glidefs token' makes one)": api.tokens_file}
+    tokens["the token of [api] token_file"] = api.token_file
+    wanted = [" or ".join(what for what, path in tokens.items() if path is not None)]
+    wanted += ["a certificate of [api] client_ca in the browser"] * (api.client_ca is not None)
+    return f"{'http' if api.tls_cert is None else 'https'}://{api.listen}/ui, with {' and '.join(wanted)}"
 
 
 class Forwarder(socketserver.ThreadingTCPServer):

@@ -91,12 +91,14 @@ class Leaving:
         """
         with self._table.locked(name) as entry:
             entry.check_served()
-            before, served = entry.record, entry.transport
+            before, served, volume = entry.record, entry.transport, entry.volume
             assert before is not None
             assert served is not None
+            assert volume is not None
             choice = self._opener.guests.choose(kind)
             if choice.kind == served.kind:
                 entry.change_record(self._records, transport=kind)
+                volume.prefer(kind)
                 return entry.status()
             self._check_unused(entry, "detach", force=False)
             self._opener.guests.stop(entry, remove_device=True)
@@ -109,6 +111,7 @@ class Leaving:
                     entry.change_record(self._records, **was)
                 self._opener.restart_transport(entry)
                 raise
+            volume.prefer(kind)
             return entry.status()
 
     # -- detach ----------------------------------------------------------------------------------

@@ -64,8 +64,8 @@ class Replace(NamedTuple):
 class Change(msgspec.Struct, frozen=True, kw_only=True):
     """What a commit does to a manifest, in this order: ``drops``, ``replaces``, ``appends``.
 
-    ``drops`` are chunks that were overwritten or zeroed whole. ``size`` and ``last_segment`` are
-    None where they stay.
+    ``drops`` are chunks that were overwritten or zeroed whole. ``size``, ``last_segment`` and ``transport``
+    are None where they stay.
     """
 
     drops: frozenset[int] = frozenset()
@@ -73,6 +73,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     appends: tuple[Append, ...] = ()
     size: int | None = None
     last_segment: int | None = None
+    transport: str | None = None
 
 
 class Edited(NamedTuple):
@@ -435,6 +436,7 @@ def edit(manifest: Manifest, change: Change) -> Edited:
         old,
         size=size,
         last_segment=old.last_segment if change.last_segment is None else change.last_segment,
+        transport=old.transport if change.transport is None else change.transport,
     )
     if count == 1:
         page = pages.get(0, manifest.page(0))

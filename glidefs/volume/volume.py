@@ -235,9 +235,9 @@ class Volume:
         return self._awaited > 0
 
     def drained(self, segment: int) -> bool:
-        """Whether the store has all segments up to ``segment``, the size and the first root."""
+        """Whether the store has all segments up to ``segment``, and a root that says all."""
         committer = self.committer
-        return committer.published and not self._size_dirty and self.done_segment >= segment
+        return committer.published and not self.root_lags and self.done_segment >= segment
 
     def resize(self, size: int) -> None:
         """Change the size, in bytes; commits it in the background. Raises Fenced, CoreError."""
@@ -246,6 +246,15 @@ class Volume:
         self.size = size
         self.record = msgspec.structs.replace(self.record, size=size)
         self._size_dirty = True
+        if not self.read_only:
+            self._upload(self)
+
+    def prefer(self, transport: str) -> None:
+        """Whoever opens the volume next, on any host, shall use this transport unless told otherwise.
+
+        The root says so with the next commit, which this asks for.
+        """
+        self.record = msgspec.structs.replace(self.record, transport=transport)
         if not self.read_only:
             self._upload(self)
 
@@ -308,9 +317,9 @@ class Volume:
     # -- for the host's threads ------------------------------------------------------------------
 
     @property
-    def size_dirty(self) -> bool:
-        """Whether the size changed since the last commit."""
-        return self._size_dirty
+    def root_lags(self) -> bool:
+        """Whether the root in use has not the volume's size or transport yet."""
+        return self._size_dirty or (not self.read_only and self.record.transport != self.root.transport)
 
     def size_changed(self) -> None:
         """Look whether the manifest still has the volume's size."""

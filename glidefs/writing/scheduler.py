@@ -288,7 +288,7 @@ class Scheduler:
             seal = info.dirty_age >= self._patience
             backlog = info.dirty_bytes - info.active_bytes
             if not (
-                seal or backlog >= self.batch_bytes() or volume.size_dirty or not volume.committer.published
+                seal or backlog >= self.batch_bytes() or volume.root_lags or not volume.committer.published
             ):
                 asks = info.dirty_bytes or not volume.committer.confirmed
                 if asks and self._unseen_for(volume) >= self._settings.poll_interval:

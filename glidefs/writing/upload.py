@@ -159,7 +159,7 @@ class Uploader:
         committer = volume.committer
         self._check_first_put(volume)
         committer.publish(self._store)
-        if volume.done_segment >= last and not volume.size_dirty:
+        if volume.done_segment >= last and not volume.root_lags:
             return Uploaded(volume.done_segment, 0, 0)
         started = clock.elapsed()
         adoptions = committer.adoptions
@@ -191,6 +191,7 @@ class Uploader:
             drops=drops,
             appends=tuple(Append(pack.ref, pack.chunks) for pack in built),
             size=size,
+            transport=volume.record.transport,
             last_segment=max(last, committer.root.last_segment),
         )
         self.retry(volume, lambda: committer.commit(self._store, change, adoptions), started)

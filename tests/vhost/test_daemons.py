@@ -211,3 +211,21 @@ def test_cold_reads_of_a_fork_through_handoffs(make_daemon: Make, tmp_path: Path
         load.finish()
     finally:
         guest.close()
+
+
+def test_another_host_takes_the_transport_over(make_daemon: Make, tmp_path: Path) -> None:
+    """What `glidefs transport` chose is in the store; a start before it was there changes nothing."""
+    node = make_daemon()
+    node.run("create", "moves", "--size", "64MiB", "--transport", "nbd")
+    node.run("drain", "moves")
+    node.run("transport", "moves", "vhost-user")
+    node.kill()
+    node.start()
+    assert node.json("show", "moves")["transport"] == "vhost-user"
+    node.run("detach", "moves")
+    other = Generations(tmp_path / "other", settings={**SETTINGS, "store": {"url": f'"file://{node.store}"'}})
+    try:
+        other.start()
+        assert other.json("attach", "moves")["transport"] == "vhost-user"
+    finally:
+        other.kill_all()
