@@ -141,7 +141,7 @@ class Committer:
         self.copy_lags = False
         """Whether the local copy is not of the root in use, because it could not be written."""
         self._unsaved: dict[bytes, bytes] = {}
-        self._tried: tuple[bytes, ...] = ()
+        self._tried: tuple[bytes, ...] = (root.nonce, *local.load_tried(state_dir, root.volume_id))
         self._prefix = prefix
         self._key = manifest_key(prefix, root.name)
         self._meta = meta
@@ -150,7 +150,6 @@ class Committer:
         self._lock = threading.Lock()
         self._gather = gather
         self._log: LogDigest | None = None  # rarely asked for
-        self._tried = (root.nonce, *local.load_tried(state_dir, root.volume_id))
 
     @property
     def tried(self) -> tuple[bytes, ...]:
@@ -184,7 +183,7 @@ class Committer:
         Raises OSError.
         """
         with self._lock:
-            if self.etag is None and not self._has_local():
+            if self.etag is None and not local.volume_dir(self._state_dir, self.root.volume_id).exists():
                 self.local_segment = self.root.last_segment
                 return
             if copy is local.LocalCopy.UNKNOWN and not self._is_saved():
@@ -205,9 +204,6 @@ class Committer:
         except CorruptObject:  # it is replaced
             return False
         return saved is not None and saved[:2] == (self.root, self.etag)
-
-    def _has_local(self) -> bool:
-        return local.volume_dir(self._state_dir, self.root.volume_id).exists()
 
     def commit(self, store: ObjectStore, change: Change, adoptions: int | None = None) -> Root:
         """Put a root with ``change`` and use it. Returns it.
@@ -284,7 +280,9 @@ class Committer:
         with self._lock:
             if self.etag is not None:
                 return
-            self._published(lease.commit_first(store, self._key, self.root, self._tried))
+            self._published(
+                self._or_ours(store, lambda: lease.commit_first(store, self._key, self.root, self._tried))
+            )
 
     def was_published(self, store: ObjectStore) -> bool:
         """Whether the store has our first root already, from a put whose answer was lost; then it is in use.
@@ -292,7 +290,9 @@ class Committer:
         Nothing is put. Raises Fenced, StoreError.
         """
         with self._lock:
-            found = lease.resolve(store, self._key, self.root, None, self._tried)
+            found = self._or_ours(
+                store, lambda: lease.resolve(store, self._key, self.root, None, self._tried)
+            )
             if found is not None:
                 self._published(found)
             return found is not None

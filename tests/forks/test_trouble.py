@@ -30,6 +30,7 @@ from glidefs.errors import (
     UnknownExport,
 )
 from glidefs.exports.requests import AttachRequest
+from glidefs.exports.table import RecordDirectory
 from glidefs.formats.manifest import Root, decode_root
 from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
@@ -313,6 +314,33 @@ def test_a_commit_whose_local_copy_is_lost_is_found_after_the_start(
     assert volume.root.sequence == root.sequence
     memory.set_down(False)
     wait_for(lambda: volume.root.sequence == newer.sequence, "the root that the store has")
+
+
+def test_what_was_put_while_no_small_file_could_be_written_is_told_by_the_log(
+    make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! Nor was it kept that the store has the first root: it is to be put again, and there is a later one."""
+    node = make_node()
+    memory.set_down(True)
+    node.create("v", SIZE)
+    for where in ("local.save_tried", "local.save"):
+        monkeypatch.setattr(f"glidefs.manifest.{where}", full)
+    monkeypatch.setattr(RecordDirectory, "save", full)
+    memory.set_down(False)
+    for data in (b"a", b"b"):
+        node.core("v").pwrite(0, data * 4096)
+        node.router.drain("v", 20.0)
+    assert root_of(node, "v").sequence >= 2
+    node.close()
+    monkeypatch.undo()
+    again = make_node()
+    again.router.start()
+    assert again.router.wait_tried(20)
+    again.core("v").pwrite(4096, b"c" * 4096)
+    again.router.drain("v", 20.0)
+    assert not again.router.table.get("v").is_fenced()
+    again.engine.cache.evict_all()
+    assert again.core("v").pread(0, 8192) == b"b" * 4096 + b"c" * 4096
 
 
 def test_a_clean_volume_that_was_taken_over_is_fenced_after_a_start(

@@ -244,7 +244,7 @@ class Verbs(Steps):
         self, node: SimNode, name: str, *, take_over: bool = False, accept_older: bool = False
     ) -> None:
         free = self.is_free(node, name)
-        if free or take_over or accept_older:
+        if free or take_over or accept_older or self.is_free(node, name, perhaps=True):
             self.model.takers.add((node.name, name))
         if accept_older:
             self.model.accepters.add((node.name, name))
@@ -260,13 +260,16 @@ class Verbs(Steps):
                 raise
         self.check_open(node)
 
-    def is_free(self, node: SimNode, name: str) -> bool:
-        """Whether this node may have the volume without taking it from anybody."""
+    def is_free(self, node: SimNode, name: str, *, perhaps: bool = False) -> bool:
+        """Whether this node may have the volume without taking it from anybody.
+
+        ``perhaps``: if it finds out that the root in the store, whose nonce it lost, is made of its log.
+        """
         seen = self.model.roots.get(manifest_key(PREFIX, name))
         if seen is None or seen.root.owner_host == NO_ID:
             return True
         life = self.model.lives.get((seen.root.log_id, node.name))
-        outdone = life is not None and life.outdone
+        outdone = life is not None and life.outdone and not (perhaps and life.may_adopt)
         return seen.root.owner_host == node.owner.host and node.has_log(seen.root) and not outdone
 
     def use_stale(self) -> None:
