@@ -319,7 +319,7 @@ def test_a_commit_whose_local_copy_is_lost_is_found_after_the_start(
 def test_what_was_put_while_no_small_file_could_be_written_is_told_by_the_log(
     make_node: MakeNode, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """! Nor was it kept that the store has the first root: it is to be put again, and there is a later one."""
+    """! Nor was it kept that the store has the first root: it is put again, and there is a later one."""
     node = make_node()
     memory.set_down(True)
     node.create("v", SIZE)
@@ -341,6 +341,30 @@ def test_what_was_put_while_no_small_file_could_be_written_is_told_by_the_log(
     assert not again.router.table.get("v").is_fenced()
     again.engine.cache.evict_all()
     assert again.core("v").pread(0, 8192) == b"b" * 4096 + b"c" * 4096
+
+
+@pytest.mark.parametrize("verb", ["remove", "attach"])
+def test_a_closed_volume_knows_what_was_put_while_no_nonce_could_be_kept(
+    node: Node, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """! It would be another host's: neither removed in the store, nor to be had again without a take-over."""
+    node.create("v", SIZE, wait=True)
+    for where in ("local.save_tried", "local.save"):
+        monkeypatch.setattr(f"glidefs.manifest.{where}", full)
+    node.core("v").pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    entry = node.router.table.get("v")
+    with entry.lock:
+        node.router._opener.close_entry(entry, remove_device=False)
+    monkeypatch.undo()
+    if verb == "remove":
+        assert node.router.remove("v")["removed"]
+        assert root_of(node, "v").removed_at
+        return
+    entry.delete_record(node.router._records)
+    node.router.table.drop(entry)
+    node.router.attach("v", AttachRequest(transport="nbd"))
+    assert node.core("v").pread(0, 4096) == b"a" * 4096
 
 
 def test_a_clean_volume_that_was_taken_over_is_fenced_after_a_start(

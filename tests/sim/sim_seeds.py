@@ -27,8 +27,12 @@ REGRESSIONS: dict[int, str] = {
     "the volume, with nothing to upload, was served by the old one, whose packs gc deleted",
     3637: "the local copy of a root had its name, but a crash came before that was synced; the next process "
     "took it for durable and gave log space back, and a power cut left neither",
+    3402: "a first root and a commit after it were put while the disk took no small file; after a crash the "
+    "host asked the store to take the first one again and took what it found for a clone's",
     4601: "gc deleted a pack that only forks under way held at two of its runs a grace apart, and that was "
     "named in between, but at no run: the volume that named it was removed before the fork's root was put",
+    5894: "a commit was put while the disk took no small file, and the volume was closed then: its host took "
+    "that for another's, and neither removed nor attached it",
     9335: "a volume that was removed elsewhere before its node knew that the store had it: fenced, and after "
     "a restart, when the tombstone was gone, put again",
 }

@@ -7,12 +7,14 @@ import logging
 import time
 from pathlib import Path
 
-from glidefs.errors import CorruptObject
+from glidefs.core.gather import Gather, log_segments
+from glidefs.errors import CorruptObject, GlideError
 from glidefs.exports.settings import RouterSettings
 from glidefs.formats import atomic
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import Root, decode_root
 from glidefs.manifest import local
+from glidefs.manifest.log_digest import LogDigest
 from glidefs.names import manifest_key
 from glidefs.volume import aside, logs
 
@@ -46,7 +48,8 @@ class ExportLogs:
     def put_here(self, root: Root, record: ExportRecord | None = None) -> bool | None:
         """Whether this host put a root that the store has, by its nonce; None if nothing here tells.
 
-        The log that a root names is no evidence: a copy of this host has the same.
+        That a log of the root's name is here is no evidence: a copy of this host has one, too. What it holds
+        is, if the root was put while the disk took no nonce (see :class:`LogDigest`).
         """
         known = set(local.load_tried(self._places.state_dir, root.volume_id))
         saved = local.find(self._places.state_dir, root.volume_id)
@@ -55,7 +58,22 @@ class ExportLogs:
         if record is not None and record.root:
             key = manifest_key(record.prefix, record.name)
             known.add(decode_root(key, record.root, f"record of {record.name}").nonce)
-        return root.nonce in known if known else None
+        if root.nonce in known or self._told_by_log(root, saved):
+            return True
+        return False if known else None
+
+    def _told_by_log(self, root: Root, saved: Root | None) -> bool:
+        """Whether ``root`` is made of the log that is here, behind the local copy of the root before it."""
+        ids = root.volume_id, root.log_id
+        directory = logs.log_dir(self._places.logs_dir, *ids)
+        after = saved.last_segment if saved is not None and saved.log_id == root.log_id else 0
+        digest = LogDigest(lambda first, last: Gather(None, directory, *ids, first, last))
+        try:
+            if not after <= root.last_segment <= max(log_segments(directory), default=0):
+                return False
+            return digest.nonce(root, after) == root.nonce
+        except GlideError:
+            return False
 
     def sent_segment(self, record: ExportRecord) -> int | None:
         """The last segment of the log that the store has; None if nothing here knows."""
