@@ -266,7 +266,7 @@ class Opener:
         """Open the volume in standby: another process serves it until :meth:`take_up`. Raises."""
         assert entry.record is not None
         self.check_log(entry.record)
-        found = self.roots.find(entry.record)
+        found = self.roots.find(entry.record, alone=False)
         entry.volume = self._host.open(entry.record, found.root, found.etag, standby=True)
         self._watch(entry, entry.volume)
         self.guests.prepare(entry.record)

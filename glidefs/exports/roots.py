@@ -76,10 +76,11 @@ class Roots:
         """What was seen is old."""
         self._seen = {}
 
-    def find(self, record: ExportRecord) -> Found:
+    def find(self, record: ExportRecord, *, alone: bool = True) -> Found:
         """The root to open a volume with; from the store where the local copy is lost.
 
-        Raises CorruptObject, Fenced, GlideError, StoreError.
+        ``alone``: no other process serves the volume now. Raises CorruptObject, Fenced, GlideError, StoreError,
+        OSError.
         """
         key = manifest_key(record.prefix, record.name)
         try:
@@ -93,10 +94,10 @@ class Roots:
                 raise CorruptObject(record.name, 0, "the local root is not the one that its record names")
             ours = root.volume_id == record.volume_id and root.log_id == record.log_id
             if ours and not (etag is None and record.root_published):
-                return self._newest(record, Found(root, etag, LocalCopy.READ))
+                return self._newest(record, Found(root, etag, LocalCopy.READ), alone)
         if record.root and manifest_hash(record.root) == record.manifest_hash:
             first = decode_root(key, record.root, f"record of {record.name}")
-            return self._newest(record, Found(first, None))
+            return self._newest(record, Found(first, None), alone)
         if not record.root_published:
             raise GlideError(f"{record.name}: its root is neither on this host nor known to be in the store")
         view = self._store.view("read", STORE_PATIENCE)
@@ -114,30 +115,37 @@ class Roots:
             )
         return Found(found, etag)
 
-    def _newest(self, record: ExportRecord, here: Found) -> Found:
+    def _newest(self, record: ExportRecord, here: Found, alone: bool) -> Found:
         """The root to open with: the store's own if the log may have lost what was uploaded.
 
         What a sync failed to write is uploaded from the page cache. If the power fails before the local root
         includes it, the log lacks it: guests would see the volume go back, and forward again once the store's
-        root is found. Raises Fenced, StoreError.
+        root is found, or comes: what is still on its way is made to fail. Raises Fenced, StoreError, OSError.
         """
         seen = logs.look(self._logs.path(record))
         if seen.empty and here.copy is LocalCopy.READ:
             return here._replace(copy=LocalCopy.ENOUGH)
         if not seen.lost_syncs:
             return here
-        try:
-            found, found_etag = lease.read_root(
-                self._store.view("read", STORE_PATIENCE), record.prefix, record.name
-            )
-        except UnknownExport:
-            return here  # not put yet, or the first commit finds out
-        if found.volume_id == record.volume_id and found.log_id == record.log_id:
+        view = self._store.view("read", STORE_PATIENCE)
+        while True:
+            try:
+                found, found_etag = lease.read_root(view, record.prefix, record.name)
+            except UnknownExport:
+                return here  # not put yet, or the first commit finds out
+            if found.volume_id != record.volume_id or found.log_id != record.log_id:
+                break
             # An older one has less than what is here, and one that was not tried here is a copy's: the
             # comparison before guests come says which.
             tried = local.load_tried(self._places.state_dir, record.volume_id)
             newer = found.sequence > here.root.sequence and found.nonce in tried
-            return Found(found, found_etag) if newer else here
+            if not newer and found.nonce != here.root.nonce:
+                return here
+            if not alone or found.nonce in tried[-1:]:
+                return Found(found, found_etag) if newer else here
+            with contextlib.suppress(Fenced):  # one that was on its way came: see which
+                if (anew := self._put_anew(view, record, found, found_etag)) is not None:
+                    return anew
         if here.etag is None or lease.went_back(found, here.root):
             return here  # another's name, which the first put finds out; or to be compared, as above
         raise Fenced(record.name, f"node {found.owner_node or '(none)'} has the volume now")
@@ -171,7 +179,7 @@ class Roots:
             if not same_log or self._logs.put_here(root, record) is False or self._is_older(record, root):
                 return False  # another has it, or the store went back, which opening it finds out
             with contextlib.suppress(Fenced):  # it came, or somebody was faster: see which
-                if self._put_anew(view, record, root, etag):
+                if self._put_anew(view, record, root, etag) is not None:
                     return False
 
     def _is_older(self, record: ExportRecord, root: Root) -> bool:
@@ -183,14 +191,15 @@ class Roots:
             return False
         return saved is not None and lease.went_back(root, saved[0])
 
-    def _put_anew(self, store: ObjectStore, record: ExportRecord, root: Root, etag: str) -> bool:
-        """Put the root once more. False: another of ours is there. Raises Fenced, StoreError, OSError."""
+    def _put_anew(self, store: ObjectStore, record: ExportRecord, root: Root, etag: str) -> Found | None:
+        """Put the root once more. None: another of ours is there. Raises Fenced, StoreError, OSError."""
         place = self._places.state_dir, record.volume_id
         tried = local.load_tried(*place) or (root.nonce,)
         new = lease.next_root(root)
         local.save_tried(*place, (*tried[-local.MAX_TRIED + 1 :], new.nonce))
         key = manifest_key(record.prefix, record.name)
-        return lease.commit_root(store, key, new, etag, base=root, tried=tried).adopted is None
+        result = lease.commit_root(store, key, new, etag, base=root, tried=tried)
+        return Found(new, result.etag) if result.adopted is None else None
 
     def offer(self) -> bool:
         """Name the volumes that the store says another host of this name had. True when complete.

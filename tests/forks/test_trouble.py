@@ -252,6 +252,49 @@ def test_after_a_failed_sync_the_store_is_asked_for_the_root(
     node.core("v").flush()
 
 
+def test_a_late_put_of_what_a_failed_sync_lost_is_refused(
+    node: Node, memory: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """! It would bring back, under guests that saw it gone, what the log lost with the power."""
+    node.create("v", SIZE)
+    core = node.core("v")
+    core.pwrite(0, b"a" * 4096)
+    node.router.drain("v", 20.0)
+    put, late = memory.put, list[Callable[[], str]]()
+
+    def stay_on_the_way(key: str, data: Any, **conditions: Any) -> str:
+        if key.endswith("/manifest"):
+            late.append(lambda: put(key, data, **conditions))
+            raise AccessDenied("refused", key=key, op="put")
+        return put(key, data, **conditions)
+
+    core.pwrite(0, b"b" * 4096)
+    disk_inject(DiskKind.SYNC_BEGIN, errno.EIO, count=100)
+    with pytest.raises(CoreError):
+        core.flush()
+    disk_inject(DiskKind.SYNC_BEGIN, 0, count=0)
+    monkeypatch.setattr(memory, "put", stay_on_the_way)
+    with pytest.raises(DrainTimeout):
+        node.router.drain("v", 0.5)
+    entry = node.router.table.get("v")
+    with entry.lock:
+        assert entry.volume is not None
+        log_dir = entry.volume.log_dir
+        node.router._opener.close_entry(entry, remove_device=False)
+        monkeypatch.setattr(memory, "put", put)
+        (mark,) = log_dir.glob("*.syncfail")
+        mark.with_suffix(".seg").unlink()
+        node.router._opener.reopen(entry)
+        assert entry.serves(), entry.reason
+    assert node.core("v").pread(0, 4096) == b"a" * 4096
+    with pytest.raises(PreconditionFailed):
+        late[0]()
+    node.core("v").pwrite(0, b"c" * 4096)
+    node.router.drain("v", 20.0)
+    node.engine.cache.evict_all()
+    assert node.core("v").pread(0, 4096) == b"c" * 4096
+
+
 def test_a_volume_that_had_another_owner_can_be_removed_once(make_node: MakeNode) -> None:
     """Its tombstone stays for gc, and is nothing that anybody has."""
     node, other = make_node("a"), make_node("b")
