@@ -79,8 +79,8 @@ class Roots:
     def find(self, record: ExportRecord, *, alone: bool = True) -> Found:
         """The root to open a volume with; from the store where the local copy is lost.
 
-        ``alone``: no other process serves the volume now. Raises CorruptObject, Fenced, GlideError, StoreError,
-        OSError.
+        ``alone``: no other process serves the volume now. Raises CorruptObject, Fenced, GlideError,
+        StoreError, OSError.
         """
         key = manifest_key(record.prefix, record.name)
         try:

@@ -126,9 +126,35 @@ SIM = [
     Mutation(
         "late-put-gives-up-what-is-served",
         "glidefs/exports/roots.py",
-        "                if self._put_anew(view, record, root, etag):\n                    return False\n",
-        "                return False\n",
+        "if self._put_anew(view, record, root, etag) is not None:\n",
+        "if True:\n",
         ("tests/forks/test_trouble.py::test_a_late_put_of_a_verb_that_failed_is_refused",),
+    ),
+    Mutation(
+        "late-put-brings-back-what-a-failed-sync-lost",
+        "glidefs/exports/roots.py",
+        "if not alone or found.nonce in tried[-1:]:",
+        "if True:",
+        ("tests/forks/test_trouble.py::test_a_late_put_of_what_a_failed_sync_lost_is_refused",),
+    ),
+    Mutation(
+        "log-does-not-tell-of-a-first-root",
+        "glidefs/manifest/commit.py",
+        "self._or_ours(store, lambda: lease.commit_first(store, self._key, self.root, self._tried))",
+        "lease.commit_first(store, self._key, self.root, self._tried)",
+        (
+            "tests/forks/test_trouble.py"
+            "::test_what_was_put_while_no_small_file_could_be_written_is_told_by_the_log",
+        ),
+    ),
+    Mutation(
+        "closed-log-tells-nothing",
+        "glidefs/exports/logs/closed.py",
+        "if root.nonce in known or self._told_by_log(root, saved):",
+        "if root.nonce in known:",
+        (
+            "tests/forks/test_trouble.py::test_a_closed_volume_knows_what_was_put_while_no_nonce_could_be_kept",
+        ),
     ),
     Mutation(
         "detach-does-not-drain",
