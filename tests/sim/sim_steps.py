@@ -315,7 +315,7 @@ class Steps(World):
     def drained(self, life: Life, begin: int, now: dict[int, bytes]) -> None:
         """All that was acknowledged before ``begin``, which was ``now``, is in the store."""
         self.model.observe()
-        if life.lost:
+        if life.lost or life.cut_at is not None:  # what the power cut left was not its own to show until now
             return
         seen = self.model.named(life)
         assert seen is not None, f"{life}: drained to a store that does not know it"

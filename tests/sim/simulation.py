@@ -201,6 +201,7 @@ class Simulation(Identity):
         self.end_rollbacks()
         for where in self.usable():
             assert self.drain_now(where) or where[1].lost, f"{where[1]} cannot be drained"
+        self.check_late()
         self.check_fenced()
         self.check_all_know()
         self.check_everything()
