@@ -77,11 +77,14 @@ def _over_tcp(config: str | None) -> str | None:
         return None
     if api.listen is None:
         return None
-    tokens = {"a token of [api] tokens_file ('glidefs token' makes one)": api.tokens_file}
-    tokens["the token of [api] token_file"] = api.token_file
-    wanted = [" or ".join(what for what, path in tokens.items() if path is not None)]
-    wanted += ["a certificate of [api] client_ca in the browser"] * (api.client_ca is not None)
-    return f"{'http' if api.tls_cert is None else 'https'}://{api.listen}/ui, with {' and '.join(wanted)}"
+    tokens = []
+    if api.tokens_file is not None:
+        tokens.append("a token of [api] tokens_file ('glidefs token' makes one)")
+    if api.token_file is not None:
+        tokens.append("the token of [api] token_file")
+    also = "" if api.client_ca is None else " and a certificate of [api] client_ca in the browser"
+    scheme = "http" if api.tls_cert is None else "https"
+    return f"{scheme}://{api.listen}/ui, with {' or '.join(tokens)}{also}"
 
 
 class Forwarder(socketserver.ThreadingTCPServer):

@@ -250,13 +250,12 @@ class Committer:
 
     def _told_by_log(self, root: Root) -> bytes | None:
         """The nonce of a root that is made of the log that is here; None where that cannot be read."""
-        after = self.local_segment
-        if root.log_id != self.root.log_id or not after <= root.last_segment <= self.known_segment:
+        if root.log_id != self.root.log_id:
             return None
         if self._log is None:
             self._log = LogDigest(self._gather)
         try:
-            return self._log.nonce(root, after)
+            return self._log.nonce(root, self.local_segment, self.known_segment)
         except GlideError as error:
             log.warning("volume %s: the content of its log is not known: %s", root.name, error)
             return None

@@ -31,8 +31,13 @@ class LogDigest:
         self._first = 0
         self._hashes: list[bytes] = []
 
-    def nonce(self, root: Root, after: int) -> bytes:
-        """For ``root``, which includes the segments behind ``after``. Raises CorruptLog, CoreError."""
+    def nonce(self, root: Root, after: int, last: int) -> bytes | None:
+        """For ``root``, which includes the segments behind ``after``. Raises CorruptLog, CoreError.
+
+        None for one that cannot be made of a log of which ``after`` to ``last`` are here.
+        """
+        if not after <= root.last_segment <= last:
+            return None
         own = blake3(b"a root made of its log")
         own.update(root.log_id)
         for number in (root.sequence, root.size, after, root.last_segment):

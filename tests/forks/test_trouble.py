@@ -62,6 +62,32 @@ def lose_answer(
     monkeypatch.setattr(memory, "put", then_down)
 
 
+def stay_on_the_way(
+    memory: CountingStore, monkeypatch: pytest.MonkeyPatch, which: Callable[[Root], bool]
+) -> list[Callable[[], str]]:
+    """Puts of ``which`` roots fail, and are still to come: call one."""
+    put, late = memory.put, list[Callable[[], str]]()
+
+    def refuse(key: str, data: Any, **conditions: Any) -> str:
+        if key.endswith("/manifest") and which(decode_root(key, join_body(data))):
+            late.append(lambda: put(key, data, **conditions))
+            raise AccessDenied("refused", key=key, op="put")
+        return put(key, data, **conditions)
+
+    monkeypatch.setattr(memory, "put", refuse)
+    return late
+
+
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "no space")
+
+
+def no_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the nonce of a root nor its local copy can be written."""
+    for where in ("local.save_tried", "local.save"):
+        monkeypatch.setattr(f"glidefs.manifest.{where}", full)
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(glidefs.exports.router, "VERB_PATIENCE", 0.4)
@@ -156,15 +182,7 @@ def test_a_late_put_of_a_verb_that_failed_is_refused(
     node.create("v", SIZE)
     node.core("v").pwrite(0, b"a" * 4096)
     node.router.drain("v", 20.0)
-    put, late = memory.put, list[Callable[[], str]]()
-
-    def stay_on_the_way(key: str, data: Any, **conditions: Any) -> str:
-        if key.endswith("/manifest") and not decode_root(key, join_body(data)).owner_node:
-            late.append(lambda: put(key, data, **conditions))
-            raise AccessDenied("refused", key=key, op="put")
-        return put(key, data, **conditions)
-
-    monkeypatch.setattr(memory, "put", stay_on_the_way)
+    late = stay_on_the_way(memory, monkeypatch, lambda root: not root.owner_node)
     with pytest.raises(StoreError):
         getattr(node.router, verb)("v")
     assert node.router.show("v").state == "serving"
@@ -203,9 +221,6 @@ def test_a_full_disk_after_a_failed_detach_is_waited_for(
     node.core("v").pwrite(0, b"a" * 4096)
     node.router.drain("v", 20.0)
     memory.fail_next("put", *[AccessDenied("refused", key="k", op="put")])
-
-    def full(*_args: object) -> None:
-        raise OSError(errno.ENOSPC, "no room")
 
     monkeypatch.setattr(local, "save_tried", full)
     with pytest.raises(StoreError):
@@ -260,20 +275,12 @@ def test_a_late_put_of_what_a_failed_sync_lost_is_refused(
     core = node.core("v")
     core.pwrite(0, b"a" * 4096)
     node.router.drain("v", 20.0)
-    put, late = memory.put, list[Callable[[], str]]()
-
-    def stay_on_the_way(key: str, data: Any, **conditions: Any) -> str:
-        if key.endswith("/manifest"):
-            late.append(lambda: put(key, data, **conditions))
-            raise AccessDenied("refused", key=key, op="put")
-        return put(key, data, **conditions)
-
     core.pwrite(0, b"b" * 4096)
     disk_inject(DiskKind.SYNC_BEGIN, errno.EIO, count=100)
     with pytest.raises(CoreError):
         core.flush()
     disk_inject(DiskKind.SYNC_BEGIN, 0, count=0)
-    monkeypatch.setattr(memory, "put", stay_on_the_way)
+    late = stay_on_the_way(memory, monkeypatch, lambda root: True)
     with pytest.raises(DrainTimeout):
         node.router.drain("v", 0.5)
     entry = node.router.table.get("v")
@@ -281,7 +288,7 @@ def test_a_late_put_of_what_a_failed_sync_lost_is_refused(
         assert entry.volume is not None
         log_dir = entry.volume.log_dir
         node.router._opener.close_entry(entry, remove_device=False)
-        monkeypatch.setattr(memory, "put", put)
+        monkeypatch.undo()
         (mark,) = log_dir.glob("*.syncfail")
         mark.with_suffix(".seg").unlink()
         node.router._opener.reopen(entry)
@@ -330,10 +337,6 @@ def test_an_export_that_the_disk_kept_from_being_opened_is_tried_again(
     assert node.core("v").pread(0, 4096) == b"a" * 4096
 
 
-def full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "no space")
-
-
 def test_a_commit_whose_local_copy_is_lost_is_found_after_the_start(
     make_node: MakeNode, memory: CountingStore
 ) -> None:
@@ -366,8 +369,7 @@ def test_what_was_put_while_no_small_file_could_be_written_is_told_by_the_log(
     node = make_node()
     memory.set_down(True)
     node.create("v", SIZE)
-    for where in ("local.save_tried", "local.save"):
-        monkeypatch.setattr(f"glidefs.manifest.{where}", full)
+    no_small_files(monkeypatch)
     monkeypatch.setattr(RecordDirectory, "save", full)
     memory.set_down(False)
     for data in (b"a", b"b"):
@@ -392,8 +394,7 @@ def test_a_closed_volume_knows_what_was_put_while_no_nonce_could_be_kept(
 ) -> None:
     """! It would be another host's: neither removed in the store, nor to be had again without a take-over."""
     node.create("v", SIZE, wait=True)
-    for where in ("local.save_tried", "local.save"):
-        monkeypatch.setattr(f"glidefs.manifest.{where}", full)
+    no_small_files(monkeypatch)
     node.core("v").pwrite(0, b"a" * 4096)
     node.router.drain("v", 20.0)
     entry = node.router.table.get("v")

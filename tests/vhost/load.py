@@ -25,24 +25,19 @@ UNTOUCHED = b"\xd5"
 
 
 class Areas:
-    """The guest's memory, but for its rings. Nobody but a request under way writes into it."""
+    """The guest's last region of memory, which has no rings. Only a request under way writes into it."""
 
     def __init__(self, guest: FrontEnd, count: int) -> None:
         self._memory = guest.memory
         region = guest.memory.regions[-1]
-        self._other = {**guest.memory.mark()}
+        self._key = region.guest
+        self._other = guest.memory.mark()
         first = guest.memory.alloc(0)
         self._resting = deque(first + i * AREA for i in range(count))
-        self._rest = first + count * AREA
+        self._tail = first + count * AREA
         self._end = region.guest + region.size
-        assert self._rest < self._end, "the guest has no memory for so many requests"
-        for at in self._resting:
-            self._fill(at)
-        guest.memory.write(self._rest, UNTOUCHED * (self._end - self._rest))
-        self._key = region.guest
-
-    def _fill(self, at: int) -> None:
-        self._memory.write(at, UNTOUCHED * AREA)
+        assert self._tail < self._end, "the guest has no memory for so many requests"
+        guest.memory.write(first, UNTOUCHED * (self._end - first))
 
     def _check(self, at: int, length: int) -> None:
         found = self._memory.read(at, length)
@@ -58,14 +53,14 @@ class Areas:
 
     def rest(self, at: int) -> None:
         """Its request was answered."""
-        self._fill(at)
+        self._memory.write(at, UNTOUCHED * AREA)
         self._resting.append(at)
 
     def check(self) -> None:
         """Of all that rest, and what never was anybody's."""
         for at in self._resting:
             self._check(at, AREA)
-        self._check(self._rest, self._end - self._rest)
+        self._check(self._tail, self._end - self._tail)
 
 
 class Load(threading.Thread):

@@ -69,9 +69,7 @@ class ExportLogs:
         after = saved.last_segment if saved is not None and saved.log_id == root.log_id else 0
         digest = LogDigest(lambda first, last: Gather(None, directory, *ids, first, last))
         try:
-            if not after <= root.last_segment <= max(log_segments(directory), default=0):
-                return False
-            return digest.nonce(root, after) == root.nonce
+            return digest.nonce(root, after, max(log_segments(directory), default=0)) == root.nonce
         except GlideError:
             return False
 
