@@ -162,15 +162,19 @@ def maybe_tls(request: pytest.FixtureRequest, tls: Tls) -> Tls | None:
 
 
 class Server:
-    """One that answers as it is told to; ``connections`` counts those that it took."""
+    """One that answers as it is told to; ``connections`` counts those that it took.
 
-    def __init__(self, pack: bytes, answer: Answer, tls: Tls | None = None) -> None:
+    ``patience`` (seconds) is how long its source is waited for: longer than a busy machine needs for a TLS
+    handshake, unless the test is about a wait that ends.
+    """
+
+    def __init__(self, pack: bytes, answer: Answer, tls: Tls | None = None, *, patience: float = 10) -> None:
         self.pack, self.answer, self.connections = pack, answer, 0
         self._tls = tls
         self.heads: list[bytes] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         where = self._listener.getsockname()
-        self.source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, where), 0.5, 0.5)
+        self.source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, where), patience, patience)
         if tls is not None:
             self.source = structs.replace(self.source, server=b"store.test", ca=bytes(tls.ca))
         threading.Thread(target=self._run, daemon=True).start()
@@ -243,7 +247,7 @@ WRONG: dict[str, Answer] = {
 @pytest.mark.parametrize("what", WRONG)
 def test_an_answer_that_is_not_the_range_fails(engine: Engine, what: str, maybe_tls: Tls | None) -> None:
     pack, index, data = two_blocks()
-    server = Server(pack, WRONG[what], maybe_tls)
+    server = Server(pack, WRONG[what], maybe_tls, patience=0.5)  # one of them never answers
     (ended,) = carry(engine, index, [0], server.source)
     server.close()
     assert ended.err < 0
@@ -299,7 +303,7 @@ def test_a_server_is_who_its_certificate_says(engine: Engine, tls: Tls, tmp_path
 
 def test_a_server_that_does_not_speak_tls(engine: Engine, tls: Tls) -> None:
     pack, index, _ = two_blocks()
-    server = Server(pack, good)
+    server = Server(pack, good, patience=0.5)  # it waits for the end of a line
     (ended,) = carry(
         engine, index, [0], structs.replace(server.source, server=b"store.test", ca=bytes(tls.ca))
     )

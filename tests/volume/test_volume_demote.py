@@ -102,7 +102,7 @@ def test_the_cache_has_what_was_committed(
     volume = rig.create(host, BLOCKS * BLOCK)
     model = bytearray(BLOCKS * BLOCK)
     committed = bytes(model)
-    # Nothing is uploaded but in a drain. One with nothing to do leaves a request, which takes what comes next.
+    # Nothing is uploaded but in a drain. One with nothing to do leaves a request, which takes what is next.
     host.pause(20)
     for kind, sector, count in [*steps, ("demote", 0, 0)]:
         at, end = sector * SECTOR, min(len(model), (sector + count) * SECTOR)
