@@ -5,6 +5,7 @@ Each function changes files in place, as a disk, a copy or a restore would: noth
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -64,3 +65,9 @@ def remove(path: Path) -> None:
 def sectors(path: Path) -> range:
     """The numbers of a file's sectors."""
     return range(-(-path.stat().st_size // SECTOR))
+
+
+def fifo(path: Path) -> None:
+    """Put a FIFO there: whoever opens it to read waits for a writer."""
+    path.unlink()
+    os.mkfifo(path)

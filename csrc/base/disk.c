@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* ---- test hooks --------------------------------------------------------------------- */
@@ -108,17 +109,33 @@ bool disk_full(int err) { return err == -ENOSPC || err == -EDQUOT || err == -EFB
 
 /* ---- operations ------------------------------------------------------------------------ */
 
+int disk_open_fd(const char *path, int flags)
+{
+    int fd = open(path, flags | O_CLOEXEC | O_NONBLOCK, 0600);
+    struct stat st;
+
+    if (fd < 0)
+        return -errno;
+    int err = fstat(fd, &st) ? -errno : S_ISREG(st.st_mode) || S_ISDIR(st.st_mode) ? 0 : -EUCLEAN;
+    /* Only the opening is not to wait. */
+    if (!err && fcntl(fd, F_SETFL, 0))
+        err = -errno;
+    if (err)
+        close(fd);
+    return err ? err : fd;
+}
+
 int disk_open(struct disk_file *f, const char *path, int flags)
 {
     f->path = strdup(path);
     if (!f->path)
         return -ENOMEM;
-    f->fd = open(path, flags | O_CLOEXEC, 0600);
+    f->fd = disk_open_fd(path, flags);
     if (f->fd >= 0)
         return 0;
-    int err = -errno;
+    int err = f->fd;
     free(f->path);
-    f->path = NULL;
+    *f = (struct disk_file){.fd = -1};
     return err;
 }
 

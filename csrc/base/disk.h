@@ -45,7 +45,9 @@ struct disk_file {
 int disk_create(struct disk_file *f, const char *path);
 /* For reading and writing; *made = it was not there. Tests inject no errors here. */
 int disk_open_or_create(struct disk_file *f, const char *path, bool *made);
+/* -EUCLEAN for what is neither file nor directory: a FIFO under a name of ours is damage, and not waited for. */
 int disk_open(struct disk_file *f, const char *path, int flags);
+int disk_open_fd(const char *path, int flags);
 void disk_close(struct disk_file *f);
 /* Write all of iov (which it may change) at offset. 0 or -errno: how much was written is then unknown. */
 int disk_pwritev(struct disk_file *f, struct iovec *iov, int count, uint64_t offset);

@@ -165,9 +165,11 @@ static int open_file(const char *dir, const char *name)
 
     if (asprintf(&path, "%s/%s", dir, name) < 0)
         return -ENOMEM;
-    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    int fd = disk_open_fd(path, O_RDWR | O_CREAT);
+    if (fd == -EUCLEAN && !unlink(path)) /* something else has the name: others have what was cached */
+        fd = disk_open_fd(path, O_RDWR | O_CREAT);
     if (fd < 0)
-        fd = fail(-errno, "cannot open %s: %s", path, strerror(errno));
+        fd = fail(fd, "cannot open %s: %s", path, strerror(-fd));
     free(path);
     return fd;
 }

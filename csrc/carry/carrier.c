@@ -9,6 +9,7 @@
 #include "carry/carrier.h"
 #include "carry/tls.h"
 
+#include "base/disk.h"
 #include "volume/fault.h"
 
 #include <fcntl.h>
@@ -141,10 +142,10 @@ static void on_read(struct ring_op *op, int res, uint32_t flags)
 static void file_start(struct carrier_thread *t, struct get *get)
 {
     struct file_read *r = malloc(sizeof(*r));
-    int fd = r ? open(get->text, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK) : -1;
+    int fd = r ? disk_open_fd(get->text, O_RDONLY | O_NOFOLLOW) : -ENOMEM;
 
     if (fd < 0) {
-        get_done(get, r ? -errno : -ENOMEM);
+        get_done(get, fd);
         free(r);
         return;
     }

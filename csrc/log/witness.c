@@ -95,7 +95,7 @@ void witness_close(struct witness_file *w)
 uint32_t witness_read(const char *dir, const struct segment_id *id, struct vouch *out)
 {
     char *path = witness_path(dir);
-    int fd = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    int fd = path ? disk_open_fd(path, O_RDONLY) : -1;
     uint32_t count = 0;
 
     free(path);

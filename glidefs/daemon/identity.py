@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from glidefs.errors import ConfigError, CorruptObject
 from glidefs.formats import identity as format_
-from glidefs.formats.atomic import write_file_atomic
+from glidefs.formats.atomic import read_file, write_file_atomic
 from glidefs.formats.identity import DirectoryMark, HostIdentity
 
 log = logging.getLogger(__name__)
@@ -61,13 +61,11 @@ class CacheIdentity:
 
     def _load(self) -> HostIdentity | None:
         try:
-            data = self._path.read_bytes()
+            return format_.decode(str(self._path), read_file(self._path, format_.MAX_FILE), HostIdentity)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}; is the disk of the cache sound?") from error
-        try:
-            return format_.decode(str(self._path), data[: format_.MAX_FILE], HostIdentity)
         except CorruptObject as error:
             if self._mark_ids():
                 log.error("%s; its copies in the other directories replace it", error)
@@ -121,7 +119,7 @@ def _read_mark(directory: Path) -> DirectoryMark | None:
     """The mark of a directory. A damaged one is as good as none: the next start writes it anew."""
     path = directory / MARK_FILE
     try:
-        return format_.decode(str(path), path.read_bytes()[: format_.MAX_FILE], DirectoryMark)
+        return format_.decode(str(path), read_file(path, format_.MAX_FILE), DirectoryMark)
     except (OSError, CorruptObject):
         return None
 
@@ -130,7 +128,7 @@ def made_elsewhere(cache_dir: Path) -> bool:
     """Whether the cache directory says that another machine made it. A hint: it may have been moved."""
     path = cache_dir / HOST_FILE
     try:
-        host = format_.decode(str(path), path.read_bytes()[: format_.MAX_FILE], HostIdentity)
+        host = format_.decode(str(path), read_file(path, format_.MAX_FILE), HostIdentity)
     except (OSError, CorruptObject):
         return False
     mine = machine_id()

@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 
 from glidefs.config import StoreSettings
-from glidefs.errors import StoreError, StoreUnsupported
+from glidefs.errors import CorruptObject, StoreError, StoreUnsupported
+from glidefs.formats.atomic import read_file
 from glidefs.store.probe import probe_store
 from glidefs.store.resilient import ResilientStore
 
@@ -18,6 +19,8 @@ DEADLINE = 5.0
 PATIENCE = 0.5
 """The same where exports wait to be served."""
 RETRY = 15.0
+MAX_MARKER = 4096
+"""Bytes: it is two URLs."""
 
 
 class StoreCheck:
@@ -39,8 +42,8 @@ class StoreCheck:
         """
         if self._store.is_new_directory:
             return  # nothing is written into it before there is something to keep
-        with contextlib.suppress(OSError):
-            if self._marker.read_bytes() == self._identity.encode():
+        with contextlib.suppress(OSError, CorruptObject):
+            if read_file(self._marker, MAX_MARKER) == self._identity.encode():
                 return
         try:
             self._once(PATIENCE if has_exports else DEADLINE)

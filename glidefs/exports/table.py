@@ -33,7 +33,7 @@ from glidefs.errors import (
 from glidefs.events import happened
 from glidefs.exports.requests import ExportStatus
 from glidefs.formats import export_record
-from glidefs.formats.atomic import fsync_dir, write_file_atomic
+from glidefs.formats.atomic import fsync_dir, read_file, write_file_atomic
 from glidefs.formats.export_record import ExportRecord
 from glidefs.formats.manifest import MAX_LABEL, Root, encode_root, manifest_hash
 from glidefs.names import check_name, manifest_key
@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 NOTHING_TOLD: Mapping[int, VolumeInfo] = {}
 SUFFIX = ".json"
 INTENT = ".intent"
+MAX_INTENT = 64
+"""Bytes: it is the name of a verb."""
 SCANNED = ".scanned"
 """Marker: the store was searched for exports of this node since the directory exists."""
 
@@ -96,8 +98,7 @@ class RecordDirectory:
     def intent(self, name: str) -> str | None:
         """The verb that was begun on an export and must be finished: "remove" or "detach"."""
         try:
-            with open(self._intent_file(name), encoding="ascii") as file:
-                return file.read()
+            return read_file(self._intent_file(name), MAX_INTENT).decode("ascii", "replace")
         except FileNotFoundError:
             return None
 

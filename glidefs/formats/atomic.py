@@ -1,14 +1,18 @@
-"""Files that are either the old or the new version after any crash."""
+"""Files that are either the old or the new version after any crash, and how the small ones are read."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from glidefs.errors import CorruptObject
 from glidefs.formats import reserve
+
+_PIECE = 64 << 10
+"""Bytes of one read."""
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
@@ -18,6 +22,30 @@ def fsync_dir(path: str | os.PathLike[str]) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def read_file(path: str | os.PathLike[str], most: int) -> bytes:
+    """The bytes of a file. Raises OSError; CorruptObject for one of more than ``most``.
+
+    Whatever has the name is not waited for, as a FIFO would be. A start reads thousands of such files, so it
+    is one read for a small one: each call into the kernel hands the interpreter to another thread.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        data = os.read(fd, min(most + 1, _PIECE))
+        if len(data) == _PIECE:
+            data += b"".join(_pieces(fd, most + 1 - _PIECE))
+    finally:
+        os.close(fd)
+    if len(data) > most:
+        raise CorruptObject(os.fspath(path), most, "too long")
+    return data
+
+
+def _pieces(fd: int, left: int) -> Iterator[bytes]:
+    while left > 0 and (piece := os.read(fd, min(left, _PIECE))):
+        left -= len(piece)
+        yield piece
 
 
 def write_all(fd: int, data: bytes | bytearray | memoryview) -> None:

@@ -18,7 +18,7 @@ from blake3 import blake3
 from msgspec import Meta
 
 from glidefs.errors import CorruptObject, NewerFormat
-from glidefs.formats.atomic import write_file_atomic
+from glidefs.formats.atomic import read_file, write_file_atomic
 from glidefs.formats.manifest import MAX_SIZE, Id, Label, Natural
 from glidefs.names import NAME_PATTERN
 
@@ -138,8 +138,4 @@ def save(path: str | os.PathLike[str], record: ExportRecord) -> None:
 
 def load(path: str | os.PathLike[str]) -> ExportRecord:
     """Read a record file. Raises FileNotFoundError, OSError or CorruptObject."""
-    with open(path, "rb") as file:
-        data = file.read(min(os.fstat(file.fileno()).st_size, MAX_RECORD) + 1)
-    if len(data) > MAX_RECORD:
-        raise CorruptObject(os.fspath(path), MAX_RECORD, "export record: too long")
-    return decode_record(os.fspath(path), data)
+    return decode_record(os.fspath(path), read_file(path, MAX_RECORD))

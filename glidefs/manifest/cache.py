@@ -22,8 +22,8 @@ from typing import Generic, TypeVar
 
 from glidefs.errors import CorruptObject
 from glidefs.formats import reserve
-from glidefs.formats.atomic import write_file_atomic
-from glidefs.formats.manifest import PackRef, Page, decode_page
+from glidefs.formats.atomic import read_file, write_file_atomic
+from glidefs.formats.manifest import MAX_DOCUMENT, PackRef, Page, decode_page
 from glidefs.formats.pack import PackIndex, decode_index
 from glidefs.names import pack_key, page_key
 from glidefs.store.base import ObjectStore
@@ -148,11 +148,10 @@ class IndexFiles:
         """The index of the pack ``ref`` with store key ``key``, if a good copy is here."""
         path = self._directory / ref.id.hex()
         try:
-            tail = path.read_bytes()
+            tail = read_file(path, ref.index_length)
+            index = decode_index(key, tail, ref.size, ref.id)
         except OSError:
             return None
-        try:
-            index = decode_index(key, tail, ref.size, ref.id)
         except CorruptObject as error:
             log.warning("%s: %s; the store has it", path, error)
             self._forget(path.name)
@@ -297,7 +296,7 @@ def _load_page(store: ObjectStore, prefix: str, page_id: bytes, local: Path | No
     if local is not None:
         path = local / name
         try:
-            return decode_page(str(path), path.read_bytes(), page_id)
+            return decode_page(str(path), read_file(path, MAX_DOCUMENT), page_id)
         except (OSError, CorruptObject):
             pass  # the store has it
     key = page_key(prefix, name)

@@ -29,14 +29,16 @@ from blake3 import blake3
 
 from glidefs.errors import CorruptObject, WrongObject
 from glidefs.formats import reserve
-from glidefs.formats.atomic import fsync_dir, write_file_atomic, write_in_place
-from glidefs.formats.manifest import Root, decode_any_root, decode_root, encode_root
+from glidefs.formats.atomic import fsync_dir, read_file, write_file_atomic, write_in_place
+from glidefs.formats.manifest import MAX_DOCUMENT, Root, decode_any_root, decode_root, encode_root
 from glidefs.formats.pack import ID_SIZE
 
 MAX_TRIED = 128
 """Nonces that are kept. More commits without an answer than that, and the oldest is not ours any more."""
 _TRIED = struct.Struct("<4sI")
 _TRIED_MAGIC = b"GLTR"
+_MAX_TRIED_FILE = _TRIED.size + (MAX_TRIED + 1) * ID_SIZE
+_MAX_ROOT_FILE = MAX_DOCUMENT + (1 << 16)
 _NO_PAGES: Mapping[bytes, bytes] = {}
 
 
@@ -127,9 +129,8 @@ def save_tried(state_dir: Path, volume_id: bytes, nonces: Sequence[bytes]) -> No
 def load_tried(state_dir: Path, volume_id: bytes) -> tuple[bytes, ...]:
     """The nonces of :func:`save_tried`; none if the file is absent or damaged: then no root is adopted."""
     try:
-        with open(f"{_place(state_dir, volume_id)}/tried", "rb") as file:
-            data = file.read(_TRIED.size + (MAX_TRIED + 1) * ID_SIZE)
-    except OSError:
+        data = read_file(f"{_place(state_dir, volume_id)}/tried", _MAX_TRIED_FILE)
+    except (OSError, CorruptObject):
         return ()
     if len(data) < _TRIED.size:
         return ()
@@ -165,8 +166,7 @@ def sync_volumes(state_dir: Path) -> None:
 
 def _read(path: str) -> _Saved:
     try:
-        with open(path, "rb") as file:
-            return _decoder.decode(file.read())
+        return _decoder.decode(read_file(path, _MAX_ROOT_FILE))
     except FileNotFoundError:
         raise
     except (OSError, msgspec.MsgspecError) as error:

@@ -190,7 +190,7 @@ class FileStore(ObjectStore):
     def _opened(self, key: str, op: str) -> Iterator[tuple[int, os.stat_result]]:
         path = self._path(key, op)
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 stat = os.fstat(fd)
                 if not S_ISREG(stat.st_mode):

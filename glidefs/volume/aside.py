@@ -13,7 +13,8 @@ from pathlib import Path
 import msgspec
 from blake3 import blake3
 
-from glidefs.formats.atomic import write_file_atomic
+from glidefs.errors import CorruptObject
+from glidefs.formats.atomic import read_file, write_file_atomic
 
 FILE = "aside.json"
 UNKNOWN = -1
@@ -60,11 +61,10 @@ def is_noted(directory: Path) -> bool:
 def read(directory: Path) -> Aside | None:
     """What was noted; None where nothing was, or it cannot be believed."""
     try:
-        with (directory / FILE).open("rb") as file:
-            document = msgspec.json.decode(file.read(_MAX_FILE), type=_File)
+        document = msgspec.json.decode(read_file(directory / FILE, _MAX_FILE), type=_File)
         body = bytes(document.aside)
         if blake3(body).hexdigest() != document.checksum:
             return None
         return msgspec.json.decode(body, type=Aside)
-    except (OSError, ValueError):
+    except (OSError, ValueError, CorruptObject):
         return None

@@ -15,6 +15,11 @@ SECTIONS = {
     "s3": "beside s3backer on the same SeaweedFS: cold reads, random writes until they are in the store",
     "cold": "cold reads from a store 0, 20 and 100 ms away, beside a client that only receives",
     "vhost": "vhost-user-blk beside qemu-storage-daemon and our own NBD socket",
+    "holes": "reads of a 10 TiB volume without data beside reads of the log",
+    "sustained": "random writes for 15 minutes over a log of 2 GiB",
+    "upload": "CPU time and rate of a drain, beside the disk, raw PUTs and zstd -1",
+    "forks": "500 forks of one base, made and read at once, from a store 20 ms away",
+    "control": "list, /metrics and a start with up to 3,000 exports",
     "vm": "/dev/ublkbN beside the kernel's loop driver, in a VM",
     "cost": "bytes and PUTs that random writes cost at the store (about 25 minutes, 60 GB of disk)",
     "bless": "an image of a real file system becomes a base, beside zstd -1 -T2 over the same bytes",
@@ -33,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         "sections",
         nargs="*",
         metavar="SECTION",
-        help="nbd, s3, cold, vhost, vm, cost, bless, or all (default: nbd s3 vm)",
+        help=f"{', '.join(SECTIONS)}, or all (default: nbd s3 vm)",
     )
     made.add_argument("--short", action="store_true", help="see that it works; the figures mean little")
     made.add_argument("--rounds", type=int, help="pairs per load (default 5; short: 1)")

@@ -127,8 +127,8 @@ def raw(
     return int(gets), float(seconds)
 
 
-def begin(glide: GlideFS, port: int, read_ahead: bool) -> None:
-    """Nothing of the volume is on this host."""
+def begin_empty(glide: GlideFS, port: int, *, read_ahead: bool = True) -> None:
+    """Start a daemon that has nothing on this host."""
     changes: dict[str, dict[str, str]] = {
         "daemon": {"on_stop": '"remove"'},
         "store": {"endpoint_url": f'"http://127.0.0.1:{port}"'},
@@ -139,6 +139,11 @@ def begin(glide: GlideFS, port: int, read_ahead: bool) -> None:
     shutil.rmtree(glide.base / "cache", ignore_errors=True)
     glide.configure(changes)
     glide.start()
+
+
+def begin(glide: GlideFS, port: int, read_ahead: bool) -> None:
+    """Nothing of the volume is on this host."""
+    begin_empty(glide, port, read_ahead=read_ahead)
     glide.command("attach", "bench", "--take-over", "--transport", "nbd")
     glide.restart()
 

@@ -180,6 +180,23 @@ def fio(options: dict[str, Any], pid: int | None = None, log: Path | None = None
     )
 
 
+def fio_jobs(options: dict[str, Any], jobs: Sequence[dict[str, Any]], file: Path) -> None:
+    """Run jobs at once that have ``options`` and each its own, and wait for all; ``file`` is for fio."""
+    lines = ["[global]", "thread=1", *(f"{key}={value}" for key, value in options.items())]
+    for number, own in enumerate(jobs):
+        lines += [f"[job{number}]", *(f"{key}={value}" for key, value in own.items())]
+    file.write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        ["fio", "--output-format=terse", str(file)],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode:
+        raise BenchError(f"fio failed (status {done.returncode}): {done.stderr.strip()[-800:]}")
+
+
 def latency(sides: Sequence[dict[str, Any]], percentile: str) -> float:
     """Milliseconds; the larger one of reads and writes."""
     return max(side["clat_ns"].get("percentile", {}).get(percentile, 0) for side in sides) / 1e6

@@ -83,6 +83,10 @@ class Report:
         value = self.get(load, ours, unit) / base if base else math.nan
         self.ratios.append(Ratio(load, other, unit, value, goal, most))
 
+    def want(self, load: str, ours: str, unit: str, goal: float, *, most: bool = True) -> None:
+        """A goal for a figure as it is: the most that it may be, or the least."""
+        self.ratios.append(Ratio(load, "-", unit, self.get(load, ours, unit), goal, most))
+
     @property
     def missed(self) -> list[Ratio]:
         """Ratios that are not what is wanted."""

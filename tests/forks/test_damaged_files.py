@@ -19,7 +19,7 @@ from glidefs.formats.manifest import decode_root
 from glidefs.names import manifest_key
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from mutate import bit_flip, copy_over, remove, sectors, swap, truncate, zero_fill, zero_sector
+from mutate import bit_flip, copy_over, fifo, remove, sectors, swap, truncate, zero_fill, zero_sector
 from stored_roots import put_root
 
 OLD, SENT, UNSENT = b"o" * BLOCK, b"s" * BLOCK, b"u" * 8192
@@ -126,6 +126,8 @@ def faults(mine: str, other: str, *, bits: int = 4) -> Iterator[Fault]:
     for quarter in range(0, 4, 2):
         yield f"cut at {quarter}/4", lambda h, q=quarter: truncate(at(h), at(h).stat().st_size * q // 4)
     yield "zeros", lambda h: zero_fill(at(h))
+    yield "a terabyte long", lambda h: truncate(at(h), 1 << 40)
+    yield "a FIFO", lambda h: fifo(at(h))
     yield "gone", lambda h: remove(at(h))
     yield "swapped", lambda h: at(h) != second(h) and swap(at(h), second(h))
     yield "that of another", lambda h: copy_over(second(h), at(h))
