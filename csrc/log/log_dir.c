@@ -35,10 +35,10 @@ static int make_dirs(const char *path)
         at = strchr(at + 1, '/');
         if (at)
             *at = 0;
-        if (!mkdir(copy, 0700))
-            err = sync_parent(copy);
-        else if (errno != EEXIST)
-            err = -errno;
+        if (mkdir(copy, 0700))
+            err = errno == EEXIST ? 0 : -errno;
+        else if ((err = sync_parent(copy)))
+            rmdir(copy); /* one that is there counts as durable the next time */
         if (at)
             *at = '/';
     }
@@ -65,6 +65,10 @@ int log_dir_open(struct disk_file *dir, char *path, struct witness_file *witness
     if (!err) { /* before the directory, whose first entry makes it durable too */
         bool made = witness_make(witness, path), there = !access(path, F_OK);
         err = made && there ? sync_parent(path) : make_dirs(path);
+        if (err && made) { /* made again, and synced, the next time */
+            disk_unlink(witness->file.path);
+            witness_close(witness);
+        }
     }
     if (!err)
         err = disk_open(dir, path, O_RDONLY | O_DIRECTORY);

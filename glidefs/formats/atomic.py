@@ -13,6 +13,8 @@ from glidefs.formats import reserve
 
 _PIECE = 64 << 10
 """Bytes of one read."""
+_durable_names: set[str] = set()
+"""Files that are written in place, and whose names this process made durable."""
 
 
 def fsync_dir(path: str | os.PathLike[str]) -> None:
@@ -65,13 +67,21 @@ def write_file_atomic(path: str | os.PathLike[str], data: bytes, mode: int = 0o6
 
 
 def make_directory(path: str | os.PathLike[str], mode: int = 0o700) -> None:
-    """Make ``path`` and what is missing above it, durable on return, like the above. Raises OSError."""
+    """Make ``path`` and what is missing above it, durable on return, like the above. Raises OSError.
+
+    Then what was made last is gone again: one that is there counts as durable the next time.
+    """
     target = Path(path)
     if target.is_dir():
         return
     make_directory(target.parent, mode)
     with_reserve(lambda: target.mkdir(mode, exist_ok=True), target)
-    fsync_dir(target.parent)
+    try:
+        fsync_dir(target.parent)
+    except OSError:
+        with contextlib.suppress(OSError):
+            target.rmdir()
+        raise
 
 
 def with_reserve(write: Callable[[], None], target: Path) -> None:
@@ -111,12 +121,17 @@ def write_in_place(path: str | os.PathLike[str], data: bytes, mode: int = 0o600)
 
 
 def _write_over(target: Path, data: bytes, mode: int) -> None:
+    name = os.fspath(target)
     fresh = not target.exists()
+    if fresh:
+        _durable_names.discard(name)
     fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if fresh else 0), mode)
     try:
         write_all(fd, data)
         os.fsync(fd)
     finally:
         os.close(fd)
-    if fresh:
-        fsync_dir(os.path.dirname(target))
+    # One that is there may have been made by a write that failed, or by a process that died, before this.
+    if name not in _durable_names:
+        fsync_dir(target.parent)
+        _durable_names.add(name)

@@ -29,7 +29,7 @@ from blake3 import blake3
 
 from glidefs.errors import CorruptObject, WrongObject
 from glidefs.formats import reserve
-from glidefs.formats.atomic import fsync_dir, read_file, write_file_atomic, write_in_place
+from glidefs.formats.atomic import fsync_dir, make_directory, read_file, write_file_atomic, write_in_place
 from glidefs.formats.manifest import MAX_DOCUMENT, Root, decode_any_root, decode_root, encode_root
 from glidefs.formats.pack import ID_SIZE
 
@@ -78,10 +78,7 @@ def _place(state_dir: Path, volume_id: bytes) -> str:
 
 def _make_dir(state_dir: Path, volume_id: bytes) -> Path:
     directory = volume_dir(state_dir, volume_id)
-    if not directory.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        fsync_dir(directory.parent)
-        fsync_dir(directory.parent.parent)
+    make_directory(directory)
     return directory
 
 
@@ -112,9 +109,7 @@ def save(
 def _save_pages(directory: Path, pages_at: Path, pages: Mapping[bytes, bytes]) -> None:
     if not pages:
         return
-    if not pages_at.exists():
-        pages_at.mkdir()
-        fsync_dir(directory)
+    make_directory(pages_at)
     for page_id, page in pages.items():
         write_file_atomic(pages_at / page_id.hex(), page)
 

@@ -263,7 +263,12 @@ class FileStore(ObjectStore):
         for path in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
-            fsync_dir(path.parent)
+            try:
+                fsync_dir(path.parent)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    path.rmdir()  # one that is there counts as durable the next time
+                raise
 
     def _place(self, fd: int, tmp: Path, path: Path, if_match: str | None, if_none_match: bool) -> str:
         """Under the key's lock: check the condition, date the new file and give it its name."""

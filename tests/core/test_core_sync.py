@@ -12,6 +12,7 @@ import pytest
 from core_rig import (
     CREATE,
     DIR,
+    DIR_END,
     MIB,
     SECTOR,
     SYNC,
@@ -76,6 +77,15 @@ def test_flush_syncs_file_and_directory(rig: CoreRig, traced: Any) -> None:
     assert events.count((SYNC, name)) == 1
     assert events.count((DIR, vol.dir.name)) == 1
     assert events.count((DIR, vol.dir.parent.name)) == 1  # the entry of the log directory itself
+
+
+def test_a_directory_whose_sync_failed_is_synced_the_next_time(rig: CoreRig, traced: Any) -> None:
+    """! One that is there counts as durable: a power cut would take all that was flushed below it."""
+    vol = rig.vol()
+    inject(DIR, errno.EIO)
+    vol.core.pwrite(0, bytes(SECTOR))  # waits, and is tried again
+    vol.core.flush()
+    assert traced().count((DIR_END, vol.dir.parent.name)) == 1
 
 
 def test_fua_syncs_after_its_record(rig: CoreRig, traced: Any) -> None:

@@ -183,8 +183,8 @@ DURABLE = [
     Mutation(
         "directory-of-the-log-not-synced",
         "csrc/log/log_dir.c",
-        "            err = sync_parent(copy);",
-        "            err = 0;",
+        "        else if ((err = sync_parent(copy)))",
+        "        else if ((err = 0))",
         (SYNCS + "test_flush_syncs_file_and_directory",),
     ),
     Mutation(

@@ -74,6 +74,13 @@ SIM = [
         SEEDS,
     ),
     Mutation(
+        "name-that-is-there-counts-as-durable",
+        "glidefs/formats/atomic.py",
+        "    if name not in _durable_names:\n",
+        "    if fresh:\n",
+        ("tests/formats/test_small_files.py",),
+    ),
+    Mutation(
         "local-copy-is-not-tried-again",
         "glidefs/writing/scheduler.py",
         "            volume.committer.save_again()\n",

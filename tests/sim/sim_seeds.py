@@ -25,6 +25,8 @@ REGRESSIONS: dict[int, str] = {
     "start, when nothing kept any more what it names",
     1481: "the compaction of a volume was committed, a crash came before the local copy of its root, and "
     "the volume, with nothing to upload, was served by the old one, whose packs gc deleted",
+    3589: "the file of nonces was made by a write that failed, and its name not synced by the next one, "
+    "which succeeded: a power cut took it, and the host did not know the root that it had put",
     3637: "the local copy of a root had its name, but a crash came before that was synced; the next process "
     "took it for durable and gave log space back, and a power cut left neither",
     3402: "a first root and a commit after it were put while the disk took no small file; after a crash the "
