@@ -45,9 +45,9 @@ PREFETCH_QUEUE = 256
 _ANY_ORDER = (1 << 64) - 1
 """Of faults that are planned once more: nothing that is on its way is known to answer them."""
 _MANY = 8
-_LINGER = 16
+_LINGER = 48
 _LINGER_US = (250, 2000)
-"""Where at least _MANY blocks are on their way, what comes within a sixteenth of the time that they take is
+"""Where at least _MANY blocks are on their way, what comes within this part of the time that they take is
 handled together: at least and at most so many microseconds."""
 _STORE_PAUSE = 0.2
 _LOUD_EVERY = 10.0
@@ -152,19 +152,23 @@ class FaultService:
                 log.error("faults cannot be taken: %s", error)
                 self._stop.wait(1.0)
                 continue
-            if carried:
-                self._guarded(partial(self._landed, carried))
             for fault in questions:
                 self._queue_slow(_Slow(fault, True))
             windows = self._take(faults)
+            self._begin_all()  # before what needs no haste: requests on their way cost no time of ours
+            if carried:
+                self._guarded(partial(self._landed, carried))
             while self._redo:
                 again = self._redo.popleft()
                 for waiter in again.waiters:
                     self._faults.put(waiter.volume, (waiter, again.prepared))
-            while self._faults and (turn := self._faults.take()) is not None:
-                self._guarded(partial(self._begin, *turn))
+            self._begin_all()
             for volume, window in windows:
                 self._guarded(partial(self.prefetch_window, volume, window))
+
+    def _begin_all(self) -> None:
+        while self._faults and (turn := self._faults.take()) is not None:
+            self._guarded(partial(self._begin, *turn))
 
     def _guarded(self, task: Callable[[], None]) -> None:
         try:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+from benchlib.cold import METRICS_AGE
 from benchlib.common import MIB, PATIENCE, BenchError, Settings, say
 from benchlib.report import Report
 from benchlib.targets import GlideFS
@@ -63,7 +64,7 @@ def scrapes(report: Report, settings: Settings, glide: GlideFS) -> None:
     """GET /metrics, no sooner than its answer is made anew."""
     load = f"/metrics of {MANY:,}"
     for _ in range(settings.rounds):
-        time.sleep(1.5)
+        time.sleep(METRICS_AGE)
         began = time.monotonic()
         glide.metrics()
         report.add(load, glide.name, "s", time.monotonic() - began)
