@@ -15,8 +15,11 @@ from benchlib.report import Report
 from benchlib.targets import WEED_ENVIRONMENT, GlideFS, S3backer, Weed, fill
 
 SEQUENTIAL = "cold sequential read"
-RANDOM = "cold 128k random read x8"
+DEPTHS = (8, 32)
+BLOCK = 128 << 10
 WRITES = "4k random write until drained"
+PLAIN = ("--readAhead=0", "--blockCacheSize=10000")
+"""How s3backer reads nothing ahead and forgets nothing, as GlideFS."""
 
 
 def run(settings: Settings) -> Report:
@@ -57,7 +60,9 @@ def run(settings: Settings) -> Report:
             glide.fio(rw="read", bs="128k", iodepth=8, size=size).mb_per_second,
         )
     report.compare(SEQUENTIAL, glide.name, peer.name, "MB/s", 4.0)
-    report.compare(RANDOM, glide.name, peer.name, "MB/s", 1.0)
+    for depth in DEPTHS:
+        report.compare(f"cold 128k random read x{depth}", glide.name, peer.name, "MB/s", 1.0)
+        report.compare(f"cold 4k random read x{depth}", glide.name, peer.name, "IOPS", 1.0)
     report.compare(WRITES, glide.name, peer.name, "IOPS", 10.0)
     return report
 
@@ -75,7 +80,7 @@ def glide_cold(glide: GlideFS, weed: Weed, read_ahead: bool) -> None:
 
 
 def cold_reads(report: Report, glide: GlideFS, peer: S3backer, weed: Weed, size: int) -> None:
-    """Sequential with what each does by default, random without read-ahead, each block once."""
+    """Sequential with what each does by default, random without read-ahead."""
 
     def add(load: str, server: str, result: Run) -> None:
         report.add(load, server, "MB/s", result.mb_per_second)
@@ -91,10 +96,21 @@ def cold_reads(report: Report, glide: GlideFS, peer: S3backer, weed: Weed, size:
     again(peer)
     add(f"{SEQUENTIAL}, 8 threads", peer.name, peer.fio(rw="read", bs="128k", **threads))
 
-    glide_cold(glide, weed, read_ahead=False)
-    add(RANDOM, glide.name, glide.fio(rw="randread", bs="128k", iodepth=8, size=size))
-    again(peer, "--readAhead=0")
-    add(RANDOM, peer.name, peer.fio(rw="randread", bs="128k", fadvise_hint=0, **threads))
+    for depth in DEPTHS:
+        shares: dict[str, Any] = {"numjobs": depth, "size": size // depth, "offset_increment": size // depth}
+        load: dict[str, Any] = {"rw": "randread", "bs": "128k"}
+        glide_cold(glide, weed, read_ahead=False)
+        add(f"cold 128k random read x{depth}", glide.name, glide.fio(**load, iodepth=depth, size=size))
+        again(peer, *PLAIN)
+        add(f"cold 128k random read x{depth}", peer.name, peer.fio(**load, fadvise_hint=0, **shares))
+        # As many requests as there are blocks, each in a random one: some are read again, from the cache.
+        load |= {"bs": "4k", "blockalign": "128k", "norandommap": 1}
+        glide_cold(glide, weed, read_ahead=False)
+        found = glide.fio(**load, iodepth=depth, size=size, number_ios=size // BLOCK)
+        report.add(f"cold 4k random read x{depth}", glide.name, "IOPS", found.iops)
+        again(peer, *PLAIN)
+        found = peer.fio(**load, fadvise_hint=0, **shares, number_ios=size // BLOCK // depth)
+        report.add(f"cold 4k random read x{depth}", peer.name, "IOPS", found.iops)
 
 
 def again(peer: S3backer, *options: str) -> None:

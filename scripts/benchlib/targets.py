@@ -186,7 +186,7 @@ class GlideFS(NbdTarget):
     def restart(self, *, wipe: bool = False, drop_log: bool = False) -> None:
         """Stop, forget the cache directory or what is in the logs if asked, and serve the same export again.
 
-        What is in the logs is to be drained.
+        What is in the logs is to be drained. Without its cache directory the host is another one.
         """
         self.stop()
         if wipe:
@@ -195,6 +195,8 @@ class GlideFS(NbdTarget):
             for segment in (self.base / "cache" / "logs").rglob("*.seg"):
                 segment.unlink()
         self.start()
+        if wipe:
+            self.command("attach", self.export, "--take-over", "--transport", "nbd")
         deadline = time.monotonic() + PATIENCE
         while True:
             answer = json.loads(self.command("show", self.export, "--json"))
