@@ -17,7 +17,7 @@ SECTIONS = {
     "vhost": "vhost-user-blk beside qemu-storage-daemon and our own NBD socket",
     "holes": "reads of a 10 TiB volume without data beside reads of the log",
     "sustained": "random writes for 15 minutes over a log of 2 GiB",
-    "upload": "CPU time and rate of a drain, beside the disk, raw PUTs and zstd -1",
+    "upload": "CPU time and rate of uploads, beside the disk, raw PUTs and zstd -1",
     "forks": "500 forks of one base, made and read at once, from a store 20 ms away",
     "control": "list, /metrics and a start with up to 3,000 exports",
     "vm": "/dev/ublkbN beside the kernel's loop driver, in a VM",

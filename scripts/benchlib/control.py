@@ -74,7 +74,7 @@ def scrapes(report: Report, settings: Settings, glide: GlideFS) -> None:
 def wait_serving(glide: GlideFS, count: int) -> None:
     """Until so many are served."""
     deadline = time.monotonic() + PATIENCE
-    while (served := glide.metrics().get('glidefs_exports{state="serving"}', 0)) < count:
+    while (served := glide.health()["exports"].get("serving", 0)) < count:
         if time.monotonic() > deadline:
-            raise BenchError(f"{served:.0f} of {count} exports are served")
-        time.sleep(0.05)
+            raise BenchError(f"{served} of {count} exports are served")
+        time.sleep(0.1)

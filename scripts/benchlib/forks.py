@@ -1,6 +1,7 @@
 """Many forks of one base, made and read at once on a host that has nothing of it; the store is 20 ms away.
 
-What the base's blocks cost is asked of the store once, however many forks read them.
+What the base's blocks cost is asked of the store once, however many forks read them. Without read-ahead,
+whose pieces depend on time.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def run(settings: Settings) -> Report:
 
 def measure(report: Report, glide: GlideFS, work: Path, port: int, load: str, count: int) -> None:
     """From nothing to forks that have read their first blocks."""
-    begin_empty(glide, port)
+    begin_empty(glide, port, read_ahead=False)
     before, cpu, began = gets(glide), glide.cpu(), time.monotonic()
     names = f"{load.partition(' ')[0]}-{time.monotonic_ns()}"
     glide.command(

@@ -219,6 +219,12 @@ class GlideFS(NbdTarget):
         pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and line[0] != "#")
         return {name: float(value) for name, value in pairs}
 
+    def health(self) -> dict[str, Any]:
+        """GET /health: what it says now, whatever is wrong."""
+        socket = str(self.base / "run" / "api.sock")
+        answer: dict[str, Any] = json.loads(wire.request(socket, "GET", "/health", timeout=PATIENCE)[1])
+        return answer
+
     def count(self, name: str) -> float:
         """A counter of volumes since the daemon started, of all exports."""
         return sum(v for key, v in self.metrics().items() if key.partition("{")[0] == f"glidefs_{name}_total")
