@@ -11,13 +11,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchlib.common import GIB, MIB, ROOT, BenchError, Settings, need, say
+from benchlib.common import BLOCK, GIB, MIB, ROOT, BenchError, Settings, need, say
 from benchlib.report import Ratio, Report
 
 LOAD = "an ext4 image with the files of /usr"
 OURS = "glidefs bless"
 THEIRS = "zstd -1 -T2"
-BLOCK = 128 << 10
 PEAK = 300e6
 """Bytes of resident memory that a bless may have."""
 

@@ -16,18 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchlib.common import MIB, BenchError, Child, Settings, need, say
+from benchlib.common import BLOCK, MIB, BenchError, Child, Settings, need, say
 from benchlib.report import Report
-from benchlib.targets import WEED_ENVIRONMENT, GlideFS, Weed, fill
+from benchlib.targets import METRICS_AGE, WEED_ENVIRONMENT, GlideFS, fill, on_seaweedfs
 
-BLOCK = 128 << 10
 PIECE = 2 * MIB
 RAW = "raw GETs"
 DELAYS = (0, 20, 100)
 """Milliseconds."""
 CHUNK = 128 * MIB
-METRICS_AGE = 1.1
-"""Seconds after which an answer of /metrics is made anew."""
 
 
 class Pack(NamedTuple):
@@ -43,12 +40,7 @@ def run(settings: Settings) -> Report:
     report = Report("cold")
     size = (64 if settings.short else 512) * MIB
     with contextlib.ExitStack() as stack:
-        weed = Weed(settings.work)
-        stack.callback(weed.stop)
-        glide = GlideFS(
-            settings.work, store="s3://bench/glidefs", endpoint=weed.endpoint, env=WEED_ENVIRONMENT
-        )
-        stack.callback(glide.stop)
+        weed, glide = on_seaweedfs(stack, settings.work)
         glide.start()
         glide.create(size, transport="nbd")
         say("cold: filling")

@@ -23,6 +23,7 @@ IN_VM = bool(os.environ.get("GLIDEFS_VM"))
 PATIENCE = 600.0 if IN_VM else 120.0
 """Seconds that a server may take to come up or to end."""
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+BLOCK = 128 * KIB
 
 
 class BenchError(Exception):

@@ -8,10 +8,9 @@ import subprocess
 import sys
 import time
 
-from benchlib.cold import METRICS_AGE
 from benchlib.common import MIB, PATIENCE, BenchError, Settings, say
 from benchlib.report import Report
-from benchlib.targets import GlideFS
+from benchlib.targets import METRICS_AGE, GlideFS
 
 SOME, MANY = 1000, 3000
 

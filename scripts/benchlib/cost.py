@@ -58,7 +58,7 @@ def empty_volume(report: Report, glide: GlideFS, written: int) -> None:
     report.add(EMPTY, glide.name, "bytes uploaded / written", amplification)
     report.add(EMPTY, glide.name, "PUTs of packs", puts)
     report.ratios.append(Ratio(EMPTY, "written bytes", "bytes uploaded", amplification, 1.15, True))
-    report.ratios.append(Ratio(EMPTY, "-", "PUTs of packs", puts, 12, True))
+    report.want(EMPTY, glide.name, "PUTs of packs", 12)
 
 
 def full_volume(report: Report, glide: GlideFS) -> None:

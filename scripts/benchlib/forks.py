@@ -10,10 +10,10 @@ import contextlib
 import time
 from pathlib import Path
 
-from benchlib.cold import BLOCK, begin_empty, build, copy_packs, far
-from benchlib.common import MIB, Settings, fio_jobs, need, random_file, say
+from benchlib.cold import begin_empty, build, copy_packs, far
+from benchlib.common import BLOCK, MIB, Settings, fio_jobs, need, random_file, say
 from benchlib.report import Ratio, Report
-from benchlib.targets import WEED_ENVIRONMENT, GlideFS, Weed
+from benchlib.targets import METRICS_AGE, GlideFS, on_seaweedfs
 
 DELAY = 20
 FORKS = 500
@@ -29,12 +29,7 @@ def run(settings: Settings) -> Report:
     image = settings.work / "image"
     random_file(image, 256 * MIB)
     with contextlib.ExitStack() as stack:
-        weed = Weed(settings.work)
-        stack.callback(weed.stop)
-        glide = GlideFS(
-            settings.work, store="s3://bench/glidefs", endpoint=weed.endpoint, env=WEED_ENVIRONMENT
-        )
-        stack.callback(glide.stop)
+        weed, glide = on_seaweedfs(stack, settings.work)
         glide.command("bless", str(image), "--name", "base")
         build(settings.work, "far_store")
         copy_packs(weed.endpoint, settings.work / "packs")
@@ -51,7 +46,8 @@ def run(settings: Settings) -> Report:
 def measure(report: Report, glide: GlideFS, work: Path, port: int, load: str, count: int) -> None:
     """From nothing to forks that have read their first blocks."""
     begin_empty(glide, port, read_ahead=False)
-    before, cpu, began = gets(glide), glide.cpu(), time.monotonic()
+    before = gets(glide)
+    cpu, began = glide.cpu(), time.monotonic()
     names = f"{load.partition(' ')[0]}-{time.monotonic_ns()}"
     glide.command(
         "create", f"{names}-{{}}", "--count", str(count), "--from", "base:base", "--transport", "nbd"
@@ -75,7 +71,8 @@ def measure(report: Report, glide: GlideFS, work: Path, port: int, load: str, co
 
 
 def gets(glide: GlideFS) -> float:
-    """Objects and ranges that the store was asked for."""
+    """Objects and ranges that the store was asked for, once the metrics are no older than this call."""
+    time.sleep(METRICS_AGE)
     kinds = ("get", "get_range")
     found = glide.metrics()
     return sum(

@@ -10,13 +10,12 @@ import contextlib
 import time
 from typing import Any
 
-from benchlib.common import MIB, Run, Settings, need, say
+from benchlib.common import BLOCK, MIB, Run, Settings, need, say
 from benchlib.report import Report
-from benchlib.targets import WEED_ENVIRONMENT, GlideFS, S3backer, Weed, fill
+from benchlib.targets import GlideFS, S3backer, Weed, fill, on_seaweedfs
 
 SEQUENTIAL = "cold sequential read"
 DEPTHS = (8, 32)
-BLOCK = 128 << 10
 WRITES = "4k random write until drained"
 PLAIN = ("--readAhead=0", "--blockCacheSize=10000")
 """How s3backer reads nothing ahead and forgets nothing, as GlideFS."""
@@ -29,12 +28,7 @@ def run(settings: Settings) -> Report:
     size = (64 if settings.short else 512) * MIB
     writes = 1024 if settings.short else 8192
     with contextlib.ExitStack() as stack:
-        weed = Weed(settings.work)
-        stack.callback(weed.stop)
-        glide = GlideFS(
-            settings.work, store="s3://bench/glidefs", endpoint=weed.endpoint, env=WEED_ENVIRONMENT
-        )
-        stack.callback(glide.stop)
+        weed, glide = on_seaweedfs(stack, settings.work)
         glide.start()
         glide.create(size, transport="nbd")
         say("s3: filling")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ WEED_ENVIRONMENT = {
     "AWS_DEFAULT_REGION": "us-east-1",
     "AWS_EC2_METADATA_DISABLED": "true",
 }
+
+
+METRICS_AGE = 1.1
+"""Seconds after which an answer of /metrics is made anew."""
 
 
 class NbdTarget:
@@ -221,18 +227,19 @@ class GlideFS(NbdTarget):
 
     def health(self) -> dict[str, Any]:
         """GET /health: what it says now, whatever is wrong."""
-        socket = str(self.base / "run" / "api.sock")
-        answer: dict[str, Any] = json.loads(wire.request(socket, "GET", "/health", timeout=PATIENCE)[1])
+        answer: dict[str, Any] = json.loads(self._request("GET", "/health", good=(200, 503)))
         return answer
 
     def count(self, name: str) -> float:
         """A counter of volumes since the daemon started, of all exports."""
         return sum(v for key, v in self.metrics().items() if key.partition("{")[0] == f"glidefs_{name}_total")
 
-    def _request(self, method: str, path: str, body: str | None = None) -> str:
+    def _request(
+        self, method: str, path: str, body: str | None = None, *, good: Sequence[int] = (200,)
+    ) -> str:
         socket = str(self.base / "run" / "api.sock")
         status, answer = wire.request(socket, method, path, body.encode() if body else None, timeout=PATIENCE)
-        if status != 200:
+        if status not in good:
             raise BenchError(f"{method} {path}: {answer.decode()}")
         return answer.decode()
 
@@ -260,6 +267,15 @@ class Weed:
     def stop(self) -> None:
         """End the server."""
         self._context.__exit__(None, None, None)
+
+
+def on_seaweedfs(stack: contextlib.ExitStack, work: Path) -> tuple[Weed, GlideFS]:
+    """A SeaweedFS server and a host whose store is a bucket of it, not started; ``stack`` ends both."""
+    weed = Weed(work)
+    stack.callback(weed.stop)
+    glide = GlideFS(work, store="s3://bench/glidefs", endpoint=weed.endpoint, env=WEED_ENVIRONMENT)
+    stack.callback(glide.stop)
+    return weed, glide
 
 
 class S3backer:
