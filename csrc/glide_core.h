@@ -81,6 +81,8 @@ struct glide_engine_stats {
 };
 /* Writers of all volumes together append so many bytes a second at most; 0 = as they come. Any thread. */
 void glide_engine_pace(glide_engine *engine, uint64_t bytes_per_second);
+/* The calling thread yields to those of lower niceness, and its turns are short where the kernel can. 0 or -errno. */
+int glide_lower_priority(int nice);
 void glide_engine_stats_get(glide_engine *engine, struct glide_engine_stats *out); /* never blocks */
 
 /* ---- faults and events: C asks, Python threads answer --------------------- */

@@ -97,17 +97,18 @@ def _private_apt() -> list[str]:
 
 
 def _find_package(options: list[str], version: str) -> str | None:
-    pattern = rf"^linux-image-{re.escape(version)}\.[0-9.]+(\+deb[0-9]+)?-amd64$"
+    # A release's own kernel has the number of its ABI behind it, as 6.1.0-53; newer ones are 6.12.117+deb12.
+    pattern = rf"^linux-image-({re.escape(version)}\.[0-9.]+)(-[0-9]+)?(\+deb[0-9]+)?-amd64$"
     found = run(["apt-cache", *options, "search", "--names-only", pattern])
-    names = [line.split(" ")[0] for line in found.splitlines()]
-    if not names:
+    matches = [match for line in found.splitlines() if (match := re.match(pattern, line.split(" ")[0]))]
+    if not matches:
         return None
 
-    def key(name: str) -> tuple[bool, list[int]]:
-        number = re.findall(r"[0-9.]+", name)[0]
-        return number == PREFERRED.get(version), [int(x) for x in number.split(".")]
+    def key(match: re.Match[str]) -> tuple[bool, list[int]]:
+        release, abi = match[1], match[2] or "-0"
+        return release == PREFERRED.get(version), [int(x) for x in [*release.split("."), abi[1:]]]
 
-    return max(names, key=key)
+    return max(matches, key=key)[0]
 
 
 def _locate(version: str) -> tuple[list[str], str]:

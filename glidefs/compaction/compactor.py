@@ -16,6 +16,7 @@ from glidefs import clock
 from glidefs.compaction.merge import Merger
 from glidefs.compaction.plan import ChunkRun, runs_of
 from glidefs.core.check import Closed
+from glidefs.core.priority import lower_priority
 from glidefs.errors import CorruptObject, Fenced, GlideError, StoreError
 from glidefs.formats.manifest import chunk_count
 from glidefs.formats.pack import SECTOR, PackEntry
@@ -27,7 +28,6 @@ from glidefs.store.packs import BuiltPack, put_pack
 from glidefs.store.resilient import ResilientStore
 from glidefs.volume.settings import HostSettings
 from glidefs.writing.pace import Pace
-from glidefs.writing.scheduler import lower_priority
 from glidefs.writing.upload import Uploader
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from glidefs.core import handoff
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
 from glidefs.core.handoff import Position
+from glidefs.core.priority import lower_priority
 from glidefs.core.volume import Recovery, VolumeConfig
 from glidefs.errors import Fenced, GlideError
 from glidefs.formats import reserve
@@ -36,7 +37,7 @@ from glidefs.volume.settings import MIB, HostSettings
 from glidefs.volume.volume import Volume
 from glidefs.writing.demote import Demoter
 from glidefs.writing.retire import Retirer
-from glidefs.writing.scheduler import EventHandler, Scheduler, lower_priority
+from glidefs.writing.scheduler import EventHandler, Scheduler
 from glidefs.writing.throttle import Throttle
 from glidefs.writing.upload import Uploader
 

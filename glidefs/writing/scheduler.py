@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from glidefs.core import heap
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
+from glidefs.core.priority import lower_priority
 from glidefs.errors import Fenced, GlideError, StoreError, StoreWentBack
 from glidefs.volume.settings import HostSettings
 from glidefs.writing.disk_use import disk_use
@@ -40,14 +41,6 @@ _COMMIT_PART = 16
 """Of the log limit, for one commit."""
 _FEW_SEGMENTS = 4
 """Of one commit that should end soon."""
-
-
-def lower_priority(nice: int) -> None:
-    """Make the calling thread yield the CPU to the data path (on Linux niceness is per thread)."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), nice)
-    except OSError as error:
-        log.debug("cannot lower the priority of %s: %s", threading.current_thread().name, error)
 
 
 class _Job:

@@ -20,7 +20,7 @@ SECTIONS = {
     "upload": "CPU time and rate of uploads, beside the disk, raw PUTs and zstd -1",
     "forks": "500 forks of one base, made and read at once, from a store 20 ms away",
     "control": "list, /metrics and a start with up to 3,000 exports",
-    "vm": "/dev/ublkbN beside the kernel's loop driver, in a VM",
+    "vm": "in a VM, /dev/ublkbN beside the kernel's loop driver and /dev/nbdN beside that of nbdkit",
     "cost": "bytes and PUTs that random writes cost at the store (about 25 minutes, 60 GB of disk)",
     "bless": "an image of a real file system becomes a base, beside zstd -1 -T2 over the same bytes",
 }

@@ -67,9 +67,9 @@ class Nbdkit(NbdTarget):
 
     def __init__(self, work: Path, size: int, plugin: str) -> None:
         self.name = f"nbdkit {plugin}"
-        self._socket = work / f"nbdkit-{plugin}.sock"
+        self.socket = work / f"nbdkit-{plugin}.sock"
         self._log = work / "nbdkit.log"
-        self.uri = f"nbd+unix:///?socket={self._socket}"
+        self.uri = f"nbd+unix:///?socket={self.socket}"
         if plugin == "file":
             image = work / "nbdkit.img"
             random_file(image, size)
@@ -84,16 +84,16 @@ class Nbdkit(NbdTarget):
             self.fio(rw="write", bs="1m", iodepth=8, size=size)
 
     def _start(self, threads: int) -> None:
-        command: list[str | Path] = ["nbdkit", "-f", "-t", str(threads), "-U", self._socket, *self._plugin]
+        command: list[str | Path] = ["nbdkit", "-f", "-t", str(threads), "-U", self.socket, *self._plugin]
         self.child = Child(command, self._log)
-        self.child.wait_until(lambda: accepts(self._socket), "listening")
+        self.child.wait_until(lambda: accepts(self.socket), "listening")
 
     def _try(self, threads: int, size: int) -> float:
         self._start(threads)
         load = {"rw": "randrw", "rwmixread": 70, "bs": "4k", "iodepth": 32, "norandommap": 1}
         done = self.fio(**load, size=size, time_based=1, runtime=1)
         self.stop()
-        self._socket.unlink(missing_ok=True)
+        self.socket.unlink(missing_ok=True)
         return done.iops
 
 

@@ -1,6 +1,6 @@
 """The guest's side of test_power_cut_vm: what one boot of the VM does.
 
-    power_cut_guest.py BOOT write|check
+    power_cut_guest.py BOOT write|check ublk|nbd-device
 
 The first disk is volatile and holds the daemon's cache directory: log, block cache, records. The second
 keeps what it is given and holds a ``file://`` store. Each boot starts the daemon and looks for every file
@@ -162,7 +162,7 @@ def mount_volatile(device: str, at: Path) -> None:
     rig.run("mount", device, at)
 
 
-def serve(node: Node, progress: Lines) -> tuple[str, float]:
+def serve(node: Node, progress: Lines, transport: str) -> tuple[str, float]:
     """Start the daemon; the device of the export, made by the first boot, and seconds of the start."""
     progress.write("starting")
     began = time.monotonic()
@@ -170,8 +170,8 @@ def serve(node: Node, progress: Lines) -> tuple[str, float]:
     took = time.monotonic() - began
     if not any(e["name"] == EXPORT for e in node.client.call("GET", "/api/exports")):
         assert not any(REPORTS.iterdir()), "the export is gone"
-        device = rig.create(node, EXPORT, "2GiB")
-        rig.run("mkfs.ext4", "-q", device)
+        made = node.json("create", EXPORT, "--size", "2GiB", "--transport", transport)
+        rig.run("mkfs.ext4", "-q", made["device"])
     node.wait_served(EXPORT)
     return str(node.client.call("GET", f"/api/exports/{EXPORT}")["device"]), took
 
@@ -202,7 +202,7 @@ def write_until_the_end(writers: Iterable[Writer]) -> None:
                 raise writer.error
 
 
-def main(boot: int, write: bool) -> None:
+def main(boot: int, write: bool, transport: str) -> None:
     REPORTS.mkdir(exist_ok=True)
     progress = Lines(SHARE / "progress")
     volatile, steady = os.environ["GLIDEFS_VM_DISKS"].split()
@@ -214,7 +214,7 @@ def main(boot: int, write: bool) -> None:
     store = {"store": {"url": f'"file://{places["store"]}/objects"'}}
     node = Node(places["cache"] / "n", settings={**SETTINGS, **store})
     before = len(rig.kernel_log())
-    device, took = serve(node, progress)
+    device, took = serve(node, progress, transport)
     # Nobody has written yet, and some of it is uploaded by now: what the store has of this start counts, too.
     dirty = node.total("glidefs_dirty_bytes") + node.total("glidefs_store_sent_bytes_total")
     result = {"boot": boot, "start": took, "dirty": dirty, **check(device, places["guest"], boot)}
@@ -231,4 +231,4 @@ def main(boot: int, write: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2] == "write")
+    main(int(sys.argv[1]), sys.argv[2] == "write", sys.argv[3])
