@@ -195,6 +195,11 @@ int glide_volume_sync(glide_volume *volume);
 int glide_volume_committed(glide_volume *volume, uint64_t seq);
 /* Forget and unlink all segments <= seq. A manifest that includes them must be in use by the reader. */
 int glide_volume_retire(glide_volume *volume, uint64_t seq);
+/*
+ * Give back the space of what was written again since in a committed segment, which stays a read cache. Bytes, 0 if it
+ * is not worth it, or -errno.
+ */
+int64_t glide_volume_thin(glide_volume *volume, uint64_t seq);
 /* Unaligned or partial shrink is refused (-EINVAL). A shrink zeroes what it cuts off. */
 int glide_volume_resize(glide_volume *volume, uint64_t size);
 /* From now on all I/O fails with err (a positive errno), parked requests too. 0 is refused. */

@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #define ADVICE                                                                                                         \
@@ -133,6 +134,37 @@ static int read_journals(struct replay *r)
     return r->adopt ? 0 : read_journal(r, last);
 }
 
+/* ---- holes of segments that the store has ------------------------------------------------------- */
+
+static void look_for_holes(struct replay_segment *f)
+{
+    struct stat st;
+
+    f->thin = !fstat(f->file.fd, &st) && (uint64_t)st.st_blocks * 512 < (uint64_t)f->journal.end * SECTOR;
+    f->data = f->data_end = 0;
+}
+
+/* Whether the data of a WRITE is not all there. Records come in ascending order. */
+static bool is_passed(struct replay_segment *f, uint32_t index)
+{
+    const struct segment_record *record = &f->journal.records[index];
+    uint64_t from = segment_data_offset(f->journal.sectors, index), to = from + (uint64_t)record->count * SECTOR;
+
+    if (!f->thin || record->op != RECORD_WRITE)
+        return false;
+    if (from >= f->data_end) {
+        off_t data = lseek(f->file.fd, (off_t)from, SEEK_DATA);
+        off_t end = data < 0 ? data : lseek(f->file.fd, data, SEEK_HOLE);
+        if (end < 0 && errno != ENXIO) { /* nobody can tell */
+            f->thin = false;
+            return false;
+        }
+        f->data = end < 0 ? UINT64_MAX : (uint64_t)data; /* ENXIO: there is no data from here on */
+        f->data_end = end < 0 ? UINT64_MAX : (uint64_t)end;
+    }
+    return from < f->data || to > f->data_end;
+}
+
 /* ---- the second pass --------------------------------------------------------------------------- */
 
 /* The log position below which everything in segment `seq` is durable. */
@@ -172,7 +204,7 @@ static int replay_record(struct replay *r, struct replay_segment *f, uint32_t in
     bool verify = record->op == RECORD_WRITE && must_verify(r, f);
     int err = 0;
 
-    if (record->op == RECORD_SYNC)
+    if (record->op == RECORD_SYNC || (f->seq <= r->committed_seq && is_passed(f, index)))
         return 0;
     if (verify) {
         err = segment_verify(&f->file, &f->journal, index, r->buf, r->sums);
@@ -249,6 +281,8 @@ static int replay_committed(struct replay *r, struct replay_segment *f)
     }
     for (uint32_t i = 0; i < f->journal.end && !err; i++) {
         uint32_t op = f->journal.records[i].op;
+        if (is_passed(f, i))
+            continue;
         if (op == RECORD_WRITE || op == RECORD_ZERO)
             err = r->calls->record(r->arg, f, i, NULL);
     }
@@ -271,6 +305,8 @@ static int replay_one(struct replay *r, int64_t i)
     int err = 0;
 
     f->durable = durable_for(r, f->seq);
+    if (f->usable && f->seq <= r->committed_seq)
+        look_for_holes(f);
     if (store_has(r, f))
         return replay_committed(r, f);
     end_committed(r);

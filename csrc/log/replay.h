@@ -10,7 +10,8 @@
  *
  * Segments that the store has (up to `committed_seq`) are a read cache. One is replayed only if everything after it
  * is whole: a sector whose newest record is lost would show an older one. Their data is not read here: every read
- * compares it with its hash, and the store has what is damaged.
+ * compares it with its hash, and the store has what is damaged. A record whose data became a hole is passed over: it
+ * was replaced by a newer one, and is in the store.
  *
  * The files are only read, except that `repair` writes a damaged copy of a header again. A volume may append to them
  * meanwhile.
@@ -26,13 +27,15 @@ struct replay_segment {
     struct disk_file file;
     struct segment_header header;
     struct segment_journal journal;
-    bool usable;      /* the header is valid */
-    bool broken;      /* it cannot be read, or is that of another log: bad, synced or not */
-    char *why;        /* it is not usable */
-    bool suspect;     /* a sync failed: see log_mark_sync_failed */
-    bool dropped;     /* not all valid records are replayed */
-    uint32_t limit;   /* records from here on are of a writer that had lost the log */
-    uint64_t durable; /* log position: everything of this segment below it is */
+    bool usable;             /* the header is valid */
+    bool broken;             /* it cannot be read, or is that of another log: bad, synced or not */
+    char *why;               /* it is not usable */
+    bool suspect;            /* a sync failed: see log_mark_sync_failed */
+    bool dropped;            /* not all valid records are replayed */
+    bool thin;               /* its file has holes, which may be where records were: volume/thin.c */
+    uint64_t data, data_end; /* bytes of the file: where it has data from the last look on */
+    uint32_t limit;          /* records from here on are of a writer that had lost the log */
+    uint64_t durable;        /* log position: everything of this segment below it is */
 };
 
 /* Something that was synced and is not what it was. */

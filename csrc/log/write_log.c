@@ -174,7 +174,7 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
     bool full = s->sectors == b->segment_sectors && s->end >= s->sectors / 4 * 3;
     bool scarce = atomic_load(&b->used) > b->limit - b->limit / 16; /* others may want the space */
 
-    if (!full || scarce || s->sync_failed || log->spare_count == LOG_SPARES)
+    if (!full || scarce || s->sync_failed || s->thin || log->spare_count == LOG_SPARES)
         return false;
     char *path = segment_path(log->path, s->seq, ".spare");
     bool kept = path && !disk_rename(&s->file, path);
@@ -186,6 +186,17 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
     log->spare_bytes[log->spare_count++] = s->bytes;
     atomic_fetch_add(&log->budget->spare, s->bytes);
     return true;
+}
+
+void log_thinned(struct write_log *log, struct log_segment *s, uint32_t live, uint64_t freed)
+{
+    uint64_t most = s->bytes - min_u64(s->bytes, SEGMENT_HEAD + segment_journal_bytes(s->sectors));
+
+    freed = min_u64(freed, most);
+    s->thin = true;
+    s->thin_live = live;
+    s->bytes -= freed;
+    discharge(log, freed);
 }
 
 void log_forget(struct write_log *log, struct log_segment *s)

@@ -43,14 +43,16 @@ struct log_segment {
     uint32_t valid; /* WRITE and ZERO records */
     uint32_t pins;  /* reads in flight */
     struct sector_sums sums;
-    uint64_t used;     /* bytes of what was written */
-    uint64_t bytes;    /* charged to the log limit: the same, or what the file held before if that is more */
-    uint64_t first_ns; /* CLOCK_REALTIME of the first record */
-    bool unsynced;     /* written since the last sync began */
-    bool noted;        /* only a SYNC record was written: no reason to sync, as more will follow */
-    bool sync_failed;  /* sticky until the segment is committed */
-    bool unmapped;     /* a sync of it failed, it was committed, and the map has forgotten it */
-    bool counted;      /* `valid` is every record that its journal ever had: a replay dropped none */
+    uint64_t used;      /* bytes of what was written */
+    uint64_t bytes;     /* charged to the log limit: the same, or what the file held before if that is more */
+    uint64_t first_ns;  /* CLOCK_REALTIME of the first record */
+    bool unsynced;      /* written since the last sync began */
+    bool noted;         /* only a SYNC record was written: no reason to sync, as more will follow */
+    bool sync_failed;   /* sticky until the segment is committed */
+    bool unmapped;      /* a sync of it failed, it was committed, and the map has forgotten it */
+    bool thin;          /* its file has holes where records were: volume/thin.c */
+    uint32_t thin_live; /* sectors that were alive then */
+    bool counted;       /* `valid` is every record that its journal ever had: a replay dropped none */
 };
 
 #define LOG_SPARES 16 /* of one log; all go as soon as any writer waits for space */
@@ -126,6 +128,8 @@ struct log_segment *log_adopt(struct write_log *log, uint64_t seq, struct disk_f
                               uint32_t end, uint32_t valid);
 /* Forget a segment without pins. True: its file became a spare; false: the caller unlinks it. */
 bool log_retire(struct write_log *log, struct log_segment *s);
+/* The file of a segment gave `freed` bytes back; `live` sectors of newest data are left. */
+void log_thinned(struct write_log *log, struct log_segment *s, uint32_t live, uint64_t freed);
 /* Forget a segment without pins, and close its file. */
 void log_forget(struct write_log *log, struct log_segment *s);
 /* Give the space of all spares back. True if there were any. */

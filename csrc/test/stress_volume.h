@@ -25,7 +25,7 @@ struct volume_state {
     uint64_t cookie;
     char log_dir[512];
     uint8_t id[16];
-    uint64_t committed;
+    uint64_t committed, retired;
     pthread_mutex_t base_lock;         /* guards base */
     uint8_t base[BLOCKS][GLIDE_BLOCK]; /* what "the store" holds */
     uint64_t written[SECTORS];         /* generation of each sector; a sector has one writer */

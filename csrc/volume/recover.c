@@ -47,7 +47,7 @@ static int apply(void *arg, struct replay_segment *f, uint32_t index, const uint
 static int adopt(void *arg, struct replay_segment *f)
 {
     struct recovery *r = arg;
-    struct stat st;
+    struct stat st = {0};
     uint32_t end = f->usable ? f->journal.end : 0;
     struct log_segment *s = log_adopt(&r->v->log, f->seq, f->file, f->usable ? f->header.sectors : 1, end,
                                       f->usable ? f->journal.valid : 0);
@@ -58,7 +58,9 @@ static int adopt(void *arg, struct replay_segment *f)
     s->sync_failed = f->suspect;
     s->counted = f->usable && !f->dropped;
     s->unsynced = f->seq > r->replay.committed_seq; /* a commit is of what was synced */
-    f->file.fd = -1;                                /* it is the segment's now */
+    if (f->thin)
+        log_thinned(&r->v->log, s, end, s->bytes - min_u64(s->bytes, (uint64_t)st.st_blocks * 512));
+    f->file.fd = -1; /* it is the segment's now */
     f->file.path = NULL;
     return 0;
 }

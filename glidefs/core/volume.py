@@ -226,6 +226,14 @@ class CoreVolume(Handle):
         with self._use() as volume:
             check(lib.glide_volume_committed(volume, seq), "committed")
 
+    def thin(self, seq: int) -> int:
+        """Give back the space of what was written again since in a committed segment, which stays readable.
+
+        Returns bytes; 0 if it is not worth it, or cannot be now. Raises Closed, CoreError.
+        """
+        with self._use() as volume:
+            return check(lib.glide_volume_thin(volume, seq), "thin")
+
     def retire(self, seq: int) -> None:
         """Forget and unlink all segments up to ``seq``; the reader must use a manifest with them."""
         with self._use() as volume:

@@ -1,9 +1,10 @@
 """Decides when committed segments free their disk space: late, because they are a read cache at no cost.
 
 A segment goes when all that it held was written again since, or when the logs of the host near their limit,
-or the maps that say what is in them; then the oldest of all volumes goes first, one at a time, and leaves
-what it can in the block cache (:mod:`glidefs.writing.demote`) unless writers are about to wait. Only what
-the durable local manifest includes may go (:meth:`Volume.retirable`), in order.
+or the maps that say what is in them. Where it is the logs, segments are thinned first: they keep what is the
+newest of its kind, and give back the space of the rest. Then the oldest of all volumes goes first, one at a
+time, and leaves what it can in the block cache (:mod:`glidefs.writing.demote`) unless writers are about to
+wait. Only what the durable local manifest includes may go (:meth:`Volume.retirable`), in order.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from glidefs.core.check import Closed
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
+
+
+_THIN_ENOUGH = 32 << 20
+"""Bytes that a volume whose writers wait must get by thinning; else its committed segments go."""
+_LEAST_KEPT = 1 / 6
+"""Part of the mark at which segments go that what is committed may take, whatever the rest is: where that is
+not committed, only uploads make room, and what is warm would go for nothing."""
 
 
 @contextlib.contextmanager
@@ -87,7 +95,10 @@ class Retirer:
     def squeeze(self, volume: Volume) -> None:
         """Writers of this volume wait: all that it may give back goes, then what all keep too much of."""
         with _logged(volume):
-            volume.retire_committed()
+            freed = self._thin(volume, lambda freed: freed >= _THIN_ENOUGH)
+            info = volume.core.info()
+            if freed < _THIN_ENOUGH and self._worth_it(info.log_bytes - info.dirty_bytes):
+                volume.retire_committed()
         with self._running:
             self._give_back()
 
@@ -113,11 +124,26 @@ class Retirer:
 
     def _too_much(self, fraction: float | None = None) -> bool:
         """Whether logs or maps are beyond a part of their limits; None: where segments begin to go."""
-        stats = self._engine.stats()
-        logs, maps = stats.log_bytes - stats.log_spare_bytes, stats.map_bytes
         if fraction is None:
             fraction = self._settings.retire_fraction
-        return logs > stats.log_limit * fraction or maps > stats.map_budget * fraction
+        return self._logs_too_much(fraction) or self._maps_too_much(fraction)
+
+    def _log_bytes(self) -> int:
+        stats = self._engine.stats()
+        return stats.log_bytes - stats.log_spare_bytes
+
+    def _logs_too_much(self, fraction: float) -> bool:
+        return self._log_bytes() > self._engine.stats().log_limit * fraction
+
+    def _maps_too_much(self, fraction: float) -> bool:
+        stats = self._engine.stats()
+        return stats.map_bytes > stats.map_budget * fraction
+
+    def _worth_it(self, kept: int) -> bool:
+        """Whether it is for the ``kept`` bytes of committed segments that logs are full, or maps are."""
+        fraction = self._settings.retire_fraction
+        least = self._engine.stats().log_limit * fraction * _LEAST_KEPT
+        return kept > least or self._maps_too_much(fraction)
 
     def _give_back(self) -> None:
         """Retire segment by segment, the oldest of all volumes first, while they keep too much.
@@ -126,9 +152,14 @@ class Retirer:
         """
         oldest: list[tuple[int, int, int, Volume]] = []
         watched = self.watched() if self._too_much() and not self._pauses else []
+        dirty = 0
         for volume, info in zip(watched, infos([volume.core for volume in watched]), strict=True):
             self._offer(oldest, volume, info)
-        while oldest and self._too_much() and not self._pauses:
+            dirty += info.dirty_bytes if info is not None else 0
+        for _, _, _, volume in sorted(oldest, key=lambda found: found[0]):
+            with _logged(volume):
+                self._thin(volume, lambda _: not self._logs_too_much(self._settings.retire_fraction))
+        while oldest and self._too_much() and self._worth_it(self._log_bytes() - dirty) and not self._pauses:
             _, _, first, volume = heapq.heappop(oldest)
             with _logged(volume):
                 if not self._too_much((1 + self._settings.retire_fraction) / 2):
@@ -137,6 +168,15 @@ class Retirer:
                 info = volume.core.info()
                 if info.first_seq > first:
                     self._offer(oldest, volume, info)
+
+    def _thin(self, volume: Volume, enough: Callable[[int], bool]) -> int:
+        """Thin segments, the oldest first, until so many bytes are enough; how many. Raises CoreError."""
+        info, freed = volume.core.info(), 0
+        for seq in range(info.first_seq, min(volume.retirable(), info.committed_seq) + 1):
+            if not seq or self._pauses or enough(freed):
+                break
+            freed += volume.core.thin(seq)
+        return freed
 
     @staticmethod
     def _offer(oldest: list[tuple[int, int, int, Volume]], volume: Volume, info: VolumeInfo | None) -> None:

@@ -6,6 +6,7 @@ fresh directory in memory. An uploader in a few lines commits what the core gath
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import random
@@ -383,6 +384,12 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def retire(self) -> None:
         self.vol.core.retire(self.vol.committed_seq)
+
+    @rule()
+    def thin(self) -> None:
+        for found in self.vol.segments():
+            with contextlib.suppress(CoreError):  # its disk fails
+                self.vol.core.thin(int(found.path.stem, 16))
 
     @rule()
     def evict(self) -> None:

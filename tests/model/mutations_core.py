@@ -12,6 +12,7 @@ CACHE = "tests/core/test_core_cache.py::"
 BAD_DISK = "tests/core/test_core_bad_disk.py::"
 GATHER = "tests/core/test_core_gather.py::"
 PACKS = "tests/core/test_core_packs.py::"
+THIN = "tests/core/test_core_thin.py::"
 MODEL = "tests/model/test_core_model.py"
 HOLES = "tests/model/test_hole_model.py"
 ALLOCATION = "tests/volume/test_volume_allocation.py"
@@ -25,6 +26,27 @@ CORE = [
         "    if (s->seq > r->v->committed_seq)",
         "    if (false && s->seq > r->v->committed_seq)",
         (LOG + "test_commit_without_retire_frees_nothing",),
+    ),
+    Mutation(
+        "uncommitted-segments-thinned",
+        "csrc/volume/thin.c",
+        "s == v->log.active || s->seq > v->committed_seq || ",
+        "s == v->log.active || ",
+        (THIN + "test_what_is_not_committed_stays_whole",),
+    ),
+    Mutation(
+        "holes-are-data",
+        "csrc/log/replay.c",
+        "    return from < f->data || to > f->data_end;",
+        "    return false;",
+        (THIN + "test_the_power_takes_what_was_newer",),
+    ),
+    Mutation(
+        "thin-records-stay-whole",
+        "csrc/volume/thin.c",
+        "        if (space > 1 && memchr(",
+        "        if (false && memchr(",
+        (THIN + "test_a_start_serves_what_is_left",),
     ),
     Mutation(
         "no-log-limit",

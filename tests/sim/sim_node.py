@@ -37,6 +37,7 @@ from glidefs.exports.table import Entry
 from glidefs.formats.manifest import Root
 from glidefs.formats.pack import BLOCK
 from glidefs.host.host import Host
+from glidefs.manifest import local
 from glidefs.manifest.lease import Owner
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.which import WhichStore
@@ -187,6 +188,8 @@ class SimNode:
     def _open_recorded(self) -> None:
         """What the opener's threads do at a start."""
         opener, table = self.router._opener, self.router.table
+        self.router._records.sync()
+        local.sync_volumes(self.home / "state")
         records, damaged = self.router._records.load()
         assert not damaged, f"records are damaged: {damaged}"
         entries = [Entry(record.name, record) for record in records]

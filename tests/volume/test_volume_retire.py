@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 
-from volume_rig import Rig
+from volume_rig import MIB, Rig
 
 from glidefs.formats.pack import SECTOR
 from glidefs.volume.volume import Volume
@@ -52,3 +54,34 @@ def test_nothing_is_retired_while_the_host_pauses(rig: Rig) -> None:
     host.resume()
     host._retirer.make_room()
     assert not segments(volume)
+
+
+def test_what_is_hot_stays_in_a_log_that_fills(rig: Rig) -> None:
+    """A working set of 4 MiB, 400 MiB written over a log of 64: the store is asked for nothing."""
+    host = rig.host(engine={"log_limit": 64 * MIB, "segment_bytes": 2 * MIB})
+    volume = rig.create(host)
+    ended, written, newest = threading.Event(), [0], [b""] * 1024
+    for sector in range(1024):
+        newest[sector] = bytes([1, sector % 251]) * (SECTOR // 2)
+        volume.core.pwrite(sector * SECTOR, newest[sector])
+
+    def write() -> None:
+        rng = random.Random(3)
+        while not ended.is_set():
+            sector = rng.randrange(1024)
+            newest[sector] = rng.randbytes(16) * (SECTOR // 16)
+            volume.core.pwrite(sector * SECTOR, newest[sector])
+            written[0] += SECTOR
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    rng = random.Random(4)
+    while written[0] < 400 * MIB:
+        volume.drain(60)
+        for _ in range(200):
+            volume.core.pread(rng.randrange(1024) * SECTOR, SECTOR)
+    ended.set()
+    writer.join()
+    assert volume.core.stats().faults == 0
+    for sector in range(1024):
+        assert volume.core.pread(sector * SECTOR, SECTOR) == newest[sector]
