@@ -14,7 +14,7 @@ import heapq
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from glidefs.core.check import Closed
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _THIN_ENOUGH = 32 << 20
 """Bytes that a volume whose writers wait must get by thinning; else its committed segments go."""
+_THIN_SECONDS = 0.3
+"""For the segments of all volumes together, at a time: whoever retires has writers to look after."""
 _LEAST_KEPT = 1 / 6
 """Part of the mark at which segments go that what is committed may take, whatever the rest is: where that is
 not committed, only uploads make room, and what is warm would go for nothing."""
@@ -152,22 +154,40 @@ class Retirer:
         """
         oldest: list[tuple[int, int, int, Volume]] = []
         watched = self.watched() if self._too_much() and not self._pauses else []
+        fat: list[tuple[int, int, Volume]] = []
         dirty = 0
         for volume, info in zip(watched, infos([volume.core for volume in watched]), strict=True):
             self._offer(oldest, volume, info)
-            dirty += info.dirty_bytes if info is not None else 0
-        for _, _, _, volume in sorted(oldest, key=lambda found: found[0]):
-            with _logged(volume):
-                self._thin(volume, lambda _: not self._logs_too_much(self._settings.retire_fraction))
+            if info is not None:
+                dirty += info.dirty_bytes
+                if info.log_bytes - info.dirty_bytes > self._engine.config.segment_bytes:
+                    fat.append((info.oldest_ns, volume.cookie, volume))
+        near = (1 + self._settings.retire_fraction) / 2
+        thin = self._thin_all([volume for _, _, volume in sorted(fat)])
         while oldest and self._too_much() and self._worth_it(self._log_bytes() - dirty) and not self._pauses:
+            if not (thin or self._too_much(near)):
+                break  # it goes on from here the next time
             _, _, first, volume = heapq.heappop(oldest)
             with _logged(volume):
-                if not self._too_much((1 + self._settings.retire_fraction) / 2):
+                if not self._too_much(near):
                     self._demoter.demote(volume, first)
                 volume.core.retire(first)
                 info = volume.core.info()
                 if info.first_seq > first:
                     self._offer(oldest, volume, info)
+
+    def _thin_all(self, volumes: Sequence[Volume]) -> bool:
+        """Thin segments of these while logs are beyond the mark. False: there was no time for all."""
+        until = time.monotonic() + _THIN_SECONDS
+        for volume in volumes:
+            with _logged(volume):
+                self._thin(
+                    volume,
+                    lambda _: (
+                        time.monotonic() > until or not self._logs_too_much(self._settings.retire_fraction)
+                    ),
+                )
+        return time.monotonic() <= until
 
     def _thin(self, volume: Volume, enough: Callable[[int], bool]) -> int:
         """Thin segments, the oldest first, until so many bytes are enough; how many. Raises CoreError."""
