@@ -69,7 +69,7 @@ struct volume {
     struct list idle_calls;      /* struct call: wait until inflight is 0 */
     uint64_t reading;            /* reads of files in flight */
     struct list freeze_calls;    /* struct call: wait until that is 0 */
-    pthread_mutex_t retire_lock; /* held by the one thread that retires; taken before no other */
+    pthread_mutex_t retire_lock; /* held by the one thread that retires or thins; taken before no other */
     struct stats stats;
 };
 
