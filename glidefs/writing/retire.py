@@ -99,7 +99,9 @@ class Retirer:
         with _logged(volume):
             freed = self._thin(volume, lambda freed: freed >= _THIN_ENOUGH)
             info = volume.core.info()
-            if freed < _THIN_ENOUGH and self._worth_it(info.log_bytes - info.dirty_bytes):
+            # Who still waits below the mark waits for the disk or the maps, not for the logs' limit.
+            for_disk = info.parked > 0 and not self._logs_too_much(self._settings.retire_fraction)
+            if freed < _THIN_ENOUGH and (for_disk or self._worth_it(info.log_bytes - info.dirty_bytes)):
                 volume.retire_committed()
         with self._running:
             self._give_back()

@@ -21,22 +21,24 @@ from glidefs.transport.nbd_device.driver import nbd_device_missing
 
 pytestmark = [pytest.mark.root, pytest.mark.timeout(1800 if rig.EMULATED else 300)]
 MISSING = {"ublk": rig.REASON, "nbd-device": nbd_device_missing()}
+TRANSPORTS = [
+    pytest.param(kind, marks=pytest.mark.skipif(why is not None, reason=str(why)))
+    for kind, why in MISSING.items()
+]
 DATA = 8 * MIB
 
 
 @pytest.fixture
 def hosts(place: Path) -> Iterator[tuple[Node, Node]]:
     """Two hosts with one store."""
-    settings = {
-        "store": {"url": f'"file://{place}/objects"'},
-        "upload": {"sync_interval": '"3s"'},
-    }
+    settings = {"upload": {"sync_interval": '"3s"'}}
     with contextlib.ExitStack() as stack:
         stack.enter_context(rig.no_leftovers())
         stack.enter_context(test_nbd_kernel.no_leftovers())
-        yield tuple(
-            stack.enter_context(rig.ended(Node(place / name, settings=settings))).start() for name in "ab"
-        )
+        first = stack.enter_context(rig.ended(Node(place / "a", settings=settings))).start()
+        shared = {**settings, "store": {"url": f'"file://{first.store}"'}}
+        second = stack.enter_context(rig.ended(Node(place / "b", settings=shared))).start()
+        yield first, second
 
 
 def written(device: str) -> bytes:
@@ -62,10 +64,8 @@ def fails(device: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("transport", MISSING)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_another_host_takes_a_device_over(hosts: tuple[Node, Node], transport: str) -> None:
-    if MISSING[transport] is not None:
-        pytest.skip(str(MISSING[transport]))
     first, second = hosts
     device = first.json("create", "moves", "--size", "256MiB", "--transport", transport)["device"]
     data = written(device)
