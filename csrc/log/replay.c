@@ -281,9 +281,7 @@ static int replay_committed(struct replay *r, struct replay_segment *f)
     }
     for (uint32_t i = 0; i < f->journal.end && !err; i++) {
         uint32_t op = f->journal.records[i].op;
-        if (is_passed(f, i))
-            continue;
-        if (op == RECORD_WRITE || op == RECORD_ZERO)
+        if ((op == RECORD_WRITE || op == RECORD_ZERO) && !is_passed(f, i))
             err = r->calls->record(r->arg, f, i, NULL);
     }
     r->kept = f->seq;

@@ -199,6 +199,16 @@ int segment_read_journal(struct disk_file *f, const struct segment_header *h, ui
     return 0;
 }
 
+bool segment_read_whole(struct disk_file *f, const struct segment_id *id, uint32_t sectors, uint32_t limit,
+                        uint32_t valid, struct segment_journal *out)
+{
+    struct segment_header h = {.seq = id->seq, .sectors = sectors};
+
+    memcpy(h.volume_id, id->volume_id, 16);
+    memcpy(h.log_id, id->log_id, 16);
+    return !segment_read_journal(f, &h, limit, out) && out->valid == valid;
+}
+
 void segment_free_journal(struct segment_journal *j)
 {
     free(j->records);

@@ -96,6 +96,10 @@ struct segment_journal {
 /* Read and check all records below `limit` (UINT32_MAX = all). Free with segment_free_journal. */
 int segment_read_journal(struct disk_file *f, const struct segment_header *h, uint32_t limit,
                          struct segment_journal *out);
+/* The same for a segment whose shape is known. False: it has not the `valid` records that were appended below `limit`,
+ * or cannot be read. */
+bool segment_read_whole(struct disk_file *f, const struct segment_id *id, uint32_t sectors, uint32_t limit,
+                        uint32_t valid, struct segment_journal *out);
 void segment_free_journal(struct segment_journal *j);
 
 /* 0 = the data of WRITE record `index` has its hash; -EUCLEAN; -errno. buf and sums hold RECORD_MAX_SECTORS; sums gets

@@ -136,11 +136,7 @@ static void start_forget(struct call *call, struct worker *w)
 /* Whether the journal on the disk has all that the map may have of the segment. */
 static bool read_whole(struct retire *r)
 {
-    struct segment_header h = {.seq = r->seq, .sectors = r->sectors};
-
-    memcpy(h.volume_id, r->id.volume_id, 16);
-    memcpy(h.log_id, r->id.log_id, 16);
-    return r->counted && !segment_read_journal(&r->file, &h, r->end, &r->journal) && r->journal.valid == r->valid;
+    return r->counted && segment_read_whole(&r->file, &r->id, r->sectors, r->end, r->valid, &r->journal);
 }
 
 static int retire_one(struct retire *r)

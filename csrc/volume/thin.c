@@ -76,11 +76,7 @@ static int pick(struct worker *w, void *arg)
 
 static bool read_journal(struct thin *t)
 {
-    struct segment_header h = {.seq = t->seq, .sectors = t->sectors};
-
-    memcpy(h.volume_id, t->id.volume_id, 16);
-    memcpy(h.log_id, t->id.log_id, 16);
-    return !segment_read_journal(&t->file, &h, t->end, &t->journal) && t->journal.valid == t->valid &&
+    return segment_read_whole(&t->file, &t->id, t->sectors, t->end, t->valid, &t->journal) &&
            t->journal.end <= t->end && (t->alive = calloc(t->end, 1));
 }
 

@@ -30,9 +30,8 @@ def write(vol: Vol, sector: int, seed: int, count: int = 1) -> None:
     vol.core.pwrite(sector * SECTOR, pattern(seed, count * SECTOR))
 
 
-def two(rig: CoreRig) -> Vol:
+def two(vol: Vol) -> Vol:
     """One record of segment 1, of which segment 2 has the middle again; both are in the store."""
-    vol = rig.vol()
     write(vol, 0, 1, COUNT)
     vol.commit(retire=False)
     write(vol, FROM, 2, AGAIN)
@@ -62,7 +61,7 @@ def check(vol: Vol, data: bytes) -> None:
 
 
 def test_what_was_written_again_gives_its_space_back(rig: CoreRig) -> None:
-    vol = two(rig)
+    vol = two(rig.vol())
     disk, log = allocated(vol, 0), vol.core.info().log_bytes
     freed = vol.core.thin(1)
     assert freed == AGAIN * SECTOR
@@ -76,7 +75,7 @@ def test_what_was_written_again_gives_its_space_back(rig: CoreRig) -> None:
 
 def test_a_start_serves_what_is_left(rig: CoreRig) -> None:
     """! A record of which a part is gone has a hash of all of it."""
-    vol = two(rig)
+    vol = two(rig.vol())
     vol.core.thin(1)
     before = vol.core.info().log_bytes
     vol.reopen()
@@ -133,7 +132,7 @@ def test_where_little_would_go_nothing_is_done(rig: CoreRig) -> None:
 
 @pytest.mark.parametrize("kind", [READ, WRITE])
 def test_a_disk_that_fails_leaves_the_segment_as_it_is(rig: CoreRig, kind: int) -> None:
-    vol = two(rig)
+    vol = two(rig.vol())
     before = vol.segments()[0].path.read_bytes()
     for skip in range(4):
         inject(kind, errno.EIO, skip=skip, count=1 if kind == WRITE else 99)
@@ -148,7 +147,7 @@ def test_a_disk_that_fails_leaves_the_segment_as_it_is(rig: CoreRig, kind: int) 
 
 
 def test_a_file_that_a_crash_left_is_no_segment(rig: CoreRig) -> None:
-    vol = two(rig)
+    vol = two(rig.vol())
     vol.close()
     stray = vol.dir / f"{1:016x}.spare"
     stray.write_bytes(b"half of it")
@@ -159,11 +158,7 @@ def test_a_file_that_a_crash_left_is_no_segment(rig: CoreRig) -> None:
 
 def test_a_successor_reads_thin_segments_of_another_boot(pair: Pair) -> None:
     """! It compares data with hashes, and holes have none."""
-    vol = pair.vol
-    write(vol, 0, 1, COUNT)
-    vol.commit(retire=False)
-    write(vol, FROM, 2, AGAIN)
-    vol.commit(retire=False)
+    vol = two(pair.vol)
     assert vol.core.thin(1)
     vol.config["always_verify"] = True
     pair.warm()
@@ -173,11 +168,7 @@ def test_a_successor_reads_thin_segments_of_another_boot(pair: Pair) -> None:
 
 
 def test_nothing_is_thinned_while_it_is_handed_over(pair: Pair) -> None:
-    vol = pair.vol
-    write(vol, 0, 1, COUNT)
-    vol.commit(retire=False)
-    write(vol, FROM, 2, AGAIN)
-    vol.commit(retire=False)
+    vol = two(pair.vol)
     pair.warm()
     handoff.freeze(vol.core)
     before = vol.segments()[0].path.read_bytes()
