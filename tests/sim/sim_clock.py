@@ -99,18 +99,31 @@ POOLED: tuple[Any, ...] = (
 
 
 class Clock:
-    """Stands in for the module ``time``. Unix seconds."""
+    """Stands in for the module ``time``. Unix seconds.
+
+    For the thread that made it: a thread that another test of this process left behind has the real time, and
+    moves nobody else's.
+    """
 
     def __init__(self) -> None:
         self.now = START
+        self._thread = threading.get_ident()
+
+    def is_mine(self) -> bool:
+        """Whether the caller is the thread of the simulation."""
+        return threading.get_ident() == self._thread
 
     def time(self) -> float:
-        return self.now
+        return self.now if self.is_mine() else time.time()
 
-    monotonic = time
+    def monotonic(self) -> float:
+        return self.now if self.is_mine() else time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        self.now += max(seconds, 0.0)
+        if self.is_mine():
+            self.now += max(seconds, 0.0)
+        else:
+            time.sleep(seconds)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
@@ -125,6 +138,8 @@ class Threading:
     def __init__(self, clock: Clock, while_waiting: Callable[[], object] = lambda: None) -> None:
         class Condition(threading.Condition):
             def wait(self, timeout: float | None = None) -> bool:
+                if not clock.is_mine():
+                    return super().wait(timeout)
                 while_waiting()
                 assert timeout is not None, "this wait would never end"
                 clock.sleep(timeout)
@@ -132,6 +147,8 @@ class Threading:
 
         class Event(threading.Event):
             def wait(self, timeout: float | None = None) -> bool:
+                if not clock.is_mine():
+                    return super().wait(timeout)
                 if not self.is_set():
                     assert timeout is not None, "this wait would never end"
                     clock.sleep(timeout)
@@ -164,21 +181,22 @@ def simulated(clock: Clock, seed: int, while_drained: Callable[[], object]) -> I
     ``while_drained`` runs whenever a drain waits: it does what the uploader's threads would do.
     """
     ids = random.Random(f"ids {seed}")
+    jitter = random.Random(f"jitter {seed}")
     waits = Threading(clock)
+
+    def of_seed(drawn: Callable[..., Any], real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: drawn(*args) if clock.is_mine() else real(*args)
+
     changes: list[tuple[Any, str, Any]] = [
         (glidefs.clock, "elapsed", clock.monotonic),
         (glidefs.volume.volume, "threading", Threading(clock, while_drained)),
-        (secrets, "token_bytes", lambda count=32: ids.randbytes(count)),
-        (secrets, "token_hex", lambda count=32: ids.randbytes(count).hex()),
+        (secrets, "token_bytes", of_seed(ids.randbytes, secrets.token_bytes)),
+        (secrets, "token_hex", of_seed(lambda count: ids.randbytes(count).hex(), secrets.token_hex)),
+        (random, "uniform", of_seed(jitter.uniform, random.uniform)),
     ]
     changes += [(module, "time", clock) for module in TIMED]
     changes += [(glidefs.manifest.lease, "DOOMED_FOR", 120.0)]  # of a grace of 1,000
     changes += [(module, "threading", waits) for module in WAITING]
     changes += [(module, "ThreadPoolExecutor", InlinePool) for module in POOLED]
-    state = random.getstate()
-    random.seed(f"jitter {seed}")
-    try:
-        with patched(changes):
-            yield waits
-    finally:
-        random.setstate(state)
+    with patched(changes):
+        yield waits

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import secrets
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +19,8 @@ from handoff_step import VARIANTS
 from sim_identity import CLONED, IDENTITY_WEIGHTS, STORES
 from sim_seeds import IDENTITY_REGRESSIONS, REGRESSIONS
 from simulation import WEIGHTS, simulate
+
+from glidefs.store import resilient
 
 LENGTH = os.environ.get("GLIDEFS_TEST_LENGTH", "normal")
 FIRST = int(os.environ.get("GLIDEFS_SIM_FIRST", "0"))
@@ -117,3 +123,28 @@ def test_a_seed_is_the_same_every_time(seed: int, identity: bool) -> None:
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
         )
         assert f"seed {seed}: ok, {here[:16]}" in done.stdout
+
+
+def test_what_other_tests_left_running_changes_nothing() -> None:
+    """A thread of theirs draws, sleeps and asks for the time all along: of the real ones."""
+    alone = simulate(FIRST + 2).digest
+    done, waited = threading.Event(), []
+
+    def left_behind() -> None:
+        while not done.is_set():
+            random.uniform(0, 1)
+            secrets.token_hex(4)
+            began = time.monotonic()
+            resilient.time.sleep(0.001)
+            waited.append(time.monotonic() - began)
+            assert abs(resilient.time.time() - time.time()) < 60
+
+    thread = threading.Thread(target=left_behind)
+    thread.start()
+    try:
+        assert simulate(FIRST + 2).digest == alone
+    finally:
+        done.set()
+        thread.join()
+    assert len(waited) > 10
+    assert min(waited) >= 0.001
