@@ -83,6 +83,9 @@ struct glide_engine_stats {
 void glide_engine_pace(glide_engine *engine, uint64_t bytes_per_second);
 /* The calling thread yields to those of lower niceness, and its turns are short where the kernel can. 0 or -errno. */
 int glide_lower_priority(int nice);
+/* Begin to write what is dirty of a file, and sync nothing: no flush of the disk, no error that a sync would tell. May
+ * wait for a busy disk. 0 or -errno. */
+int glide_write_out(int fd);
 void glide_engine_stats_get(glide_engine *engine, struct glide_engine_stats *out); /* never blocks */
 
 /* ---- faults and events: C asks, Python threads answer --------------------- */

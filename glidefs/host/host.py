@@ -40,6 +40,7 @@ from glidefs.writing.retire import Retirer
 from glidefs.writing.scheduler import EventHandler, Scheduler
 from glidefs.writing.throttle import Throttle
 from glidefs.writing.upload import Uploader
+from glidefs.writing.write_out import WriteOut
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,11 @@ class Host:
         self._retirer = Retirer(engine, settings, self.demoter)
         self.uploader = Uploader(store, self.meta, settings, self._puts)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
-        self._throttle = Throttle(engine, self._retirer, self.scheduler.writers)
+        self._throttle = Throttle(
+            engine, self._retirer, self.scheduler.writers, self.scheduler.life, lambda: store.state.away
+        )
+        self._write_out = WriteOut(settings.nice)
+        self.scheduler.on_sealed = self._write_out.note
         self.faults = FaultService(engine, store, settings, self._volumes.get)
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self._quiet_for)
@@ -106,6 +111,7 @@ class Host:
         self.faults.start()
         self.scheduler.start()
         self._throttle.start()
+        self._write_out.start()
         self.compactor.start()
         self._cache_keeper.start()
         self.watch.start()
@@ -119,6 +125,7 @@ class Host:
         self._closed = True
         self.scheduler.stop()
         self._throttle.close()
+        self._write_out.close()
         self.watch.close()
         self.compactor.close()
         for volume in self.volumes():

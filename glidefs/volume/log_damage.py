@@ -43,6 +43,11 @@ def lost_text(damage: LogDamage) -> str:
     return f"lost are {', and '.join(lost)}" if lost else "newer writes have replaced all of that"
 
 
+def segment_path(directory: Path, number: int) -> Path:
+    """The file of a segment in the log of that directory."""
+    return directory / f"{number:016x}.seg"
+
+
 def _files(damage: LogDamage, directory: Path) -> str:
     named = [_file(loss, directory) for loss in damage.losses[:FILES_NAMED]]
     if len(damage.losses) > FILES_NAMED:
@@ -51,7 +56,7 @@ def _files(damage: LogDamage, directory: Path) -> str:
 
 
 def _file(loss: LogLoss, directory: Path) -> str:
-    path = directory / f"{loss.segment:016x}.seg"
+    path = segment_path(directory, loss.segment)
     if loss.kind == "record":
         return f"{path} has {loss.count} bad records that were synced"
     if loss.kind == "place":

@@ -47,8 +47,8 @@ BURST_SHARE = 8
 """...to one pack at a time, with pauses of this many times what the last one took."""
 BURST_GAP = 1.0
 """Seconds without such a rate that end a burst."""
-BURST_LOG = 0.5
-"""Part of the log that may be dirty meanwhile."""
+BURST_LOG = 0.4
+"""Part of what the logs of the host may take that may be dirty meanwhile."""
 _SAMPLE = 0.05
 
 
@@ -57,15 +57,12 @@ class Burst:
 
     An upload takes as much CPU time as the writes that it follows, and more of the disk. A burst that
     the log can take is better served first: its upload comes after it, or when it turns out to be
-    no burst (the log is half full, or a write has waited as long as it may anyway).
+    no burst (``hurried``: the logs of the host fill; or a write has waited as long as it may anyway).
     """
 
-    def __init__(
-        self, volume: Volume, log_limit: int, patience: float, hurried: Callable[[], bool] = lambda: False
-    ) -> None:
+    def __init__(self, volume: Volume, patience: float, hurried: Callable[[], bool]) -> None:
         self._volume = volume
         self._hurried = hurried
-        self._most = int(log_limit * BURST_LOG)
         self._patience = patience
         self._bytes, self._since = self._written(), time.monotonic()
         self._fast_until: float | None = None
@@ -79,7 +76,7 @@ class Burst:
         if volume.awaited or volume.closing or self._hurried() or not self._is_fast():
             return False
         info = volume.core.info()
-        return not info.parked and info.dirty_bytes < self._most and info.dirty_age < self._patience
+        return not info.parked and info.dirty_age < self._patience
 
     def _is_fast(self) -> bool:
         """Whether guests wrote at such a rate in the last second or so."""

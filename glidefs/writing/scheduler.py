@@ -21,6 +21,7 @@ from glidefs.core.check import Closed
 from glidefs.core.engine import Engine, Event, EventKind
 from glidefs.core.priority import lower_priority
 from glidefs.errors import Fenced, GlideError, StoreError, StoreWentBack
+from glidefs.volume.log_damage import segment_path
 from glidefs.volume.settings import HostSettings
 from glidefs.writing.disk_use import disk_use
 from glidefs.writing.pace import Burst
@@ -86,6 +87,7 @@ class Scheduler:
         self._last_full = float("-inf")
         self.on_event: list[EventHandler] = []
         self.on_commit: Callable[[Volume, frozenset[int]], None] = lambda volume, chunks: None
+        self.on_sealed: Callable[[Volume, int], None] = lambda volume, segment: None
 
     @property
     def _patience(self) -> float:
@@ -271,11 +273,7 @@ class Scheduler:
     def _upload(self, volume: Volume, seal: bool, urgent: bool) -> None:
         size = volume.size
         # A caller that asks for a seal waits for the upload; an upload by age must be done.
-        burst = (
-            None
-            if seal or urgent
-            else Burst(volume, self._engine.config.log_limit, self._patience, lambda: self.life.pausing)
-        )
+        burst = None if seal or urgent else Burst(volume, self._patience, lambda: self.life.hurried)
         if not seal:
             info = volume.core.info()
             seal = info.dirty_age >= self._patience
@@ -372,6 +370,7 @@ class Scheduler:
             delay = min(settings.sync_interval, settings.max_dirty_age, settings.poll_interval)
             self.request(volume, delay=delay)
         elif event.kind == EventKind.SEALED:
+            self.on_sealed(volume, event.a)
             info = volume.core.info()
             if info.dirty_bytes - info.active_bytes >= self.batch_bytes():
                 self.request(volume)
@@ -408,7 +407,7 @@ class Scheduler:
             then = "the store has it, reads go there: look at the disk"
         else:
             then = "it was not uploaded, reads of it fail: write it again, or go back to a snapshot"
-        path = volume.log_dir / f"{event.a:016x}.seg"
+        path = segment_path(volume.log_dir, event.a)
         log.error("volume %s: the disk lost a part of log segment %s (%s); %s", volume.name, path, what, then)
 
     def _full(self, volume: Volume) -> None:

@@ -5,8 +5,9 @@ of the rate at which uploads make log space free, which falls as the logs fill: 
 ``EVEN``, so logs that are written faster than they are uploaded settle there. LSM trees do the
 same with their compaction debt (RocksDB, "Write Stalls").
 
-While nothing is uploaded, in an outage of the store, the log is there to be filled: writers keep their
-speed and wait when it is full.
+How fast uploads are is known from the first commit on; until then a modest rate is assumed. While nothing is
+uploaded, in an outage of the store, the log is there to be filled: writers keep their speed and wait when it
+is full.
 """
 
 from __future__ import annotations
@@ -21,21 +22,27 @@ from typing import TYPE_CHECKING
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
 from glidefs.core.figures import OPS, infos, stats
+from glidefs.writing.pace import BURST_LOG
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
     from glidefs.writing.retire import Retirer
+    from glidefs.writing.upload import Life
 
 log = logging.getLogger(__name__)
 
-SOFT = 0.4
-"""Part of the log limit that may be dirty before writers are slowed down."""
+SOFT = BURST_LOG
+"""Part of the log limit that may be dirty before writers are slowed down, and uploads hurry."""
 EVEN = 0.65
 """Part of it at which they are as slow as uploads."""
 STEEP = 4.0
 """Twofold for each quarter of the way from SOFT to EVEN."""
 WINDOW = 8.0
 """Seconds over which the rate of uploads is measured: several commits."""
+OUTAGE = 3 * WINDOW
+"""Seconds without a commit after which nothing is known of it."""
+ASSUMED = 100 << 20
+"""Bytes per second that uploads are taken to make free until a commit says it, in :data:`OUTAGE` at most."""
 LEAST = 8 << 20
 """Bytes per second that writers get in any case."""
 _WRITE = OPS.index("write")
@@ -57,18 +64,33 @@ def allowed(dirty: int, limit: int, drained: float) -> int:
 
 
 class DrainRate:
-    """How fast dirty bytes become committed: from totals of what was written and what is dirty."""
+    """How fast dirty bytes become committed: from totals, taken whenever something was committed.
+
+    Between commits the totals tell nothing: what was written is counted a moment later than what is dirty.
+    """
 
     def __init__(self) -> None:
         self._seen: deque[tuple[float, int]] = deque()
+        self._commits = 0
 
-    def note(self, now: float, written: int, dirty: int) -> float:
-        """``written``: bytes since some start. Returns bytes per second over :data:`WINDOW`."""
-        self._seen.append((now, written - dirty))
+    def note(self, now: float, written: int, dirty: int, commits: int) -> float:
+        """Bytes per second over :data:`WINDOW`; :data:`ASSUMED` before the first commit, 0 if none comes.
+
+        ``written``: bytes since some start. ``commits``: a number that each commit changes.
+        """
+        if not self._seen or commits != self._commits:
+            self._commits = commits
+            self._seen.append((now, written - dirty))
         while len(self._seen) > 2 and now - self._seen[1][0] >= WINDOW:
             self._seen.popleft()
-        began, committed = self._seen[0]
-        return max(0.0, (written - dirty - committed) / (now - began)) if now > began else 0.0
+        (began, before), (last, committed) = self._seen[0], self._seen[-1]
+        if now - last >= OUTAGE:
+            return 0.0
+        if last <= began:
+            return ASSUMED
+        # Up to the last commit; beyond it once the next one is late.
+        took = max(last - began, (now - began) * (len(self._seen) - 1) / len(self._seen))
+        return max(0.0, (committed - before) / took)
 
     def clear(self) -> None:
         """Begin anew."""
@@ -78,8 +100,18 @@ class DrainRate:
 class Throttle:
     """The thread that sets the pace of an engine's writers, and retires in small steps while logs fill."""
 
-    def __init__(self, engine: Engine, retirer: Retirer, writers: Callable[[], Sequence[Volume]]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        retirer: Retirer,
+        writers: Callable[[], Sequence[Volume]],
+        life: Life,
+        away: Callable[[], bool],
+    ) -> None:
+        """``away``: whether the store is. ``life`` is told whether the logs fill."""
         self._engine = engine
+        self._life = life
+        self._away = away
         self._retirer = retirer
         self._writers = writers
         self._rate = DrainRate()
@@ -117,27 +149,30 @@ class Throttle:
 
     def step(self, now: float) -> bool:
         """Look once; whether anything is dirty. ``now`` is a time of ``time.monotonic()``."""
-        written, dirty = self._totals()
-        drained = self._rate.note(now, written, dirty)
+        written, dirty, commits = self._totals()
         limit = self._engine.stats().log_limit
-        pace = allowed(dirty, limit, drained)
+        self._life.crowded = dirty > limit * SOFT
+        pace = 0
+        if self._life.crowded and not self._away():  # uploads go as fast as they can
+            pace = allowed(dirty, limit, self._rate.note(now, written, dirty, commits))
+        else:
+            self._rate.clear()
         if pace or self._pace:
             self._engine.pace(pace)
         self._pace = pace
         if dirty:
             self._retirer.make_room()
-        else:
-            self._rate.clear()
         return dirty > 0
 
-    def _totals(self) -> tuple[int, int]:
-        """Bytes written while it was looked, and dirty now, of all volumes that may have some."""
+    def _totals(self) -> tuple[int, int, int]:
+        """Bytes written while it was looked, dirty now, and commits, of all volumes that may have any."""
         volumes = self._writers()
         cores = [volume.core for volume in volumes]
-        dirty = sum(info.dirty_bytes for info in infos(cores) if info is not None)
+        states = [info for info in infos(cores) if info is not None]
+        dirty, commits = sum(info.dirty_bytes for info in states), sum(info.committed_seq for info in states)
         counters = zip(volumes, stats(cores), strict=True)
         seen = {volume.cookie: found.bytes[_WRITE] for volume, found in counters if found is not None}
         # One that comes, or comes back, counts from here on.
         self._written += sum(now - self._known.get(cookie, now) for cookie, now in seen.items())
         self._known = seen
-        return self._written, dirty
+        return self._written, dirty, commits

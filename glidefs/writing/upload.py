@@ -91,7 +91,7 @@ class Counters:
 class Life:
     """Whether uploads go on. The scheduler sets it under its lock; uploads under way read it without."""
 
-    __slots__ = ("give_up_at", "pauses", "stopping")
+    __slots__ = ("crowded", "give_up_at", "pauses", "stopping")
 
     def __init__(self) -> None:
         self.stopping = False
@@ -100,11 +100,18 @@ class Life:
         """How many wait for uploads to end."""
         self.give_up_at = 0.0
         """The time, of ``time.monotonic()``, after which a pause has taken too long."""
+        self.crowded = False
+        """The logs of the host fill: uploads step back for nobody. The throttle's thread sets it."""
 
     @property
     def pausing(self) -> bool:
         """Give up what waits for the store; it is done again later."""
         return self.pauses > 0
+
+    @property
+    def hurried(self) -> bool:
+        """Whether uploads step back for nobody."""
+        return self.crowded or self.pausing
 
     @property
     def giving_up(self) -> bool:

@@ -17,6 +17,7 @@ from glidefs.core.check import Closed, CoreError
 from glidefs.core.figures import OPS
 from glidefs.writing import throttle
 from glidefs.writing.throttle import LEAST, SOFT, DrainRate, Throttle, allowed
+from glidefs.writing.upload import Life
 
 
 def test_writers_of_all_volumes_together_keep_the_pace(rig: CoreRig) -> None:
@@ -83,13 +84,36 @@ def test_the_rate_of_uploads_is_that_of_several_commits() -> None:
     rate, written = DrainRate(), 0
     for tick in range(400):  # 100 bytes a second are written, and committed 200 at a time
         written = tick * 10
-        found = rate.note(tick / 10, written, dirty=written % 200)
-    assert 75 <= found <= 125
+        found = rate.note(tick / 10, written, dirty=written % 200, commits=tick // 20)
+        if tick > 100:
+            assert 90 <= found <= 110
+
+
+def test_what_is_counted_late_is_no_rate() -> None:
+    """What is dirty may be counted before what was written, and less: not as if it had been uploaded."""
+    rate = DrainRate()
+    for tick in range(200):
+        found = rate.note(tick / 10, written=tick * 10, dirty=max(0, tick * 10 - tick % 7), commits=0)
+        assert found == throttle.ASSUMED
+    assert rate.note(20.0, 2000, 1000, commits=1) == pytest.approx(50, abs=1)
+
+
+def test_a_rate_begins_when_it_is_asked_for() -> None:
+    """Uploads that stepped back before were not slow."""
+    rate = DrainRate()
+    rate.note(0.0, 1000, 1000, commits=1)
+    rate.note(7.0, 8000, 8000, commits=1)
+    rate.clear()
+    rate.note(8.0, 9000, 9000, commits=1)
+    assert rate.note(10.0, 11000, 10000, commits=2) == 500
+    assert rate.note(11.0, 12000, 11000, commits=2) == 500
+    assert 200 < rate.note(14.0, 15000, 14000, commits=2) < 500, "the next one is late"
+    assert rate.note(10.0 + throttle.OUTAGE, 99000, 98000, commits=2) == 0, "it does not come"
 
 
 class Volume:
     def __init__(self, cookie: int) -> None:
-        self.cookie, self.written, self.dirty, self.core = cookie, 0, 0, self
+        self.cookie, self.written, self.dirty, self.commits, self.core = cookie, 0, 0, 0, self
 
 
 @pytest.fixture
@@ -97,7 +121,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the volumes above."""
 
     def infos(volumes: list[Volume]) -> list[Any]:
-        return [SimpleNamespace(dirty_bytes=volume.dirty) for volume in volumes]
+        return [SimpleNamespace(dirty_bytes=v.dirty, committed_seq=v.commits) for v in volumes]
 
     def stats(volumes: list[Volume]) -> list[Any]:
         return [SimpleNamespace(bytes=[v.written if op == "write" else 0 for op in OPS]) for v in volumes]
@@ -111,17 +135,21 @@ def test_pace_comes_and_goes() -> None:
     paces: list[int] = []
     rooms: list[int] = []
     engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
-    volumes = [Volume(1), Volume(2)]
+    volumes, life = [Volume(1), Volume(2)], Life()
     made = Throttle(
         cast(Any, engine),
         cast(Any, SimpleNamespace(make_room=lambda: rooms.append(1))),
         lambda: cast(Any, volumes),
+        life,
+        lambda: False,
     )
     for tick in range(100):  # twice as fast as the uploads
         for volume in volumes:
             volume.written += 10 * MIB
             volume.dirty += 5 * MIB
+            volume.commits += 1
         assert made.step(tick * 0.1)
+        assert life.crowded == (sum(volume.dirty for volume in volumes) > SOFT * 1000 * MIB)
     assert rooms
     assert paces
     assert paces == sorted(paces, reverse=True)
@@ -138,15 +166,44 @@ def test_pace_comes_and_goes() -> None:
 
 
 @pytest.mark.usefixtures("figures")
-def test_an_outage_slows_nobody() -> None:
+@pytest.mark.parametrize("known", [True, False])
+def test_an_outage_slows_nobody(known: bool) -> None:
+    """At once where the store is known to be away; else once nothing was committed for long."""
     paces: list[int] = []
     engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
     volume = Volume(1)
     made = Throttle(
-        cast(Any, engine), cast(Any, SimpleNamespace(make_room=lambda: None)), lambda: cast(Any, [volume])
+        cast(Any, engine),
+        cast(Any, SimpleNamespace(make_room=lambda: None)),
+        lambda: cast(Any, [volume]),
+        Life(),
+        lambda: known,
     )
-    for tick in range(int(3 * throttle.WINDOW / 0.1)):
-        volume.written += 4 * MIB
-        volume.dirty += 4 * MIB
+    volume.written = volume.dirty = 450 * MIB
+    for tick in range(int(2 * throttle.OUTAGE / 0.1)):
+        volume.written += MIB
+        volume.dirty += MIB
         made.step(tick * 0.1)
-    assert not any(paces)
+    assert not any(paces) if known else paces[-1] == 0
+    assert known or any(paces)
+
+
+@pytest.mark.usefixtures("figures")
+def test_before_the_first_commit_writers_slow_down_too() -> None:
+    """As if uploads were of a modest speed: else the log is full before one says how fast they are."""
+    paces: list[int] = []
+    engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
+    volume = Volume(1)
+    made = Throttle(
+        cast(Any, engine),
+        cast(Any, SimpleNamespace(make_room=lambda: None)),
+        lambda: cast(Any, [volume]),
+        Life(),
+        lambda: False,
+    )
+    for tick in range(100):  # as fast as they may, or 400 MiB a second
+        volume.dirty += min([*paces[-1:], 400 * MIB]) // 10
+        volume.written = volume.dirty
+        made.step(tick * 0.1)
+    assert paces == sorted(paces, reverse=True)
+    assert 650 * MIB < volume.dirty < 950 * MIB

@@ -1,0 +1,56 @@
+"""Gives full log segments to the disk as they come, not all at once when the first sync asks for them.
+
+A guest that never flushes leaves its log to the kernel, which begins to write it when a tenth of the memory
+is dirty. The first upload syncs what it sends, and would wait for all of that. Databases do the same with
+their logs (RocksDB's ``wal_bytes_per_sync``, PostgreSQL's ``wal_writer_flush_after``).
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from glidefs.core.priority import lower_priority
+from glidefs.core.write_out import write_out
+from glidefs.volume.log_damage import segment_path
+
+if TYPE_CHECKING:
+    from glidefs.volume.volume import Volume
+
+log = logging.getLogger(__name__)
+
+
+class WriteOut:
+    """One thread. What it does not get to, a sync does."""
+
+    def __init__(self, nice: int) -> None:
+        self._nice = nice
+        self._sealed: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="glide-write-out", daemon=True)
+        self._stopping = False
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Join it; what is queued is left."""
+        self._stopping = True
+        self._sealed.put(None)
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def note(self, volume: Volume, segment: int) -> None:
+        """The segment of that number is full."""
+        self._sealed.put(segment_path(volume.log_dir, segment))
+
+    def _run(self) -> None:
+        lower_priority(self._nice)
+        while (path := self._sealed.get()) is not None and not self._stopping:
+            try:
+                write_out(path)
+            except OSError as error:  # it may be gone; what is wrong with the disk a sync says
+                log.debug("not written out: %s", error)
