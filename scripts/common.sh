@@ -108,7 +108,8 @@ install_project() {
     # Modules that no longer exist must not come back from an earlier build.
     rm -rf "$PROJECT"/build/lib* "$stamp"
     if [[ $mode == editable ]]; then
-        quietly "$VENV/bin/pip" install -e "$PROJECT[test,dev]" || die "pip could not install the project"
+        quietly "$VENV/bin/pip" install -e "$PROJECT[test,dev]" --config-settings editable_mode=compat ||
+            die "pip could not install the project"
     else
         quietly "$VENV/bin/pip" install "$PROJECT" || die "pip could not install the project"
     fi

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno as _errno
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -35,7 +34,7 @@ class VolumeConfig(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     cookie: int
-    log_dir: Path
+    log_dir: str | os.PathLike[str]
     volume_id: bytes
     log_id: bytes
     size: int
@@ -393,8 +392,6 @@ def open_volume(
     engine: Engine, config: VolumeConfig, shadow: ShadowFile | None
 ) -> tuple[CoreVolume, Recovery]:
     """See :meth:`Engine.open_volume`."""
-    if not os.path.isdir(config.log_dir.parent):
-        config.log_dir.parent.mkdir(parents=True, exist_ok=True)
     log_dir = ffi.new("char[]", os.fsencode(config.log_dir))  # kept alive over the call
     raw = ffi.new("struct glide_volume_config *")
     raw.cookie = config.cookie
@@ -410,7 +407,12 @@ def open_volume(
     raw_shadow, _kept = (ffi.NULL, None) if shadow is None else to_c(shadow)  # kept alive over the call
     raw.shadow = raw_shadow
     out, recovery = ffi.new("glide_volume **"), ffi.new("struct glide_recovery *")
+    path = os.fspath(config.log_dir)
     with engine._use() as pointer:
-        check(lib.glide_volume_open(pointer, raw, out, recovery), "open volume", path=str(config.log_dir))
+        err = lib.glide_volume_open(pointer, raw, out, recovery)
+        if err == -_errno.ENOENT:  # its first log
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            err = lib.glide_volume_open(pointer, raw, out, recovery)
+        check(err, "open volume", path=path)
     found = Recovery(*(int(getattr(recovery, name)) for name in Recovery._fields))
     return CoreVolume(engine, config, out[0]), found

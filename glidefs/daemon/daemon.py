@@ -157,6 +157,9 @@ class Daemon:
             if not self.router.wait_tried(FIRST_EXPORTS):
                 log.warning("some exports are still being opened; the others are served")
         finally:
+            # All of it is old now: else it would be looked at once more before the first client is answered.
+            gc.freeze()
+            gc.unfreeze()
             gc.enable()
 
     def _listen(self, listeners: Listeners) -> None:

@@ -68,7 +68,7 @@ def run_daemon(config_file: str | None, *, init_store: bool = False) -> NoReturn
             io_flusher.REMEDY,
         )
     # A successor says that it is the main process now: its predecessor may die before it says so.
-    serving = f"STATUS=serving {len(daemon.router.listing())} exports"
+    serving = f"STATUS=serving {len(daemon.router.table.all())} exports"
     process.notify("READY=1", f"MAINPID={os.getpid()}", serving)
     while not signals.stop.is_set():
         signals.wake.wait()

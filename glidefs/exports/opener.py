@@ -29,6 +29,7 @@ from glidefs.errors import (
     StoreWentBack,
 )
 from glidefs.events import event
+from glidefs.exports.crew import Crew
 from glidefs.exports.guests import Guests
 from glidefs.exports.logs.closed import ExportLogs
 from glidefs.exports.logs.lost_records import (
@@ -54,7 +55,7 @@ from glidefs.volume.volume import Volume
 log = logging.getLogger(__name__)
 
 OPEN_THREADS = min(4, max(2, os.cpu_count() or 2))
-"""With more of them than CPUs, they wait for each other's Python."""
+"""At most, where exports wait for disks or the store: see :class:`Crew`."""
 COMPARE_PATIENCE = 1.0
 """Seconds that the store has at a start to say whose a volume is, before guests are served."""
 FIRST_RETRY, LAST_RETRY = 1.0, 30.0
@@ -116,8 +117,7 @@ class Opener:
 
     def _run(self, entries: list[Entry]) -> None:
         self.roots.look(entry.record for entry in entries if entry.record is not None)
-        with ThreadPoolExecutor(OPEN_THREADS, "open-export") as pool:
-            list(pool.map(self._open_recorded, entries))
+        Crew(self._open_recorded, OPEN_THREADS, "open-export").run(entries)
         self.roots.forget()
         self.tried.set()
         pause = FIRST_RETRY
@@ -249,7 +249,7 @@ class Opener:
 
         A store that does not answer at once keeps nobody waiting: then it is asked in the background.
         """
-        if not volume.committer.published or volume.read_only or self._store.state.away:
+        if not volume.committer.published or volume.read_only or self._store.away:
             self._host.confirm(volume)
             return
         if self.roots.is_as_seen(volume):

@@ -59,7 +59,7 @@ class Roots:
             record.prefix for record in records if record.root_published and not record.read_only
         )
         for prefix, due in counts.items():
-            if self._store.state.away:
+            if self._store.away:
                 return
             try:
                 view = self._store.view("read", LOOK_PATIENCE)

@@ -73,7 +73,7 @@ class Host:
         self.uploader = Uploader(store, self.meta, settings, self._puts)
         self.scheduler = Scheduler(engine, self.uploader, settings, self.find, self._retirer)
         self._throttle = Throttle(
-            engine, self._retirer, self.scheduler.writers, self.scheduler.life, lambda: store.state.away
+            engine, self._retirer, self.scheduler.writers, self.scheduler.life, lambda: store.away
         )
         self._write_out = WriteOut(settings.nice)
         self.scheduler.on_sealed = self._write_out.note
@@ -177,7 +177,7 @@ class Host:
             next(self._cookies),
             meta=self.meta,
             state_dir=self.state_dir,
-            log_dir=self.log_dir(record.volume_id, record.log_id),
+            log_path=logs.log_path(self.settings.log_dir, record.volume_id, record.log_id),
             upload=partial(self.scheduler.request, seal=True),
             forget=self.forget,
         )
@@ -186,7 +186,7 @@ class Host:
             volume.committer.save_local(copy)
         config = VolumeConfig(
             cookie=volume.cookie,
-            log_dir=volume.log_dir,
+            log_dir=volume.log_path,
             volume_id=record.volume_id,
             log_id=record.log_id,
             size=record.size,
@@ -301,10 +301,6 @@ class Host:
     def forget_state(self, volume_id: bytes) -> None:
         """Delete the local copies of the manifest of a volume that was detached or removed."""
         local.forget(self.state_dir, volume_id)
-
-    def log_dir(self, volume_id: bytes, log_id: bytes) -> Path:
-        """Where the log of a volume is."""
-        return logs.log_dir(self.settings.log_dir, volume_id, log_id)
 
     # -- for handoff and tests -----------------------------------------------------------
 

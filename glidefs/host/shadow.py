@@ -95,7 +95,7 @@ class ShadowVerifier:
         try:
             file = stack.enter_context(_unnamed_file(self._directory))
             after = config.committed_seq
-            extents = copy_log(config.log_dir, config.volume_id, config.log_id, file, after=after)
+            extents = copy_log(Path(config.log_dir), config.volume_id, config.log_id, file, after=after)
             file.flush()
         except (OSError, GlideError) as error:
             log.error("volume %s: its reads are not compared, no second source: %s", name, error)

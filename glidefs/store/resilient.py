@@ -352,11 +352,19 @@ class ResilientStore(ObjectStore):
         """Whether it is a directory that no host has used yet, as far as this one knows."""
         return self.url.startswith("file:") and self.identity is not None and self.identity.expected is None
 
+    def _opened(self) -> list[tuple[float, str]]:
+        return [found for b in (self._read_breaker, self._write_breaker) if (found := b.opened())]
+
+    @property
+    def away(self) -> bool:
+        """The same as ``state.away``, for whoever asks often."""
+        return not (self._read_breaker.is_closed and self._write_breaker.is_closed)
+
     @property
     def state(self) -> StoreState:
         """Whether the store serves, by the requests of all lanes."""
         wait, why = self.waits.longest()
-        opened = [found for b in (self._read_breaker, self._write_breaker) if (found := b.opened())]
+        opened = self._opened()
         if not opened:
             return StoreState(longest_wait=wait, wait_reason=why)
         since, reason = min(opened)
@@ -367,7 +375,7 @@ class ResilientStore(ObjectStore):
 
         If so, whoever waits for it goes on.
         """
-        if not self.state.away:
+        if not self.away:
             return True
         until = time.monotonic() + patience
         while True:

@@ -84,7 +84,7 @@ class Volume:
         "done_segment",
         "fenced",
         "last_error",
-        "log_dir",
+        "log_path",
         "manifest",
         "name",
         "on_fault",
@@ -106,7 +106,7 @@ class Volume:
         *,
         meta: MetaCache,
         state_dir: Path,
-        log_dir: Path,
+        log_path: str,
         upload: Callable[[Volume], None],
         forget: Callable[[Volume], None],
     ) -> None:
@@ -117,7 +117,7 @@ class Volume:
         self.name = record.name
         self.prefix = record.prefix
         self.size = record.size
-        self.log_dir = log_dir
+        self.log_path = log_path
         self.core: CoreVolume
         self.done_segment = root.last_segment
         """The last segment that the store has, or that held nothing to upload."""
@@ -144,12 +144,17 @@ class Volume:
             meta=meta,
             state_dir=state_dir,
             on_change=self._root_changed,
-            gather=lambda first, last: Gather(self.core, self.log_dir, self.id, self.log_id, first, last),
+            gather=lambda first, last: Gather(self.core, self.log_path, self.id, self.log_id, first, last),
         )
         self.manifest: Callable[[ObjectStore], Manifest] = self.committer.manifest
         """The manifest in use now, loading pages through a store."""
 
     # -- identity and manifest -------------------------------------------------------------------
+
+    @property
+    def log_dir(self) -> Path:
+        """Where its log is."""
+        return Path(self.log_path)
 
     @property
     def id(self) -> bytes:

@@ -125,7 +125,7 @@ class VolumeMachine(RuleBasedStateMachine):
                     volume.close()
             if hasattr(self, "volume"):
                 for host in self.hosts.values():
-                    shutil.rmtree(host.log_dir(self.volume.id, self.volume.log_id).parent, ignore_errors=True)
+                    shutil.rmtree(self.volume.log_dir.parent, ignore_errors=True)
                     host.forget_state(self.volume.id)
             for info in list(self.rig.memory.list("")):
                 self.rig.memory.delete(info.key)

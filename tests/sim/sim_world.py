@@ -172,7 +172,7 @@ class World:
 
     def _volume_config(self, **fields: Any) -> VolumeConfig:
         for node in self.nodes.values():
-            if fields["log_dir"].is_relative_to(node.home):
+            if Path(fields["log_dir"]).is_relative_to(node.home):
                 fields["always_verify"] = node.other_boot
         return VolumeConfig(**fields)
 
