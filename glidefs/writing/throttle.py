@@ -80,6 +80,8 @@ class DrainRate:
         """
         if not self._seen or commits != self._commits:
             self._commits = commits
+            if self._seen and now - self._seen[-1][0] >= OUTAGE:  # the first one after it
+                self._seen.clear()
             self._seen.append((now, written - dirty))
         while len(self._seen) > 2 and now - self._seen[1][0] >= WINDOW:
             self._seen.popleft()

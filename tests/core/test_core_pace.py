@@ -108,7 +108,10 @@ def test_a_rate_begins_when_it_is_asked_for() -> None:
     assert rate.note(10.0, 11000, 10000, commits=2) == 500
     assert rate.note(11.0, 12000, 11000, commits=2) == 500
     assert 200 < rate.note(14.0, 15000, 14000, commits=2) < 500, "the next one is late"
-    assert rate.note(10.0 + throttle.OUTAGE, 99000, 98000, commits=2) == 0, "it does not come"
+    late = 10.0 + throttle.OUTAGE
+    assert rate.note(late, 99000, 98000, commits=2) == 0, "it does not come"
+    assert rate.note(late + 60, 99000, 97000, commits=3) == throttle.ASSUMED, "an outage is no slow upload"
+    assert rate.note(late + 61, 99000, 95000, commits=4) == 2000
 
 
 class Volume:
