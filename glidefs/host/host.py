@@ -75,7 +75,7 @@ class Host:
         self._throttle = Throttle(
             engine, self._retirer, self.scheduler.writers, self.scheduler.life, lambda: store.away
         )
-        self._write_out = WriteOut(settings.nice)
+        self._write_out = WriteOut(settings.nice, lambda: self._throttle.filling)
         self.scheduler.on_sealed = self._write_out.note
         self.faults = FaultService(engine, store, settings, self._volumes.get)
         self.prefetcher = Prefetcher(self.faults, settings)

@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 SOFT = BURST_LOG
 """Part of the log limit that may be dirty before writers are slowed down, and uploads hurry."""
+FILLING = SOFT / 2
+"""Part of it from which on full segments are given to the disk."""
 EVEN = 0.65
 """Part of it at which they are as slow as uploads."""
 STEEP = 4.0
@@ -120,6 +122,8 @@ class Throttle:
         self._written = 0
         self._known: dict[int, int] = {}
         self._pace = 0
+        self.filling = False
+        """Whether more is dirty than a short burst leaves."""
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="glide-pace", daemon=True)
 
@@ -153,6 +157,7 @@ class Throttle:
         """Look once; whether anything is dirty. ``now`` is a time of ``time.monotonic()``."""
         written, dirty, commits = self._totals()
         limit = self._engine.stats().log_limit
+        self.filling = dirty > limit * FILLING
         self._life.crowded = dirty > limit * SOFT
         pace = 0
         if self._life.crowded and not self._away():  # uploads go as fast as they can

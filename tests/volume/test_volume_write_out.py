@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,11 +14,12 @@ from waiting import wait_for
 
 from glidefs.core.write_out import write_out
 from glidefs.volume.log_damage import segment_path
+from glidefs.writing import throttle
 from glidefs.writing import write_out as module
 from glidefs.writing.write_out import WriteOut
 
 
-def test_each_full_segment_is(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_full_segment_is_once_logs_fill(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Path] = []
 
     def note(path: Path) -> None:
@@ -25,12 +27,23 @@ def test_each_full_segment_is(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None
         given.append(path)
 
     monkeypatch.setattr(module, "write_out", note)
-    volume = rig.create(rig.host())
-    while volume.core.info().sealed_seq < 4:
-        volume.core.pwrite(0, os.urandom(MIB))
-    sealed = volume.core.info().sealed_seq
+    host = rig.host()
+    volume = rig.create(host)
+
+    def fill(upto: int) -> int:
+        while volume.core.info().sealed_seq < upto:
+            volume.core.pwrite(0, os.urandom(MIB))
+        return volume.core.info().sealed_seq
+
+    fill(3)
+    time.sleep(0.3)
+    assert not given, "a short burst"
+    monkeypatch.setattr(throttle, "FILLING", 0.0)
+    wait_for(lambda: host._throttle.filling)
+    sealed = fill(7)
     wait_for(lambda: segment_path(volume.log_dir, sealed) in given)
-    assert len(given) == sealed
+    assert given == [segment_path(volume.log_dir, seq) for seq in range(sealed - len(given) + 1, sealed + 1)]
+    assert len(given) >= 3
 
 
 @pytest.mark.parametrize("what", ["nothing", "a FIFO", "a link", "a directory"])
@@ -44,7 +57,7 @@ def test_what_is_no_segment_is_passed_over(tmp_path: Path, what: str) -> None:
         odd.symlink_to(good)
     elif what == "a directory":
         odd.mkdir()
-    made = WriteOut(5)
+    made = WriteOut(5, lambda: True)
     made.start()
     made.note(cast(Any, volume), 1)
     made.note(cast(Any, volume), 2)
@@ -58,4 +71,4 @@ def test_what_is_no_segment_is_passed_over(tmp_path: Path, what: str) -> None:
 
 
 def test_a_host_that_was_never_started_closes() -> None:
-    WriteOut(5).close()
+    WriteOut(5, lambda: True).close()
