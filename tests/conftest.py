@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("beside others", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("beside others")  # an example may take long where other tests have the CPUs
 
 HERE = Path(__file__).parent
 OUTER = {"acceptance", "daemon", "handoff", "mutations", "packaging", "sim"}

@@ -86,7 +86,7 @@ def _server(command: list[str], endpoint: str, log: Path, *, kept: bool = False)
         else:
             process.kill()
         try:
-            process.wait(10)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

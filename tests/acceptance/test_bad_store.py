@@ -48,7 +48,7 @@ TOMBSTONES = 100
 """For gc to delete in each round."""
 SHORT = 4.0
 LONG = float(os.environ.get("GLIDEFS_STORM_SECONDS", 20))
-DRAINED = 5.0
+DRAINED = 10.0
 """Seconds after the end until all that is dirty is in the store, beside what a drain takes without faults."""
 
 

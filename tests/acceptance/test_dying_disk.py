@@ -52,7 +52,7 @@ def one_round(node: Node, disk: BadDisk, seed: int) -> tuple[Guest, bool]:
         for block in range(BLOCKS):
             if block % 3:
                 guest.write(block)
-        assert drained(node)
+        wait_for(lambda: drained(node), "all is in the store")
         guest.unsent.clear()
     node.stop()
     node.start()  # what was sent is read from the store now, into the cache

@@ -157,6 +157,7 @@ def test_writers_wait_when_the_log_is_full(
         fio_command(node.uri("disk"), *job), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for(lambda: node.total("glidefs_log_full_waits_total") > 0, "writers wait")
+    time.sleep(5)  # those that have their place in the log are answered
     until = time.monotonic() + OUTAGE
     written = node.total("glidefs_operation_bytes_total", op="write")
     while time.monotonic() < until:

@@ -93,7 +93,7 @@ def carry(
     return ended
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(indices=packs(), gap=st.sampled_from([0, 6000]), limit=st.sampled_from([BLOCK, 2 * MIB]))
 def test_ranges_are_those_of_python(engine: Engine, indices: list[PackIndex], gap: int, limit: int) -> None:
     """As many requests, whatever becomes of them: the file is not there."""
@@ -353,7 +353,7 @@ def test_nobody_listens(engine: Engine) -> None:
     _, index, _ = two_blocks()
     with socket.socket() as unheard:  # has the address, so that nobody else gets it
         unheard.bind(("127.0.0.1", 0))
-        source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, unheard.getsockname()), 0.5, 0.5)
+        source = Source(b"/p?x=1", b"host:1", pack_address(socket.AF_INET, unheard.getsockname()), 10, 10)
         (ended,) = carry(engine, index, [0], source)
     assert ended.err == -errno.ECONNREFUSED
 

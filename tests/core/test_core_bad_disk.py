@@ -6,6 +6,7 @@ Never wrong data, and an error only for data that is nowhere else.
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -254,6 +255,9 @@ def test_an_upload_checks_what_it_reads(rig: CoreRig, reopened: bool) -> None:
 
 # -- the block cache ---------------------------------------------------------------------------------
 
+SICK = 2.0
+"""SICK_RETRY_NS of the core, in seconds."""
+
 
 def lose_slots(rig: CoreRig, first: int, count: int) -> None:
     with (rig.engine.config.cache_dir / "blocks.data").open("r+b") as file:
@@ -279,11 +283,13 @@ def check_blocks(vol: Vol) -> None:
 def test_lost_slots_are_fetched_again(rig: CoreRig) -> None:
     vol = cached(rig)
     lose_slots(rig, 0, 4)
+    began = time.monotonic()
     check_blocks(vol)
     stats = rig.engine.stats()
+    took = time.monotonic() - began
     assert stats.cache_lost == 8, "where one is lost any may be"
     assert stats.cache_errno == errno.EIO
-    assert stats.cache_used == 0
+    assert stats.cache_used == 0 or took > SICK
     check_blocks(vol)  # served without the cache
 
 

@@ -44,7 +44,10 @@ def write_until_full(vol: Vol, start: int = BLOCK) -> tuple[Background, list[int
 
     before = vol.core.stats().log_full_waits
     background = Background(run)
-    wait_for(lambda: vol.core.stats().log_full_waits > before and vol.core.info().parked, "a full log")
+    wait_for(
+        lambda: background.done or (vol.core.stats().log_full_waits > before and vol.core.info().parked),
+        "a full log",
+    )
     stop.set()
     return background, acked
 

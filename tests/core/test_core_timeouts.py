@@ -34,21 +34,28 @@ def after(seconds: float) -> Callable[[], bool]:
 def test_a_timeout_fails_only_who_waited_that_long(make_rig: Callable[..., CoreRig]) -> None:
     rig = make_rig(read_timeout_ms=2000)
     vol = rig.vol()
+
+    def read() -> float:
+        """After how many seconds it failed; 0 if it did not."""
+        began = time.monotonic()
+        try:
+            assert vol.core.pread(0, SECTOR) == bytes(SECTOR)
+        except CoreError as error:
+            return time.monotonic() - began if error.errno == errno.EIO else -1.0
+        return 0.0
+
     with rig.hold():
-        first = Background(lambda: vol.core.pread(0, SECTOR))
-        wait_for(lambda: vol.core.info().parked == 1, "the first reader waits")
+        first = Background(read)
+        wait_for(lambda: first.done or vol.core.info().parked == 1, "the first reader waits")
         wait_for(after(1.2), "a later time")
-        second = Background(lambda: vol.core.pread(0, SECTOR))  # of the same block
-        wait_for(lambda: first.done, "the first reader's time is over")
-        with pytest.raises(CoreError) as caught:
-            first.result()
-        assert caught.value.errno == errno.EIO
-        assert vol.core.info().parked == 1  # the second one waits
-    assert second.result() == bytes(SECTOR)
+        second = Background(read)  # of the same block
+        assert first.result() >= 2.0
+    waited = second.result()
+    assert waited == 0 or waited >= 2.0  # where this process stood still its time was over, too
 
 
 def test_a_block_whose_readers_gave_up_is_read_again(make_rig: Callable[..., CoreRig]) -> None:
-    rig = make_rig(read_timeout_ms=300)
+    rig = make_rig(read_timeout_ms=4000)  # longer than the answer takes in the end
     vol = rig.vol()
     with rig.hold():
         for _ in range(2):  # the second one finds a fault that waits for Python, and joins it

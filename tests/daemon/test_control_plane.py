@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(shutil.which("qemu-io") is None, reason="qemu-io
 Make = Callable[..., Daemon]
 BUSY = DEADLINE / 60
 """Times are those of an idle machine, times this."""
+STILL = 5.0
+"""Seconds that the machine may stand still meanwhile."""
 
 
 class Asked:
@@ -87,7 +89,7 @@ def test_forty_waits_hold_up_nobody(daemon: Daemon) -> None:
         ):
             began = time.monotonic()
             call()
-            assert time.monotonic() - began < seconds * BUSY
+            assert time.monotonic() - began < seconds * BUSY + STILL
         daemon.io("v2", "write -P 2 0 1M")
         assert waiting(daemon) == 40
     statuses = {each.answer()[0] for each in asked}
@@ -136,7 +138,7 @@ def moto(daemon: Daemon) -> Iterator[subprocess.Popen[bytes]]:
         daemon.endpoint = f"http://127.0.0.1:{port}"
         daemon.write_config()
         text = daemon.config.read_text()
-        daemon.config.write_text(text.replace("[api]", 'read_timeout = "8s"\n[api]', 1))
+        daemon.config.write_text(text.replace("[api]", 'read_timeout = "20s"\n[api]', 1))
         servers.make_bucket(daemon.endpoint, "bucket")
         daemon.start()
         yield server
@@ -160,7 +162,7 @@ def test_create_while_the_store_hangs(make_daemon: Make) -> None:
 
         count = PUBLISH_THREADS + 4  # some get no thread for their request
         with ThreadPoolExecutor(count) as pool:
-            assert max(pool.map(create, range(count))) < 3.0 * BUSY
+            assert max(pool.map(create, range(count))) < 3.0 * BUSY + STILL
         daemon.io("v0", "write -P 1 0 1M")
         server.send_signal(signal.SIGCONT)
         for number in range(count):

@@ -189,7 +189,7 @@ def test_the_store_is_away(page: Page, daemon: Daemon) -> None:
         assert page.text("#status") == "degraded"
         assert page.value("document.title").startswith("(")
         assert page.value("document.querySelector('#wrong').getBoundingClientRect().top < 200")
-        assert "drain v1: failed" in page.text("#events .failed")
+        page.wait("document.querySelector('#events .failed')?.innerText.includes('drain v1: failed')")
         for dark in (False, True):
             page.dark(dark)
             assert_readable(page)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from glidefs.transport.device.use import device_use
 
@@ -66,9 +67,10 @@ def test_who_only_looks_is_waited_for(device: str) -> None:
 def test_an_exclusive_claim_of_the_kernel_counts(device: str) -> None:
     """As a mount, swap or another device has it: of this process, which is not looked at otherwise."""
     claim = os.open(device, os.O_RDONLY | os.O_EXCL)
+    said = f"{device} is mounted, or in use by another device"
     try:
-        # 1 s: a losetup that looks just then is done by then.
-        assert device_use(device, 1.0) == f"{device} is mounted, or in use by another device"
+        # Whoever looks at it just then, as another test's losetup, is named instead.
+        wait_for(lambda: device_use(device, 0.2) == said, said, PATIENCE)
     finally:
         os.close(claim)
     assert device_use(device, PATIENCE) == ""

@@ -92,11 +92,12 @@ def test_a_profile_over_the_api(daemon: Daemon, image: Path) -> None:
     assert blessed["created"]
     daemon.json("create", "boot", "--from", "base:deb", "--no-prefetch")
     answer: dict[str, object] = {}
-    wanted = {"stop_after": 2.0}
+    wanted = {"stop_after": 8.0}
     thread = threading.Thread(
         target=lambda: answer.update(daemon.client.call("POST", "/api/exports/boot/profile", wanted))
     )
     thread.start()
+    wait_for(lambda: daemon.client.call("GET", "/health")["waiting_verbs"], "the profile runs")
     threading.Event().wait(0.5)
     daemon.io("boot", "read -P 7 0 128k", "read 40M 256k")
     thread.join()
@@ -108,11 +109,12 @@ def test_whether_a_base_is_warm(daemon: Daemon, image: Path) -> None:
     def head(name: str) -> int:
         return wire.request(daemon.client.path, "HEAD", f"/api/manifests/default/{name}", timeout=10)[0]
 
+    daemon.json("bless", str(image), "--name", "early")
+    daemon.stop()
+    daemon.start()
+    wait_for(lambda: head("early") == 200, "the warm-up at the start")
     daemon.json("bless", str(image), "--name", "deb")
     assert head("deb") == 404
     daemon.json("create", "f", "--from", "base:deb")
     assert head("deb") == 200
     assert head("none") == 404
-    daemon.stop()
-    daemon.start()
-    wait_for(lambda: head("deb") == 200, "the warm-up at the start")

@@ -85,7 +85,7 @@ def test_it_says_what_guests_did(daemon: Daemon) -> None:
     assert history["step_seconds"] == 10
     assert history["until"] <= time.time()
     rates = history["series"]["write_bytes_per_second"]
-    assert sum(rates) * 10 == pytest.approx(2 << 20, rel=0.2)
+    assert sum(rates) * 10 == pytest.approx(2 << 20, rel=0.4)  # one look may be late
     assert not any(daemon.client.call("GET", "/v1/live/idle")["series"]["dirty_bytes"])
     with pytest.raises(CommandError, match="absent"):
         daemon.client.call("GET", "/v1/live/absent")

@@ -36,6 +36,13 @@ def run(test: Callable[[Maker, Shared], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
+@pytest.fixture
+def _kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than a test takes."""
+    monkeypatch.setattr(shared, "KEPT", 60.0)
+
+
+@pytest.mark.usefixtures("_kept")
 def test_who_asks_at_once_shares() -> None:
     async def test(maker: Maker, answer: Shared) -> None:
         asked = [asyncio.create_task(answer.get()) for _ in range(5)]
@@ -49,6 +56,7 @@ def test_who_asks_at_once_shares() -> None:
     run(test)
 
 
+@pytest.mark.usefixtures("_kept")
 def test_a_change_ends_it() -> None:
     """Also of an answer that is being made: it may be of before."""
 
@@ -75,6 +83,7 @@ def test_it_is_forgotten_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def test(maker: Maker, answer: Shared) -> None:
         slow = asyncio.create_task(answer.get())
+        await asyncio.sleep(0)  # it begins first, so that it is forgotten first
         await asyncio.sleep(0.05)
         other = asyncio.create_task(answer.get())
         await asyncio.sleep(0.01)

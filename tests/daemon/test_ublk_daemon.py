@@ -209,7 +209,7 @@ def test_orphans_are_removed_and_no_others(daemon: Daemon, make_daemon: Make) ->
 
 def test_an_orphan_is_not_left_by_an_export_that_failed(daemon: Daemon) -> None:
     """The daemon is back but cannot serve the export; its device waits until somebody removes the export."""
-    device = daemon.json("create", "v1", "--size", "64MiB")["device"]
+    device = daemon.json("create", "v1", "--size", "64MiB", "--wait")["device"]
     daemon.stop()
     for path in daemon.base.glob("cache/state/volumes/*/root"):
         path.unlink()

@@ -291,7 +291,7 @@ def test_an_idle_owner_learns_of_its_fence(
         attach(other, "v0", take_over=True)
         if how == "removed":
             other.router.remove("v0")
-    wait_for(lambda: node.router.show("v0").state == "fenced", "the fence", 1.0 + 2.0)
+    wait_for(lambda: node.router.show("v0").state == "fenced", "the fence", 15.0)
     assert [node.router.show(name).state for name in names[1:]] == ["serving"] * (count - 1)
     wait_for(lambda: record_on_disk(node, "v0")["fenced"], "the fence in the record")
 

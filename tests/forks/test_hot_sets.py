@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from fork_rig import BLOCK, MIB, PREFIX, CountingStore, Node, delayed
@@ -39,18 +41,24 @@ def _volume(name: str):  # type: ignore[no-untyped-def]
 
 
 def profiled(node: Node, name: str, reads: Callable[[], None], **wanted: float) -> dict[str, object]:
+    """For the profile no time goes by before ``reads`` has returned."""
     result: dict[str, object] = {}
+    over = threading.Event()
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() if over.is_set() else 0.0, sleep=time.sleep)
 
     def run() -> None:
         result.update(node.router.forks.profile(name, ProfileRequest(**(wanted or {"idle": 0.3}))))
 
-    thread = threading.Thread(target=run)
-    thread.start()
     volume = node.router.table.get(name).volume
     assert volume is not None
-    wait_for(lambda: volume.profiling, "the profile")
-    reads()
-    thread.join()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("glidefs.bases.profile.time", clock)
+        thread = threading.Thread(target=run)
+        thread.start()
+        wait_for(lambda: volume.profiling, "the profile")
+        reads()
+        over.set()
+        thread.join()
     assert not volume.profiling
     return result
 
@@ -125,12 +133,21 @@ def test_removal_ends_a_prefetch(node: Node, make_node: MakeNode, memory: Counti
     base_with_blocks(node, blocks)
     node.bases.store_hot_set(PREFIX, "deb", make_hot_set(node.bases.get(PREFIX, "deb").manifest_hash, blocks))
     other = make_node("b", cache_bytes=128 * MIB)
+    gate, get_range = threading.Event(), memory.get_range
+
+    def held(key: str, offset: int, length: int, into: memoryview | None = None) -> bytes:
+        if other.engine.stats().cache_used:  # the first window has come
+            gate.wait(60)
+        return get_range(key, offset, length, into)
+
+    memory.get_range = held  # type: ignore[method-assign]
     with delayed(memory, 0.05):
         other.fork("f", "base:deb")
         wait_for(lambda: other.engine.stats().cache_used > 0, "the prefetch")
         other.router.remove("f")
         used = other.engine.stats().cache_used
         assert used < len(blocks)
+        gate.set()
         other.host.prefetcher.close()
         assert other.engine.stats().cache_used <= used + 64
 

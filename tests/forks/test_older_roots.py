@@ -125,11 +125,15 @@ def test_a_drain_with_nothing_to_upload_says_what_is_known_of_the_store(
         with pytest.raises(StoreWentBack):
             node.router.drain("v", 20.0)
         assert "went back" in volume_of(node).last_error
+    node.host.pause(20.0)  # nobody asks meanwhile
     memory.set_down(True)
+    node.host.resume()
     with pytest.raises((StoreUnavailable, GlideError), match="not drained within"):
         node.router.drain("v", 1.0)
+    node.host.pause(20.0)
     memory.set_down(False)
     roll_back(memory, newest)
+    node.host.resume()
     node.router.drain("v", 20.0)
     assert volume_of(node).last_error == ""
 

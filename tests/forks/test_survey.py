@@ -22,7 +22,7 @@ def steady(status: ExportStatus) -> dict[str, object]:
 
 def test_a_list_says_what_each_says(node: Node) -> None:
     for index in range(5):
-        node.create(f"v{index}", (index + 1) * MIB)
+        node.create(f"v{index}", (index + 1) * MIB, wait=True)
     node.core("v1").pwrite(0, bytes(4096))
     node.router.detach("v3")
     listed = node.router.listing()

@@ -119,7 +119,7 @@ def test_a_fork_takes_the_name_of_one_whose_removal_was_interrupted(
 ) -> None:
     """! It was served before its root was put; a fence would lose what guests wrote."""
     node.base("deb", b"d" * 4096)
-    node.create("v", SIZE)
+    node.create("v", SIZE, wait=True)
     memory.fail_next("delete", AccessDenied())
     with pytest.raises(AccessDenied):
         node.router.remove("v", now=True)
@@ -127,8 +127,11 @@ def test_a_fork_takes_the_name_of_one_whose_removal_was_interrupted(
     assert node.router.table.find("v") is None  # what is given up is not served again
     node.fork("v", "base:deb")
     node.core("v").pwrite(4096, b"w" * 4096)
+    volume = node.router.table.get("v").volume
+    assert volume is not None
+    wait_for(lambda: "is being removed" in volume.last_error, "the refusal")
     with pytest.raises(DrainTimeout, match="is being removed"):
-        node.router.drain("v", 3.0)  # by a host that may be slow
+        node.router.drain("v", 0.5)  # by a host that may be slow
     monkeypatch.setattr(lease, "DOOMED_FOR", 0.0)
     node.router.drain("v", 20.0)
     assert root_of(node, "v").owner_node == node.home.name
@@ -276,11 +279,11 @@ def test_a_late_put_of_what_a_failed_sync_lost_is_refused(
     core.pwrite(0, b"a" * 4096)
     node.router.drain("v", 20.0)
     core.pwrite(0, b"b" * 4096)
+    late = stay_on_the_way(memory, monkeypatch, lambda root: True)
     disk_inject(DiskKind.SYNC_BEGIN, errno.EIO, count=100)
     with pytest.raises(CoreError):
         core.flush()
     disk_inject(DiskKind.SYNC_BEGIN, 0, count=0)
-    late = stay_on_the_way(memory, monkeypatch, lambda root: True)
     with pytest.raises(DrainTimeout):
         node.router.drain("v", 0.5)
     entry = node.router.table.get("v")
@@ -305,7 +308,7 @@ def test_a_late_put_of_what_a_failed_sync_lost_is_refused(
 def test_a_volume_that_had_another_owner_can_be_removed_once(make_node: MakeNode) -> None:
     """Its tombstone stays for gc, and is nothing that anybody has."""
     node, other = make_node("a"), make_node("b")
-    node.create("v", SIZE)
+    node.create("v", SIZE, wait=True)
     other.router.attach("v", AttachRequest(transport="nbd", take_over=True))
     assert other.router.remove("v")["removed"]
     assert root_of(other, "v").removed_at

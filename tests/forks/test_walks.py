@@ -13,6 +13,7 @@ from types import FrameType
 
 import pytest
 from fork_rig import MIB, Node
+from waiting import wait_for
 
 from glidefs.store.file import FileStore
 
@@ -79,6 +80,7 @@ def settled(node: Node, name: str) -> None:
     assert volume is not None
     volume.retire_committed()
     node.engine.cache.evict_all()
+    wait_for(lambda: not node.host.scheduler.writers(), "no upload")
     time.sleep(0.5)
 
 
@@ -115,6 +117,8 @@ def test_a_walk_is_as_it_is_told(tracer: Tracer, request: pytest.FixtureRequest,
     node.base("deb", b"q" * 4096, 16 * MIB)
     settled(node, "a")
     threads, walk = WALKS[title]
-    with tracer.walk(told(title)[0], *threads) as files:
+    steps = told(title)
+    with tracer.walk(steps[0], *threads) as files:
         walk(node)
-    assert files == told(title)
+        wait_for(lambda: len(files) >= len(steps), f"{files}, not {steps}")
+    assert files == steps

@@ -200,8 +200,10 @@ def test_a_directory_whose_sync_failed_is_synced_again(tmp_path: Path) -> None:
     write = Background(partial(box.vol.core.pwrite, 0, pattern(1, 16 * SECTOR)))
     try:
         wait_for(lambda: box.vol.core.info().parked, "no room for it")
-        wait_for(lambda: list(box.vol.dir.glob("*.seg")), "a segment is begun")
-        assert [path.stat().st_size for path in box.vol.dir.glob("*.seg")] == [2 * SECTOR]  # headers
+        wait_for(
+            lambda: [path.stat().st_size for path in box.vol.dir.glob("*.seg")] == [2 * SECTOR],
+            "a segment is begun: headers",
+        )
         inject(DIR, errno.EIO)
         with pytest.raises(CoreError):
             box.vol.core.flush()

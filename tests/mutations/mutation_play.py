@@ -56,7 +56,7 @@ PATIENCE = 60.0
 WITHOUT_A_STORE = 0.5
 """The same where the store is not the one that is meant: reads and verbs wait for it, and there are many."""
 
-NEWS = 5.0
+NEWS = 20.0
 """Seconds until a line that says why something failed is missing."""
 
 
@@ -205,7 +205,9 @@ class Play:
             for file in ("blocks.index", "blocks.data"):
                 (self.home / "blocks" / file).unlink()
         try:
-            patience = WITHOUT_A_STORE if self.case.kind == "store id" else PATIENCE
+            # A cold start has no store that it means: it works with this one, or not at all.
+            without = self.case.kind == "store id" and self.case.start != COLD
+            patience = WITHOUT_A_STORE if without else PATIENCE
             node = start_node(self.home, self.memory, read_timeout_ms=int(patience * 1000))
         except (GlideError, OSError) as error:
             self._error("start", str(error))

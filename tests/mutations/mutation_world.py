@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fork_rig import MIB, PREFIX, Node
+from waiting import wait_for
 
 from glidefs.daemon.identity import CacheIdentity
 from glidefs.errors import StoreUnavailable
@@ -261,7 +262,7 @@ def _lose_an_answer(maker: _Maker) -> None:
     maker.write("g", 300 * KIB, 64 * KIB)
     with contextlib.suppress(DrainTimeout):
         maker.node.router.drain("g", 1)
-    assert memory._down
+    wait_for(lambda: memory._down, "the commit")
     maker.stored["g"] = maker.images["g"].copy()
 
 

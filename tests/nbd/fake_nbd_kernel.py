@@ -78,9 +78,13 @@ class Device:
         """One request; with ``wait`` until it has an answer."""
         one = Pending(kind, offset, data)
         with self.lock:
-            self.cookie += 1
-            self.pending[self.cookie] = one
-            self._send(self.cookie, one)
+            if self.connected:
+                self.cookie += 1
+                self.pending[self.cookie] = one
+                self._send(self.cookie, one)
+            else:
+                one.error = errno.EIO
+                one.done.set()
         if wait:
             assert one.done.wait(DEADLINE), "no answer"
         return one

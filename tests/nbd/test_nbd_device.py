@@ -97,6 +97,7 @@ def started(host: Host, name: str = "vm", **other: Any) -> tuple[Device, Attachm
 
 def test_reads_and_writes(host: Host) -> None:
     device, _ = started(host)
+    device.request_timeout = 60.0  # its connection stays the first one
     assert device.pread(0, 8192) == bytes(8192)
     device.pwrite(4096, b"x" * 4096)
     assert device.pread(0, 12288) == bytes(4096) + b"x" * 4096 + bytes(4096)
@@ -263,7 +264,7 @@ def test_somebody_else_disconnects_it(host: Host, kernel: FakeKernel, is_open: b
     kernel.disconnect(0)
     wait_for(lambda: len(host.gone) > 2, "the export is told of, again and again")
     host.busy = False
-    time.sleep(1.0)
+    wait_for(lambda: "vm" not in host.transport._devices, "it is noted")
     told = len(host.gone)
     if not is_open:
         other, _ = started(host, "other", device_id=0)
@@ -313,7 +314,7 @@ def test_a_resize_waits_for_nobody(host: Host, kernel: FakeKernel) -> None:
     host.answering.clear()
     device.request_timeout = 60.0
     waiting = device.io(READ, 8 * MIB, 4096, wait=False)
-    time.sleep(1.5)
+    wait_for(lambda: attachment.core.info().longest_wait_ns > 1.5e9, "it waits for long")
     with pytest.raises(NotSupported, match="has waited for"):
         host.transport.check_resize(attachment, 2 * SIZE)
     host.answering.set()
@@ -346,7 +347,10 @@ def test_a_volume_that_takes_no_connection(
         patch.setattr(CoreVolume, "attach_nbd", refuse)
         device.lose()
         waiting = device.io(READ, 0, 4096, wait=False)
-        time.sleep(1.0)
+        if ends:
+            wait_for(lambda: host.gone, "the export is told of")
+        else:
+            time.sleep(1.0)
         assert (waiting.error != 0, host.gone == ["vm"], device.connected) == (ends, ends, not ends)
     if not ends:
         assert waiting.done.wait(DEADLINE)
@@ -383,6 +387,7 @@ def test_without_the_driver(host: Host) -> None:
 def test_a_connection_moves_with_its_volume(host: Host, tmp_path: Path) -> None:
     """What a handoff says of it, and that the core goes on with it as the kernel's."""
     device, attachment = started(host)
+    device.request_timeout = 60.0  # its connection stays the first one
     device.pwrite(0, b"h" * 4096)
     handoff.freeze(attachment.core)
     ((_, state),) = handoff.connections(attachment.core)

@@ -278,7 +278,7 @@ def _send_quietly(client: RawClient, data: bytes) -> None:
 
 
 def test_deadline_ends_a_silent_client_and_others_do_not_wait(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, HandshakeLimits(seconds=0.5))
+    bench = Bench(tmp_path, HandshakeLimits(seconds=5.0))
     bench.server.start()
     try:
         with bench.connect() as silent, bench.connect() as slow:
@@ -293,7 +293,7 @@ def test_deadline_ends_a_silent_client_and_others_do_not_wait(tmp_path: Path) ->
 
 
 def test_a_client_that_never_reads_is_ended(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, HandshakeLimits(seconds=1.0))
+    bench = Bench(tmp_path, HandshakeLimits(seconds=5.0))
     for number in range(3000):
         name = f"export-{number:05}" + "x" * 90
         bench.exports.table[name] = NbdExport(name=name, size=GIB, read_only=False, core=bench.core)

@@ -83,7 +83,7 @@ def test_clients_that_do_not_read_take_no_more_than_the_budget(make: Callable[[i
         settle(served)
         assert served.engine.stats().nbd_replies <= MEMORY
         assert resident_bytes() - before < MEMORY + SLACK
-        beside = seconds_for_reads(fast)
+        beside = min(seconds_for_reads(fast) for _ in range(3))  # the machine may stall in one of them
         assert beside < 5 * alone + 1.0, (alone, beside)
         for client in slow:
             client.close()
@@ -106,7 +106,7 @@ def test_a_client_that_comes_late_gets_its_share(make: Callable[[int], Served]) 
 def test_who_takes_nothing_is_cut_off(
     make: Callable[[int], Served], caplog: pytest.LogCaptureFixture
 ) -> None:
-    served = make(500)
+    served = make(4000)
     with connect(served) as slow, connect(served) as other:
         ask_and_do_not_read(slow, 2000)
         wait_for(lambda: len(served.server.connections()) == 1)
@@ -117,16 +117,16 @@ def test_who_takes_nothing_is_cut_off(
 
 
 def test_who_takes_a_little_is_not(make: Callable[[int], Served]) -> None:
-    served = make(600)
+    served = make(4000)
     with connect(served) as slow:
         ask_and_do_not_read(slow, 200)
         slow.socket.setblocking(True)
         slow.socket.settimeout(20)
-        until = time.monotonic() + 2.0
+        until = time.monotonic() + 9.0
         taken = 0
         while time.monotonic() < until:
             taken += len(slow.read(256 << 10))
-            time.sleep(0.1)
+            time.sleep(0.4)  # so slow that the socket does not become writable meanwhile
         assert len(served.server.connections()) == 1
         whole = 16 + MIB
         slow.read(-taken % whole)

@@ -33,11 +33,14 @@ def barrier() -> None:
     os.read(reading, 1)
 
 
-def serve(state: Path) -> None:
+def serve(state: Path, *ready: str) -> None:
+    """``ready``: what systemd is told as soon as a handoff may begin."""
     wanted: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGHUP, lambda *_: wanted.append(1))
     (state / "server").write_text(str(os.getpid()))
+    if ready:
+        notify(*ready)
     while True:
         if wanted:
             wanted.clear()
@@ -56,8 +59,7 @@ def serve(state: Path) -> None:
 def main() -> None:
     verb, state = sys.argv[1], Path(sys.argv[3])
     if verb == "run":
-        notify("READY=1")
-        serve(state)
+        serve(state, "READY=1")
     elif verb == "successor":
         while (state / "hang").exists():
             time.sleep(0.02)

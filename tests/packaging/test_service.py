@@ -270,8 +270,9 @@ def test_a_successor_that_is_killed_does_not_take_the_server_along(handoff: Hand
     first = handoff.main_pid()
     (handoff.state / "hang").touch()
     handoff.manager.systemctl("reload", "--no-block", UNIT)
-    wait_for(lambda: (handoff.state / "successor").exists(), "the successor warms up")
-    handoff.manager.run("kill", f"-{signal.SIGKILL}", (handoff.state / "successor").read_text())
+    successor = handoff.state / "successor"
+    pid = str(wait_for(lambda: successor.exists() and successor.read_text(), "the successor warms up"))
+    handoff.manager.run("kill", f"-{signal.SIGKILL}", pid)
     wait_for(lambda: handoff.manager.processes(UNIT) == [first], "only the old process is left")
     assert handoff.main_pid() == first
     assert handoff.manager.show(UNIT, "ActiveState") == "active"

@@ -59,6 +59,6 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ObjectStor
     else:
         name = "moto_endpoint" if request.param == "moto" else "weed_endpoint"
         endpoint = request.getfixturevalue(name)
-        opened = open_store(f"s3://{BUCKET}/{unique}/deep", endpoint_url=endpoint)
+        opened = open_store(f"s3://{BUCKET}/{unique}/deep", endpoint_url=endpoint, read_timeout=60.0)
     with opened:
         yield opened

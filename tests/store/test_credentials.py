@@ -17,7 +17,7 @@ from bad_s3 import BUCKET, BadS3
 from glidefs.store import open_store
 from glidefs.store.resilient import ResilientStore
 
-SECONDS = 10.0
+SECONDS = 20.0
 """Within which reads go on; one try for other credentials is made every few seconds."""
 Rotate = Callable[[str], None]
 """Makes a session token the one that the source gives."""

@@ -78,7 +78,7 @@ def test_deadline(inner: MemoryStore) -> None:
         with pytest.raises(StoreUnavailable) as caught:
             request()
         assert caught.value.temporary, "who asked may ask again later"
-    assert 0.8 < time.monotonic() - started < 5
+    assert 0.8 < time.monotonic() - started < 15
     with pytest.raises(StoreUnavailable):
         store.view("read", deadline=0).get("k")
 
@@ -91,15 +91,19 @@ def test_outage_parks_calls_and_ends_within_two_seconds(inner: MemoryStore) -> N
         wait_for(lambda: store.metrics().breaker != "closed")
         wait_for(lambda: store.metrics().waiting >= 23)
         # However many wait, the store sees about one probe a second.
-        wait_for(lambda: store.metrics().down_seconds > 1.0)
-        before = inner.requests["get_range"]
+        breaker = store.breaker_of("get_range")
+        wait_for(lambda: store.metrics().down_seconds > 1.0 and breaker._delay == 1.0)
+        began, before = time.monotonic(), inner.requests["get_range"]
         time.sleep(1.5)
-        assert inner.requests["get_range"] - before <= 4
+        probes = inner.requests["get_range"] - before
+        assert probes <= 1 + 2 * (time.monotonic() - began)
         assert not any(call.done() for call in calls)
+        probe = breaker._next_probe
         inner.set_down(False)
         back = time.monotonic()
-        assert all(call.result(10) == b"0123" for call in calls)
-        assert time.monotonic() - back < 2.0
+        assert probe - back <= 1.0
+        assert all(call.result(20) == b"0123" for call in calls)
+        assert time.monotonic() - back < 8.0  # two, where nothing else keeps this process waiting
     assert store.metrics().breaker == "closed"
     assert store.metrics().waiting == 0
 
@@ -108,11 +112,11 @@ def test_a_hanging_probe_does_not_hide_the_return(inner: MemoryStore) -> None:
     """Where packets vanish a probe hangs until its timeout; the next one must not wait for it."""
     breaker = Breaker(threshold=1, probe_every=0.2)
     breaker.leave(False, ok=False)
-    assert breaker.enter(time.monotonic() + 5, lambda: False)
+    assert breaker.enter(time.monotonic() + 30, lambda: False)
     assert breaker.state == "half-open"
     started = time.monotonic()
-    assert breaker.enter(time.monotonic() + 5, lambda: False), "a second probe beside the first"
-    assert time.monotonic() - started < 1.0
+    assert breaker.enter(time.monotonic() + 30, lambda: False), "a second probe beside the first"
+    assert time.monotonic() - started < 10
     breaker.leave(True, ok=True)
     assert breaker.state == "closed"
     breaker.leave(True, ok=False)  # the hanging one fails at last: that says nothing about now
@@ -128,8 +132,8 @@ def test_cancel_frees_parked_calls(inner: MemoryStore) -> None:
         cancel.set()
         started = time.monotonic()
         for call in calls:
-            assert isinstance(call.exception(5), StoreUnavailable)
-        assert time.monotonic() - started < 2
+            assert isinstance(call.exception(20), StoreUnavailable)
+        assert time.monotonic() - started < 10
 
 
 def test_reads_do_not_queue_behind_uploads(inner: MemoryStore) -> None:
@@ -279,8 +283,8 @@ def test_a_store_that_is_away_for_moments_is_no_news(
     assert not [text for text in messages(caplog) if "away" in text or "back" in text]
     store.news_after = 0.5
     inner.set_down(True)
-    began = time.monotonic()
-    wait_for(lambda: not succeeds(lambda: store.get("k")) and time.monotonic() - began > 1.0)
+    wait_for(lambda: not succeeds(lambda: store.get("k")) and any("away" in one for one in messages(caplog)))
+    fail_until_open(store, lambda: store.get("k"))
     assert [text.split(";")[0] for text in messages(caplog) if "away" in text] == ["the store is away"]
 
 
@@ -317,7 +321,10 @@ def test_who_stops_asks_the_store_anew(inner: MemoryStore) -> None:
     store.put("x", b"")
 
 
-def test_a_store_that_takes_no_writes_stays_away_while_reads_work(inner: MemoryStore) -> None:
+def test_a_store_that_takes_no_writes_stays_away_while_reads_work(
+    inner: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glidefs.store.breaker._QUIET", 60.0)  # the writer may be slow
     inner.fail_next("put", *[StoreUnavailable("no space left") for _ in range(10_000)])
     store = ResilientStore(inner, probe_every=0.05)
     stop = threading.Event()
@@ -349,14 +356,18 @@ def test_what_waits_long_is_said_once_over_its_calls(
     store.waits = Waits(loud_after=0.3)
     inner.set_down(True)
     view = store.view("read", deadline=0.1)  # each call ends long before
-    until = time.monotonic() + 0.8
-    while time.monotonic() < until:
+
+    def lines() -> list[str]:
+        return [text for text in messages(caplog) if text.startswith("get of k")]
+
+    wait_for(lambda: not succeeds(lambda: view.get("k")) and lines())
+    for _ in range(5):
         assert not succeeds(lambda: view.get("k"))
     assert store.state.longest_wait >= 0.3
     assert "the store is down" in store.state.wait_reason
     inner.set_down(False)
     wait_for(lambda: succeeds(lambda: view.get("k")))
-    said = [text for text in messages(caplog) if text.startswith("get of k")]
+    said = lines()
     assert len(said) == 2, said
     assert "(read) waits for the store" in said[0]
     assert "the store is down" in said[0]

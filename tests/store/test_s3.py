@@ -199,7 +199,7 @@ def test_an_outage_before_a_real_server(weed_endpoint: str) -> None:
             back = time.monotonic()
             assert [read.result(30) for read in reads] == [b"234"] * 3
             assert write.result(30)
-            assert time.monotonic() - back < 3.0
+            assert time.monotonic() - back < 10.0
         assert store.get("new").data == b"x"
     finally:
         relay.cut()

@@ -97,7 +97,7 @@ def test_an_export_and_its_socket(make_daemon: Make) -> None:
     with Loaded(node):
         assert "a vhost-user front-end is connected" in node.fails("detach", "vm")
         node.run("resize", "vm", "128MiB")
-    node.run("transport", "vm", "nbd")
+    wait_for(lambda: node.run("transport", "vm", "nbd", check=False).returncode == 0, "nobody uses it")
     assert not os.path.exists(path)
     node.run("transport", "vm", "vhost-user")
     assert path_of(node) == path

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from core_rig import MIB, pattern
+from core_rig import BLOCK, MIB, pattern
 from handoff_rig import Generations
 from test_daemons import SETTINGS
 from vhost_rig import VhostRig
@@ -85,10 +85,12 @@ def end(qemu: subprocess.Popen[bytes], seconds: float = 60) -> int:
 def test_firmware_reads_and_writes(make_vhost: Callable[..., VhostRig]) -> None:
     vhost = make_vhost()
     data = pattern(1, 100 * 512)
+    vhost.vol.base[512 * COPY // BLOCK] = pattern(2, BLOCK)
     vhost.vol.core.pwrite(0, boot_sector(100) + data)
-    qemu = start(vhost.path)
-    wait_for(lambda: vhost.vol.core.stats().ops[0], "the firmware reads")
-    assert vhost.resize(128 * MIB) == "", "QEMU is told"
+    with vhost.rig.hold():  # the first write, to a part of a sector, waits for what is told here
+        qemu = start(vhost.path)
+        wait_for(lambda: vhost.vol.core.stats().ops[0], "the firmware reads")
+        assert vhost.resize(128 * MIB) == "", "QEMU is told"
     assert end(qemu) == DONE
     assert vhost.vol.core.pread(512 * (COPY + 1), len(data)) == data
     wait_for(lambda: vhost.transport.in_use("v") == "", "the end of the session")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import random
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bad_s3 import BUCKET, BadS3
@@ -19,6 +19,7 @@ from waiting import wait_for
 
 from glidefs.core.check import CoreError
 from glidefs.host.host import Host
+from glidefs.reading import carry
 from glidefs.reading.carry import Request, Task
 from glidefs.reading.reader import block_key
 from glidefs.reading.service import runs_of
@@ -46,7 +47,8 @@ def store(
         context = tls.server
         monkeypatch.setenv("AWS_CA_BUNDLE", str(tls.ca))
     with BadS3(context) as server:
-        made = S3Store(BUCKET, "root", S3Options(endpoint_url=server.endpoint, region="us-east-1"))
+        options = S3Options(endpoint_url=server.endpoint, region="us-east-1", connect_timeout=20.0)
+        made = S3Store(BUCKET, "root", options)
         yield made
         made.close()
 
@@ -187,13 +189,15 @@ def test_a_volume_closes_while_it_is_read(rig: Rig) -> None:
     wait_for(lambda: not host.faults.busy and not host.faults.reader.flights, "what was under way has ended")
 
 
-def test_sources_that_fail_together_fail_once(rig: Rig) -> None:
+def test_sources_that_fail_together_fail_once(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load balancer that resets all connections is no reason to stay away from it for half a minute."""
+    now = 100.0
+    monkeypatch.setattr(carry, "time", SimpleNamespace(monotonic=lambda: now))
     carrier = rig.host().faults.carrier
     for _ in range(20):
         carrier._judge(-errno.ECONNRESET)
     assert carrier.pausing
-    time.sleep(0.1)
+    now += 0.1
     assert not carrier.pausing
 
 

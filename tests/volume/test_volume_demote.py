@@ -19,8 +19,15 @@ from glidefs.host.host import Host
 from glidefs.reading.reader import block_key
 from glidefs.store.memory import MemoryStore
 from glidefs.volume.volume import Volume
+from glidefs.writing import demote
 
 BLOCKS = 24
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A segment has the time that it needs."""
+    monkeypatch.setattr(demote, "PATIENCE", 60.0)
 
 
 def test_what_was_written_here_is_not_read_from_the_store(rig: Rig) -> None:

@@ -422,8 +422,8 @@ def test_a_host_closes_during_an_outage(rig: Rig) -> None:
         volume.drain(0.2)
     started = time.monotonic()
     rig.stop(host)
-    assert time.monotonic() - started < 5
-    thread.join(5)
+    assert time.monotonic() - started < 20
+    thread.join(20)
     assert len(errors) == 1
 
 

@@ -53,7 +53,7 @@ def test_discard_of_an_empty_volume_is_nothing(rig: Rig) -> None:
     started = time.monotonic()
     volume.core.zero(0, 2 << 40)
     volume.drain(20)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert not rig.packs()
     assert volume.core.pread(1 << 40, 4096) == bytes(4096)
 
@@ -138,7 +138,7 @@ def test_what_a_grow_brought_does_not_count_as_the_old_chunk(rig: Rig, zeroes: b
     volume = rig.create(host, 2 * BLOCK)
     volume.core.pwrite(0, b"a" * 2 * BLOCK)
     volume.drain(20)
-    host.pause(5)  # so that size and blocks go with one commit
+    host.pause(20)  # so that size and blocks go with one commit
     volume.resize(4 * CHUNK)
     if zeroes:
         volume.core.zero(8 * BLOCK, CHUNK)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "model"))
 from power_cut import read_trace
 from volume_rig import BLOCK, MIB, PREFIX, Rig, record_of
 
+from glidefs import clock
 from glidefs.core.check import CoreError
 from glidefs.core.gather import log_segments
 from glidefs.core.testing import DiskKind, disk_inject, disk_trace
@@ -143,7 +144,7 @@ def test_an_outage_delays_uploads_and_loses_nothing(rig: Rig) -> None:
     rig.memory.set_down(False)
     started = time.monotonic()
     wait_for(lambda: volume.status().dirty_bytes == 0, "uploaded after the outage")
-    assert time.monotonic() - started < 2.5
+    assert time.monotonic() - started < 10
     volume.retire_committed()
     host.engine.cache.evict_all()
     assert volume.core.pread(0, MIB) == data
@@ -180,8 +181,8 @@ def test_errors_that_are_not_temporary_are_tried_again_too(rig: Rig) -> None:
 def test_age_makes_a_volume_due(rig: Rig) -> None:
     volume = rig.create(rig.host(sync_interval=0.2))
     volume.core.pwrite(0, b"a" * 4096)
-    wait_for(lambda: volume.root.last_segment > 0, "uploaded by age", 5)
-    wait_for(lambda: volume.status().dirty_bytes == 0, "clean", 5)
+    wait_for(lambda: volume.root.last_segment > 0, "uploaded by age")
+    wait_for(lambda: volume.status().dirty_bytes == 0, "clean")
 
 
 def test_the_log_limit_makes_writers_wait_not_fail(rig: Rig) -> None:
@@ -245,18 +246,18 @@ def unsynced_files(trace: Path) -> set[str]:
     return left
 
 
-def test_packs_that_took_too_long_are_made_anew(rig: Rig) -> None:
+def test_packs_that_took_too_long_are_made_anew(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """! Half of the grace after they were put, the collector may have taken packs that no root names."""
-    host = rig.host(gc_grace=1.0)
+    host = rig.host(gc_grace=200.0)
     volume = rig.create(host)
-    original = rig.memory.put
+    original, elapsed = rig.memory.put, clock.elapsed
     packs: list[str] = []
 
     def put(key: str, data: Any, **conditions: Any) -> str:
         if "/packs/" in key:
             packs.append(key)
             if len(packs) == 1:
-                time.sleep(0.6)
+                monkeypatch.setattr(clock, "elapsed", lambda: elapsed() + 101.0)
         return original(key, data, **conditions)
 
     rig.memory.put = put  # type: ignore[method-assign]
@@ -272,7 +273,7 @@ def test_a_pause_stops_commits(rig: Rig) -> None:
     host = rig.host()
     volume = rig.create(host)
     volume.core.pwrite(0, b"a" * 4096)
-    host.pause(5)
+    host.pause(20)
     before = total(rig)
     with pytest.raises(DrainTimeout):
         volume.drain(0.3)
@@ -331,7 +332,7 @@ def test_a_failed_sync_ends_with_an_early_upload(rig: Rig, caplog: pytest.LogCap
 def test_an_upload_steps_back_in_a_burst_and_a_drain_does_not_wait(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "BURST_RATE", 1)
+    monkeypatch.setattr(pace, "BURST_RATE", 0)  # it lasts, also where the writer is held up
     monkeypatch.setattr(pace, "BURST_SHARE", 1000)
     host = rig.host(batch_bytes=4 * MIB)
     volume = rig.create(host)
@@ -350,8 +351,8 @@ def test_an_upload_steps_back_in_a_burst_and_a_drain_does_not_wait(
         wait_for(lambda: volume.core.info().dirty_bytes > 24 * MIB, "a backlog of several batches")
         assert len(rig.packs()) <= 2  # the first one, and the pause after it
         began = time.monotonic()
-        volume.drain(10.0)
-        assert time.monotonic() - began < 10.0
+        volume.drain(30.0)
+        assert time.monotonic() - began < 30.0
     finally:
         stop.set()
         writer.join()
