@@ -71,7 +71,7 @@ def test_what_is_hot_stays_in_a_log_that_fills(rig: Rig) -> None:
             if volume.core.info().dirty_bytes > 16 * MIB:  # what is not uploaded must not fill the log
                 time.sleep(0.001)
                 continue
-            sector = rng.randrange(1024 if rng.random() < 0.02 else 64)  # most of an old segment is dead, not all
+            sector = rng.randrange(1024 if rng.random() < 0.02 else 64)  # of an old segment some is alive
             newest[sector] = rng.randbytes(16) * (SECTOR // 16)
             volume.core.pwrite(sector * SECTOR, newest[sector])
             written[0] += SECTOR
