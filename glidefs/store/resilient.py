@@ -352,9 +352,6 @@ class ResilientStore(ObjectStore):
         """Whether it is a directory that no host has used yet, as far as this one knows."""
         return self.url.startswith("file:") and self.identity is not None and self.identity.expected is None
 
-    def _opened(self) -> list[tuple[float, str]]:
-        return [found for b in (self._read_breaker, self._write_breaker) if (found := b.opened())]
-
     @property
     def away(self) -> bool:
         """The same as ``state.away``, for whoever asks often."""
@@ -364,7 +361,7 @@ class ResilientStore(ObjectStore):
     def state(self) -> StoreState:
         """Whether the store serves, by the requests of all lanes."""
         wait, why = self.waits.longest()
-        opened = self._opened()
+        opened = [found for b in (self._read_breaker, self._write_breaker) if (found := b.opened())]
         if not opened:
             return StoreState(longest_wait=wait, wait_reason=why)
         since, reason = min(opened)

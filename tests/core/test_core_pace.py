@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -133,19 +134,28 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throttle, "stats", stats)
 
 
+def throttle_of(
+    volumes: list[Volume],
+    paces: list[int],
+    *,
+    life: Life | None = None,
+    away: bool = False,
+    make_room: Callable[[], None] = lambda: None,
+) -> Throttle:
+    """Over a log of 1,000 MiB; ``paces`` gets what it sets."""
+    engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
+    retirer = SimpleNamespace(make_room=make_room)
+    return Throttle(
+        cast(Any, engine), cast(Any, retirer), lambda: cast(Any, volumes), life or Life(), lambda: away
+    )
+
+
 @pytest.mark.usefixtures("figures")
 def test_pace_comes_and_goes() -> None:
     paces: list[int] = []
     rooms: list[int] = []
-    engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
     volumes, life = [Volume(1), Volume(2)], Life()
-    made = Throttle(
-        cast(Any, engine),
-        cast(Any, SimpleNamespace(make_room=lambda: rooms.append(1))),
-        lambda: cast(Any, volumes),
-        life,
-        lambda: False,
-    )
+    made = throttle_of(volumes, paces, life=life, make_room=lambda: rooms.append(1))
     for tick in range(100):  # twice as fast as the uploads
         for volume in volumes:
             volume.written += 10 * MIB
@@ -173,15 +183,8 @@ def test_pace_comes_and_goes() -> None:
 def test_an_outage_slows_nobody(known: bool) -> None:
     """At once where the store is known to be away; else once nothing was committed for long."""
     paces: list[int] = []
-    engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
     volume = Volume(1)
-    made = Throttle(
-        cast(Any, engine),
-        cast(Any, SimpleNamespace(make_room=lambda: None)),
-        lambda: cast(Any, [volume]),
-        Life(),
-        lambda: known,
-    )
+    made = throttle_of([volume], paces, away=known)
     volume.written = volume.dirty = 450 * MIB
     for tick in range(int(2 * throttle.OUTAGE / 0.1)):
         volume.written += MIB
@@ -195,15 +198,8 @@ def test_an_outage_slows_nobody(known: bool) -> None:
 def test_before_the_first_commit_writers_slow_down_too() -> None:
     """As if uploads were of a modest speed: else the log is full before one says how fast they are."""
     paces: list[int] = []
-    engine = SimpleNamespace(stats=lambda: SimpleNamespace(log_limit=1000 * MIB), pace=paces.append)
     volume = Volume(1)
-    made = Throttle(
-        cast(Any, engine),
-        cast(Any, SimpleNamespace(make_room=lambda: None)),
-        lambda: cast(Any, [volume]),
-        Life(),
-        lambda: False,
-    )
+    made = throttle_of([volume], paces)
     for tick in range(100):  # as fast as they may, or 400 MiB a second
         volume.dirty += min([*paces[-1:], 400 * MIB]) // 10
         volume.written = volume.dirty
