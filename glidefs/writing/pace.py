@@ -47,8 +47,6 @@ BURST_SHARE = 8
 """...to one pack at a time, with pauses of this many times what the last one took."""
 BURST_GAP = 1.0
 """Seconds without such a rate that end a burst."""
-BURST_LOG = 0.4
-"""Part of what the logs of the host may take that may be dirty meanwhile."""
 _SAMPLE = 0.05
 
 

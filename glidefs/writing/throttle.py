@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 from glidefs.core.check import Closed
 from glidefs.core.engine import Engine
 from glidefs.core.figures import OPS, infos, stats
-from glidefs.writing.pace import BURST_LOG
 
 if TYPE_CHECKING:
     from glidefs.volume.volume import Volume
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SOFT = BURST_LOG
+SOFT = 0.4
 """Part of the log limit that may be dirty before writers are slowed down, and uploads hurry."""
 FILLING = SOFT / 2
 """Part of it from which on full segments are given to the disk."""
