@@ -57,6 +57,7 @@ class Retirer:
         self._engine = engine
         self._demoter = demoter
         self._settings = settings
+        self._mark = settings.retire_fraction
         self._lock = threading.Lock()
         self._running = threading.Lock()
         self._pauses = 0  # guarded by `_lock`
@@ -95,13 +96,16 @@ class Retirer:
             self._pauses -= 1
 
     def squeeze(self, volume: Volume) -> None:
-        """Writers of this volume wait: all that it may give back goes, then what all keep too much of."""
+        """Writers of this volume wait: what it may give back goes until they can go on, then what all keep
+        too much of.
+        """
         with _logged(volume):
+            # Who waits below the mark waits for the disk or the maps, not for the logs' limit.
+            for_disk = volume.core.info().parked > 0 and not self._logs_too_much(self._mark)
             freed = self._thin(volume, lambda freed: freed >= _THIN_ENOUGH)
             info = volume.core.info()
-            # Who still waits below the mark waits for the disk or the maps, not for the logs' limit.
-            for_disk = info.parked > 0 and not self._logs_too_much(self._settings.retire_fraction)
-            if freed < _THIN_ENOUGH and (for_disk or self._worth_it(info.log_bytes - info.dirty_bytes)):
+            worth_it = self._too_much() and self._worth_it(info.log_bytes - info.dirty_bytes)
+            if freed < _THIN_ENOUGH and (for_disk or worth_it):
                 volume.retire_committed()
         with self._running:
             self._give_back()
@@ -128,8 +132,7 @@ class Retirer:
 
     def _too_much(self, fraction: float | None = None) -> bool:
         """Whether logs or maps are beyond a part of their limits; None: where segments begin to go."""
-        if fraction is None:
-            fraction = self._settings.retire_fraction
+        fraction = self._mark if fraction is None else fraction
         return self._logs_too_much(fraction) or self._maps_too_much(fraction)
 
     def _log_bytes(self) -> int:
@@ -145,9 +148,8 @@ class Retirer:
 
     def _worth_it(self, kept: int) -> bool:
         """Whether it is for the ``kept`` bytes of committed segments that logs are full, or maps are."""
-        fraction = self._settings.retire_fraction
-        least = self._engine.stats().log_limit * fraction * _LEAST_KEPT
-        return kept > least or self._maps_too_much(fraction)
+        least = self._engine.stats().log_limit * self._mark * _LEAST_KEPT
+        return kept > least or self._maps_too_much(self._mark)
 
     def _give_back(self) -> None:
         """Retire segment by segment, the oldest of all volumes first, while they keep too much.
@@ -164,8 +166,9 @@ class Retirer:
                 dirty += info.dirty_bytes
                 if info.log_bytes - info.dirty_bytes > self._engine.config.segment_bytes:
                     fat.append((info.oldest_ns, volume.cookie, volume))
-        near = (1 + self._settings.retire_fraction) / 2
-        thin = self._thin_all([volume for _, _, volume in sorted(fat)])
+        near = (1 + self._mark) / 2
+        by_maps = not self._logs_too_much(self._mark)  # no thinning makes these smaller
+        thin = by_maps or self._thin_all([volume for _, _, volume in sorted(fat)])
         while oldest and self._too_much() and self._worth_it(self._log_bytes() - dirty) and not self._pauses:
             if not (thin or self._too_much(near)):
                 break  # it goes on from here the next time
@@ -179,17 +182,19 @@ class Retirer:
                     self._offer(oldest, volume, info)
 
     def _thin_all(self, volumes: Sequence[Volume]) -> bool:
-        """Thin segments of these while logs are beyond the mark. False: there was no time for all."""
+        """Thin segments of these while logs are beyond the mark and time is left; whether all are thin."""
         until = time.monotonic() + _THIN_SECONDS
+        whole = True
+
+        def enough(_: int) -> bool:
+            nonlocal whole
+            whole = time.monotonic() <= until and self._logs_too_much(self._mark)
+            return not whole
+
         for volume in volumes:
             with _logged(volume):
-                self._thin(
-                    volume,
-                    lambda _: (
-                        time.monotonic() > until or not self._logs_too_much(self._settings.retire_fraction)
-                    ),
-                )
-        return time.monotonic() <= until
+                self._thin(volume, enough)
+        return whole
 
     def _thin(self, volume: Volume, enough: Callable[[int], bool]) -> int:
         """Thin segments, the oldest first, until so many bytes are enough; how many. Raises CoreError."""

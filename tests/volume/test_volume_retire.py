@@ -6,6 +6,7 @@ import random
 import threading
 import time
 
+import pytest
 from volume_rig import MIB, Rig
 
 from glidefs.formats.pack import SECTOR
@@ -56,6 +57,33 @@ def test_nothing_is_retired_while_the_host_pauses(rig: Rig) -> None:
     assert not segments(volume)
 
 
+def test_writers_that_can_go_on_cost_nothing_that_is_warm(rig: Rig) -> None:
+    """They waited, and an upload ended that: the logs are not beyond the mark any more."""
+    host = rig.host(engine={"log_limit": 64 * MIB, "segment_bytes": 2 * MIB})
+    volume = rig.create(host)
+    for first in range(0, 5120, 64):  # 20 MiB
+        volume.core.pwrite(first * SECTOR, bytes([1 + first % 251]) * (64 * SECTOR))
+    volume.drain(20)
+    host._retirer.squeeze(volume)
+    assert volume.core.pread(64 * SECTOR, SECTOR) == bytes([65]) * SECTOR
+    assert volume.core.stats().faults == 0
+    assert volume.core.info().log_bytes > 20 * MIB
+
+
+def test_logs_that_grow_while_they_are_thinned(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thinning ended as it had got enough; a writer was quicker. The next look thins on, nothing goes."""
+    host = rig.host(engine={"log_limit": 64 * MIB, "segment_bytes": 2 * MIB})
+    volume = rig.create(host)
+    for first in range(0, 5120, 64):  # 20 MiB
+        volume.core.pwrite(first * SECTOR, bytes([1 + first % 251]) * (64 * SECTOR))
+    volume.drain(20)
+    kept = segments(volume)
+    looks = iter([True, True, False])  # there is too much, there is, and after the first segment there is not
+    monkeypatch.setattr(host._retirer, "_logs_too_much", lambda fraction: next(looks, fraction < 0.85))
+    host._retirer.make_room()
+    assert segments(volume) == kept
+
+
 def test_what_is_hot_stays_in_a_log_that_fills(rig: Rig) -> None:
     """A working set of 4 MiB, 200 MiB written over a log of 64: the store is asked for nothing."""
     host = rig.host(engine={"log_limit": 64 * MIB, "segment_bytes": 2 * MIB})
@@ -68,7 +96,8 @@ def test_what_is_hot_stays_in_a_log_that_fills(rig: Rig) -> None:
     def write() -> None:
         rng = random.Random(3)
         while not ended.is_set():
-            if volume.core.info().dirty_bytes > 16 * MIB:  # what is not uploaded must not fill the log
+            info = volume.core.info()
+            if info.dirty_bytes > 16 * MIB or info.log_bytes > 54 * MIB:  # never full, though uploads wait
                 time.sleep(0.001)
                 continue
             sector = rng.randrange(1024 if rng.random() < 0.02 else 64)  # of an old segment some is alive
