@@ -42,9 +42,15 @@ RESURRECTED = 0.5
 
 
 class Platter:
-    """Every directory of a write log, and of small files, of all nodes."""
+    """Every directory of a write log, and of small files, of all nodes.
 
-    def __init__(self, trace_path: Path) -> None:
+    The trace is the process's: what an engine of another test does meanwhile is in it, and left out.
+    """
+
+    def __init__(self, home: Path) -> None:
+        """``home`` is above the directories of all nodes."""
+        trace_path = home / "trace"
+        self._below = f"{home}/"
         self.disks: dict[str, Disk] = {}
         self._records: list[Record] = []
         self._parsed = 0
@@ -54,6 +60,10 @@ class Platter:
     def close(self) -> None:
         trace(None)
         os.close(self._trace)
+
+    def is_ours(self, path: str) -> bool:
+        """Whether it is a path of the simulation."""
+        return path.startswith(self._below)
 
     def position(self) -> int:
         """Where the core's trace ends now: what spans of the history are made of."""
@@ -69,7 +79,7 @@ class Platter:
         if raw:
             new = [record._replace(at=record.at + self._parsed) for record in read_trace(raw)]
             self._parsed += len(raw)
-            self._records += _in_order(new)
+            self._records += _in_order([record for record in new if self.is_ours(record.path)])
 
     # -- steps ---------------------------------------------------------------------------------------
 
@@ -174,13 +184,18 @@ def _put_files(directory: Path, known: set[str], files: dict[str, bytes]) -> Non
 class Files:
     """Stands in for ``os`` in the modules that write records, local roots and pages.
 
-    ``before(operation, path)`` is called before each; what it raises is what happens instead.
+    ``before(operation, path)`` is called before each; what it raises is what happens instead. Files of others
+    are opened, written and closed as ever.
     """
 
     def __init__(self, platter: Platter, before: Callable[[str, str], None]) -> None:
         self._platter = platter
-        self._before = before
+        self._before = lambda operation, path: before(operation, path) if platter.is_ours(path) else None
         self._files: dict[int, tuple[str, int]] = {}
+
+    def _record(self, kind: int, path: str, offset: int = 0, data: bytes = b"") -> None:
+        if self._platter.is_ours(path):
+            self._platter.record(kind, path, offset, data)
 
     def open(self, path: Any, flags: int, mode: int = 0o777) -> int:
         name = os.fspath(path)
@@ -189,23 +204,23 @@ class Files:
         fd = os.open(path, flags, mode)
         self._files[fd] = (name, 0)
         if flags & os.O_CREAT:
-            self._platter.record(CREATE, name)
+            self._record(CREATE, name)
         return fd
 
     def write(self, fd: int, data: Any) -> int:
-        name, offset = self._files[fd]
+        name, offset = self._files.get(fd, ("", 0))
         self._before("write", name)
         done = os.write(fd, data)
-        self._platter.record(WRITE, name, offset, bytes(data[:done]))
+        self._record(WRITE, name, offset, bytes(data[:done]))
         self._files[fd] = (name, offset + done)
         return done
 
     def fsync(self, fd: int) -> None:
-        name, _ = self._files[fd]
+        name, _ = self._files.get(fd, ("", 0))
         begin = DIR if stat.S_ISDIR(os.fstat(fd).st_mode) else SYNC
         self._before("fsync", name)
-        self._platter.record(begin, name)
-        self._platter.record(begin + 1, name)
+        self._record(begin, name)
+        self._record(begin + 1, name)
 
     def close(self, fd: int) -> None:
         self._files.pop(fd, None)
@@ -214,12 +229,12 @@ class Files:
     def rename(self, old: Any, new: Any) -> None:
         self._before("rename", os.fspath(new))
         os.rename(old, new)
-        self._platter.record(RENAME, os.fspath(old), 0, os.fsencode(new))
+        self._record(RENAME, os.fspath(old), 0, os.fsencode(new))
 
     def unlink(self, path: Any) -> None:
         self._before("unlink", os.fspath(path))
         os.unlink(path)
-        self._platter.record(UNLINK, os.fspath(path))
+        self._record(UNLINK, os.fspath(path))
 
     def getpid(self) -> int:
         """For names of files that are the same in every run."""

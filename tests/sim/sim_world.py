@@ -107,7 +107,7 @@ class World:
     def __enter__(self) -> Self:
         scope = self._scope
         scope.callback(shutil.rmtree, self.home, ignore_errors=True)
-        self.platter = Platter(self.home / "trace")
+        self.platter = Platter(self.home)
         scope.callback(self.platter.close)
         scope.callback(self.faults.stop)
         self.threading: Threading = scope.enter_context(simulated(self.clock, self.seed, self._while_drained))

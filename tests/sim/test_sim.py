@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -11,15 +12,18 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from core_rig import SECTOR, CoreRig, rigs
 from faulty_store import KINDS
 from handoff_step import VARIANTS
 from sim_identity import CLONED, IDENTITY_WEIGHTS, STORES
 from sim_seeds import IDENTITY_REGRESSIONS, REGRESSIONS
 from simulation import WEIGHTS, simulate
 
+from glidefs.core.check import CoreError
 from glidefs.store import resilient
 
 LENGTH = os.environ.get("GLIDEFS_TEST_LENGTH", "normal")
@@ -28,6 +32,12 @@ COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 60, "long": 10_000}
 AT_ONCE = 20
 IDENTITY_COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 40, "long": 2_000}.get(LENGTH, 100))
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[CoreRig]:
+    with rigs(tmp_path) as make:
+        yield make()
 
 
 @pytest.fixture(scope="session")
@@ -125,8 +135,9 @@ def test_a_seed_is_the_same_every_time(seed: int, identity: bool) -> None:
         assert f"seed {seed}: ok, {here[:16]}" in done.stdout
 
 
-def test_what_other_tests_left_running_changes_nothing() -> None:
-    """A thread of theirs draws, sleeps and asks for the time all along: of the real ones."""
+def test_what_other_tests_left_running_changes_nothing(rig: CoreRig) -> None:
+    """A thread of theirs draws, sleeps, asks for the time and writes all along: of the real ones."""
+    volume = rig.vol()
     alone = simulate(FIRST + 2).digest
     done, waited = threading.Event(), []
 
@@ -137,6 +148,9 @@ def test_what_other_tests_left_running_changes_nothing() -> None:
             began = time.monotonic()
             resilient.time.sleep(0.001)
             waited.append(time.monotonic() - began)
+            with contextlib.suppress(CoreError):  # the simulation's disk faults are those of the process
+                volume.core.pwrite(0, bytes(SECTOR))
+                volume.commit()
             assert abs(resilient.time.time() - time.time()) < 60
 
     thread = threading.Thread(target=left_behind)

@@ -11,6 +11,7 @@ from volume_rig import MIB, Rig
 
 from glidefs.formats.pack import SECTOR
 from glidefs.volume.volume import Volume
+from glidefs.writing.retire import Retirer
 
 
 def segments(volume: Volume) -> int:
@@ -78,9 +79,11 @@ def test_logs_that_grow_while_they_are_thinned(rig: Rig, monkeypatch: pytest.Mon
         volume.core.pwrite(first * SECTOR, bytes([1 + first % 251]) * (64 * SECTOR))
     volume.drain(20)
     kept = segments(volume)
-    looks = iter([True, True, False])  # there is too much, there is, and after the first segment there is not
-    monkeypatch.setattr(host._retirer, "_logs_too_much", lambda fraction: next(looks, fraction < 0.85))
-    host._retirer.make_room()
+    looks = iter([True, True, True, True, False])  # not after the first segment
+    retirer = Retirer(host.engine, host.settings, host.demoter)  # not that of the thread of the throttle
+    retirer.watch(volume)
+    monkeypatch.setattr(retirer, "_logs_too_much", lambda fraction: next(looks, fraction < 0.85))
+    retirer.make_room()
     assert segments(volume) == kept
 
 
