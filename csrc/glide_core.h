@@ -203,6 +203,11 @@ int glide_volume_retire(glide_volume *volume, uint64_t seq);
  * is not worth it, or -errno.
  */
 int64_t glide_volume_thin(glide_volume *volume, uint64_t seq);
+/*
+ * Make the file of a segment to come, with its blocks, on this thread: a volume that fills segments waits for neither
+ * then. Nothing if the log has one, if it is not written to, or if logs or the disk fill. -errno.
+ */
+int glide_volume_prepare(glide_volume *volume);
 /* Unaligned or partial shrink is refused (-EINVAL). A shrink zeroes what it cuts off. */
 int glide_volume_resize(glide_volume *volume, uint64_t size);
 /* From now on all I/O fails with err (a positive errno), parked requests too. 0 is refused. */

@@ -264,7 +264,7 @@ static bool parse_name(const char *name, const char *suffix, uint64_t *seq)
             return false;
         *seq = *seq << 4 | (uint64_t)digit;
     }
-    return !strcmp(name + 16, suffix) && *seq > 0 && *seq < (uint64_t)1 << 38;
+    return !strcmp(name + 16, suffix) && *seq > 0 && *seq < SEGMENT_MAX_SEQ;
 }
 
 static int compare_u64(const void *a, const void *b)

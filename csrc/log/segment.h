@@ -28,6 +28,7 @@
 #define SECTOR 4096u
 #define SEGMENT_HEAD (2 * SECTOR)            /* both headers: where the journal begins */
 #define SEGMENT_MAX_SECTORS ((1u << 24) - 1) /* an end of segment must fit into a log position */
+#define SEGMENT_MAX_SEQ ((uint64_t)1 << 38)  /* a sequence number is below: it must fit, too */
 #define RECORD_MAX_SECTORS 1024u             /* longest WRITE: bounds what one checksum covers */
 
 enum record_op { RECORD_WRITE = 1, RECORD_ZERO = 2, RECORD_SYNC = 3 };

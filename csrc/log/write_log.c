@@ -172,9 +172,8 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
 {
     const struct log_budget *b = log->budget;
     bool full = s->sectors == b->segment_sectors && s->end >= s->sectors / 4 * 3;
-    bool scarce = atomic_load(&b->used) > b->limit - b->limit / 16; /* others may want the space */
 
-    if (!full || scarce || s->sync_failed || s->thin || log->spare_count == LOG_SPARES)
+    if (!full || log_scarce(b, 0) || s->sync_failed || s->thin || log->spare_count == LOG_SPARES)
         return false;
     char *path = segment_path(log->path, s->seq, ".spare");
     bool kept = path && !disk_rename(&s->file, path);
@@ -186,6 +185,16 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
     log->spare_bytes[log->spare_count++] = s->bytes;
     atomic_fetch_add(&log->budget->spare, s->bytes);
     return true;
+}
+
+void log_add_spare(struct write_log *log, struct disk_file file, uint64_t bytes)
+{
+    log->dir_unsynced = true;
+    log->spares[log->spare_count] = file;
+    log->spare_bytes[log->spare_count++] = bytes;
+    log->bytes += bytes;
+    atomic_fetch_add(&log->budget->used, bytes);
+    atomic_fetch_add(&log->budget->spare, bytes);
 }
 
 void log_thinned(struct write_log *log, struct log_segment *s, uint32_t live, uint64_t freed)
@@ -333,8 +342,9 @@ void log_mark_sync_failed(struct write_log *log, struct log_segment *s)
 /* ---- append ------------------------------------------------------------------------------------- */
 
 /*
- * Space is shared by dynamic thresholds (Choudhury and Hahne 1998): a log may hold up to 8 times what is
- * still free, so one writer alone gets 8/9 of the limit, and many leave some for a newcomer.
+ * Space is shared by dynamic thresholds (Choudhury and Hahne 1998): a log may hold up to 16 times what is
+ * still free, so one writer alone gets 16/17 of the limit, and many leave some for a newcomer. The mark at which
+ * committed segments begin to go is well below: writing/retire.py.
  */
 bool log_may_grow(struct write_log *log, uint32_t sectors)
 {
@@ -349,7 +359,7 @@ bool log_may_grow(struct write_log *log, uint32_t sectors)
     if (after > b->limit)
         return false;
     uint64_t floor = min_u64(record_bytes(b->segment_sectors), b->limit / 16);
-    if (log->bytes >= floor && log->bytes > 8 * (b->limit - after))
+    if (log->bytes >= floor && log->bytes > 16 * (b->limit - after))
         return false;
     log->no_room = !space_has(log->dir.fd, record_bytes(sectors), 1, &log->room);
     return !log->no_room;

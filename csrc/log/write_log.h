@@ -55,6 +55,12 @@ struct log_segment {
     bool counted;       /* `valid` is every record that its journal ever had: a replay dropped none */
 };
 
+/* Whether others may want the space of `more` bytes that one log keeps for later. */
+static inline bool log_scarce(const struct log_budget *b, uint64_t more)
+{
+    return atomic_load(&b->used) + more > b->limit - b->limit / 16;
+}
+
 #define LOG_SPARES 16 /* of one log; all go as soon as any writer waits for space */
 
 struct write_log {
@@ -132,6 +138,8 @@ bool log_retire(struct write_log *log, struct log_segment *s);
 void log_thinned(struct write_log *log, struct log_segment *s, uint32_t live, uint64_t freed);
 /* Forget a segment without pins, and close its file. */
 void log_forget(struct write_log *log, struct log_segment *s);
+/* Keep a file for the next segment, of which `bytes` are allocated. The caller saw that there is no spare. */
+void log_add_spare(struct write_log *log, struct disk_file file, uint64_t bytes);
 /* Give the space of all spares back. True if there were any. */
 bool log_drop_spares(struct write_log *log);
 /* Note on disk that a sync of this segment failed, so that a later process does not trust it. */

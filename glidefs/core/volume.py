@@ -233,6 +233,11 @@ class CoreVolume(Handle):
         with self._use() as volume:
             return check(lib.glide_volume_thin(volume, seq), "thin")
 
+    def prepare(self) -> None:
+        """Make the file of a segment to come, with its blocks, if one is wanted. Raises Closed, CoreError."""
+        with self._use() as volume:
+            check(lib.glide_volume_prepare(volume), "prepare")
+
     def retire(self, seq: int) -> None:
         """Forget and unlink all segments up to ``seq``; the reader must use a manifest with them."""
         with self._use() as volume:

@@ -235,8 +235,8 @@ def unsynced_files(trace: Path) -> set[str]:
     left: set[str] = set()
     for record in read_trace(trace.read_bytes()):
         is_vouch = record.kind == DiskKind.WRITE and SECTOR <= record.offset < 2 * SECTOR
-        if is_vouch or record.path.endswith(".witness"):
-            continue  # what says of a sync that it was done comes after it
+        if is_vouch or record.path.endswith((".witness", ".spare")):
+            continue  # what says of a sync that it was done comes after it; a spare holds nothing
         if record.kind in (DiskKind.CREATE, DiskKind.WRITE):
             left.add(record.path)
             if record.kind == DiskKind.CREATE:

@@ -46,9 +46,30 @@ def test_each_full_segment_is_once_logs_fill(rig: Rig, monkeypatch: pytest.Monke
     assert len(given) >= 3
 
 
+def test_whoever_fills_segments_finds_the_next_one_made(rig: Rig) -> None:
+    host = rig.host(engine={"log_limit": 256 * MIB})
+    volume = rig.create(host)
+    for number in range(4):
+        volume.core.pwrite(0, os.urandom(MIB))
+        while volume.core.info().sealed_seq <= number:
+            volume.core.pwrite(0, os.urandom(MIB))
+        wait_for(lambda: any(volume.log_dir.glob("*.spare")))
+    volume.core.pwrite(0, bytes(4096))
+
+
+def test_a_volume_that_is_gone_keeps_nobody_waiting(rig: Rig) -> None:
+    volume = rig.create(rig.host())
+    made = WriteOut(5, lambda: True)
+    made.start()
+    volume.close()
+    made.note(volume, 1)
+    wait_for(made._sealed.empty)
+    made.close()
+
+
 @pytest.mark.parametrize("what", ["nothing", "a FIFO", "a link", "a directory"])
 def test_what_is_no_segment_is_passed_over(tmp_path: Path, what: str) -> None:
-    volume = SimpleNamespace(log_dir=tmp_path)
+    volume = SimpleNamespace(name="vol", log_dir=tmp_path, core=SimpleNamespace(prepare=lambda: None))
     good, odd = segment_path(tmp_path, 2), segment_path(tmp_path, 1)
     good.write_bytes(b"data")
     if what == "a FIFO":
