@@ -230,6 +230,13 @@ int disk_read(const struct disk_file *f, void *buf, uint64_t length, uint64_t of
     return err;
 }
 
+int disk_allocate(struct disk_file *f, uint64_t length)
+{
+    int err = disk_injected(DISK_ALLOCATE);
+
+    return err ? err : fallocate(f->fd, 0, 0, (off_t)length) ? -errno : 0;
+}
+
 int disk_unlink(const char *path)
 {
     if (unlink(path) && errno != ENOENT)

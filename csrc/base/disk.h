@@ -29,6 +29,7 @@ enum disk_kind {
     DISK_CACHE_READ,  /* a guest's read of the block cache */
     DISK_CACHE_WRITE, /* a block is put into the block cache */
     DISK_CACHE_SYNC,  /* the block cache is synced */
+    DISK_ALLOCATE,    /* a file of the log gets its blocks before it is written */
     DISK_KINDS
 };
 
@@ -57,6 +58,8 @@ int disk_pread(int fd, void *buf, uint64_t length, uint64_t offset, uint64_t *go
 /* The same for a file of a log, which tests can make fail. An error of the disk is tried again, up to DISK_TRIES times
  * in all: one that passes must not cost data that is nowhere else. */
 int disk_read(const struct disk_file *f, void *buf, uint64_t length, uint64_t offset, uint64_t *got);
+/* Blocks for the first `length` bytes, which read as zeros. 0 or -errno. */
+int disk_allocate(struct disk_file *f, uint64_t length);
 int disk_unlink(const char *path);
 /* Rename an open file; on success f->path is the new path. */
 int disk_rename(struct disk_file *f, const char *path);

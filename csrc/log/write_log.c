@@ -167,6 +167,15 @@ static void unlist(struct write_log *log, const struct log_segment *s)
         log->active = NULL;
 }
 
+/* A file, charged already, is kept for the next segment. */
+static void put_spare(struct write_log *log, struct disk_file file, uint64_t bytes)
+{
+    log->dir_unsynced = true;
+    log->spares[log->spare_count] = file;
+    log->spare_bytes[log->spare_count++] = bytes;
+    atomic_fetch_add(&log->budget->spare, bytes);
+}
+
 /* Keep the file of a full segment, under a name that recovery does not replay. */
 static bool make_spare(struct write_log *log, struct log_segment *s)
 {
@@ -180,21 +189,15 @@ static bool make_spare(struct write_log *log, struct log_segment *s)
     free(path);
     if (!kept)
         return false;
-    log->dir_unsynced = true;
-    log->spares[log->spare_count] = s->file;
-    log->spare_bytes[log->spare_count++] = s->bytes;
-    atomic_fetch_add(&log->budget->spare, s->bytes);
+    put_spare(log, s->file, s->bytes);
     return true;
 }
 
 void log_add_spare(struct write_log *log, struct disk_file file, uint64_t bytes)
 {
-    log->dir_unsynced = true;
-    log->spares[log->spare_count] = file;
-    log->spare_bytes[log->spare_count++] = bytes;
     log->bytes += bytes;
     atomic_fetch_add(&log->budget->used, bytes);
-    atomic_fetch_add(&log->budget->spare, bytes);
+    put_spare(log, file, bytes);
 }
 
 void log_thinned(struct write_log *log, struct log_segment *s, uint32_t live, uint64_t freed)

@@ -10,7 +10,6 @@
 #include "volume/volume.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 
 struct prepare {
@@ -62,7 +61,7 @@ static int make_file(struct prepare *p)
         return err;
     if (!space_has(p->file.fd, p->bytes, 2, NULL))
         return -ENOSPC;
-    return fallocate(p->file.fd, 0, 0, (off_t)p->bytes) ? -errno : 0;
+    return disk_allocate(&p->file, p->bytes);
 }
 
 int glide_volume_prepare(glide_volume *volume)

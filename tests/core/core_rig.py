@@ -50,7 +50,7 @@ MIB = 1 << 20
 
 # enum disk_kind
 CREATE, WRITE, SYNC, SYNC_END, DIR, DIR_END, UNLINK, RENAME = range(1, 9)
-READ, CACHE_READ, CACHE_WRITE, CACHE_SYNC = range(11, 15)
+READ, CACHE_READ, CACHE_WRITE, CACHE_SYNC, ALLOCATE = range(11, 16)
 
 faulthandler.enable()
 
@@ -80,7 +80,7 @@ def rigs(directory: Path) -> Iterator[Callable[..., CoreRig]]:
 
 
 def inject_nothing() -> None:
-    for kind in range(CREATE, CACHE_SYNC + 1):
+    for kind in range(CREATE, ALLOCATE + 1):
         inject(kind, 0, count=0)
 
 

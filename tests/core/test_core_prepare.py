@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("glidefs.core._core")
 
-from core_rig import CREATE, MIB, SECTOR, CoreRig, Vol, inject, pattern
+from core_rig import ALLOCATE, CREATE, MIB, SECTOR, CoreRig, Vol, inject, pattern
 from test_core_handoff import Pair
 
 from glidefs.core import handoff
+from glidefs.core.check import CoreError
 
 COUNT = 256
 """Sectors of a segment here."""
@@ -84,17 +85,32 @@ def test_logs_that_fill_get_none(small: CoreRig) -> None:
     assert not spares(vol)
 
 
+@pytest.mark.parametrize("kind", [CREATE, ALLOCATE])
 @pytest.mark.parametrize("err", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_no_error(small: CoreRig, err: int) -> None:
+def test_a_full_disk_is_no_error(small: CoreRig, err: int, kind: int) -> None:
     vol = small.vol()
     vol.core.pwrite(0, pattern(1, SECTOR))
     charged = small.engine.stats().log_bytes
-    inject(CREATE, err)
+    inject(kind, err)
     vol.core.prepare()
     assert not spares(vol)
     assert small.engine.stats().log_bytes == charged
     vol.core.prepare()
     assert len(spares(vol)) == 1
+
+
+@pytest.mark.parametrize("kind", [CREATE, ALLOCATE])
+def test_a_failing_disk_leaves_nothing(small: CoreRig, kind: int) -> None:
+    vol = small.vol()
+    vol.core.pwrite(0, pattern(1, SECTOR))
+    charged = small.engine.stats().log_bytes
+    inject(kind, errno.EIO)
+    with pytest.raises(CoreError, match="Input/output error"):
+        vol.core.prepare()
+    assert not spares(vol)
+    assert small.engine.stats().log_bytes == charged
+    vol.core.pwrite(SECTOR, pattern(2, COUNT * SECTOR))
+    assert vol.core.pread(SECTOR, COUNT * SECTOR) == pattern(2, COUNT * SECTOR)
 
 
 def test_it_goes_with_the_volume(small: CoreRig) -> None:

@@ -76,9 +76,9 @@ class Platter:
 
     def _read(self) -> None:
         raw = os.pread(self._trace, self.position() - self._parsed, self._parsed)
-        if raw:
-            new = [record._replace(at=record.at + self._parsed) for record in read_trace(raw)]
-            self._parsed += len(raw)
+        new = [record._replace(at=record.at + self._parsed) for record in read_trace(raw)]
+        if new:
+            self._parsed = new[-1].at  # what follows is half of a record of others, whose rest comes yet
             self._records += _in_order([record for record in new if self.is_ours(record.path)])
 
     # -- steps ---------------------------------------------------------------------------------------

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from core_rig import SECTOR, CoreRig, rigs
+from core_rig import CREATE, SECTOR, WRITE, CoreRig, rigs, trace
 from faulty_store import KINDS
 from handoff_step import VARIANTS
+from power_cut import HEAD
+from sim_disk import Platter
 from sim_identity import CLONED, IDENTITY_WEIGHTS, STORES
 from sim_seeds import IDENTITY_REGRESSIONS, REGRESSIONS
 from simulation import WEIGHTS, simulate
@@ -133,6 +135,29 @@ def test_a_seed_is_the_same_every_time(seed: int, identity: bool) -> None:
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=True
         )
         assert f"seed {seed}: ok, {here[:16]}" in done.stdout
+
+
+def test_half_a_record_of_others_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    """The core writes a record of the trace in two pieces; another thread may look between them."""
+    platter = Platter(tmp_path)
+    try:
+        trace(None)
+        theirs = _record(CREATE, "/elsewhere/a") + _record(WRITE, "/elsewhere/a", bytes(SECTOR))
+        ours = _record(CREATE, f"{tmp_path}/b")
+        for cut in range(1, len(theirs) + len(ours), 97):
+            at = len(platter.steps())
+            with open(tmp_path / "trace", "ab") as file:
+                file.write((theirs + ours)[:cut])
+                file.flush()
+                assert len(platter.steps()) == at
+                file.write((theirs + ours)[cut:])
+            assert platter.steps()[at:] == [platter.position()]
+    finally:
+        platter.close()
+
+
+def _record(kind: int, path: str, data: bytes = b"") -> bytes:
+    return HEAD.pack(kind, 0, len(path), 0, 0, len(data)) + path.encode() + data
 
 
 def test_what_other_tests_left_running_changes_nothing(rig: CoreRig) -> None:
