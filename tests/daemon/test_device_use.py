@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -50,6 +51,47 @@ def test_a_process_that_has_it_open_is_named(device: str) -> None:
         assert f"pid {process.pid} " in use
         process.communicate(b"")
     assert device_use(device, PATIENCE) == ""
+
+
+def test_a_process_in_a_jail_is_named(device: str, tmp_path: Path) -> None:
+    """It opens a node of its own, as Firecracker's jailer makes one."""
+    script = f"""
+import os, stat, sys
+os.mknod("{tmp_path}/disk", stat.S_IFBLK | 0o600, os.stat({device!r}).st_rdev)
+os.chroot({str(tmp_path)!r})
+os.open("/disk", os.O_RDONLY)
+print(flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert f"pid {process.pid} " in device_use(device, 0.0)
+        process.communicate(b"")
+    assert device_use(device, PATIENCE) == ""
+
+
+def test_a_partition_that_is_open_counts(device: str) -> None:
+    entry = struct.pack("<8BII", 0, 0, 2, 0, 0x83, 0, 2, 0, 2048, 2048)
+    Path(device).write_bytes(bytes(446) + entry + bytes(48) + b"\x55\xaa")
+    subprocess.run(["partx", "-a", device], check=False)
+    part = f"{device}p1"
+    if not Path(part).exists():
+        pytest.skip(f"{part} does not appear: no partitions of loop devices here")
+    try:
+        script = f"import os, sys; os.open({part!r}, os.O_RDONLY); print(flush=True); sys.stdin.read()"
+        with subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            assert f"pid {process.pid} " in device_use(device, 0.0)
+            process.communicate(b"")
+        assert device_use(device, PATIENCE) == ""
+    finally:
+        subprocess.run(["partx", "-d", device], check=False)
 
 
 def test_who_only_looks_is_waited_for(device: str) -> None:

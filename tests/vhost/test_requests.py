@@ -216,6 +216,25 @@ def test_discard_and_write_zeroes(vhost: VhostRig) -> None:
         assert guest.read(0, BIG) == expected
 
 
+def test_discard_of_two_terabytes(make_vhost: MakeVhost) -> None:
+    """Over scattered writes, in the largest requests that the device takes; twice, and it costs no memory."""
+    size, largest = 2 << 40, 0x200000
+    vhost = make_vhost(size=size)
+    guest = vhost.front_end()
+    assert struct.unpack("<II", guest.config(36, 8)) == (largest, 16)
+    rng = random.Random(3)
+    places = [rng.randrange(size // 4096) * 4096 for _ in range(2000)]
+    for offset in places:
+        guest.write(offset, pattern(1, 4096))
+    for _ in range(2):
+        for sector in range(0, size // 512, largest * 16):
+            whole = [(sector + i * largest, largest, 0) for i in range(16)]
+            assert guest.request(DISCARD, out=ranges(*whole))[0] == OK
+        assert vhost.rig.engine.stats().map_bytes < 4 * MIB
+    for offset in [0, size - BIG, *places[:200]]:
+        assert guest.read(offset & ~(BIG - 1), BIG) == bytes(BIG)
+
+
 def test_bad_ranges_change_nothing(vhost: VhostRig) -> None:
     guest = vhost.front_end()
     guest.write(0, pattern(1, BIG))
