@@ -123,6 +123,8 @@ struct io_uring_sqe *worker_sqe(struct worker *w, struct ring_op *op)
     return sqe;
 }
 
+void worker_submit(struct worker *w) { io_uring_submit(&w->ring); }
+
 static void arm_wake(struct worker *w)
 {
     struct io_uring_sqe *sqe = worker_sqe(w, &w->wake_op);

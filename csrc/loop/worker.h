@@ -127,6 +127,8 @@ void call_done(struct call *call, int result);
 /* ---- the worker's own thread ---- */
 /* A free SQE; submits when the ring is full. Never NULL. */
 struct io_uring_sqe *worker_sqe(struct worker *w, struct ring_op *op);
+/* Give the kernel what is queued, instead of at the end of the round. */
+void worker_submit(struct worker *w);
 /* Run the task in the next round. */
 void worker_defer(struct worker *w, struct task *task);
 /* Run the task at the end of this round; it may be there already. */

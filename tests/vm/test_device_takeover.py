@@ -14,17 +14,10 @@ from waiting import wait_for
 pytest.importorskip("glidefs.core._core")
 
 import device_rig as rig
-import test_nbd_kernel
+from device_kinds import KINDS, no_nbd_leftovers
 from node import MIB, Node
 
-from glidefs.transport.nbd_device.driver import nbd_device_missing
-
 pytestmark = [pytest.mark.root, pytest.mark.timeout(1800 if rig.EMULATED else 300)]
-MISSING = {"ublk": rig.REASON, "nbd-device": nbd_device_missing()}
-TRANSPORTS = [
-    pytest.param(kind, marks=pytest.mark.skipif(why is not None, reason=str(why)))
-    for kind, why in MISSING.items()
-]
 DATA = 8 * MIB
 
 
@@ -34,7 +27,7 @@ def hosts(place: Path) -> Iterator[tuple[Node, Node]]:
     settings = {"upload": {"sync_interval": '"3s"'}}
     with contextlib.ExitStack() as stack:
         stack.enter_context(rig.no_leftovers())
-        stack.enter_context(test_nbd_kernel.no_leftovers())
+        stack.enter_context(no_nbd_leftovers())
         first = stack.enter_context(rig.ended(Node(place / "a", settings=settings))).start()
         shared = {**settings, "store": {"url": f'"file://{first.store}"'}}
         second = stack.enter_context(rig.ended(Node(place / "b", settings=shared))).start()
@@ -64,7 +57,7 @@ def fails(device: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("transport", KINDS)
 def test_another_host_takes_a_device_over(hosts: tuple[Node, Node], transport: str) -> None:
     first, second = hosts
     device = first.json("create", "moves", "--size", "256MiB", "--transport", transport)["device"]

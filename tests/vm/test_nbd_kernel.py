@@ -21,15 +21,14 @@ pytest.importorskip("glidefs.core._core")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "handoff"))
 
 import device_rig as rig
+from device_kinds import no_nbd_leftovers
 from figures import Figures
 from handoff_rig import Generations
 from node import MIB, Node
 from test_device_handoff import Load
 from test_kill_verify import SETTINGS, Verify, kill_and_start, report_kills, serve_again
 
-from glidefs.errors import DeviceError
-from glidefs.transport.nbd_device.driver import nbd_device_missing, read_state, states
-from glidefs.transport.nbd_device.netlink import NbdControl
+from glidefs.transport.nbd_device.driver import nbd_device_missing, read_state
 
 REASON = nbd_device_missing()
 pytestmark = [
@@ -46,20 +45,9 @@ def number(device: str) -> int:
     return int(device.removeprefix("/dev/nbd"))
 
 
-@contextlib.contextmanager
-def no_leftovers() -> Iterator[None]:
-    """Devices that a test left are ended, so that a failed one takes no other along."""
-    before = {state.index for state in states()}
-    yield
-    for state in states():
-        if state.index not in before:
-            with contextlib.suppress(DeviceError), NbdControl() as control:
-                control.disconnect(state.index)
-
-
 @pytest.fixture
 def node(place: Path) -> Iterator[Node]:
-    with no_leftovers(), rig.ended(Node(place / "n", settings=SETTINGS)) as made:
+    with no_nbd_leftovers(), rig.ended(Node(place / "n", settings=SETTINGS)) as made:
         yield made.start()
 
 
@@ -141,7 +129,7 @@ def test_kill_under_fio_verify(node: Node, place: Path, figure: Figures) -> None
 
 
 def test_handoffs_under_fio_verify(place: Path, figure: Figures) -> None:
-    with no_leftovers():
+    with no_nbd_leftovers():
         node = Generations(place / "n", settings={"upload": {"sync_interval": '"5s"'}})
         try:
             node.start()

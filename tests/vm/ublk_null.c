@@ -6,7 +6,9 @@
  * what is written must be that pattern as well, else -EIO. So data paths can be verified across a server's death
  * without any state. Without --check the bytes are moved (as a real target must) but not looked at.
  *
- *   ublk_null add N [--copy] [--check] [--bare] [--depth D] [--sectors S]   serve a new device until SIGTERM
+ *   ublk_null add N [--copy] [--check] [--bare] [--file PATH [--auto]] [--depth D] [--sectors S]
+ *                           serve a new device until SIGTERM; --file: reads are answered from there, --auto: without
+ *                           a copy of ours, by automatic buffer registration
  *   ublk_null recover N [--check]                                           serve one whose server is dead
  *   ublk_null features | info N | stop N | del N | resize N SECTORS | quiesce N
  *   ublk_null hang N        START_DEV without fetches must time out; exit 0 if it does
@@ -18,6 +20,7 @@
  * cc -O2 -pthread -I csrc -o ublk_null tests/vm/ublk_null.c csrc/transport/ublk/ublk_ctrl.c -luring
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <liburing.h>
 #include <pthread.h>
 #include <signal.h>
@@ -30,6 +33,7 @@
 #include <sys/prctl.h>
 #include <unistd.h>
 
+#include "pattern.h"
 #include "transport/ublk/ublk_ctrl.h"
 
 #define MAX_DEPTH 256u
@@ -37,7 +41,8 @@
 #define START_MS 60000u
 
 struct options {
-	bool copy, check, bare;
+	bool copy, check, bare, automatic;
+	const char *file;
 	unsigned depth;
 	uint64_t sectors;
 };
@@ -45,7 +50,7 @@ struct options {
 struct server {
 	struct ublk_dev_info info;
 	struct options opt;
-	int fd;
+	int fd, file;
 	const struct ublk_io_desc *desc;
 	size_t desc_bytes;
 	unsigned char *bufs; /* one of MAX_BYTES per tag */
@@ -71,20 +76,6 @@ static bool user_copy(const struct server *s)
 }
 
 /* ---- one request ---- */
-
-static void fill_pattern(unsigned char *buf, uint64_t start, size_t len)
-{
-	for (size_t i = 0; i < len; i += 8)
-		memcpy(buf + i, &(uint64_t){start + i}, 8);
-}
-
-static bool is_pattern(const unsigned char *buf, uint64_t start, size_t len)
-{
-	for (size_t i = 0; i < len; i += 8)
-		if (memcmp(buf + i, &(uint64_t){start + i}, 8))
-			return false;
-	return true;
-}
 
 /* Moves all of a request's bytes between it and buf; ublkc transfers can be short. */
 static int copy_data(const struct server *s, unsigned tag, unsigned char *buf, size_t len, bool to_request)
@@ -117,6 +108,8 @@ static int serve_request(const struct server *s, unsigned tag)
 			return (int)len;
 		if (s->opt.check)
 			fill_pattern(buf, start, len);
+		if (s->opt.file && pread(s->file, buf, len, (off_t)start) != (ssize_t)len)
+			return -EIO;
 		if (user_copy(s))
 			err = copy_data(s, tag, buf, len, true);
 		return err ? err : (int)len;
@@ -156,6 +149,30 @@ static void push(struct io_uring *ring, const struct server *s, unsigned tag, ui
 	/* The same buffer in FETCH and COMMIT: the kernel takes READ data from the address in the COMMIT. */
 	if (!user_copy(s))
 		cmd->addr = (uint64_t)(uintptr_t)buffer(s, tag);
+	if (s->opt.automatic)
+		sqe->addr = UBLK_AUTO_BUF_REG_ADDR(tag, 0);
+}
+
+#define FILE_READ (1u << 31) /* in user_data */
+
+/* A read goes from the file into the guest's pages, which the driver has registered under the tag. */
+static void push_file_read(struct io_uring *ring, const struct server *s, unsigned tag)
+{
+	const struct ublk_io_desc *d = &s->desc[tag];
+	struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+
+	assert(sqe);
+	io_uring_prep_read_fixed(sqe, 1, NULL, d->nr_sectors << 9, d->start_sector << 9, (int)tag);
+	sqe->flags = IOSQE_FIXED_FILE;
+	sqe->user_data = tag | FILE_READ;
+}
+
+static void answer(struct io_uring *ring, const struct server *s, unsigned tag)
+{
+	if (s->opt.automatic && UBLK_IO_OP(&s->desc[tag]) == UBLK_IO_OP_READ)
+		push_file_read(ring, s, tag);
+	else
+		push(ring, s, tag, UBLK_IO_COMMIT_AND_FETCH_REQ, serve_request(s, tag));
 }
 
 static int serve(struct server *s, struct io_uring *ring)
@@ -177,8 +194,10 @@ static int serve(struct server *s, struct io_uring *ring)
 			n++;
 			while (atomic_load(&s->muted))
 				usleep(1000);
-			if (cqe->res == UBLK_IO_RES_OK)
-				push(ring, s, tag, UBLK_IO_COMMIT_AND_FETCH_REQ, serve_request(s, tag));
+			if (tag & FILE_READ)
+				push(ring, s, tag & ~FILE_READ, UBLK_IO_COMMIT_AND_FETCH_REQ, cqe->res);
+			else if (cqe->res == UBLK_IO_RES_OK)
+				answer(ring, s, tag);
 			else if (cqe->res == -ENODEV)
 				retired++;
 			else
@@ -200,7 +219,9 @@ static void *worker(void *arg)
 	prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0);
 	err = io_uring_queue_init_params(MAX_DEPTH, &ring, &p);
 	if (!err) {
-		err = io_uring_register_files(&ring, &s->fd, 1);
+		err = io_uring_register_files(&ring, (int[]){s->fd, s->file}, s->opt.file ? 2 : 1);
+		if (!err && s->opt.automatic)
+			err = io_uring_register_buffers_sparse(&ring, MAX_DEPTH);
 		if (!err)
 			err = serve(s, &ring);
 		io_uring_unregister_files(&ring);
@@ -225,6 +246,9 @@ static int server_open(struct server *s)
 	if (p == MAP_FAILED)
 		return -errno;
 	s->bufs = p;
+	s->file = s->opt.file ? open(s->opt.file, O_RDONLY) : -1;
+	if (s->opt.file && s->file < 0)
+		return -errno;
 	s->fd = ublk_open_char(s->info.dev_id);
 	if (s->fd < 0)
 		return s->fd;
@@ -295,6 +319,8 @@ static int device_add(struct ublk_ctrl *ctrl, struct server *s, uint32_t id)
 	s->info.flags = UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_REISSUE | (features & UBLK_F_QUIESCE);
 	if (!s->opt.copy)
 		s->info.flags |= features & UBLK_F_USER_COPY;
+	if (s->opt.automatic)
+		s->info.flags |= UBLK_F_AUTO_BUF_REG;
 	err = ublk_ctrl_add(ctrl, &s->info);
 	if (err)
 		return err;
@@ -425,6 +451,15 @@ static int run(struct ublk_ctrl *ctrl, struct server *s, const char *verb, uint3
 	return err ? complain(verb, err) : 0;
 }
 
+static bool *flag_of(struct options *o, const char *word)
+{
+	return !strcmp(word, "--copy")    ? &o->copy
+	       : !strcmp(word, "--check") ? &o->check
+	       : !strcmp(word, "--bare")  ? &o->bare
+	       : !strcmp(word, "--auto")  ? &o->automatic
+					  : NULL;
+}
+
 int main(int argc, char **argv)
 {
 	static struct server s = {.opt = {.depth = 64, .sectors = 2 << 20}};
@@ -435,12 +470,12 @@ int main(int argc, char **argv)
 	int err;
 
 	for (int i = 3; i < argc; i++) {
-		if (!strcmp(argv[i], "--copy"))
-			s.opt.copy = true;
-		else if (!strcmp(argv[i], "--check"))
-			s.opt.check = true;
-		else if (!strcmp(argv[i], "--bare"))
-			s.opt.bare = true;
+		bool *on = flag_of(&s.opt, argv[i]);
+
+		if (on)
+			*on = true;
+		else if (!strcmp(argv[i], "--file") && i + 1 < argc)
+			s.opt.file = argv[++i];
 		else if (!strcmp(argv[i], "--depth") && i + 1 < argc)
 			s.opt.depth = (unsigned)strtoul(argv[++i], NULL, 0);
 		else if (!strcmp(argv[i], "--sectors") && i + 1 < argc)

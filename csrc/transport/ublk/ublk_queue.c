@@ -3,8 +3,10 @@
 #include "volume/fault.h"
 #include "volume/volume.h"
 
+#include <linux/capability.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -23,12 +25,43 @@ static void submit_command(struct ublk_tag *t, uint32_t op, int32_t result)
     *cmd = (struct ublk_io_cmd){.tag = t->tag, .result = result};
 }
 
+/* Without CAP_SYS_ADMIN at the first fetches the driver takes the server for an unprivileged user's, and does not look
+ * for partitions. So a table that a guest wrote makes no devices on the host; partx(8) makes them when asked to. */
+struct privilege {
+    struct __user_cap_header_struct header;
+    struct __user_cap_data_struct had[_LINUX_CAPABILITY_U32S_3];
+};
+
+static void drop(struct privilege *p)
+{
+    p->header = (struct __user_cap_header_struct){.version = _LINUX_CAPABILITY_VERSION_3};
+    if (syscall(SYS_capget, &p->header, p->had)) {
+        p->header.version = 0;
+        return;
+    }
+    struct __user_cap_data_struct less[_LINUX_CAPABILITY_U32S_3];
+    memcpy(less, p->had, sizeof(less));
+    less[CAP_TO_INDEX(CAP_SYS_ADMIN)].effective &= ~CAP_TO_MASK(CAP_SYS_ADMIN);
+    syscall(SYS_capset, &p->header, less);
+}
+
+static void restore(struct privilege *p)
+{
+    if (p->header.version)
+        syscall(SYS_capset, &p->header, p->had);
+}
+
 void ublk_queue_start(struct ublk_device *d)
 {
+    struct privilege p;
+
+    drop(&p);
     for (uint32_t i = 0; i < d->info.queue_depth; i++) {
         d->tags[i].op.complete = on_command;
         submit_command(&d->tags[i], UBLK_IO_FETCH_REQ, 0);
     }
+    worker_submit(d->worker);
+    restore(&p);
 }
 
 static struct ublk_device *device_of(const struct transport *t)

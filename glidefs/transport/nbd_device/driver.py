@@ -14,7 +14,7 @@ from glidefs.transport.device.module import load_module
 MODULE = Path("/sys/module/nbd")
 BLOCK = Path("/sys/block")
 _CAP_SYS_ADMIN = 21
-_OPTIONS = ("nbds_max=0", "max_part=0")
+LOADED_WITH = ("nbds_max=0", "max_part=0")
 """Devices are made when they are asked for, and nobody looks for partitions on the disks of guests."""
 
 
@@ -24,7 +24,7 @@ def nbd_device_missing() -> str | None:
         return "it takes CAP_SYS_ADMIN to make /dev/nbdN, run the daemon as root"
     if MODULE.exists():
         return None
-    tried = load_module("nbd", *_OPTIONS)
+    tried = load_module("nbd", *LOADED_WITH)
     return None if MODULE.exists() else f"the kernel's nbd driver is not loaded{tried}"
 
 
