@@ -206,3 +206,8 @@ def check_sums(result: GcResult) -> None:
         assert value["unreferenced"] == value["waiting"] + value["due"]
         assert value["due"] == value["deleted"] + value["left"]
         assert min(value.values()) >= 0
+
+
+def flipped(data: bytes) -> bytes:
+    """The same with a bit of the last byte changed."""
+    return data[:-1] + bytes([data[-1] ^ 1])

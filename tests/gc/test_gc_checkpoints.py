@@ -115,7 +115,7 @@ def test_a_sighting_in_the_past_is_not_enough(store: ClockStore) -> None:
 def test_a_damaged_one_keeps_nothing_and_goes(store: ClockStore) -> None:
     pack = rig.put_pack(store)
     key = rig.put_checkpoint(store, "b", [pack])
-    store.put(key, store.data(key)[:-1] + b"x")
+    store.put(key, rig.flipped(store.data(key)))
     store.now += GRACE + 1
     result = rig.run(store)
     assert key in result.note

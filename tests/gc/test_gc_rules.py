@@ -186,7 +186,7 @@ def test_the_state_is_lost(store: ClockStore) -> None:
     store.now += GRACE
     rig.run(store)
     store.now += GRACE
-    store.put(STATE, store.data(STATE)[:-1] + b"x")
+    store.put(STATE, rig.flipped(store.data(STATE)))
     result = rig.run(store)
     assert "corrupt" in result.note
     assert result.waiting.objects == 1
@@ -254,7 +254,7 @@ def _refused(store: ClockStore, doomed: tuple[bytes, bytes], kind: type[GlideErr
 )
 def test_one_corrupt_root(store: ClockStore, key: str) -> None:
     doomed = _doomed(store)
-    store.put(key, store.data(key)[:-1] + b"x")
+    store.put(key, rig.flipped(store.data(key)))
     assert key in str(_refused(store, doomed, CorruptObject))
 
 
