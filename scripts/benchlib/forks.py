@@ -70,14 +70,6 @@ def measure(report: Report, glide: GlideFS, work: Path, port: int, load: str, co
     glide.command("remove", *[f"{names}-{number}" for number in range(1, count + 1)])
 
 
-def settled_gets(glide: GlideFS) -> float:
-    """The same once they do not grow: a host that begins empty looks at the root of each volume there is."""
-    before, now = -1.0, gets(glide)
-    while now != before:
-        before, now = now, gets(glide)
-    return now
-
-
 def gets(glide: GlideFS) -> float:
     """Objects and ranges that the store was asked for, once the metrics are no older than this call."""
     time.sleep(METRICS_AGE)
@@ -88,3 +80,11 @@ def gets(glide: GlideFS) -> float:
         for name, value in found.items()
         if name.startswith("glidefs_store_requests_total") and any(f'"{kind}"' in name for kind in kinds)
     )
+
+
+def settled_gets(glide: GlideFS) -> float:
+    """The same once they do not grow: a host that begins empty looks at the root of each volume there is."""
+    before, now = -1.0, gets(glide)
+    while now != before:
+        before, now = now, gets(glide)
+    return now

@@ -53,6 +53,18 @@ def test_a_process_that_has_it_open_is_named(device: str) -> None:
     assert device_use(device, PATIENCE) == ""
 
 
+def check_named(device: str, script: str) -> None:
+    """A process is named while it runs ``script``: it opens the device, prints a line, reads its input."""
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert f"pid {process.pid} " in device_use(device, 0.0)
+        process.communicate(b"")
+    assert device_use(device, PATIENCE) == ""
+
+
 def test_a_process_in_a_jail_is_named(device: str, tmp_path: Path) -> None:
     """It opens a node of its own, as Firecracker's jailer makes one."""
     script = f"""
@@ -63,14 +75,7 @@ os.open("/disk", os.O_RDONLY)
 print(flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert f"pid {process.pid} " in device_use(device, 0.0)
-        process.communicate(b"")
-    assert device_use(device, PATIENCE) == ""
+    check_named(device, script)
 
 
 def test_a_partition_that_is_open_counts(device: str) -> None:
@@ -82,14 +87,7 @@ def test_a_partition_that_is_open_counts(device: str) -> None:
         pytest.skip(f"{part} does not appear: no partitions of loop devices here")
     try:
         script = f"import os, sys; os.open({part!r}, os.O_RDONLY); print(flush=True); sys.stdin.read()"
-        with subprocess.Popen(
-            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            assert f"pid {process.pid} " in device_use(device, 0.0)
-            process.communicate(b"")
-        assert device_use(device, PATIENCE) == ""
+        check_named(device, script)
     finally:
         subprocess.run(["partx", "-d", device], check=False)
 

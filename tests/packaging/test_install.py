@@ -13,6 +13,7 @@ import pytest
 from glidefs.config import Config, load_config
 from glidefs.daemon.daemon import FORCED_EXIT
 from glidefs.transport.device.names import DIRECTORY
+from glidefs.transport.nbd_device.driver import LOADED_WITH
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGING = ROOT / "packaging"
@@ -70,6 +71,7 @@ def test_it_installs_says_so_and_changes_nothing_the_second_time(tmp_path: Path,
     unit = files(below)[SERVICE]
     assert f"ExecStart={stub} run -c /etc/glidefs/glidefs.toml" in unit
     assert "/usr/bin/glidefs" not in unit
+    assert f"modprobe -q nbd {' '.join(LOADED_WITH)}\n" in unit
     times = {path: path.stat().st_mtime_ns for path in below.rglob("*")}
     second = run("--glidefs", stub, DESTDIR=str(below))
     assert second.returncode == 0

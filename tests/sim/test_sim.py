@@ -7,11 +7,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from core_rig import CREATE, SECTOR, WRITE, CoreRig, rigs, trace
+from core_rig import CREATE, SECTOR, WRITE, trace
 from faulty_store import KINDS
 from handoff_step import VARIANTS
 from power_cut import HEAD
@@ -26,12 +25,6 @@ COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 60, "long": 10_000}
 AT_ONCE = 20
 IDENTITY_COUNT = int(os.environ.get("GLIDEFS_SIM_SEEDS") or {"quick": 40, "long": 2_000}.get(LENGTH, 100))
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def rig(tmp_path: Path) -> Iterator[CoreRig]:
-    with rigs(tmp_path) as make:
-        yield make()
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,15 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture
+def node(place: Path) -> Iterator[Any]:
+    """A daemon that can hand over (Generations), for tests of both kinds of device."""
+    import device_kinds
+
+    with device_kinds.serving(place / "n") as made:
+        yield made
+
+
+@pytest.fixture
 def figure(request: pytest.FixtureRequest) -> figures.Figures:
     return figures.Figures(request.node.name)
 

@@ -13,7 +13,6 @@ import random
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 import device_rig as rig
-from device_kinds import KINDS, REASONS, Direct, create, need, need_module, serving
+from device_kinds import KINDS, REASONS, Direct, create, need, need_module
 from handoff_rig import Generations
 from node import KIB, MIB, fio_command
 from test_device_handoff import Load
@@ -39,12 +38,6 @@ pytestmark = [
 SEED = int(os.environ.get("GLIDEFS_SEED", str(time.time_ns() % 100_000)))
 AWAY = {errno.ENXIO, errno.ENODEV, errno.ENOENT, errno.EIO, errno.EBUSY}
 """What a device that is not there, or ends, may say."""
-
-
-@pytest.fixture
-def node(place: Path) -> Iterator[Generations]:
-    with serving(place / "n") as made:
-        yield made
 
 
 def test_any_requests_read_like_a_byte_array(node: Generations, kind: str) -> None:

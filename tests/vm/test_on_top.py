@@ -23,7 +23,7 @@ from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
 import device_rig as rig
-from device_kinds import KINDS, create, need, need_module, serving
+from device_kinds import KINDS, create, need, need_module
 from handoff_rig import Generations
 from node import MIB
 
@@ -38,12 +38,6 @@ pytestmark = [
 LVM_ALONE = "activation{udev_sync=0 udev_rules=0} devices{obtain_device_list_from_udev=0}"
 """The VM of the tests has no udev, and LVM would wait for it."""
 FILES = 8 * MIB
-
-
-@pytest.fixture
-def node(place: Path) -> Iterator[Generations]:
-    with serving(place / "n") as made:
-        yield made
 
 
 def survives(node: Generations, device: str, mkfs: list[str], check: list[str]) -> None:
@@ -69,14 +63,14 @@ def survives(node: Generations, device: str, mkfs: list[str], check: list[str]) 
     assert rig.io_errors(before) == []
 
 
-def moved(node: Generations, kind: str, name: str, close: Callable[[], object]) -> str:
-    """Detached, the host's disk lost, attached: the device then."""
-    close()
-    node.json("detach", name)
+def moved(node: Generations, kind: str, *names: str) -> list[str]:
+    """Detached, the host's disk lost, attached: the devices then."""
+    for name in names:
+        node.json("detach", name)
     node.stop()
     node.wipe()
     node.start()
-    return str(node.json("attach", name, "--transport", kind)["device"])
+    return [str(node.json("attach", name, "--transport", kind)["device"]) for name in names]
 
 
 def test_btrfs(node: Generations, kind: str) -> None:
@@ -88,18 +82,18 @@ def test_btrfs(node: Generations, kind: str) -> None:
         assert "in use" in node.fails("detach", "tree")
         rig.run("btrfs", "scrub", "start", "-B", at)
         want = rig.run("sha256sum", at / "snap/all.tar").split()[0]
-    device = moved(node, kind, "tree", lambda: None)
+    [device] = moved(node, kind, "tree")
     with rig.mounted(device, node.base / "mnt") as at:
         assert rig.run("sha256sum", at / "snap/all.tar").split()[0] == want
 
 
-def test_luks(node: Generations, kind: str) -> None:
+def test_luks(node: Generations, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     need("cryptsetup")
     need_module("dm-crypt")
     device = create(node, kind, "secret", "256MiB")
     key = node.base / "key"
     key.write_bytes(os.urandom(32))
-    os.environ["DM_DISABLE_UDEV"] = "1"
+    monkeypatch.setenv("DM_DISABLE_UDEV", "1")
     cheap = ["--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"]
     rig.run("cryptsetup", "luksFormat", "-q", *cheap, "--key-file", key, device)
 
@@ -112,7 +106,8 @@ def test_luks(node: Generations, kind: str) -> None:
     marker = b"what the store must not know" * 1000
     with rig.mounted("/dev/mapper/plain", node.base / "mnt") as at:
         (at / "marker").write_bytes(marker)
-    device = moved(node, kind, "secret", lambda: rig.run("cryptsetup", "close", "plain"))
+    rig.run("cryptsetup", "close", "plain")
+    [device] = moved(node, kind, "secret")
     assert not any(marker[:28] in path.read_bytes() for path in node.store.rglob("*") if path.is_file())
     unlock(device)
     with rig.mounted("/dev/mapper/plain", node.base / "mnt") as at:
@@ -143,13 +138,7 @@ def test_lvm(node: Generations, kind: str) -> None:
         (at / "large").write_bytes(bytes(200 * MIB))
         want = rig.run("sha256sum", at / "all.tar").split()[0]
     lvm("vgchange", "-an", "glide")
-    node.json("detach", "pv1")
-    node.json("detach", "pv2")
-    node.stop()
-    node.wipe()
-    node.start()
-    for name in ("pv2", "pv1"):
-        node.json("attach", name, "--transport", kind)
+    moved(node, kind, "pv2", "pv1")
     lvm("vgchange", "-ay", "glide")
     lvm("vgmknodes")
     with rig.mounted("/dev/mapper/glide-data", node.base / "mnt") as at:
