@@ -1,6 +1,7 @@
 """A seed alone, then beside what another test left: ``python -m tests.sim.left_behind SEED``.
 
-An engine, and a thread that draws, sleeps, asks for the time and writes: the real ones. Status 0: no change.
+An engine, a thread that draws, sleeps, asks for the time and writes, the real ones; and disk space that a
+host keeps in reserve. Status 0: no change.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import tests.sim.run  # noqa: F401  where the modules of the simulation are
 from glidefs.core.check import CoreError
+from glidefs.formats import reserve
 from glidefs.store import resilient
 
 TURNS = 10
@@ -24,16 +26,18 @@ TURNS = 10
 
 
 class LeftBehind(threading.Thread):
-    """Writes to ``volume`` (a Vol of core_rig) until ``ended`` is set."""
+    """Writes to ``volume`` (a Vol of core_rig), and renews ``kept``, until ``ended`` is set."""
 
-    def __init__(self, volume: Any) -> None:
+    def __init__(self, volume: Any, kept: reserve.Reserve) -> None:
         super().__init__()
         self.volume = volume
+        self.kept = kept
         self.ended = threading.Event()
         self.waited: list[float] = []
 
     def run(self) -> None:
         while not self.ended.is_set():
+            self.kept.renew()
             random.uniform(0, 1)
             secrets.token_hex(4)
             began = time.monotonic()
@@ -47,12 +51,13 @@ class LeftBehind(threading.Thread):
 
 def main() -> int:
     from core_rig import rigs
+    from sim_world import MEMORY
     from simulation import simulate
 
     seed = int(sys.argv[1])
     alone = simulate(seed).digest
-    with tempfile.TemporaryDirectory() as place, rigs(Path(place)) as make:
-        thread = LeftBehind(make().vol())
+    with tempfile.TemporaryDirectory(dir=MEMORY) as place, rigs(Path(place)) as make:
+        thread = LeftBehind(make().vol(), reserve.register(Path(place)))
         thread.start()
         try:
             beside = {simulate(seed).digest}

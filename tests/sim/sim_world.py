@@ -31,6 +31,7 @@ from sim_node import GRACE, SimNode
 
 import glidefs.exports.table
 import glidefs.formats.atomic
+import glidefs.formats.reserve
 import glidefs.gc.run
 import glidefs.host.host
 from glidefs.core.check import Closed, CoreError
@@ -45,6 +46,8 @@ from glidefs.volume.volume import Volume
 NODES = ("a", "b")
 CLONES = ("c", "d")
 LOG = logging.getLogger("glidefs")
+MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
+"""Where disks are that need not outlive the power; None: where temporary files are."""
 
 
 class Result(NamedTuple):
@@ -98,8 +101,7 @@ class World:
         self.doors: dict[str, Door] = {}
         self._stores: dict[str, FaultyStore] = {}
         self._scope = contextlib.ExitStack()
-        where = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        self.home = Path(tempfile.mkdtemp(prefix="glidefs-sim-", dir=where))
+        self.home = Path(tempfile.mkdtemp(prefix="glidefs-sim-", dir=MEMORY))
         self.nodes: dict[str, SimNode] = {}
 
     # -- begin and end ---------------------------------------------------------------------------------
@@ -117,6 +119,7 @@ class World:
                 [
                     (glidefs.formats.atomic, "os", files),
                     (glidefs.exports.table, "os", files),
+                    (glidefs.formats.reserve, "_reserves", {}),  # those of other hosts are no room of ours
                     (glidefs.host.host, "VolumeConfig", self._volume_config),
                     (LOG, "propagate", False),
                     (LOG, "handlers", [self.errors]),
