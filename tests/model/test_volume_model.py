@@ -5,4 +5,4 @@ from __future__ import annotations
 from model_length import model_test
 from volume_machine import VolumeMachine
 
-test_volume_model = model_test(VolumeMachine, 25, quick=15, normal=300, long=10000)
+test_volume_model = model_test(VolumeMachine, 25, quick=15, normal=180, long=10000)

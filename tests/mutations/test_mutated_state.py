@@ -20,7 +20,7 @@ from mutation_play import Violation, play
 from mutation_world import make_world
 
 LENGTH = os.environ.get("GLIDEFS_TEST_LENGTH", "normal")
-COUNT = int(os.environ.get("GLIDEFS_MUTATIONS", "2500" if LENGTH == "long" else "300"))
+COUNT = int(os.environ.get("GLIDEFS_MUTATIONS", "2500" if LENGTH == "long" else "180"))
 SEED = int(os.environ.get("GLIDEFS_MUTATION_SEED", secrets.randbelow(1 << 31) if LENGTH == "long" else "1"))
 ONE = os.environ.get("GLIDEFS_MUTATION_CASE")
 PARTS = 1 if ONE is not None or LENGTH == "long" else 6

@@ -1,4 +1,7 @@
-"""Builds and drives ``ublk_null`` (ublk_null.c): shared by the tests and the benchmark in this directory."""
+"""Builds and drives ``ublk_null`` (ublk_null.c): shared by the tests and the benchmark in this directory.
+
+``python tests/vm/null_server.py DIRECTORY`` builds it there: a compiler takes minutes on emulated CPUs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import selectors
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +17,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Emulated CPUs are about ten times slower than real ones.
 DEADLINE = 120.0
+BUILT = "GLIDEFS_UBLK_NULL"
+"""Environment: the program, if it was built before."""
 
 
 def build(directory: Path) -> Path:
+    """The program, made in ``directory`` unless it was built before."""
+    if os.environ.get(BUILT):
+        return Path(os.environ[BUILT])
     program = directory / "ublk_null"
     sources = [
         ROOT / "tests/vm/ublk_null.c",
@@ -92,3 +101,7 @@ def blockers() -> str | None:
     if not Path("/dev/ublk-control").exists():
         return f"no /dev/ublk-control on Linux {os.uname().release}: run it with vm-test/run"
     return None
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))
