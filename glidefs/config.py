@@ -179,6 +179,13 @@ class DaemonSettings(Struct, frozen=True, forbid_unknown_fields=True):
         return self.node or socket.gethostname()
 
 
+class TelemetrySettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """[telemetry]: spans for a collector of OpenTelemetry; without an endpoint there are none."""
+
+    otlp_endpoint: str = ""
+    slow_read: Duration = 0.1
+
+
 class DebugSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """[debug]: for finding faults; not for normal use."""
 
@@ -198,6 +205,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     upload: UploadSettings = UploadSettings()
     reader: ReaderSettings = ReaderSettings()
     daemon: DaemonSettings = DaemonSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
     debug: DebugSettings = DebugSettings()
 
 
@@ -349,6 +357,7 @@ def _check(source: str, config: Config) -> None:
             except ValueError as error:
                 refuse(section, "listen", str(error))
     _check_api(refuse, config.api)
+    _check_endpoint(refuse, config.telemetry.otlp_endpoint)
     for section, path in (("api", config.api.socket), ("nbd", config.nbd.socket)):
         if len(os.fsencode(path)) > MAX_SOCKET_PATH:
             refuse(section, "socket", f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
@@ -384,6 +393,20 @@ def _check_api(refuse: Callable[[str, str, str], NoReturn], api: ApiSettings) ->
     if api.listen and not api.tls_cert and not api.allow_plaintext and not _is_loopback(api.listen):
         why = "tokens would cross the network as plain text; set tls_cert and tls_key"
         refuse("api", "listen", f"{why}, or allow_plaintext = true")
+
+
+def _check_endpoint(refuse: Callable[[str, str, str], NoReturn], endpoint: str) -> None:
+    """A mistake would show when the first span is sent, and nobody looks then."""
+    try:
+        url = urlsplit(endpoint)
+        is_whole = url.scheme in ("http", "https") and url.hostname and url.port != 0 and url.path.strip("/")
+    except ValueError:
+        is_whole = False
+    if endpoint and not is_whole:
+        refuse("telemetry", "otlp_endpoint", "write it as 'http://127.0.0.1:4318/v1/traces'")
+    if endpoint and "@" in url.netloc:
+        why = "credentials do not belong in an url; they come from OTEL_EXPORTER_OTLP_HEADERS"
+        refuse("telemetry", "otlp_endpoint", why)
 
 
 def _is_loopback(listen: str) -> bool:

@@ -6,7 +6,8 @@
 Without a fault it does what GlideFS asks of a store. A fault hits a share of the requests of some methods
 before they are looked at (so nothing of them is done), with a status and one of three bodies: `bare` text
 as load balancers send, an `html` page, or an `xml` error document of a code that says nothing of the object.
-``token`` is the session token that requests must be signed with; ``refuse`` what others are answered.
+``token`` is the session token that requests must be signed with; ``refuse`` what others are answered. A GET
+is answered ``delay`` seconds late.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class BadS3:
         self.fault: Fault | Storm | None = None
         self.token = ""
         self.refuse: tuple[int, str] = (400, "ExpiredToken")
+        self.delay = 0.0
         self.requests: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.lock = threading.Lock()
@@ -188,6 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         bucket, _, key = unquote(parts.path).lstrip("/").partition("/")
         method = "LIST" if "list-type" in query else self.command
+        if method == "GET" and self.s3.delay:
+            time.sleep(self.s3.delay)
         fault = self.s3.hit(method)
         token = self.headers.get("X-Amz-Security-Token") or query.get("X-Amz-Security-Token", "")
         if fault is not None:

@@ -15,6 +15,7 @@ from glidefs.api.access import Caller, Scope, caller_of
 from glidefs.api.audit import Audit, Record
 from glidefs.api.errors import (
     MEDIA_TYPE,
+    URN,
     BadRequest,
     BodyTooLarge,
     NoSuchPath,
@@ -26,11 +27,13 @@ from glidefs.api.errors import (
 from glidefs.api.handlers import Call, Control, Handlers
 from glidefs.api.openapi import document
 from glidefs.api.pages import ui_files
-from glidefs.api.routes import MAX_BODY, ROUTES, Route
+from glidefs.api.routes import EXPORT, MAX_BODY, ROUTES, Route
 from glidefs.asked import Asker, asked_by
 
 MAX_PATH = 400
 """Characters of a path in what is said about a request."""
+TRACE = ("traceparent", "tracestate")
+"""Header fields of W3C Trace Context: what a request is a part of elsewhere."""
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -78,6 +81,7 @@ class _Done:
         self.wanted: Any = None
         self.status = 500
         self.reason = ""
+        self.problem = ""
 
     def record(self, route: Route, request: Request) -> Record:
         """What the audit keeps of it."""
@@ -90,6 +94,9 @@ class _Done:
             seconds=time.monotonic() - self.began,
             wanted=self.wanted,
             reason=self.reason,
+            problem=self.problem,
+            export=request.path_params["name"][:MAX_PATH] if route.path.startswith(EXPORT) else "",
+            headers={name: request.headers[name] for name in TRACE if name in request.headers},
         )
 
 
@@ -103,7 +110,7 @@ async def _answer(route: Route, handlers: Handlers, request: Request, done: _Don
             response = await route.handler(handlers, Call(request), done.wanted)
     except Exception as error:
         problem, response = _refusal(request, error)
-        done.reason = problem.error
+        done.reason, done.problem = problem.error, problem.type.removeprefix(URN)
     done.status = response.status_code
     return response
 

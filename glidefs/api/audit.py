@@ -1,4 +1,4 @@
-"""The audit log: one line for each request that may change something, whatever came of it.
+"""The audit log: one line for each request that may change something, whatever came of it; and its span.
 
 It says who asked, from where, for what, with what options, and how it ended. The line is in the log, and
 with `[api] audit_log` in a file, before the client has its answer. A file that cannot be written is an error
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,6 +21,7 @@ from msgspec import Struct
 from glidefs.api.access import Caller
 from glidefs.api.pools import Pool
 from glidefs.formats.atomic import write_all
+from glidefs.tracing.spans import ERROR, Sink, Span, Value
 
 MAX_VALUE = 200
 """Characters of an option that are kept."""
@@ -27,7 +29,10 @@ log = logging.getLogger("glidefs.audit")
 
 
 class Record(Struct, frozen=True, kw_only=True):
-    """A request that ended. ``wanted`` is its query or body, if it came so far; ``reason`` why it failed."""
+    """A request that ended. ``wanted`` is its query or body, if it came so far; ``reason`` why it failed.
+
+    ``problem`` is the kind of that. ``export``: the one that its path names. ``headers``: those of its trace.
+    """
 
     caller: Caller
     method: str
@@ -37,6 +42,9 @@ class Record(Struct, frozen=True, kw_only=True):
     seconds: float
     wanted: Any = None
     reason: str = ""
+    problem: str = ""
+    export: str = ""
+    headers: Mapping[str, str] = {}
 
     @property
     def outcome(self) -> str:
@@ -60,16 +68,22 @@ class Record(Struct, frozen=True, kw_only=True):
 
 
 class Audit:
-    """Where the lines go. ``path``: a file that is appended to and made if it is not there, or None."""
+    """Where the lines go. ``path``: a file that is appended to and made if it is not there, or None.
 
-    def __init__(self, path: str | None) -> None:
+    ``sink`` gets a span of each request.
+    """
+
+    def __init__(self, path: str | None, sink: Sink | None = None) -> None:
         self._path = path
+        self._sink = sink
         self._failed = False
         self._writer = Pool(1)
 
     async def note(self, record: Record) -> None:
         """Write the line of a request; in the file when this returns."""
         _say(record)
+        if self._sink is not None:
+            self._sink.put(_span(record))
         if self._path is not None:
             await self._writer.run(self._write, (json.dumps(_fields(record)) + "\n").encode())
 
@@ -88,6 +102,29 @@ class Audit:
             self._failed = True
         else:
             self._failed = False
+
+
+def _span(record: Record) -> Span:
+    """With attributes as OpenTelemetry names them for servers: there an answer below 500 is no failure."""
+    attributes: dict[str, Value] = {
+        "http.request.method": record.method,
+        "url.path": record.path,
+        "http.response.status_code": record.status,
+    }
+    if record.export:
+        attributes["glidefs.export"] = record.export
+    if record.problem:
+        attributes["glidefs.problem"] = record.problem
+    if record.status >= 500:
+        attributes[ERROR] = record.problem or str(record.status)
+    now = time.time_ns()
+    return Span(
+        name=record.verb,
+        begin=now - int(record.seconds * 1e9),
+        end=now,
+        attributes=attributes,
+        answers=record.headers,
+    )
 
 
 def _fields(record: Record) -> dict[str, Any]:

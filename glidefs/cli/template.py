@@ -95,6 +95,10 @@ socket = "/run/glidefs/nbd.sock"    # mode 0600; NBD export name = export name
 #log_level = "info"
 #log_format = "text"                # or "json": one object per line
 
+[telemetry]
+#otlp_endpoint = ""                 # "http://127.0.0.1:4318/v1/traces": gets spans of slow reads and of verbs
+#slow_read = "100ms"                # reads of what is not here are slow from here on; 0 = all of them
+
 [debug]
 #shadow_dir = "/var/tmp/glidefs"    # compare every read with a second source kept here; slow; default: off
 """

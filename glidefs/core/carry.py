@@ -18,6 +18,7 @@ from glidefs.store.base import Source
 
 if TYPE_CHECKING:
     from glidefs.core.volume import CoreVolume
+    from glidefs.tracing.spans import Stages
 
 NO_BLOCK = (1 << 64) - 1
 """As ``leave``: none."""
@@ -40,13 +41,14 @@ _MOST_PARTS = int(lib.GLIDE_BLOCK_SECTORS)
 class AbsentBlock(NamedTuple):
     """A block that somebody waits for, of the volume with this cookie; ``stamp`` as in a Fault.
 
-    ``order``: of its posting in the engine.
+    ``order``: of its posting in the engine. ``stages``: what it went through, where somebody notes that.
     """
 
     volume: int
     block: int
     stamp: int
     order: int
+    stages: Stages | None = None
 
 
 class Carried(NamedTuple):

@@ -40,6 +40,7 @@ from glidefs.host.host import Host
 from glidefs.store import open_configured
 from glidefs.store.resilient import ResilientStore
 from glidefs.store.which import WhichStore
+from glidefs.tracing.exporter import Exporter
 from glidefs.version import commit, version
 from glidefs.volume.volume import Volume
 
@@ -88,6 +89,7 @@ class Daemon:
         self._locks: list[process.DirectoryLock] = []
         self._undo = contextlib.ExitStack()
         self._store: ResilientStore | None = None
+        self.spans: Exporter | None = None
         self._identity: CacheIdentity | None = None
         self._core: Core | None = None
         self._api: ApiServer | None = None
@@ -140,6 +142,7 @@ class Daemon:
         """Directories, locks, the store: what lasts as long as the process."""
         if self._store is not None:
             return
+        self.spans = self._open_spans()
         self._prepare_directories(locks)
         heap.keep_large_buffers_apart()
         process.raise_file_limit()
@@ -148,7 +151,7 @@ class Daemon:
     def _open_core(self, *, standby: bool) -> None:
         assert self._store is not None
         assert self._identity is not None
-        self._core = Core(self.config, self._store, self._identity, standby=standby)
+        self._core = Core(self.config, self._store, self._identity, standby=standby, sink=self.spans)
 
     def _open_exports(self) -> None:
         gc.disable()  # nothing that is made here is garbage; to look for some took a fifth of the time
@@ -210,6 +213,14 @@ class Daemon:
         beside = {"log_dir": cache.logs, "block_cache_dir": cache.blocks}
         self._has_exports = any((Path(cache.dir) / "exports").glob("*.json"))
         self._identity = CacheIdentity(Path(cache.dir), beside, keeps_logs=self._has_exports)
+
+    def _open_spans(self) -> Exporter | None:
+        """Where spans go. At the end the last are sent when all else is done. Raises ConfigError."""
+        if not (endpoint := self.config.telemetry.otlp_endpoint):
+            return None
+        spans = Exporter(endpoint, self.config.daemon.node_name)
+        self._undo.callback(spans.close)
+        return spans
 
     def _open_store(self) -> ResilientStore:
         settings = self.config.store
@@ -299,6 +310,8 @@ class Daemon:
             lock.leave()
         if self._api is not None:
             self._api.close(handed_over=True)
+        if self.spans is not None:
+            self.spans.close()
         process.end(0)
 
     # -- handoff: this process is the successor -----------------------------------------------------
@@ -480,4 +493,4 @@ def _api_server(daemon: Daemon) -> ApiServer:
     from glidefs.api.server import ApiServer
 
     settings = daemon.config.api
-    return ApiServer(settings, build_app(daemon, Audit(settings.audit_log)))
+    return ApiServer(settings, build_app(daemon, Audit(settings.audit_log, daemon.spans)))

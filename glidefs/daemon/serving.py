@@ -17,6 +17,7 @@ from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.host.host import Host
 from glidefs.manifest.lease import Owner
 from glidefs.store.resilient import ResilientStore
+from glidefs.tracing.spans import Sink
 from glidefs.transport.nbd.server import NbdServer
 from glidefs.transport.nbd.transport import NbdTransport
 from glidefs.transport.nbd_device.device import NbdDeviceTransport
@@ -66,6 +67,7 @@ def host_settings(config: Config) -> HostSettings:
         compaction=upload.compaction,
         compact_rate=upload.compact_rate,
         gc_grace=config.store.gc_grace,
+        slow_read=config.telemetry.slow_read,
         shadow_dir=Path(config.debug.shadow_dir) if config.debug.shadow_dir else None,
     )
 
@@ -74,7 +76,13 @@ class Core:
     """What serves the exports: engine, host, router, servers. A daemon may have one after another."""
 
     def __init__(
-        self, config: Config, store: ResilientStore, identity: CacheIdentity, *, standby: bool
+        self,
+        config: Config,
+        store: ResilientStore,
+        identity: CacheIdentity,
+        *,
+        standby: bool,
+        sink: Sink | None = None,
     ) -> None:
         self.stopping = threading.Event()
         self._undo = contextlib.ExitStack()
@@ -84,6 +92,7 @@ class Core:
             store,
             state_dir=config.cache.state,
             settings=host_settings(config),
+            sink=sink,
         )
         nbd = NbdTransport()
         self.server = NbdServer(config.nbd, nbd)

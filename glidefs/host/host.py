@@ -32,6 +32,7 @@ from glidefs.manifest.cache import IndexFiles, MetaCache
 from glidefs.reading.prefetch import Prefetcher
 from glidefs.reading.service import FaultService
 from glidefs.store.resilient import ResilientStore
+from glidefs.tracing.spans import Sink
 from glidefs.volume import logs
 from glidefs.volume.settings import MIB, HostSettings
 from glidefs.volume.volume import Volume
@@ -48,12 +49,18 @@ log = logging.getLogger(__name__)
 class Host:
     """Serves volumes of ``engine`` from ``store``; ``state_dir`` holds local copies of manifests.
 
-    ``start()`` before the first volume is opened, ``close()`` before the engine is closed. ``_lock``
-    guards the table of volumes.
+    ``start()`` before the first volume is opened, ``close()`` before the engine is closed. ``sink`` gets
+    spans. ``_lock`` guards the table of volumes.
     """
 
     def __init__(
-        self, engine: Engine, store: ResilientStore, *, state_dir: Path, settings: HostSettings
+        self,
+        engine: Engine,
+        store: ResilientStore,
+        *,
+        state_dir: Path,
+        settings: HostSettings,
+        sink: Sink | None = None,
     ) -> None:
         self.engine = engine
         self.store = store
@@ -77,7 +84,7 @@ class Host:
         )
         self._write_out = WriteOut(settings.nice, lambda: self._throttle.filling)
         self.scheduler.on_sealed = self._write_out.note
-        self.faults = FaultService(engine, store, settings, self._volumes.get)
+        self.faults = FaultService(engine, store, settings, self._volumes.get, sink)
         self.prefetcher = Prefetcher(self.faults, settings)
         self.compactor = Compactor(store, self.meta, settings, self.uploader, self._quiet_for)
         if settings.compaction:

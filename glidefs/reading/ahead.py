@@ -11,7 +11,7 @@ How far ahead is enough follows from what is measured, as congestion windows do 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -118,3 +118,17 @@ class ReadAhead:
             self.markers.append(self.ahead)
             self.ahead += count
         return found
+
+
+def runs_of(blocks: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of runs of at most ``longest`` neighbours among ``blocks``, ascending; twice is once."""
+    first = count = 0
+    for block in sorted(set(blocks)):
+        if count and block == first + count and count < longest:
+            count += 1
+            continue
+        if count:
+            yield first, count
+        first, count = block, 1
+    if count:
+        yield first, count

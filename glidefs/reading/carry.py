@@ -12,7 +12,7 @@ import errno
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import groupby
@@ -30,6 +30,7 @@ from glidefs.store.resilient import StoreView
 from glidefs.volume.settings import HostSettings
 
 if TYPE_CHECKING:
+    from glidefs.reading.slow import Turn
     from glidefs.volume.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,17 @@ _ANSWERED = (DONE, ZERO)
 
 
 class Request(NamedTuple):
-    """What is asked for: blocks of ``volume``, all but ``leave`` mapped. ``guest``: somebody waits."""
+    """What is asked for: blocks of ``volume``, all but ``leave`` mapped. ``guest``: somebody waits.
+
+    ``turn`` notes when what happens, where somebody wants to know.
+    """
 
     volume: Volume
     store: StoreView
     stamp: int
     leave: int
     guest: bool
+    turn: Turn | None = None
 
 
 class Task(NamedTuple):
@@ -72,7 +77,10 @@ class _Group(NamedTuple):
 
 
 class Carrier:
-    """The tasks of an engine. Thread-safe; ``_lock`` guards their table, and is held while some begin."""
+    """The tasks of an engine. Thread-safe; ``_lock`` guards their table, and is held while some begin.
+
+    ``waited`` is told of faults with stages that a landing answered, though it was not begun for them.
+    """
 
     def __init__(
         self, engine: Engine, settings: HostSettings, flights: Flights, chunk_holes: ChunkHoles
@@ -81,6 +89,7 @@ class Carrier:
         self._settings = settings
         self._flights = flights
         self._chunk_holes = chunk_holes
+        self.waited: Callable[[AbsentBlock], None] | None = None
         self._lock = threading.Lock()
         self._tasks: dict[int, Task] = {}
         self._next = 0
@@ -157,6 +166,8 @@ class Carrier:
                 plans.skip(i)
         if fetched and not self._begin(request, plans, rows, fetched, sources):
             return [row[_BLOCK] for row in rows if row[_STATE] not in _ANSWERED], 0
+        if request.turn is not None:
+            request.turn.under_way(rows[i][_BLOCK] for i in absent)
         return [row[_BLOCK] for row in rows if row[_STATE] == UNSURE], len(fetched)
 
     def _prefix(self, volume: Volume) -> str | None:
@@ -192,6 +203,8 @@ class Carrier:
             try:
                 if self._closed:
                     raise Closed("nothing is carried any more")
+                if request.turn is not None:
+                    request.turn.hand_over()
                 count = plans.carry(
                     self._engine,
                     request.volume.cookie,
@@ -243,7 +256,7 @@ class Carrier:
         for task, one in found:
             failed = one.err != 0
             self._flights.land(
-                task.blocks.values(), None if failed else partial(_is_answered, task, one.order)
+                task.blocks.values(), None if failed else partial(self._is_answered, task, one.order)
             )
             if failed or self._pause:
                 self._judge(one.err)
@@ -260,6 +273,19 @@ class Carrier:
             tasks, self._tasks = self._tasks, {}
         for task in tasks.values():
             self._flights.land(task.blocks.values())
+
+    def _is_answered(self, task: Task, order: int, fault: AbsentBlock) -> bool:
+        """Whether the landing of a task answered this fault, too."""
+        request = task.request
+        found = (
+            fault.order < order
+            and fault.block in task.blocks
+            and fault.volume == request.volume.cookie
+            and fault.block != request.leave
+        )
+        if found and fault.stages is not None and self.waited is not None:
+            self.waited(fault)
+        return found
 
     def _judge(self, err: int) -> None:
         """Keep away from sources for a while that fail: each costs a request for nothing.
@@ -282,14 +308,3 @@ def _add_zeros(zeros: Zeros, groups: list[_Group], rows: list[Row]) -> None:
             if row[_STATE] == ZERO:
                 zeros.add(row[_BLOCK], group.indices)
         at += len(group.blocks)
-
-
-def _is_answered(task: Task, order: int, fault: AbsentBlock) -> bool:
-    """Whether the landing of a task answered this fault, too."""
-    request = task.request
-    return (
-        fault.order < order
-        and fault.block in task.blocks
-        and fault.volume == request.volume.cookie
-        and fault.block != request.leave
-    )

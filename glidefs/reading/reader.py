@@ -37,6 +37,7 @@ from glidefs.store.base import ObjectStore
 from glidefs.volume.settings import HostSettings
 
 if TYPE_CHECKING:
+    from glidefs.tracing.spans import Stages
     from glidefs.volume.volume import Volume
 
 T = TypeVar("T")
@@ -71,21 +72,26 @@ class Reader:
         stamp: int,
         *,
         leave: int = -1,
+        stages: Stages | None = None,
     ) -> int:
         """Make blocks ``first`` up to ``first + count`` resident; returns how many the store was asked for.
 
-        ``leave`` is a block that is put in the cache but not mapped: the marker of read-ahead.
+        ``leave`` is a block that is put in the cache but not mapped: the marker of read-ahead. ``stages``
+        notes what is done when.
         A block that does not verify is fetched once more from the store, with all that says where it is;
         one that is damaged there is answered with EIO. Raises StoreError when the store fails
         and Closed when the volume closes; what was answered until then stays answered.
         """
         try:
-            return self._resolve(volume, store, [(first, count)], stamp, leave, self._helpers)
+            return self._resolve(volume, store, [(first, count)], stamp, leave, self._helpers, stages)
         except (CorruptObject, NotFound) as error:
+            if stages is not None:
+                stages.fail(error)
+                stages.enter("plan")
             if count == 1:
-                return self._resolve_anew(volume, store, first, stamp, leave, error)
+                return self._resolve_anew(volume, store, first, stamp, leave, error, stages)
             return sum(
-                self.resolve(volume, store, block, 1, stamp, leave=leave)
+                self.resolve(volume, store, block, 1, stamp, leave=leave, stages=stages)
                 for block in range(first, first + count)
             )
 
@@ -97,12 +103,15 @@ class Reader:
         stamp: int,
         leave: int,
         first: CorruptObject | NotFound,
+        stages: Stages | None,
     ) -> int:
         """A block that could not be had: once more, believing nothing that is kept here."""
         try:
             volume.manifest(store).forget(block // CHUNK_BLOCKS)
-            asked = self._resolve(volume, store, [(block, 1)], stamp, leave, self._helpers)
+            asked = self._resolve(volume, store, [(block, 1)], stamp, leave, self._helpers, stages)
         except (CorruptObject, NotFound) as error:
+            if stages is not None:
+                stages.give_up(error)
             self._damaged(volume, store, block, stamp, error)
             return 0
         log.warning("volume %s: block %d verified when it was fetched again: %s", volume.name, block, first)
@@ -167,6 +176,7 @@ class Reader:
         stamp: int,
         leave: int,
         helpers: Executor | None,
+        stages: Stages | None = None,
     ) -> int:
         manifest = volume.manifest(store)
         zeros = Zeros(self.chunk_holes)
@@ -175,7 +185,7 @@ class Reader:
             plan_run(manifest, first, count, helpers, zeros, plans)
         zeros.install(volume.core, stamp)
         keys = {p.block: self._key(p, volume.prefix) for p in plans}
-        run = _Run(volume.core, stamp, leave, keys, helpers)
+        run = _Run(volume.core, stamp, leave, keys, helpers, stages)
         asked = 0
         while plans:
             plans = self._answer_cached(run, plans)
@@ -187,6 +197,8 @@ class Reader:
                 self.flights.land(mine)
             # Blocks of equal key share the flight and find the slot in the next round.
             plans = [plan for plan in plans if plan.block not in done]
+            if others and stages is not None:
+                stages.enter("shared GET")
             for event in others:
                 event.wait()
         return asked
@@ -237,8 +249,16 @@ class Reader:
             return set()
         wanted = [part for plan in plans for part in plan.payloads()]
         ranges = plan_ranges(wanted, self._settings.coalesce_gap, self._settings.fetch_bytes)
+        stages = run.stages
+        if stages is not None:
+            stages.enter("GET")
         with self._buffers.lend(ranges) as room:
-            return self._land(run, plans, fetch(store, ranges, run.helpers, room))
+            payloads = fetch(store, ranges, run.helpers, room)
+            if stages is not None:
+                stages.enter("verify")
+                stages.gets += len(ranges)
+                stages.bytes += sum(part.length for part in ranges)
+            return self._land(run, plans, payloads)
 
     def _land(self, run: _Run, plans: Sequence[BlockPlan], payloads: Payloads) -> set[int]:
         """Blocks whose payloads are here: verify, put in the cache, answer."""
@@ -267,6 +287,7 @@ class _Run(NamedTuple):
     leave: int
     keys: dict[int, bytes]
     helpers: Executor | None
+    stages: Stages | None
 
 
 def _fill(run: _Run, fills: list[Fill]) -> int:

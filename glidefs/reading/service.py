@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,12 +28,14 @@ from glidefs.core.engine import Engine, Fault
 from glidefs.core.volume import holes_error, install_error, install_retry
 from glidefs.errors import GlideError, StoreError
 from glidefs.formats.pack import BLOCK, CHUNK_BLOCKS
-from glidefs.reading.ahead import Pace, ReadAhead, Window
+from glidefs.reading.ahead import Pace, ReadAhead, Window, runs_of
 from glidefs.reading.carry import Carrier, Request
 from glidefs.reading.changed import Changes
 from glidefs.reading.reader import Reader, Runs
 from glidefs.reading.shares import Shares
+from glidefs.reading.slow import Of, SlowReads, Turn, again, noting
 from glidefs.store.resilient import ResilientStore, StoreView
+from glidefs.tracing.spans import Sink, Stages
 from glidefs.volume.settings import HostSettings
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ class FaultService:
 
     ``find`` gives the volume of a cookie. ``busy`` counts guest faults in service; compaction
     looks at it. Guest reads have their own lane of the store, prefetch runs in the background's.
+    ``sink`` gets spans of slow reads.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class FaultService:
         store: ResilientStore,
         settings: HostSettings,
         find: Callable[[int], Volume | None],
+        sink: Sink | None = None,
     ) -> None:
         self._engine = engine
         self._settings = settings
@@ -81,15 +85,15 @@ class FaultService:
         self.reader.flights.tell = self._again
         self.changes = Changes(self._helpers)
         self.carrier = Carrier(engine, settings, self.reader.flights, self.reader.chunk_holes)
-        self._faults: Shares[tuple[AbsentBlock, bool]] = Shares(
-            settings.carried_blocks
-        )  # of the thread that takes them only
+        self._spans = None if sink is None else SlowReads(sink, settings.slow_read, find)
+        if self._spans is not None:
+            self.carrier.waited = self._spans.waited
+        # Of the thread that takes them only.
+        self._faults: Shares[tuple[AbsentBlock, bool]] = Shares(settings.carried_blocks)
         self._redo: deque[_Redo] = deque()
         self._took_us = 0.0  # of the same thread: what a task takes, and how long to wait for more of them
         self._linger_us = _LINGER_US[0]
-        self._slow_changed = (
-            threading.Condition()
-        )  # guards the next; threads that have nothing to do wait on it
+        self._slow_changed = threading.Condition()  # guards the next; idle threads wait on it
         self._slow: Shares[_Slow] = Shares(settings.reader_threads)
         self._lock = threading.Lock()  # guards what is below
         self._ahead: dict[int, ReadAhead] = {}
@@ -153,7 +157,8 @@ class FaultService:
                 self._stop.wait(1.0)
                 continue
             for fault in questions:
-                self._queue_slow(_Slow(fault, True))
+                noted = self._spans is not None and not fault.ticket
+                self._queue_slow(_Slow(fault, True, Stages("queue") if noted else None))
             windows = self._take(faults)
             self._begin_all()  # before what needs no haste: requests on their way cost no time of ours
             if carried:
@@ -180,13 +185,16 @@ class FaultService:
 
     def _again(self, waiters: Iterable[AbsentBlock]) -> None:
         """Blocks that were waited for are in the cache now, or to be fetched once more."""
-        self._redo.append(_Redo(list(waiters), False))
+        self._redo.append(_Redo(list(waiters) if self._spans is None else again(waiters), False))
         self._news.poke()
 
     def _take(self, faults: Iterable[AbsentBlock]) -> list[tuple[Volume, Window]]:
         """New faults: let them wait for their turn. What is to be read ahead because of them."""
         windows: list[tuple[Volume, Window]] = []
         by_volume: dict[int, list[int]] = {}
+        if self._spans is not None:
+            stages = Stages("queue")
+            faults = [noting(fault, stages) for fault in faults]
         for fault in faults:
             self._faults.put(fault.volume, (fault, False))
             by_volume.setdefault(fault.volume, []).append(fault.block)
@@ -209,12 +217,13 @@ class FaultService:
         blocks = sorted({fault.block for fault, _ in faults})
         stamp = min(fault.stamp for fault, _ in faults)
         prepared = any(prepared for _, prepared in faults)
+        turn = None
         try:
-            blocks, asked = self.carrier.carry(
-                Request(volume, self._reads, stamp, NO_BLOCK, True),
-                blocks,
-                {fault.block: fault for fault in sorted(fault for fault, _ in faults)},
-            )
+            waiting = {fault.block: fault for fault in sorted(fault for fault, _ in faults)}
+            if self._spans is not None:
+                turn = Turn(waiting)
+            request = Request(volume, self._reads, stamp, NO_BLOCK, True, turn)
+            blocks, asked = self.carrier.carry(request, blocks, waiting)
             self._faults.enter(cookie, asked)
             with self._lock:
                 self.fetches += asked
@@ -223,12 +232,15 @@ class FaultService:
             return
         except BaseException:
             log.exception("volume %s: %d blocks cannot be planned", volume.name, len(blocks))
-        self._serve_later(volume, blocks, stamp, prepared)
+        self._serve_later(volume, blocks, stamp, prepared, turn.of if turn else None)
+        if self._spans is not None and turn is not None:
+            self._spans.at_once(volume.name, turn, blocks)
 
     def _landed(self, carried: list[Carried]) -> None:
         """Tasks of the core ended."""
         served = 0
-        for task, one in self.carrier.landed(carried):
+        landed = self.carrier.landed(carried)
+        for task, one in landed:
             volume, count = task.request.volume, len(task.blocks)
             if not task.request.guest:
                 with self._lock:
@@ -242,18 +254,27 @@ class FaultService:
             if one.err:
                 name = errno.errorcode.get(-one.err, one.err)
                 log.debug("volume %s: %d blocks did not come: %s", volume.name, count, name)
-                self._serve_later(volume, list(task.blocks), task.request.stamp, True)
+                turn = task.request.turn
+                stages = partial(turn.landed, one) if turn else None
+                self._serve_later(volume, list(task.blocks), task.request.stamp, True, stages)
         if served:
             self._linger_us = int(min(max(self._took_us / _LINGER, _LINGER_US[0]), _LINGER_US[1]))
             with self._lock:
                 self.busy -= served
                 self.last_fault = time.monotonic()
+        if self._spans is not None:
+            self._spans.carried(landed)
 
     # -- guest faults: the threads that may wait -----------------------------------------------------
 
-    def _serve_later(self, volume: Volume, blocks: list[int], stamp: int, prepared: bool) -> None:
+    def _serve_later(
+        self, volume: Volume, blocks: list[int], stamp: int, prepared: bool, of: Of | None
+    ) -> None:
         for first, count in runs_of(blocks, self._settings.fault_blocks):
-            self._queue_slow(_Slow(Fault(volume.cookie, first, stamp, count), prepared))
+            stages = of(range(first, first + count)) if of is not None else None
+            if stages is not None:
+                stages.enter("queue")
+            self._queue_slow(_Slow(Fault(volume.cookie, first, stamp, count), prepared, stages))
 
     def _queue_slow(self, slow: _Slow) -> None:
         with self._slow_changed:
@@ -291,12 +312,19 @@ class FaultService:
         if volume is None:
             return
         blocks = range(fault.block, fault.block + fault.count)
+        stages = slow.stages
+        if stages is not None:
+            stages.enter("plan")
         if not slow.prepared and self._is_prepared(volume, self._reads, blocks):
-            waiters = [AbsentBlock(fault.volume, block, fault.stamp, _ANY_ORDER) for block in blocks]
+            if stages is not None:
+                stages.enter("queue")
+            waiters = [AbsentBlock(fault.volume, block, fault.stamp, _ANY_ORDER, stages) for block in blocks]
             self._redo.append(_Redo(waiters, True))
             self._news.poke()
             return
-        self._resolve(volume, fault)
+        self._resolve(volume, fault, stages)
+        if stages is not None and self._spans is not None:
+            self._spans.served(volume.name, fault, stages)
 
     def _is_prepared(self, volume: Volume, store: StoreView, blocks: range) -> bool:
         """Load and find out what the core needs. False: it cannot carry these."""
@@ -319,7 +347,7 @@ class FaultService:
                 self.prefetch_window(volume, window)
         self._resolve(volume, fault)
 
-    def _resolve(self, volume: Volume, fault: Fault) -> None:
+    def _resolve(self, volume: Volume, fault: Fault, stages: Stages | None = None) -> None:
         try:
             if fault.ticket:
                 self.changes.answer(volume, self._reads, fault)
@@ -328,17 +356,22 @@ class FaultService:
                 chunk = fault.block // CHUNK_BLOCKS
                 self.reader.resolve_holes(volume, self._reads, chunk, fault.chunks, fault.stamp)
                 return
-            if self.reader.resolve(volume, self._reads, fault.block, fault.count, fault.stamp):
+            if self.reader.resolve(volume, self._reads, fault.block, fault.count, fault.stamp, stages=stages):
                 with self._lock:
                     self.fetches += 1
         except Closed:
             return
         except StoreError as error:
             # Not an answer that guests should see: their requests wait until the store is back.
+            if stages is not None:
+                stages.give_up(error)
+                stages.enter("pause")
             self._say(volume, error)
             self._stop.wait(_STORE_PAUSE)
             self._finish(volume, fault, retry=True)
-        except BaseException:
+        except BaseException as error:
+            if stages is not None:
+                stages.give_up(error)
             log.exception("volume %s: blocks %d+%d", volume.name, fault.block, fault.count)
             self._finish(volume, fault, retry=False)
 
@@ -455,6 +488,7 @@ class _Slow(NamedTuple):
 
     fault: Fault
     prepared: bool
+    stages: Stages | None
 
 
 class _Redo(NamedTuple):
@@ -462,17 +496,3 @@ class _Redo(NamedTuple):
 
     waiters: list[AbsentBlock]
     prepared: bool
-
-
-def runs_of(blocks: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of runs of at most ``longest`` neighbours among ``blocks``, ascending; twice is once."""
-    first = count = 0
-    for block in sorted(set(blocks)):
-        if count and block == first + count and count < longest:
-            count += 1
-            continue
-        if count:
-            yield first, count
-        first, count = block, 1
-    if count:
-        yield first, count

@@ -23,6 +23,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     ``fetch_bytes``: largest ranged GET of a fault that several requests share. Pack indices are kept
     up to ``index_cache_bytes`` in memory and ``index_disk_bytes`` in the state directory.
     ``hot_volumes`` forks at a time get their hot set, up to ``hot_set_bytes``, with ``hot_threads``.
+    Guests' reads of ``slow_read`` and longer become spans, where those go somewhere.
 
     Uploading: ``uploaders`` volumes at once, ``put_threads`` packs in the making (each holds
     ``pack_bytes``). ``batch_bytes`` of sealed log make a volume due before its age does;
@@ -56,6 +57,7 @@ class HostSettings(msgspec.Struct, frozen=True, kw_only=True):
     index_disk_bytes: int = 128 * MIB
     page_cache_pages: int = 32
     store_patience: float = 5.0
+    slow_read: float = 0.1
     uploaders: int = 8
     put_threads: int = 3
     sync_interval: float = 30.0

@@ -140,6 +140,12 @@ def test_durations() -> None:
         ('[nbd]\nreply_memory = "63MiB"', "[nbd] reply_memory: must be at least 64MiB"),
         ("[reader]\nread_timeout = nan", "[reader] read_timeout"),
         ('[upload]\nsync_interval = "10m"\nmax_dirty_age = "1m"', "[upload] max_dirty_age"),
+        ('[telemetry]\notlp_endpoint = "localhost:4318"', "[telemetry] otlp_endpoint: write it as 'http://"),
+        ('[telemetry]\notlp_endpoint = "http://localhost:4318"', "[telemetry] otlp_endpoint: write it as"),
+        ('[telemetry]\notlp_endpoint = "http://[::1/v1/traces"', "[telemetry] otlp_endpoint: write it as"),
+        ('[telemetry]\notlp_endpoint = "http://h:99999/v1/traces"', "[telemetry] otlp_endpoint: write it as"),
+        ('[telemetry]\notlp_endpoint = "http://a:b@c/v1/traces"', "[telemetry] otlp_endpoint: credentials"),
+        ('[telemetry]\nslow_read = "soon"', "[telemetry] slow_read: soon is not a duration"),
         ("x", "not valid TOML"),
     ],
 )

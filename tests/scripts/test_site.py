@@ -121,6 +121,7 @@ def test_dependencies_are_told_with_their_reasons() -> None:
     page = (ROOT / "docs/dependencies.md").read_text(encoding="utf-8")
     tables = {
         "To run": project["dependencies"],
+        "To send spans": project["optional-dependencies"]["telemetry"],
         "To test": project["optional-dependencies"]["test"],
         "To develop, to measure, and for this site": [
             *project["optional-dependencies"]["dev"],

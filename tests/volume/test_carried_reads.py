@@ -20,9 +20,9 @@ from waiting import wait_for
 from glidefs.core.check import CoreError
 from glidefs.host.host import Host
 from glidefs.reading import carry
+from glidefs.reading.ahead import runs_of
 from glidefs.reading.carry import Request, Task
 from glidefs.reading.reader import block_key
-from glidefs.reading.service import runs_of
 from glidefs.reading.shares import Shares
 from glidefs.store.base import ObjectStore
 from glidefs.store.file import FileStore

@@ -21,6 +21,7 @@ from glidefs.manifest import lease, local
 from glidefs.names import manifest_key
 from glidefs.store.memory import MemoryStore
 from glidefs.store.resilient import ResilientStore
+from glidefs.tracing.spans import Sink
 from glidefs.volume.settings import HostSettings
 from glidefs.volume.volume import Volume
 
@@ -75,7 +76,14 @@ class Rig:
         self.owners: dict[int, lease.Owner] = {}
         self.differences = Differences()
 
-    def host(self, directory: str = "a", *, engine: dict[str, Any] | None = None, **settings: Any) -> Host:
+    def host(
+        self,
+        directory: str = "a",
+        *,
+        engine: dict[str, Any] | None = None,
+        sink: Sink | None = None,
+        **settings: Any,
+    ) -> Host:
         home = self.tmp / directory
         store = ResilientStore(self.memory, probe_every=0.05)
         config: dict[str, Any] = {
@@ -105,7 +113,8 @@ class Rig:
         }
         defaults.update(settings)
         live_engine = Engine(EngineConfig(**config))
-        host = Host(live_engine, store, state_dir=home / "state", settings=HostSettings(**defaults))
+        made = HostSettings(**defaults)
+        host = Host(live_engine, store, state_dir=home / "state", settings=made, sink=sink)
         host.start()
         self.live.append((host, live_engine))
         self.owners[id(host)] = owner_of(directory)
