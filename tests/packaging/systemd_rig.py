@@ -19,26 +19,32 @@ ROOT = Path(__file__).resolve().parents[2]
 SYSTEMD = Path("/lib/systemd/systemd")
 INNER = """\
 set -e
-mount -t proc proc /proc
-mount -t tmpfs tmpfs /run
-mount -t tmpfs -o mode=755 tmpfs /sys/fs/cgroup
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
-mkdir -p /run/systemd/system
-cp -r {units}/. /run/systemd/system/
+root={root}
+if [ -n "$root" ]; then
+    mount --rbind $root $root # services get mounts of their own only where / is one
+    mount --bind /sys $root/sys
+fi
+mount -t proc proc $root/proc
+mount -t tmpfs tmpfs $root/run
+mount -t tmpfs -o mode=755 tmpfs $root/sys/fs/cgroup
+mount -t cgroup2 cgroup2 $root/sys/fs/cgroup
+mkdir -p $root/run/systemd/system
+cp -r {units}/. $root/run/systemd/system/
 # What a host starts at boot has no business here.
-for unit in /lib/systemd/system/*.wants/* /etc/systemd/system/*.wants/*; do
+for unit in $root/lib/systemd/system/*.wants/* $root/etc/systemd/system/*.wants/*; do
     name=${{unit##*/}}
     case $name in
     '*' | *.target | modprobe@* | glidefs*) ;;
-    *) ln -sfn /dev/null "/run/systemd/system/$name" ;;
+    *) ln -sfn /dev/null "$root/run/systemd/system/$name" ;;
     esac
 done
 for name in systemd-journald.service systemd-journald.socket systemd-journald-dev-log.socket \\
     systemd-udevd.service dbus.service dbus.socket; do
-    ln -sfn /dev/null "/run/systemd/system/$name"
+    ln -sfn /dev/null "$root/run/systemd/system/$name"
 done
 export container=test PATH=/usr/sbin:/usr/bin:/sbin:/bin
-exec {systemd} --system --unit=rig.target --log-target=console --log-level=info --show-status=0 --log-color=0
+exec ${{root:+chroot $root}} {systemd} --system --unit=rig.target --log-target=console --log-level=info \\
+    --show-status=0 --log-color=0
 """
 
 
@@ -83,16 +89,20 @@ def _remove(path: str) -> bool:
 
 
 class Systemd:
-    """Runs the units of a directory. ``console`` is what it says."""
+    """Runs the units of a directory. ``console`` is what it says.
 
-    def __init__(self, base: Path, units: Path) -> None:
+    With a ``root`` it is that of the system there, with the units that are installed there, too. ``pid`` is
+    that of process 1.
+    """
+
+    def __init__(self, base: Path, units: Path, root: Path | None = None) -> None:
         self.console = base / "console"
         target = units / "rig.target"
         target.write_text("[Unit]\nDefaultDependencies=no\n")
         self._script = base / "inner.sh"
-        self._script.write_text(INNER.format(units=units, systemd=SYSTEMD))
+        self._script.write_text(INNER.format(units=units, systemd=SYSTEMD, root=root or ""))
         self._process: subprocess.Popen[bytes] | None = None
-        self._pid = 0
+        self.pid = 0
 
     def start(self, cgroup: Path) -> None:
         spaces = "--mount --pid --fork --kill-child --uts --ipc --cgroup --propagation private"
@@ -101,7 +111,7 @@ class Systemd:
             self._process = subprocess.Popen(
                 ["bash", "-c", command], stdout=console, stderr=console, stdin=subprocess.DEVNULL
             )
-        self._pid = wait_for(self._child, f"systemd runs\n{self.console.read_text()}")
+        self.pid = wait_for(self._child, f"systemd runs\n{self.console.read_text()}")
         running = ("running", "starting", "degraded", "initializing")
         wait_for(lambda: self.systemctl("is-system-running").stdout.strip() in running, "systemd answers")
 
@@ -115,16 +125,16 @@ class Systemd:
         return int(children[0])
 
     def close(self) -> None:
-        if self._pid:
+        if self.pid:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, signal.SIGKILL)
+                os.kill(self.pid, signal.SIGKILL)
         if self._process is not None:
             self._process.kill()
             self._process.wait()
 
     def run(self, *command: str | Path) -> subprocess.CompletedProcess[str]:
         """A command beside the services."""
-        enter = ["nsenter", "-t", str(self._pid), "-m", "-p", "-u", "-i", "-C"]
+        enter = ["nsenter", "-t", str(self.pid), "-m", "-p", "-u", "-i", "-C", "-r", "--wd=/"]
         return subprocess.run(
             [*enter, *map(str, command)], capture_output=True, text=True, check=False, timeout=DEADLINE
         )
@@ -147,10 +157,10 @@ class Systemd:
 
 
 @contextlib.contextmanager
-def systemd(base: Path, units: Path) -> Iterator[Systemd]:
+def systemd(base: Path, units: Path, root: Path | None = None) -> Iterator[Systemd]:
     """A running one."""
     with _cgroup(base) as cgroup:
-        made = Systemd(base, units)
+        made = Systemd(base, units, root)
         try:
             made.start(cgroup)
             yield made

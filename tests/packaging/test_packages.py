@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import systemd_rig
 from doc_blocks import blocks_of
+from waiting import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = os.environ.get("GLIDEFS_TEST_LENGTH") == "long"
@@ -131,23 +133,27 @@ class Inside:
         time.sleep(1)
 
 
+def guest(run: Path, command: str) -> None:
+    """A client of the host; ``run`` is the directory of the daemon's sockets."""
+    done = subprocess.run(
+        ["qemu-io", "-f", "raw", f"nbd+unix:///vm1?socket={run}/nbd.sock", "-c", command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "failed" not in done.stdout, done.stdout
+
+
 def check_it_serves(inside: Inside) -> None:
     """A volume, a client of the host, two handoffs, a drain: nothing is lost. Ends the daemon."""
-    uri = f"nbd+unix:///vm1?socket={inside.root}/run/glidefs/nbd.sock"
-
-    def guest(command: str) -> None:
-        done = subprocess.run(
-            ["qemu-io", "-f", "raw", uri, "-c", command], capture_output=True, text=True, check=True
-        )
-        assert "failed" not in done.stdout, done.stdout
-
+    sockets = inside.root / "run/glidefs"
     try:
         inside.run(SERVE)
-        guest("write -P 7 0 1M")
+        guest(sockets, "write -P 7 0 1M")
         assert "succeeded" in inside.run("glidefs handoff")
         assert inside.run("glidefs drain vm1") == "vm1: drained\n"
         assert "succeeded" in inside.run("glidefs handoff")
-        guest("read -P 7 0 1M")
+        guest(sockets, "read -P 7 0 1M")
     finally:
         inside.end_all()
 
@@ -159,6 +165,7 @@ def test_the_debian_package_serves_on_a_fresh_debian(release: str, python: str, 
         inside = Inside(root)
         shutil.copy(package, root / "tmp/glidefs.deb")
         inside.apt_install("/tmp/glidefs.deb")
+        inside.run("/usr/lib/glidefs/bin/python3 -c 'import glidefs.tracing.otlp'")
         check_it_serves(inside)
         for name in ("bash-completion/completions/glidefs", "man/man1/glidefs-list.1.gz"):
             assert (root / "usr/share" / name).exists(), name
@@ -167,6 +174,52 @@ def test_the_debian_package_serves_on_a_fresh_debian(release: str, python: str, 
         inside.run("dpkg --purge glidefs")
         assert not (root / "usr/bin/glidefs").exists()
         assert (root / "var/lib/glidefs/store").is_dir()  # data is nobody's to delete
+
+
+@pytest.mark.skipif(bool(systemd_rig.missing()), reason=f"no systemd: {systemd_rig.missing()}")
+def test_an_upgrade_hands_over_under_systemd(tmp_path: Path) -> None:
+    """A client that stays connected notices nothing; removing the package ends the daemon."""
+    package = built(tmp_path / "made", "deb", "--python", "3.11")
+    drop_in = tmp_path / "units/glidefs.service.d/log.conf"
+    drop_in.parent.mkdir(parents=True)
+    drop_in.write_text("[Service]\nStandardError=append:/var/log/glidefs.log\n")
+    with fresh_root(tmp_path / "root", "bookworm") as root:
+        inside = Inside(root)
+        shutil.copy(package, root / "tmp/glidefs.deb")
+        inside.apt_install("/tmp/glidefs.deb systemd")
+        with systemd_rig.systemd(tmp_path, tmp_path / "units", root) as manager:
+
+            def run(command: str) -> str:
+                done = manager.run("sh", "-c", command)
+                assert done.returncode == 0, (
+                    f"{command}: {done.stdout}{done.stderr}{manager.console.read_text()}"
+                )
+                return done.stdout
+
+            run("mkdir /var/lib/glidefs/store")
+            run("systemctl enable --now glidefs.service")
+            run("glidefs create vm1 --size 64MiB --transport nbd")
+            before = manager.main_pid("glidefs.service")
+            sockets = Path(f"/proc/{manager.pid}/root/run/glidefs")
+            stays = subprocess.Popen(
+                ["qemu-io", "-f", "raw", f"nbd+unix:///vm1?socket={sockets}/nbd.sock"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert stays.stdin is not None
+            stays.stdin.write("write -P 7 0 1M\nflush\n")
+            stays.stdin.flush()
+            said = run("dpkg --install /tmp/glidefs.deb 2>&1")
+            assert "failed" not in said, said
+            wait_for(lambda: manager.main_pid("glidefs.service") not in (0, before), "another main process")
+            assert manager.show("glidefs.service", "NRestarts") == "0"
+            told = stays.communicate("read -P 7 0 1M\nwrite -P 8 1M 1M\n", timeout=60)[0]
+            assert told.count("wrote 1048576/1048576") == 2, told
+            assert "read 1048576/1048576" in told, told
+            guest(sockets, "read -P 8 1M 1M")
+            run("dpkg --remove glidefs")
+            assert manager.main_pid("glidefs.service") == 0
 
 
 def test_the_wheel_needs_no_compiler(tmp_path: Path) -> None:
