@@ -147,13 +147,17 @@ class Opener:
                 self.reopen(entry)
 
     def _stay_fenced(self, entry: Entry) -> None:
-        """Found fenced at a start: guests of a device that is left get errors instead of waiting."""
-        assert entry.record is not None
+        """Found fenced at a start, by its record."""
         entry.failed(Fenced(entry.name, entry.fence_reason()))
-        self.guests.discard_device(entry.record)
+        self._end_fenced(entry)
         log.error(
             "%s: stays fenced: %s; 'glidefs attach %s' takes it again", entry.name, entry.reason, entry.name
         )
+
+    def _end_fenced(self, entry: Entry) -> None:
+        """Nothing serves it any more: guests of a device that is left get errors instead of waiting."""
+        assert entry.record is not None
+        self.guests.discard_device(entry.record)
 
     def _finish(self, entry: Entry) -> bool:
         """Finish a remove or detach that a crash interrupted; False if there is none, or nothing of it.
@@ -339,6 +343,7 @@ class Opener:
             self._fenced(entry, entry.record.log_id, error.why)
         entry.failed(error)
         if entry.is_fenced():
+            self._end_fenced(entry)
             return  # which is said
         unexpected = not isinstance(error, GlideError | OSError)
         log.error("%s: cannot be served: %s", entry.name, error, exc_info=error if unexpected else None)

@@ -6,10 +6,10 @@ import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
-from fork_rig import MIB, PREFIX, CountingStore, Node, attach
+from fork_rig import MIB, PREFIX, CountingStore, Node, NoGuests, attach
 from waiting import wait_for
 
 from glidefs.errors import ExportExists, Fenced, GlideError, OwnedElsewhere, StoreError, UnknownExport
@@ -17,6 +17,7 @@ from glidefs.exports.requests import PromoteRequest, SnapshotRequest
 from glidefs.handoff.coordinator import HandoffCoordinator
 from glidefs.manifest import lease
 from glidefs.names import manifest_key
+from glidefs.transport.base import Attachment, Endpoint
 from glidefs.transport.nbd.server import NbdServer
 from glidefs.transport.vhost_user.transport import VhostUserTransport
 from glidefs.volume.volume import Volume
@@ -71,6 +72,61 @@ def check_fenced(node: Node) -> None:
     if entry.volume is not None:
         with pytest.raises(GlideError):
             entry.volume.core.pread(0, 4096)
+
+
+class Kernel(NoGuests):
+    """A driver whose devices outlive the daemon: ``left`` are those that are there."""
+
+    kind = "ublk"
+
+    def __init__(self, left: set[int]) -> None:
+        super().__init__()
+        self.left = left
+
+    def start(self, export: Attachment) -> Endpoint:
+        self.left.add(7)
+        return Endpoint("/dev/ublkb7", 7)
+
+    def discard(self, name: str, volume_id: bytes, device_id: int) -> None:
+        self.left.discard(device_id)
+
+
+@pytest.mark.parametrize("how", ["taken", "removed", "known"])
+def test_guests_of_a_host_that_died_get_errors_when_it_comes_back_fenced(
+    make_node: MakeNode, how: str
+) -> None:
+    """However it learns of it: the device of before is ended, so that nobody waits for it."""
+    left: set[int] = set()
+
+    def host(name: str) -> Node:
+        made = make_node(name)
+        transports: Any = made.router._transports
+        transports["ublk"] = Kernel(left)
+        return made
+
+    node, other = host("a"), make_node("b")
+    node.create("v", SIZE, wait=True)
+    node.router.change_transport("v", "ublk")
+    node.router.drain("v", 20.0)
+    if how != "known":
+        node.close()
+    attach(other, take_over=True)
+    if how == "removed":
+        other.router.remove("v")
+    elif how == "known":
+        other.core("v").pwrite(0, NEW)
+        other.router.drain("v", 20.0)
+        node.core("v").pwrite(0, OLD)
+        with pytest.raises(Fenced):
+            node.router.drain("v", 20.0)
+        assert left == {7}
+        node.close()
+    assert left == {7}
+    again = host("a")
+    again.router.start()
+    assert again.router.wait_tried(20)
+    assert again.router.show("v").state == "fenced"
+    assert left == set()
 
 
 def test_nothing_opens_the_log_of_a_fenced_record(make_node: MakeNode) -> None:
