@@ -1,11 +1,7 @@
-"""The udev rule on a real kernel, with a real udevd: names, queue settings, and what happens when devices go.
-
-In the VM only: a udevd and a rule of the test's have no business on a host that is in use.
-"""
+"""The udev rule on a real kernel with a real udevd: names, queue settings, and devices that go."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import struct
@@ -14,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon_harness import ROOT, Daemon, no_devices_left
+from daemon_harness import Daemon, no_devices_left
+from udev_rig import LINKS, led_to, settle, udev_missing, udevadm, udevd
 from waiting import wait_for
 
 pytest.importorskip("glidefs.core._core")
@@ -22,58 +19,37 @@ pytest.importorskip("glidefs.core._core")
 from glidefs.core import ublk as core
 from glidefs.errors import DeviceError
 from glidefs.transport.device.names import DIRECTORY
+from glidefs.transport.nbd_device.driver import LOADED_WITH, nbd_device_missing
 from glidefs.transport.ublk import device as ublk
 from glidefs.transport.ublk.driver import ublk_missing
 
-UDEVD = Path("/lib/systemd/systemd-udevd")
-RULE = Path("/run/udev/rules.d/60-glidefs.rules")
-LINKS = Path("/dev/glidefs")
 UBLK_NAMES = DIRECTORY / "ublk"
-BLKRRPART = 0x125F
 MIB = 1 << 20
+NO_UBLK = ublk_missing()
+KINDS = [
+    pytest.param(kind, marks=pytest.mark.skipif(why is not None, reason=f"no {kind}: {why}"))
+    for kind, why in (("ublk", NO_UBLK), ("nbd-device", nbd_device_missing()))
+]
 
 pytestmark = [
-    pytest.mark.skipif(not os.environ.get("GLIDEFS_VM"), reason="runs in vm-test/run only"),
-    pytest.mark.skipif(ublk_missing() is not None, reason=f"no ublk: {ublk_missing()}"),
-    pytest.mark.skipif(not UDEVD.exists(), reason=f"no {UDEVD}: apt install udev"),
+    pytest.mark.skipif(udev_missing() is not None, reason=f"no udev: {udev_missing()}"),
     pytest.mark.root,
 ]
 
 
-def udevadm(*args: str) -> str:
-    environment = {**os.environ, "SYSTEMD_IGNORE_CHROOT": "1"}
-    done = subprocess.run(["udevadm", *args], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
-
-
-def settle() -> None:
-    udevadm("settle", "--timeout=120")
-
-
 @pytest.fixture(scope="module", autouse=True)
-def udevd() -> Iterator[None]:
-    RULE.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "packaging/60-glidefs.rules", RULE)
-    environment = {**os.environ, "SYSTEMD_IGNORE_CHROOT": "1"}
-    process = subprocess.Popen([UDEVD, "--resolve-names=never"], env=environment)
-    wait_for(lambda: Path("/run/udev/control").exists(), "udevd listens")
-    settle()
-    yield
-    process.terminate()
-    process.wait()
-    RULE.unlink()
+def _udevd() -> Iterator[None]:
+    with udevd():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _devices_are_removed() -> Iterator[None]:
+    if NO_UBLK is not None:
+        yield
+        return
     with no_devices_left():
         yield
-
-
-def led_to(name: str) -> str:
-    """The device that a link in /dev/glidefs leads to, or nothing."""
-    path = LINKS / name
-    return str(path.resolve()) if path.is_symlink() else ""
 
 
 def queue(device: str, name: str) -> str:
@@ -85,19 +61,25 @@ def dev_id(device: str) -> int:
 
 
 def partition(device: str) -> None:
-    """One partition, in a table of the old kind."""
+    """One partition, in a table of the old kind; nobody looks for it unasked, udev neither."""
     sector = bytearray(512)
     sector[446:462] = struct.pack("<B3sB3sII", 0, b"\0\2\0", 0x83, b"\0\2\0", 2048, 4096)
     sector[510:] = b"\x55\xaa"
     with open(device, "r+b", buffering=0) as disk:
         disk.write(sector)
         os.fsync(disk.fileno())
-        fcntl.ioctl(disk.fileno(), BLKRRPART)
+    settle()
+    assert not Path(f"{device}p1").exists()
+    subprocess.run(["partx", "--add", device], check=True)
 
 
-def test_udev_names_devices_and_sets_their_queues(daemon: Daemon) -> None:
-    device = daemon.json("create", "web-1.x_Y", "--size", "64MiB")["device"]
-    other = daemon.json("create", "db", "--size", "64MiB")["device"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_udev_names_devices_and_sets_their_queues(daemon: Daemon, kind: str) -> None:
+    if kind == "nbd-device":  # the driver as the daemon loads it; the VM did so without options
+        subprocess.run(["modprobe", "-r", "nbd"], check=True)
+        subprocess.run(["modprobe", "nbd", *LOADED_WITH], check=True)
+    device = daemon.json("create", "web-1.x_Y", "--size", "64MiB", "--transport", kind)["device"]
+    other = daemon.json("create", "db", "--size", "64MiB", "--transport", kind)["device"]
     settle()
     assert (led_to("web-1.x_Y"), led_to("db")) == (device, other)
     assert "[none]" in queue(device, "scheduler")
@@ -116,7 +98,7 @@ def test_udev_names_devices_and_sets_their_queues(daemon: Daemon) -> None:
         settle()
         assert (led_to("web-1.x_Y"), led_to("db")) == (device, other)
     # What was said is lost, and something makes udev look again.
-    shutil.rmtree(UBLK_NAMES)
+    shutil.rmtree(DIRECTORY / kind.removesuffix("-device"))
     udevadm("trigger", "--action=change", f"/sys/block/{Path(device).name}")
     settle()
     assert led_to("web-1.x_Y") == device
@@ -129,6 +111,7 @@ def test_udev_names_devices_and_sets_their_queues(daemon: Daemon) -> None:
     assert led_to("db") == ""
 
 
+@pytest.mark.skipif(NO_UBLK is not None, reason=f"no ublk: {NO_UBLK}")
 def test_udev_and_a_number_that_is_used_again(daemon: Daemon, make_daemon: Callable[..., Daemon]) -> None:
     """Deleted by another program while the daemon is away: nobody inherits the name."""
     device = daemon.json("create", "old", "--size", "64MiB")["device"]
