@@ -59,6 +59,17 @@ def script_of(blocks: Sequence[Block], out: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
+def environment_of_this_tree(programs: Path) -> dict[str, str]:
+    """For a shell to which `glidefs` is that of this tree; ``programs`` is made, a directory for it."""
+    programs.mkdir()
+    program = programs / "glidefs"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m glidefs "$@"\n')
+    program.chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GLIDEFS_")}
+    path = f"{programs}:{os.environ.get('PATH', '')}"
+    return environment | {"PATH": path, "PYTHONPATH": str(ROOT)}
+
+
 def run_blocks(blocks: Sequence[Block]) -> list[str]:
     """Run them in an empty directory with a short path, with `glidefs` of this tree; what each printed.
 
@@ -66,15 +77,10 @@ def run_blocks(blocks: Sequence[Block]) -> list[str]:
     """
     with tempfile.TemporaryDirectory(prefix="doc-") as name:
         base = Path(name)
-        work, out, programs = base / "work", base / "out", base / "bin"
-        for directory in (work, out, programs):
+        work, out = base / "work", base / "out"
+        for directory in (work, out):
             directory.mkdir()
-        program = programs / "glidefs"
-        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -P -m glidefs "$@"\n')
-        program.chmod(0o755)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("GLIDEFS_")}
-        environment["PATH"] = f"{programs}:{os.environ.get('PATH', '')}"
-        environment["PYTHONPATH"] = str(ROOT)
+        environment = environment_of_this_tree(base / "bin")
         with (base / "err").open("wb") as errors:
             shell = subprocess.Popen(
                 ["bash", "-c", script_of(blocks, out)],
