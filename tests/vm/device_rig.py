@@ -105,6 +105,13 @@ def mounted(device: str, at: Path, *options: str) -> Iterator[Path]:
         run("umount", at)
 
 
+def unmount(at: str, *options: str) -> None:
+    """If it can be: over a device that nobody serves umount would wait, and nothing ends it."""
+    ended = subprocess.Popen(["umount", *options, at], stderr=subprocess.DEVNULL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        ended.wait(60)
+
+
 def drop_caches() -> None:
     """Let the kernel forget all pages and names that are clean, so that they are read again."""
     run("sync")
@@ -122,7 +129,7 @@ def no_leftovers() -> Iterator[None]:
         device = f"/dev/ublkb{number}"
         for line in Path("/proc/self/mounts").read_text().splitlines():
             if line.startswith(f"{device} "):
-                subprocess.run(["umount", "-l", line.split(" ")[1]], check=False)
+                unmount(line.split(" ")[1], "-l")
         with contextlib.suppress(DeviceError):
             found = ublk.query(number)
             if found.state != LIVE:

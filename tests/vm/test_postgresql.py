@@ -76,17 +76,10 @@ def hosts(place: Path) -> Iterator[Hosts]:
             yield Hosts(first.start(), second.start(), environment_of_this_tree(place / "bin"))
         finally:
             subprocess.run(["pkill", "-9", "-u", "postgres"], check=False)
-            unmount()
+            for at in ("pg", "pg-restored", "pg-latest"):  # while the daemons still serve
+                rig.unmount(f"/srv/{at}")
             first.kill_all()
             second.kill_all()
-
-
-def unmount() -> None:
-    """While the daemons still serve: later it would wait for them. If one does not, that is the kernel's."""
-    for at in ("pg", "pg-restored", "pg-latest"):
-        ended = subprocess.Popen(["umount", f"/srv/{at}"], stderr=subprocess.DEVNULL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            ended.wait(60)
 
 
 def blocks() -> list[Block]:
@@ -114,9 +107,16 @@ def crowd(hosts: Hosts, device: str) -> None:
     assert led_to("pg") == device
 
 
+def end_servers() -> None:
+    """As a host that dies ends them."""
+    rig.run("pkill", "-9", "-u", "postgres")
+    asked = ["pgrep", "-c", "-u", "postgres"]
+    wait_for(lambda: subprocess.run(asked, capture_output=True, check=False).returncode, "they are gone")
+
+
 def latest(hosts: Hosts) -> None:
     """The first host dies; the second takes its volume over and starts a server. The first comes back."""
-    rig.run("pkill", "-9", "-u", "postgres")
+    end_servers()
     hosts.first.kill_all()
     taken = hosts.second.json("attach", "pg", "--take-over")
     at = Path("/srv/pg-latest")
@@ -154,3 +154,4 @@ def test_the_page_runs_as_written_and_a_host_dies(hosts: Hosts) -> None:
     assert hosts.ask(5497, "select what from orders order by id").splitlines()[-1] == "after the backup"
     check = [PROGRAMS / "pg_amcheck", "-h", "/tmp", "-p", "5497", "--all", "--install-missing"]
     rig.run("runuser", "-u", "postgres", "--", *check)
+    end_servers()
