@@ -23,9 +23,11 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
+
+from servers import Serving
 
 Shape = Literal["bare", "html", "xml"]
 SHAPES: tuple[Shape, ...] = ("bare", "html", "xml")
@@ -94,7 +96,7 @@ def error_document(code: str) -> bytes:
     return f"<?xml version='1.0'?>\n<Error><Code>{code}</Code><Message>why</Message></Error>".encode()
 
 
-class BadS3:
+class BadS3(Serving):
     """Serves on a free port, over TLS with a ``context``.
 
     ``requests`` counts by method, ``faults`` those that were hit.
@@ -118,21 +120,14 @@ class BadS3:
 
             s3 = owner
 
-        self._server = _Server(("127.0.0.1", 0), Handler)
+        server = _Server(("127.0.0.1", 0), Handler)
         if context is not None:
-            self._server.socket = context.wrap_socket(
-                self._server.socket, server_side=True, do_handshake_on_connect=False
+            server.socket = context.wrap_socket(
+                server.socket, server_side=True, do_handshake_on_connect=False
             )
         scheme = "http" if context is None else "https"
-        self.endpoint = f"{scheme}://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.endpoint = f"{scheme}://127.0.0.1:{server.server_address[1]}"
+        super().__init__(server)
 
     def hit(self, method: str) -> Fault | None:
         """Count a request; the fault that it meets, if so."""

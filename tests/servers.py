@@ -21,8 +21,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 START_TIMEOUT = 600.0 if os.environ.get("GLIDEFS_VM") else 60.0  # emulated CPUs are slow
@@ -236,3 +237,18 @@ class Forwarder:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         self._sockets -= {source, sink}
+
+
+class Serving:
+    """A server of our own, on a thread as long as the context lasts."""
+
+    def __init__(self, server: ThreadingHTTPServer) -> None:
+        self._server = server
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()

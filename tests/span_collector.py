@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1 import trace_pb2
+from servers import Serving
 from waiting import wait_for
 
 
@@ -32,7 +32,7 @@ class Got(NamedTuple):
         return (self.end - self.begin) / 1e9
 
 
-class Collector:
+class Collector(Serving):
     """Answers ``status``. ``spans`` are all that came, ``requests`` how many requests brought them."""
 
     def __init__(self, port: int = 0) -> None:
@@ -59,17 +59,10 @@ class Collector:
             def log_message(self, format: str, *args: Any) -> None:
                 """Nothing."""
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}/v1/traces"
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
+        super().__init__(server)
 
     def take(self, path: str, data: bytes) -> None:
         assert path == "/v1/traces"
